@@ -1,0 +1,118 @@
+"""The error tree of the adapter library.
+
+    AdapterError                 anything this library refuses
+    |-- CheckpointError          the bytes of a checkpoint are not acceptable
+    |   |-- CheckpointTooLarge   a limit is exceeded (checked on the header, before allocation)
+    |   |-- UnsupportedFile      a kind of file that is never read (pickles, unknown archives)
+    |   |-- ConfigInvalid        adapter_config.json is not a valid config of its method
+    |   |-- MethodUnsupported    a peft_type or task_type that is not served here
+    |   |-- TensorMismatch       tensor names, dtypes or shapes do not fit the config or the base
+    |   |-- TargetNotFound       an IA3 target matches no module of the base
+    |   `-- NonFinite            NaN or infinity among the weights
+    |-- BaseMismatch             the adapter was trained on another base (recorded digest differs)
+    |-- BaseUnsupported          the base model cannot be served, with the reason
+    `-- RegistryError            the store cannot do what was asked
+        |-- NameInvalid          not an adapter name
+        |-- AdapterNotFound      no adapter of that name
+        |-- VersionNotFound      the adapter has no such version
+        |-- AdapterExists        create-only was asked for and the name is taken
+        |-- AdapterCorrupt       the stored bytes no longer match their digest
+        `-- StorageFull          the disk took no more bytes
+
+Every error carries facts as plain attributes (`field`, `expected`, `came`); nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """Base of the tree.
+
+    Args:
+        message: one sentence for a person: what was expected and what came.
+        field: the config field, tensor or form field that is at fault, if one is.
+        expected: what would have been accepted.
+        came: what was found.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        expected: str | None = None,
+        came: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.expected = expected
+        self.came = came
+
+
+class CheckpointError(AdapterError):
+    """The bytes of a checkpoint are not acceptable."""
+
+
+class CheckpointTooLarge(CheckpointError):
+    """A limit is exceeded; found on the header, before anything is allocated."""
+
+
+class UnsupportedFile(CheckpointError):
+    """A kind of file that is never read, such as a pickle."""
+
+
+class ConfigInvalid(CheckpointError):
+    """`adapter_config.json` is not a valid config of its method."""
+
+
+class MethodUnsupported(CheckpointError):
+    """A `peft_type` or `task_type` that is not served here."""
+
+
+class TensorMismatch(CheckpointError):
+    """Tensor names, dtypes or shapes do not fit the config or the base."""
+
+
+class TargetNotFound(CheckpointError):
+    """An IA3 target that matches no module of the base."""
+
+
+class NonFinite(CheckpointError):
+    """NaN or infinity among the weights."""
+
+
+class BaseMismatch(AdapterError):
+    """The adapter records the digest of another base."""
+
+
+class BaseUnsupported(AdapterError):
+    """The base model cannot be served; the message gives the reason."""
+
+
+class RegistryError(AdapterError):
+    """The store cannot do what was asked."""
+
+
+class NameInvalid(RegistryError):
+    """Not an adapter name."""
+
+
+class AdapterNotFound(RegistryError):
+    """No adapter of that name."""
+
+
+class VersionNotFound(RegistryError):
+    """The adapter has no such version."""
+
+
+class AdapterExists(RegistryError):
+    """Create-only was asked for and the name is taken."""
+
+
+class AdapterCorrupt(RegistryError):
+    """The stored bytes no longer match their digest."""
+
+
+class StorageFull(RegistryError):
+    """The disk took no more bytes."""

@@ -1,0 +1,196 @@
+"""The plain data that crosses between the API and the engine.
+
+Commands go in, events come out. Everything here is a frozen dataclass of numbers, strings and
+tuples, so that the engine can live in another thread or another process. No tensors, no text, no
+adapter names: a request says token ids and an adapter's digest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+FinishReason = Literal["length", "eos", "aborted", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next tokens of one sequence are chosen.
+
+    The order in which the filters apply is transformers': repetition, presence and frequency
+    penalties, temperature, top_k, top_p, min_p, typical_p.
+
+    Attributes:
+        max_new_tokens: tokens to generate at most, at least 1.
+        do_sample: False takes the most likely token after penalties.
+        temperature: > 0.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with at least this mass, in (0, 1].
+        min_p: drop tokens under this share of the most likely one's probability, in [0, 1).
+        typical_p: locally typical sampling, in (0, 1].
+        repetition_penalty: > 0; over prompt and output; 1 is none.
+        presence_penalty: over the output only; 0 is none.
+        frequency_penalty: over the output only; 0 is none.
+        seed: with the position of the token it fixes the draw.
+        eos_token_ids: ids that end the sequence.
+        ignore_eos: go on to `max_new_tokens` regardless.
+        num_logprobs: how many most likely tokens to report with each token; 0 reports the
+            chosen one's log-probability alone, None reports nothing.
+        prompt_logprobs: also report the log-probability of every prompt token.
+    """
+
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """An adapter as the engine knows it.
+
+    Attributes:
+        digest: content digest (hex); the engine finds the stored bytes by it.
+        num_virtual_tokens: n, positions taken before the prompt (0 for IA3).
+        uses_scales: True for IA3, which needs a row of the scale tables.
+    """
+
+    digest: str
+    num_virtual_tokens: int
+    uses_scales: bool
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    Attributes:
+        request_id: unique among the requests in flight.
+        prompt_token_ids: at least one id, without virtual tokens.
+        sampling: see SamplingParams.
+        adapter: None is the base itself.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapter: AdapterRef | None = None
+
+
+# --- commands: API -> engine ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Queue a request."""
+
+    request: GenerationRequest
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Drop a request; its row is free within two steps. Unknown ids are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Preload:
+    """Make an adapter resident without a request."""
+
+    adapter: AdapterRef
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Let an adapter leave the device once no sequence uses it."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """Abort what is running and end the loop."""
+
+
+Command: TypeAlias = Submit | Abort | Preload | Unload | Shutdown
+
+
+# --- events: engine -> API -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log-probability of one token: raw float32 log-softmax, before any penalty.
+
+    `top` lists (token_id, logprob), most likely first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A new token of a request.
+
+    Attributes:
+        request_id: whose token.
+        token_id: the token; the end-of-sequence token is reported too.
+        logprob: None unless the request asked.
+        finish_reason: None while the sequence goes on.
+        prompt_logprobs: with the first token, one entry a prompt token (the first is None), if asked.
+        queue_seconds: with the first token, time from submission to the first scheduled step.
+    """
+
+    request_id: str
+    token_id: int
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    queue_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class FailedEvent:
+    """A request that ends without more tokens.
+
+    `code` is one of "adapter_corrupt", "adapter_not_loaded", "too_long", "non_finite", "aborted",
+    "engine_error"; `message` is for a person.
+    """
+
+    request_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ResidencyEvent:
+    """Where an adapter is now: "disk", "host" or "device" (`None` digest never occurs)."""
+
+    digest: str
+    residency: Literal["disk", "host", "device"]
+
+
+@dataclass(frozen=True)
+class StatsEvent:
+    """A snapshot after a step; counts of now, not totals."""
+
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+
+
+Event: TypeAlias = TokenEvent | FailedEvent | ResidencyEvent | StatsEvent
