@@ -1,0 +1,138 @@
+"""Checks that every method makes on a checkpoint, whatever its form.
+
+Works on config fields and safetensors header entries, so nothing is allocated. Knows no method,
+no file and no base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from adapters.errors import MethodUnsupported, NonFinite, TensorMismatch
+from adapters.method import PeftConfig, TensorInfo
+
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+SERVED_TASK = "CAUSAL_LM"
+NAMES_SHOWN = 3
+
+
+def check_task_type(config: PeftConfig) -> None:
+    """Only causal language modelling is served; a config without a task type is taken as that.
+
+    Raises:
+        MethodUnsupported: any other `task_type`.
+    """
+    task = config.task_type
+    if task is None or task == SERVED_TASK:
+        return
+    if task == "SEQ_2_SEQ_LM":
+        reason = "it was trained on an encoder-decoder, and only decoder-only bases are served"
+    else:
+        reason = "it needs an output head of its own, and only text generation is served"
+    raise MethodUnsupported(
+        f"task_type {task!r} is not served: {reason} (expected {SERVED_TASK!r})",
+        field="task_type",
+        expected=SERVED_TASK,
+        came=str(task),
+    )
+
+
+def check_modules_to_save(modules: list[str] | None) -> None:
+    """Whole retrained modules cannot be served: the base is shared and frozen.
+
+    Raises:
+        MethodUnsupported: `modules` is not empty.
+    """
+    if modules:
+        raise MethodUnsupported(
+            f"modules_to_save {modules} is not served: it replaces whole modules of the base, "
+            "which every adapter shares; expected null or an empty list",
+            field="modules_to_save",
+            expected="null or []",
+            came=str(modules),
+        )
+
+
+def check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
+    """Hold every tensor to a floating-point dtype.
+
+    Raises:
+        TensorMismatch: a tensor of another dtype.
+    """
+    for name, info in tensors.items():
+        if info.dtype not in FLOAT_DTYPES:
+            expected = "one of " + ", ".join(FLOAT_DTYPES)
+            raise TensorMismatch(
+                f"tensor {name!r} has dtype {info.dtype}, expected {expected}",
+                field=name,
+                expected=expected,
+                came=info.dtype,
+            )
+
+
+def check_shape(name: str, info: TensorInfo, want: tuple[int, ...], why: str) -> None:
+    """Hold one tensor to its shape; `why` says where the shape comes from.
+
+    Raises:
+        TensorMismatch: another shape.
+    """
+    if info.shape != want:
+        raise TensorMismatch(
+            f"tensor {name!r} has shape {info.shape}, expected {want} ({why})",
+            field=name,
+            expected=str(want),
+            came=str(info.shape),
+        )
+
+
+def check_names(tensors: Mapping[str, TensorInfo], wanted: Iterable[str]) -> None:
+    """Hold the tensor names to exactly `wanted`.
+
+    Raises:
+        TensorMismatch: a name is missing or left over.
+    """
+    names = set(wanted)
+    missing = sorted(names - set(tensors))
+    left_over = sorted(set(tensors) - names)
+    if missing:
+        came = some_of(left_over) if left_over else "no such tensor"
+        raise TensorMismatch(
+            f"the checkpoint lacks {some_of(missing)} (came: {came})",
+            field=missing[0],
+            expected=some_of(missing),
+            came=came,
+        )
+    if left_over:
+        raise TensorMismatch(
+            f"the checkpoint holds {some_of(left_over)}, which binds to nothing "
+            f"(expected only {some_of(sorted(names))})",
+            field=left_over[0],
+            expected=some_of(sorted(names)),
+            came=some_of(left_over),
+        )
+
+
+def some_of(names: list[str]) -> str:
+    """The first few names, quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:NAMES_SHOWN])
+    more = len(names) - NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def to_float32(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous float32 copy on the CPU.
+
+    Raises:
+        NonFinite: NaN or infinity, also where a float64 value does not fit into float32.
+    """
+    values = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+    if not bool(torch.isfinite(values).all()):
+        raise NonFinite(
+            f"tensor {name!r} holds NaN or infinity (as float32); expected finite values",
+            field=name,
+            expected="finite float32 values",
+            came="NaN or infinity",
+        )
+    return values

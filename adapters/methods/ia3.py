@@ -1,0 +1,525 @@
+"""IA3: one trained vector per targeted linear module scales its output, or a feedforward's input.
+
+Paper: Liu et al. 2022, arXiv 2205.05638. Parity source: peft/tuners/ia3. A stranger's regular
+expressions are kept as text and never run: a checkpoint binds by its tensor names. Knows nothing of
+other methods, of files or of the engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator
+from torch import nn
+
+from adapters.base_model import BaseModelSpec, LinearSpec
+from adapters.checks import (
+    check_dtypes,
+    check_modules_to_save,
+    check_task_type,
+    some_of,
+    to_float32,
+)
+from adapters.errors import ConfigInvalid, TargetNotFound, TensorMismatch
+from adapters.method import AdapterFacts, PeftConfig, TensorInfo
+from adapters.serving import ActivationScales
+
+PREFIX = "base_model.model."
+SUFFIX = ".ia3_l"
+ALL_LINEAR = "all-linear"
+
+# model_type -> (targets, those of them that are feedforward). PEFT's defaults for decoders.
+# Source: peft/utils/constants.py.
+DEFAULT_TARGETS: dict[str, tuple[list[str], list[str]]] = {
+    "bloom": (["query_key_value", "mlp.dense_4h_to_h"], ["mlp.dense_4h_to_h"]),
+    "falcon": (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    "gemma": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gemma2": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gemma3_text": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "gpt_bigcode": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "gpt_neo": (["q_proj", "v_proj", "c_proj"], ["c_proj"]),
+    "gpt_neox": (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    "gptj": (["q_proj", "v_proj", "fc_out"], ["fc_out"]),
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "mistral": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "mixtral": (["k_proj", "v_proj", "w2"], ["w2"]),
+    "opt": (["q_proj", "k_proj", "fc2"], ["fc2"]),
+    "phi": (["q_proj", "v_proj", "fc2"], ["fc2"]),
+    "qwen2": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "qwen3": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+}
+
+
+def _listed(value: Any) -> Any:
+    """PEFT holds names as a set; a list in a fixed order says the same and can be stored."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+Names = Annotated[list[str] | str | None, BeforeValidator(_listed)]
+
+
+class IA3Config(PeftConfig):
+    """PEFT's config of IA3. Source: peft/tuners/ia3/config.py.
+
+    Attributes:
+        target_modules: names (exact, or the end of a path after a dot), "all-linear", or a regular
+            expression of PEFT's, which is never run here; the architecture's default if unset.
+        exclude_modules: names that are left out.
+        feedforward_modules: names whose input is scaled instead of the output; a path matches when
+            it ends with one. The architecture's default if unset, even with explicit targets.
+        fan_in_fan_out: True where the modules are `Conv1D`.
+        modules_to_save: not served.
+        init_ia3_weights: start from ones; False starts from random numbers.
+    """
+
+    peft_type: Literal["IA3"] = "IA3"
+    target_modules: Names = None
+    exclude_modules: Names = None
+    feedforward_modules: Names = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+
+
+# --- which modules ---------------------------------------------------------------------------
+
+
+def ia3_targets(config: IA3Config, base: BaseModelSpec) -> dict[str, bool]:
+    """The modules that a config of our own targets on this base.
+
+    Returns:
+        Dotted module path -> whether it is feedforward, in the order of the base's modules.
+
+    Raises:
+        ConfigInvalid: a regular expression, or nothing given for an unknown architecture.
+        TargetNotFound: a target matches no module; the message names near ones.
+    """
+    names = _target_names(config, base)
+    excluded = _literal(config, "exclude_modules") or []
+    feedforward = _feedforward_names(config, base)
+    for name in names:
+        if not any(_matches(name, path) for path in base.linear_modules):
+            raise _target_not_found(name, base)
+    targets = {
+        path: _ends_with_any(path, feedforward)
+        for path in base.linear_modules
+        if _matches_any(path, names) and not _matches_any(path, excluded)
+    }
+    if not targets:
+        raise TargetNotFound(
+            f"exclude_modules {excluded} leaves no target among {some_of(names)}",
+            field="exclude_modules",
+            came=str(excluded),
+        )
+    return targets
+
+
+def _target_names(config: IA3Config, base: BaseModelSpec) -> list[str]:
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return list(base.linear_modules)
+    if targets is None:
+        return _defaults(base, "target_modules")[0]
+    return _literal(config, "target_modules") or []
+
+
+def _feedforward_names(config: IA3Config, base: BaseModelSpec) -> list[str]:
+    if config.feedforward_modules is None:
+        return _defaults(base, "feedforward_modules")[1]
+    return _literal(config, "feedforward_modules") or []
+
+
+def _defaults(base: BaseModelSpec, field: str) -> tuple[list[str], list[str]]:
+    found = DEFAULT_TARGETS.get(base.model_type)
+    if found is None:
+        raise ConfigInvalid(
+            f"{field} is unset and there is no default for {base.model_type!r}; "
+            f"expected names such as {some_of(_last_names(base))}",
+            field=field,
+            expected="a list of module names",
+            came="null",
+        )
+    return found
+
+
+def _literal(config: IA3Config, field: str) -> list[str] | None:
+    names: list[str] | str | None = getattr(config, field)
+    if isinstance(names, str):
+        raise ConfigInvalid(
+            f"{field} is the text {names!r}, which PEFT runs as a regular expression; "
+            f"that is not done here: expected a list of names, or {ALL_LINEAR!r} as target_modules",
+            field=field,
+            expected="a list of module names",
+            came=names,
+        )
+    return names
+
+
+def _matches(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _matches_any(path: str, names: list[str]) -> bool:
+    return any(_matches(name, path) for name in names)
+
+
+def _ends_with_any(path: str, names: list[str]) -> bool:
+    return any(path.endswith(name) for name in names)
+
+
+def _last_names(base: BaseModelSpec) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in base.linear_modules})
+
+
+def _target_not_found(name: str, base: BaseModelSpec) -> TargetNotFound:
+    """The refusal of a name or path, with the nearest modules that the base does have."""
+    candidates = list(base.linear_modules) if name.count(".") > 1 else _last_names(base)
+    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
+    hint = f"near ones: {some_of(near)}" if near else f"it has {some_of(_last_names(base))}"
+    return TargetNotFound(
+        f"target {name!r} matches no linear module of the base ({hint}); "
+        "the output head and modules that are not linear cannot be scaled",
+        field="target_modules",
+        expected=some_of(near) if near else some_of(_last_names(base)),
+        came=name,
+    )
+
+
+# --- the trainable module --------------------------------------------------------------------
+
+
+class IA3Linear(nn.Module):
+    """A linear module of the base with its vector.
+
+    Args:
+        base_layer: `nn.Linear` or transformers' `Conv1D`.
+        is_feedforward: scale the input instead of the output.
+        init_ia3_weights: ones, else random numbers.
+
+    Attributes:
+        base_layer: the wrapped module, unchanged.
+        ia3_l: float32, (out, 1), or (1, in) where feedforward.
+        in_features: width of the input.
+        out_features: width of the output.
+
+    Raises:
+        TypeError: another kind of module.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, *, is_feedforward: bool, init_ia3_weights: bool = True
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.is_feedforward = is_feedforward
+        self.in_features, self.out_features = _widths(base_layer)
+        shape = (1, self.in_features) if is_feedforward else (self.out_features, 1)
+        start = torch.ones(shape) if init_ia3_weights else torch.randn(shape)
+        self.ia3_l = nn.Parameter(start.to(self.weight.device))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The wrapped module's weight: some models read it off their layers."""
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The wrapped module's bias."""
+        bias: torch.Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out); multiplied in float32 and rounded once to x's dtype."""
+        scale = self.ia3_l.flatten()
+        if self.is_feedforward:
+            scaled: torch.Tensor = self.base_layer((x * scale).to(x.dtype))
+            return scaled
+        result: torch.Tensor = self.base_layer(x)
+        return (result * scale).to(result.dtype)
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Conv1D):
+        rows, columns = layer.weight.shape  # Conv1D stores (in, out)
+        return int(rows), int(columns)
+    raise TypeError(f"IA3 scales Linear and Conv1D modules, came {type(layer).__name__}")
+
+
+def attach_ia3(model: nn.Module, config: IA3Config, base: BaseModelSpec) -> dict[str, IA3Linear]:
+    """Wrap the targeted modules of a loaded base, in place; `detach_ia3` is the inverse.
+
+    Freezes nothing: the caller decides what is trained.
+
+    Returns:
+        Module path -> its wrapper.
+
+    Raises:
+        ValueError: the model carries IA3 already.
+        AdapterError: as `ia3_targets`.
+    """
+    if ia3_layers(model):
+        raise ValueError("the model carries IA3 modules already; detach them first")
+    targets = ia3_targets(config, base)
+    for path, is_feedforward in targets.items():
+        wrapper = IA3Linear(
+            model.get_submodule(path),
+            is_feedforward=is_feedforward,
+            init_ia3_weights=config.init_ia3_weights,
+        )
+        model.set_submodule(path, wrapper)
+    return ia3_layers(model)
+
+
+def detach_ia3(model: nn.Module) -> None:
+    """Put the wrapped modules back, in place; a model without IA3 is left as it is."""
+    for path, layer in ia3_layers(model).items():
+        model.set_submodule(path, layer.base_layer)
+
+
+def ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
+    """Module path -> wrapper, for every wrapper in the model."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, IA3Linear)}
+
+
+def load_ia3(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy a checkpoint's vectors into the wrappers.
+
+    Raises:
+        TensorMismatch: the checkpoint and the wrappers differ in names or shapes.
+    """
+    layers = {PREFIX + path + SUFFIX: layer for path, layer in ia3_layers(model).items()}
+    if layers.keys() != tensors.keys():
+        differ = sorted(layers.keys() ^ tensors.keys())
+        raise TensorMismatch(f"checkpoint and model differ in {some_of(differ)}", field=differ[0])
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if layer.ia3_l.shape != tensors[name].shape:
+                raise TensorMismatch(
+                    f"tensor {name!r} has shape {tuple(tensors[name].shape)}, "
+                    f"expected {tuple(layer.ia3_l.shape)}",
+                    field=name,
+                    expected=str(tuple(layer.ia3_l.shape)),
+                    came=str(tuple(tensors[name].shape)),
+                )
+            layer.ia3_l.copy_(tensors[name])
+
+
+# --- checkpoint mapping ----------------------------------------------------------------------
+
+
+def bind_paths(tensors: Mapping[str, TensorInfo], base: BaseModelSpec) -> dict[str, str]:
+    """Tensor name -> path of the linear module that it scales.
+
+    Raises:
+        TensorMismatch: no tensor at all, or a name that is not an IA3 vector's.
+        TargetNotFound: the base has no such module; the message names near ones.
+    """
+    if not tensors:
+        raise TensorMismatch(
+            f"the checkpoint holds no tensor, expected names such as "
+            f"{PREFIX + next(iter(base.linear_modules), '...') + SUFFIX!r}",
+            field="adapter_model.safetensors",
+        )
+    paths: dict[str, str] = {}
+    for name in tensors:
+        if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
+            raise TensorMismatch(
+                f"tensor {name!r} binds to nothing, expected {PREFIX}<module path>{SUFFIX}",
+                field=name,
+                expected=f"{PREFIX}<module path>{SUFFIX}",
+                came=name,
+            )
+        path = name[len(PREFIX) : -len(SUFFIX)]
+        if path not in base.linear_modules:
+            raise _target_not_found(path, base)
+        paths[name] = path
+    return paths
+
+
+def _is_feedforward(
+    name: str, info: TensorInfo, path: str, spec: LinearSpec, config: IA3Config
+) -> bool:
+    """Which side a vector scales: its shape decides, an explicit list must agree."""
+    output, feedforward = (spec.out_features, 1), (1, spec.in_features)
+    if info.shape not in (output, feedforward):
+        raise TensorMismatch(
+            f"tensor {name!r} has shape {info.shape}, expected {output} to scale the output of "
+            f"{path!r} or {feedforward} to scale its input",
+            field=name,
+            expected=f"{output} or {feedforward}",
+            came=str(info.shape),
+        )
+    names = config.feedforward_modules
+    listed = _ends_with_any(path, names) if isinstance(names, list) else None
+    if output == feedforward:  # a module of width 1
+        return bool(listed)
+    scales_input = info.shape == feedforward
+    if listed is not None and listed != scales_input:
+        side = "scales the input" if scales_input else "scales the output"
+        raise TensorMismatch(
+            f"tensor {name!r} of shape {info.shape} {side} of {path!r}, but feedforward_modules "
+            f"{names} {'names' if listed else 'does not name'} it",
+            field=name,
+            expected=str(feedforward if listed else output),
+            came=str(info.shape),
+        )
+    return scales_input
+
+
+def _check_targets(config: IA3Config, paths: set[str], base: BaseModelSpec) -> tuple[str, ...]:
+    """Hold literal targets against the bound paths; texts that PEFT would run are skipped.
+
+    Returns:
+        Warnings: entries that match nothing, which PEFT lets pass.
+    """
+    names = config.target_modules
+    if not isinstance(names, list):
+        return ()
+    unmatched = [name for name in names if not _matches_any_path(name, base)]
+    if len(unmatched) == len(names):
+        raise _target_not_found(names[0] if names else "", base)
+    # Early releases of PEFT matched by plain ending, so a name may stand for more than its suffix.
+    untargeted = sorted(path for path in paths if not _ends_with_any(path, names))
+    if untargeted:
+        raise TensorMismatch(
+            f"the checkpoint scales {some_of(untargeted)}, which target_modules "
+            f"({some_of(names)}) does not name",
+            field="target_modules",
+            expected=some_of(names),
+            came=some_of(untargeted),
+        )
+    if not isinstance(config.exclude_modules, str):
+        _check_none_missing(names, config.exclude_modules or [], paths, base)
+    return tuple(f"target_modules: {name!r} matches no module of the base" for name in unmatched)
+
+
+def _matches_any_path(name: str, base: BaseModelSpec) -> bool:
+    return any(_matches(name, path) for path in base.linear_modules)
+
+
+def _check_none_missing(
+    names: list[str], excluded: list[str], paths: set[str], base: BaseModelSpec
+) -> None:
+    missing = [
+        path
+        for path in base.linear_modules
+        if path not in paths and _matches_any(path, names) and not _matches_any(path, excluded)
+    ]
+    if missing:
+        raise TensorMismatch(
+            f"target_modules names {some_of(missing)}, for which the checkpoint has no tensor",
+            field=PREFIX + missing[0] + SUFFIX,
+            expected=some_of(missing),
+            came="no such tensor",
+        )
+
+
+class IA3:
+    """`AdapterMethod` of IA3."""
+
+    name: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str] = "IA3"
+    config_class: ClassVar[type[PeftConfig]] = IA3Config
+
+    def check(
+        self, config: IA3Config, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+    ) -> AdapterFacts:
+        """Bind every tensor by name, decide its side by shape, cross-check the config's lists.
+
+        Raises:
+            MethodUnsupported: the task type or `modules_to_save`.
+            TensorMismatch: a tensor is missing, left over, or of another dtype or shape.
+            TargetNotFound: a tensor or every target names no linear module of the base.
+        """
+        check_task_type(config)
+        check_modules_to_save(config.modules_to_save)
+        check_dtypes(tensors)
+        paths = bind_paths(tensors, base)
+        warnings = _check_targets(config, set(paths.values()), base)
+        for name, path in paths.items():
+            _is_feedforward(name, tensors[name], path, base.linear_modules[path], config)
+        return AdapterFacts(num_virtual_tokens=0, uses_scales=True, warnings=warnings)
+
+    def serving_form(
+        self, config: IA3Config, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
+    ) -> ActivationScales:
+        """Vectors by module path, float32: inputs (in,) where feedforward, else outputs (out,).
+
+        Raises:
+            NonFinite: NaN or infinity among the vectors.
+        """
+        infos = {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+        inputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        for name, path in bind_paths(infos, base).items():
+            vector = to_float32(name, tensors[name]).flatten()
+            spec = base.linear_modules[path]
+            scales_input = _is_feedforward(name, infos[name], path, spec, config)
+            (inputs if scales_input else outputs)[path] = vector
+        return ActivationScales(inputs=inputs, outputs=outputs)
+
+    def export(self, module: nn.Module, config: IA3Config) -> dict[str, torch.Tensor]:
+        """The vectors of a model that `attach_ia3` has wrapped; the module is the base itself.
+
+        Raises:
+            TypeError: the module carries no IA3.
+            NonFinite: training has diverged.
+        """
+        layers = ia3_layers(module)
+        if not layers:
+            raise TypeError("expected a model with IA3 attached, came one without")
+        named = {PREFIX + path + SUFFIX: layer.ia3_l for path, layer in layers.items()}
+        return {name: to_float32(name, vector) for name, vector in named.items()}
+
+    def complete_config(self, config: IA3Config, base: BaseModelSpec) -> IA3Config:
+        """The config with its defaults set for this base, so that PEFT loads it.
+
+        PEFT refuses feedforward names that are not among the targets, even those that it wrote
+        itself; where the given names would be refused, both lists become full module paths.
+
+        Raises:
+            ConfigInvalid: an explicit feedforward name is no target's, and as `ia3_targets`.
+            TargetNotFound: as `ia3_targets`.
+        """
+        targets = ia3_targets(config, base)
+        names = _target_names(config, base)
+        feedforward = _feedforward_names(config, base)
+        if config.feedforward_modules is not None:
+            _check_feedforward_used(feedforward, list(targets))
+        scaled_inputs = [path for path, is_feedforward in targets.items() if is_feedforward]
+        if not scaled_inputs:
+            feedforward = []
+        elif not set(feedforward) <= set(names):
+            names, feedforward = list(targets), scaled_inputs
+        kinds = {base.linear_modules[path].kind for path in targets}
+        return config.model_copy(
+            update={
+                "target_modules": names,
+                "feedforward_modules": feedforward,
+                "fan_in_fan_out": "conv1d" in kinds,
+            }
+        )
+
+
+def _check_feedforward_used(names: list[str], targets: list[str]) -> None:
+    for name in names:
+        if not any(path.endswith(name) for path in targets):
+            raise ConfigInvalid(
+                f"feedforward_modules names {name!r}, which is not among the targets "
+                f"({some_of(targets)})",
+                field="feedforward_modules",
+                expected=some_of(targets),
+                came=name,
+            )
+
+
+IA3_METHOD = IA3()

@@ -1,0 +1,158 @@
+"""Prefix tuning: trained keys and values of every layer stand before the sequence's own.
+
+P-Tuning v2 is the same on disk and at inference. Papers: Li and Liang 2021, arXiv 2101.00190;
+Liu et al. 2021, arXiv 2110.07602. Parity source: peft/tuners/prefix_tuning. Knows nothing of other
+methods, of files or of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.checks import to_float32
+from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
+from adapters.serving import KVPrefix
+from adapters.soft_prompt import (
+    ROWS,
+    VirtualTokens,
+    check_rows,
+    complete,
+    export_rows,
+    required,
+)
+
+
+class PrefixTuningConfig(PromptLearningConfig):
+    """PEFT's config of prefix tuning. Source: peft/tuners/prefix_tuning/config.py.
+
+    On a base with grouped-query attention PEFT stores the width of the keys, H_kv * D, as
+    `token_dim` and H_kv as `num_attention_heads`.
+
+    Attributes:
+        init_weights: None for random rows, "zero" for keys and values of zero.
+        encoder_hidden_size: width of the projection's hidden layer; `token_dim` if unset.
+        prefix_projection: train the rows through a two-layer network.
+    """
+
+    peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
+    init_weights: Literal["zero"] | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+
+
+class PrefixEncoder(VirtualTokens):
+    """The trainable prefix: indices (B, n) -> (B, n, L * 2 * d_kv), d_kv being `token_dim`.
+
+    With projection the rows are Embedding(n, d_kv) -> Linear -> Tanh -> Linear; a config in
+    inference mode holds the network's output instead, as a checkpoint does.
+
+    Attributes:
+        embedding: (n, L * 2 * d_kv), with projection (n, d_kv).
+        transform: the projection; absent without it.
+        prefix_projection: the config's field.
+
+    Raises:
+        ConfigInvalid: a dimension is unset.
+    """
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        super().__init__()
+        self.prefix_projection = config.prefix_projection
+        count = required(config, "num_virtual_tokens")
+        token_dim = required(config, "token_dim")
+        width = required(config, "num_layers") * 2 * token_dim
+        self.transform: nn.Sequential | None = None
+        if config.prefix_projection and not config.inference_mode:
+            hidden = config.encoder_hidden_size or token_dim
+            self.embedding = nn.Embedding(count, token_dim)
+            first, last = nn.Linear(token_dim, hidden), nn.Linear(hidden, width)
+            self.transform = nn.Sequential(first, nn.Tanh(), last)
+            zeroed = [last.weight, last.bias]
+        else:
+            self.embedding = nn.Embedding(count, width)
+            zeroed = [self.embedding.weight]
+        if config.init_weights == "zero":
+            for parameter in zeroed:
+                nn.init.zeros_(parameter)
+
+    def is_reparameterised(self) -> bool:
+        """True with a projection that is being trained."""
+        return self.transform is not None
+
+    def forward(self, prefix: torch.Tensor) -> torch.Tensor:
+        """Indices (B, n) -> keys and values in a row, (B, n, L * 2 * d_kv)."""
+        rows: torch.Tensor = self.embedding(prefix)
+        return rows if self.transform is None else self.transform(rows)
+
+
+def split_rows(rows: torch.Tensor, base: BaseModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, L * 2 * H_kv * D) as keys and values, each (L, H_kv, n, D).
+
+    A row holds, layer by layer, the layer's key and then its value. Differentiable, so that
+    training uses it as well. Source: peft/peft_model.py, `PeftModel.get_prompt`.
+    """
+    stacked = rows.view(rows.shape[0], base.num_layers, 2, base.num_kv_heads, base.head_dim)
+    by_kind = stacked.permute(2, 1, 3, 0, 4)  # (2, L, H_kv, n, D)
+    return by_kind[0].contiguous(), by_kind[1].contiguous()
+
+
+def _dimensions(base: BaseModelSpec) -> dict[str, int]:
+    return {
+        "num_layers": base.num_layers,
+        "token_dim": base.num_kv_heads * base.head_dim,
+        "num_attention_heads": base.num_kv_heads,
+    }
+
+
+class PrefixTuning:
+    """`AdapterMethod` of prefix tuning."""
+
+    name: ClassVar[str] = "prefix_tuning"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    config_class: ClassVar[type[PeftConfig]] = PrefixTuningConfig
+
+    def check(
+        self, config: PrefixTuningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+    ) -> AdapterFacts:
+        """See `soft_prompt.check_rows`; the matrix is (n, L * 2 * H_kv * D)."""
+        return check_rows(
+            config,
+            tensors,
+            base,
+            dimensions=_dimensions(base),
+            width=base.num_layers * 2 * base.num_kv_heads * base.head_dim,
+            why="layers * 2 * key/value heads * head dim of the base",
+        )
+
+    def serving_form(
+        self, config: PrefixTuningConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
+    ) -> KVPrefix:
+        """Keys and values (L, H_kv, n, D), float32; they are past RoPE and never rotated.
+
+        Raises:
+            NonFinite: NaN or infinity among the values.
+        """
+        keys, values = split_rows(to_float32(ROWS, tensors[ROWS]), base)
+        form = KVPrefix(keys, values)
+        form.check(base)
+        return form
+
+    def export(self, module: nn.Module, config: PrefixTuningConfig) -> dict[str, torch.Tensor]:
+        """See `soft_prompt.export_rows`: the projection's output is saved, not the projection."""
+        return export_rows(module)
+
+    def complete_config(
+        self, config: PrefixTuningConfig, base: BaseModelSpec
+    ) -> PrefixTuningConfig:
+        """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
+        full = complete(config, base, _dimensions(base))
+        hidden = full.encoder_hidden_size or full.token_dim
+        return full.model_copy(update={"encoder_hidden_size": hidden})
+
+
+PREFIX_TUNING = PrefixTuning()

@@ -1,0 +1,144 @@
+"""Prompt tuning: embedding rows before the input, trained directly.
+
+Paper: Lester et al. 2021, arXiv 2104.08691. Parity source: peft/tuners/prompt_tuning. Knows nothing
+of tokenizers, other methods, files or the engine.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
+from adapters.serving import SoftPrompt
+from adapters.soft_prompt import (
+    VirtualTokens,
+    check_soft_prompt,
+    complete,
+    embedding_dimensions,
+    export_rows,
+    num_rows,
+    required,
+    soft_prompt_form,
+)
+
+
+class PromptTuningInit(enum.StrEnum):
+    """Where the rows start: the tokens of a text, random tokens, or random numbers."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class PromptTuningConfig(PromptLearningConfig):
+    """PEFT's config of prompt tuning. Source: peft/tuners/prompt_tuning/config.py.
+
+    Attributes:
+        prompt_tuning_init: where the rows start.
+        prompt_tuning_init_text: the text, with TEXT.
+        tokenizer_name_or_path: the text's tokenizer, with TEXT; recorded, never loaded here.
+        tokenizer_kwargs: recorded, never used here; only with TEXT.
+    """
+
+    peft_type: Literal["PROMPT_TUNING"] = "PROMPT_TUNING"
+    prompt_tuning_init: Annotated[PromptTuningInit, Field(strict=False)] = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _text_fields(self) -> Self:
+        from_text = self.prompt_tuning_init is PromptTuningInit.TEXT
+        if from_text and not self.tokenizer_name_or_path:
+            raise ValueError("prompt_tuning_init TEXT needs tokenizer_name_or_path")
+        if from_text and self.prompt_tuning_init_text is None:
+            raise ValueError("prompt_tuning_init TEXT needs prompt_tuning_init_text")
+        if self.tokenizer_kwargs and not from_text:
+            raise ValueError("tokenizer_kwargs belongs to prompt_tuning_init TEXT only")
+        return self
+
+
+class PromptEmbedding(VirtualTokens):
+    """The trainable rows: indices (B, n) -> (B, n, token_dim).
+
+    Args:
+        config: with its dimensions set.
+        word_embeddings: the base's token embedding; rows are copied from it with TEXT and
+            SAMPLE_VOCAB.
+        init_token_ids: the tokens of `prompt_tuning_init_text`, cut or repeated to n; needed with
+            TEXT, because a config's tokenizer is never loaded here (it may be a stranger's).
+
+    Attributes:
+        embedding: (n, token_dim), float32.
+
+    Raises:
+        ConfigInvalid: a dimension is unset.
+        ValueError: TEXT without tokens.
+    """
+
+    def __init__(
+        self,
+        config: PromptTuningConfig,
+        word_embeddings: nn.Embedding,
+        init_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        count = num_rows(config)
+        self.embedding = nn.Embedding(count, required(config, "token_dim"))
+        if config.inference_mode or config.prompt_tuning_init is PromptTuningInit.RANDOM:
+            return
+        device = word_embeddings.weight.device
+        if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+            ids = torch.randint(0, word_embeddings.num_embeddings, (count,)).to(device)
+        elif init_token_ids:
+            repeats = -(-count // len(init_token_ids))
+            ids = torch.tensor((list(init_token_ids) * repeats)[:count], device=device)
+        else:
+            raise ValueError("prompt_tuning_init TEXT: pass the text's tokens as init_token_ids")
+        rows = word_embeddings(ids).detach().to(torch.float32, copy=True)
+        self.embedding.weight = nn.Parameter(rows)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices (B, n) -> rows (B, n, token_dim)."""
+        rows: torch.Tensor = self.embedding(indices)
+        return rows
+
+
+class PromptTuning:
+    """`AdapterMethod` of prompt tuning."""
+
+    name: ClassVar[str] = "prompt_tuning"
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    config_class: ClassVar[type[PeftConfig]] = PromptTuningConfig
+
+    def check(
+        self, config: PromptTuningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+    ) -> AdapterFacts:
+        """See `soft_prompt.check_rows`; the matrix is (n, d)."""
+        return check_soft_prompt(config, tensors, base)
+
+    def serving_form(
+        self, config: PromptTuningConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
+    ) -> SoftPrompt:
+        """See `soft_prompt.soft_prompt_form`."""
+        return soft_prompt_form(tensors, base)
+
+    def export(self, module: nn.Module, config: PromptTuningConfig) -> dict[str, torch.Tensor]:
+        """See `soft_prompt.export_rows`."""
+        return export_rows(module)
+
+    def complete_config(
+        self, config: PromptTuningConfig, base: BaseModelSpec
+    ) -> PromptTuningConfig:
+        """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
+        return complete(config, base, embedding_dimensions(base))
+
+
+PROMPT_TUNING = PromptTuning()
