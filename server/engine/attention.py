@@ -1,0 +1,273 @@
+"""Attention over segments: one function for every model, and the way a model comes to call it.
+
+A step is one packed row of tokens. Attention alone knows sequences: each `Rows` group says which
+packed tokens are queries and which KV blocks they see. The plain torch path below is the reference
+for every device; `decode_kernel` takes over single-token rows on the CPU.
+
+What a query at position p sees: keys at positions <= p, and > p - window where the layer slides.
+Positions are absolute, virtual tokens included. ALiBi adds slope * (key position - p).
+
+Groups hold sequences of equal shape only (same number of queries, same number of blocks), and padding
+is up to the block: so a row's arithmetic depends on its own sequence, never on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from adapters.errors import BaseUnsupported
+from server.engine.kv_cache import KVBlocks
+
+# Keyword arguments that models pass along and that change nothing here. Anything else raises.
+_IGNORED_KWARGS = frozenset(
+    {
+        "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+        "cache_position", "is_causal", "logits_to_keep", "position_embeddings",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Rows:
+    """Sequences of equal shape in one step.
+
+    Attributes:
+        tokens: (B, Tq) indices into the packed row.
+        positions: (B, Tq) absolute positions of the queries.
+        block_ids: (B, N) KV blocks, shared segment first.
+        key_positions: (B, N * block_size) absolute position of each key; a slot without one holds
+            a number above every position, so that no query sees it.
+        masks: additive masks (B, 1, Tq, Tk) by window, filled on first use and shared by the layers.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    block_ids: torch.Tensor
+    key_positions: torch.Tensor
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+
+class AttentionPath:
+    """How the rows of one step are computed. One instance a model runner.
+
+    Attributes:
+        rows: groups for the plain path.
+        fast: a callable that computes some tokens of the packed output itself, or None.
+    """
+
+    def __init__(self, blocks: KVBlocks) -> None:
+        self.blocks = blocks
+        self.rows: list[Rows] = []
+        self.fast: Callable[..., None] | None = None
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of every token of the step over its own sequence.
+
+        Args:
+            layer: whose blocks to read.
+            query: (T, H, D).
+            scale: factor on the scores.
+            window: keys further back than this are hidden; None sees all.
+            softcap: scores become softcap * tanh(score / softcap).
+            alibi_slopes: (H,) float32.
+
+        Returns:
+            (T, H, D), in the dtype of `query`.
+        """
+        out = torch.empty_like(query)
+        if self.fast is not None:
+            self.fast(layer, query, out, scale, window, softcap, alibi_slopes)
+        keys, values = self.blocks.keys[layer], self.blocks.values[layer]
+        for rows in self.rows:
+            out[rows.tokens] = attend_rows(
+                query[rows.tokens], keys, values, rows, scale, window, softcap, alibi_slopes
+            )
+        return out
+
+
+def attend_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: Rows,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """The plain path for one group: query (B, Tq, H, D) -> (B, Tq, H, D)."""
+    num_rows, num_queries, num_heads, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    group = num_heads // num_kv_heads
+    # (B, N, H_kv, S, D) -> (B, H_kv, N * S, D)
+    k = keys[rows.block_ids].transpose(1, 2).flatten(2, 3)
+    v = values[rows.block_ids].transpose(1, 2).flatten(2, 3)
+    # Query heads of one KV head become more queries of it: no copy of the keys.
+    q = query.view(num_rows, num_queries, num_kv_heads, group, head_dim)
+    q = q.permute(0, 2, 3, 1, 4)  # (B, H_kv, G, Tq, D)
+    mask = _mask(rows, window)
+    if softcap is None and alibi_slopes is None:
+        flat = q.reshape(num_rows, num_kv_heads, group * num_queries, head_dim)
+        tiled = mask.to(q.dtype).repeat(1, 1, group, 1) if group > 1 else mask.to(q.dtype)
+        out = functional.scaled_dot_product_attention(flat, k, v, attn_mask=tiled, scale=scale)
+        out = out.view(num_rows, num_kv_heads, group, num_queries, head_dim)
+    else:
+        scores = torch.matmul(q, k[:, :, None].transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if alibi_slopes is not None:
+            scores = scores + _alibi(rows, alibi_slopes, num_kv_heads)
+        weights = torch.softmax(scores + mask[:, :, None], dim=-1).to(v.dtype)
+        out = torch.matmul(weights, v[:, :, None])
+    return out.permute(0, 3, 1, 2, 4).reshape(num_rows, num_queries, num_heads, head_dim)
+
+
+def _mask(rows: Rows, window: int | None) -> torch.Tensor:
+    """(B, 1, Tq, Tk) float32: 0 where a query sees a key, -inf elsewhere."""
+    mask = rows.masks.get(window)
+    if mask is None:
+        distance = rows.positions[:, :, None] - rows.key_positions[:, None, :]
+        hidden = distance < 0
+        if window is not None:
+            hidden |= distance >= window
+        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
+        rows.masks[window] = mask = mask[:, None]
+    return mask
+
+
+def _alibi(rows: Rows, slopes: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """(B, H_kv, G, Tq, Tk): slope * (key position - query position), 0 for keys that are not there."""
+    distance = rows.key_positions[:, None, :] - rows.positions[:, :, None]
+    distance = distance.clamp(max=0).float()
+    per_head = slopes.view(1, num_kv_heads, -1, 1, 1)
+    return per_head * distance[:, None, None]
+
+
+# --- how a transformers model comes to call it ---------------------------------------------
+
+
+def connect(model: nn.Module, path: AttentionPath) -> None:
+    """Make `model` compute its attention by `path`.
+
+    Models that look up transformers' attention interface get a function of our own under a name that
+    the mask registry does not know, so that no mask is built. BLOOM has its own attention: its
+    `forward` is replaced, nothing else of it.
+
+    Raises:
+        BaseUnsupported: the architecture does neither.
+    """
+    from transformers import AttentionInterface
+
+    name = f"graftwork_{id(path)}"
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        unknown = {k for k, v in kwargs.items() if v is not None} - _IGNORED_KWARGS
+        if attention_mask is not None or dropout or unknown:
+            raise BaseUnsupported(
+                f"the base's attention passes {sorted(unknown) or 'a mask or dropout'}, "
+                "which this engine does not know"
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer = module.layer_idx
+        if not isinstance(layer, int):
+            raise BaseUnsupported("an attention module of the base does not know its layer")
+        packed = query[0].transpose(0, 1)  # (T, H, D)
+        out = path.attend(layer, packed, scale=scale, window=sliding_window, softcap=softcap)
+        return out[None], None
+
+    if model.config.model_type == "bloom":  # type: ignore[union-attr]
+        _connect_bloom(model, path)
+        return
+    AttentionInterface.register(name, attention)
+    try:
+        model.set_attn_implementation(name)  # type: ignore[operator]
+    except (ValueError, ImportError) as error:
+        raise BaseUnsupported(
+            f"{model.config.model_type} has its own attention, "  # type: ignore[union-attr]
+            "which cannot be replaced: a model with transformers' attention interface is expected"
+        ) from error
+
+
+def disconnect(model: nn.Module, implementation: str = "sdpa") -> None:
+    """Give the model its usual attention back (not for BLOOM)."""
+    model.set_attn_implementation(implementation)  # type: ignore[operator]
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """Slopes (H,) of Press et al., "Train Short, Test Long" (2022), section 3.
+
+    A geometric sequence 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two. Other head counts take the
+    sequence of the next lower power, then every other slope of the next higher one.
+    """
+
+    def geometric(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    lower = 1 << (num_heads.bit_length() - 1)
+    slopes = geometric(lower)
+    if lower != num_heads:
+        slopes += geometric(2 * lower)[0::2][: num_heads - lower]
+    return torch.tensor(slopes)
+
+
+def _connect_bloom(model: nn.Module, path: AttentionPath) -> None:
+    for block in model.transformer.h:  # type: ignore[union-attr]
+        attention = block.self_attention  # type: ignore[union-attr]
+        attention.forward = _bloom_forward(attention, path)
+
+
+def _bloom_forward(attention: Any, path: AttentionPath) -> Callable[..., tuple[torch.Tensor, None]]:
+    slopes = alibi_slopes(attention.num_heads)
+
+    def forward(
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        alibi: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        layer_past: Any = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        num_tokens = hidden_states.shape[1]
+        # (1, T, 3 * hidden) -> (T, H, 3, D): BLOOM interleaves query, key and value head by head.
+        fused = attention.query_key_value(hidden_states)
+        fused = fused.view(num_tokens, attention.num_heads, 3, attention.head_dim)
+        query, key, value = fused.unbind(dim=2)
+        layer_past.update(
+            key.transpose(0, 1)[None], value.transpose(0, 1)[None], attention.layer_idx
+        )
+        out = path.attend(
+            attention.layer_idx,
+            query,
+            scale=attention.inv_norm_factor,
+            alibi_slopes=slopes.to(query.device),
+        )
+        projected = attention.dense(out.reshape(1, num_tokens, -1))
+        return residual + projected, None
+
+    return forward

@@ -1,0 +1,66 @@
+"""Sizes and limits of one engine, as plain data.
+
+Knows nothing of the environment: `server.settings` reads that and fills this in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is started with.
+
+    Attributes:
+        base: local directory of the base model, or a hub id together with `revision`.
+        blobs_dir: where adapters lie, one folder a digest.
+        revision: pinned revision of a hub id.
+        dtype: "bfloat16", "float32", "float16", or None to choose by the hardware.
+        device: "cpu", "cuda", "cuda:1", ...
+        threads: intra-op threads, None for torch's own choice.
+        folds_dir: where folded soft prompts are kept across restarts; None keeps them in memory only.
+        max_running: sequences that decode together at most.
+        max_queued: requests that may wait before new ones are refused.
+        max_step_tokens: tokens of one packed step at most; at least max_running + prefill_chunk.
+        prefill_chunk: tokens a prompt is prefilled by; chunks end at multiples of it, counted from
+            the start of the sequence, so that a row's arithmetic never depends on its neighbours.
+        block_size: tokens a KV block holds.
+        kv_bytes: memory for KV blocks, adapters' prefixes included.
+        adapter_kv_share: share of the KV blocks that adapters' prefixes may take.
+        scale_slots: IA3 adapters resident at once.
+        host_bytes: memory for adapters that were read and are not on the device.
+        fast_kernels: use the decode kernel where it fits; False runs the plain torch path.
+        packed_linears: prepack bf16 linear weights for the CPU.
+    """
+
+    base: str
+    blobs_dir: str
+    revision: str | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    folds_dir: str | None = None
+    max_running: int = 64
+    max_queued: int = 1024
+    max_step_tokens: int = 512
+    prefill_chunk: int = 128
+    block_size: int = 16
+    kv_bytes: int = 1 << 30
+    adapter_kv_share: float = 0.5
+    scale_slots: int = 32
+    host_bytes: int = 1 << 30
+    fast_kernels: bool = True
+    packed_linears: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_step_tokens < self.max_running + self.prefill_chunk:
+            raise ValueError(
+                f"max_step_tokens is {self.max_step_tokens}, expected at least max_running + "
+                f"prefill_chunk = {self.max_running + self.prefill_chunk}: every running sequence "
+                "must get its token and a prompt its chunk in one step"
+            )
+        if not 0.0 < self.adapter_kv_share <= 1.0:
+            raise ValueError(
+                f"adapter_kv_share is {self.adapter_kv_share}, expected 0 < share <= 1"
+            )

@@ -1,0 +1,358 @@
+"""The engine: one `step` is schedule -> run -> sample -> commit.
+
+Single-threaded: whoever owns it calls `submit`, `abort` and `step` from one thread. It never sees text,
+adapter names or HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.errors import BaseUnsupported
+from adapters.serving import KVPrefix, ServingForm, SoftPrompt
+from server.engine.adapter_slots import AdapterEntry, Residency
+from server.engine.config import EngineConfig
+from server.engine.kv_cache import KVBlocks
+from server.engine.loader import AdapterLoader, HostCache, Loaded
+from server.engine.model_runner import ModelRunner, StepRows
+from server.engine.request import (
+    AdapterRef,
+    Event,
+    FailedEvent,
+    FinishReason,
+    GenerationRequest,
+    ResidencyEvent,
+    StatsEvent,
+    TokenEvent,
+    TokenLogprob,
+)
+from server.engine.sampler import Drawn, SampleRow, logprobs_of, sample
+from server.engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
+from server.engine.sequence import Sequence
+
+
+class Engine:
+    """Generates for many requests at once on one frozen base.
+
+    Args:
+        model: a transformers causal language model in eval mode, already on its device.
+        spec: its dimensions.
+        config: sizes and limits.
+        read_form: digest -> serving form; called on a thread of its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: BaseModelSpec,
+        config: EngineConfig,
+        read_form: Callable[[str], ServingForm],
+    ) -> None:
+        self.spec = spec
+        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        per_block = KVBlocks.bytes_per_block(spec, config.block_size, dtype)
+        num_blocks = max(1, config.kv_bytes // per_block)
+        self.limits = SchedulerLimits(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_running=config.max_running,
+            max_step_tokens=config.max_step_tokens,
+            prefill_chunk=config.prefill_chunk,
+            max_adapter_blocks=max(1, int(num_blocks * config.adapter_kv_share)),
+            num_scale_slots=config.scale_slots,
+        )
+        self.scheduler = Scheduler(self.limits)
+        self.runner = ModelRunner(
+            model,
+            spec,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            num_scale_slots=config.scale_slots,
+            fast_kernels=config.fast_kernels,
+        )
+        folds_dir = Path(config.folds_dir) if config.folds_dir else None
+        self._loader = AdapterLoader(read_form, spec, dtype, folds_dir)
+        self._host = HostCache(config.host_bytes)
+        self._submitted_at: dict[str, float] = {}
+        self._queue_seconds: dict[str, float] = {}
+        self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
+        self._residency: dict[str, str] = {}
+        self._fold_rows: dict[str, torch.Tensor] = {}
+        self._loads_under_way = 0
+
+    # --- commands --------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest) -> list[Event]:
+        """Queue a request; a list with its FailedEvent when it could never run."""
+        reason = self._refusal(request)
+        if reason is not None:
+            return [FailedEvent(request.request_id, "too_long", reason)]
+        self._submitted_at[request.request_id] = time.monotonic()
+        self.scheduler.add(request)
+        return []
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request at once; unknown ids are ignored."""
+        self.scheduler.abort(request_id)
+        self._forget(request_id)
+
+    def preload(self, ref: AdapterRef) -> None:
+        """Make an adapter resident when there is room."""
+        self.scheduler.preload(ref)
+
+    def unload(self, digest: str) -> None:
+        """Release an adapter's slot unless it is in use."""
+        self.scheduler.unload(digest)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do, or will once a load ends."""
+        return self.scheduler.has_work
+
+    def close(self) -> None:
+        """Stop the loader's thread."""
+        self._loader.close()
+
+    # --- the step --------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """Run one step.
+
+        A step with nothing to compute waits a moment for a load that is under way.
+        """
+        events = self._take_loads()
+        plan = self.scheduler.schedule()
+        for digest in plan.loads:
+            self._start_load(digest)
+        self._install(plan)
+        if plan.chunks:
+            events += self._compute(plan)
+        elif self._loads_under_way:
+            self._arrived(self._loader.poll(timeout=0.05), events)
+        events += self._residency_changes()
+        return events
+
+    def _compute(self, plan: StepPlan) -> list[Event]:
+        rows = [self._rows_of(chunk) for chunk in plan.chunks]
+        try:
+            logits = self.runner.run(rows)
+        except (RuntimeError, BaseUnsupported) as error:  # out of memory is a RuntimeError too
+            return self._fail(plan, f"the forward pass failed: {error}")
+        self.scheduler.complete(plan)
+        self._note_started(plan)
+        self._collect_prompt_logprobs(rows, logits)
+        sampling = [
+            (chunk, out[-1:])
+            for chunk, out in zip(plan.chunks, logits, strict=True)
+            if chunk.samples
+        ]
+        drawn: list[Drawn] = []
+        if sampling:
+            packed = torch.cat([out for _, out in sampling])
+            drawn = sample(packed, [_sample_row(chunk.sequence) for chunk, _ in sampling])
+        events = [
+            self._commit(chunk.sequence, token)
+            for (chunk, _), token in zip(sampling, drawn, strict=True)
+        ]
+        self._finish_folds(plan)
+        return events
+
+    def _fail(self, plan: StepPlan, message: str) -> list[Event]:
+        """End every sequence of a step that failed; the engine goes on with the others."""
+        events: list[Event] = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if sequence.request is None:
+                self.scheduler.fold_failed(sequence)
+                self._fold_rows.pop(sequence.fold_digest or "", None)
+                continue
+            self.scheduler.finish(sequence)
+            self._forget(sequence.request.request_id)
+            events.append(FailedEvent(sequence.request.request_id, "engine_error", message))
+        return events
+
+    def _rows_of(self, chunk: Chunk) -> StepRows:
+        sequence = chunk.sequence
+        if sequence.fold_digest is not None:
+            return StepRows(chunk, None, soft_rows=self._soft_rows(sequence.fold_digest))
+        digest = sequence.adapter_digest
+        entry = None if digest is None else self.scheduler.slots.entries[digest]
+        return StepRows(chunk, entry, all_logits=not sequence.prompt_logprobs_done)
+
+    def _soft_rows(self, digest: str) -> torch.Tensor:
+        # Held here until the fold ends: host memory may want the room of its form in between.
+        if digest not in self._fold_rows:
+            form = self._host.get(digest)
+            if not isinstance(form, SoftPrompt):
+                raise RuntimeError("a fold without its soft prompt")
+            self._fold_rows[digest] = form.embeddings
+        return self._fold_rows[digest]
+
+    def _commit(self, sequence: Sequence, drawn: Drawn) -> Event:
+        request = sequence.request
+        assert request is not None  # noqa: S101 - folds do not sample
+        if drawn.token_id is None:
+            self.scheduler.finish(sequence)
+            self._forget(request.request_id)
+            return FailedEvent(
+                request.request_id, "non_finite", "the model's logits were not finite for this row"
+            )
+        self.scheduler.append_token(sequence, drawn.token_id)
+        reason = _finish_reason(sequence, drawn.token_id)
+        first = sequence.num_output_tokens == 1
+        prompt_logprobs = self._prompt_logprobs.pop(request.request_id, None) if first else None
+        event = TokenEvent(
+            request.request_id,
+            drawn.token_id,
+            drawn.logprob,
+            reason,
+            None if prompt_logprobs is None else tuple(prompt_logprobs),
+            self._queue_seconds.pop(request.request_id, None) if first else None,
+        )
+        if reason is not None:
+            self.scheduler.finish(sequence)
+            self._forget(request.request_id)
+        return event
+
+    def _note_started(self, plan: StepPlan) -> None:
+        now = time.monotonic()
+        for chunk in plan.chunks:
+            request = chunk.sequence.request
+            if request is not None and request.request_id in self._submitted_at:
+                waited = now - self._submitted_at.pop(request.request_id)
+                self._queue_seconds[request.request_id] = waited
+
+    def _collect_prompt_logprobs(self, rows: list[StepRows], logits: list[torch.Tensor]) -> None:
+        for row, out in zip(rows, logits, strict=True):
+            sequence = row.chunk.sequence
+            if not row.all_logits or sequence.request is None:
+                continue
+            collected = self._prompt_logprobs.setdefault(sequence.request.request_id, [None])
+            # A preempted prompt starts again: what was collected already stands.
+            known = len(collected) - 1 - row.chunk.start
+            targets = sequence.token_ids[row.chunk.start + 1 : row.chunk.start + len(out) + 1]
+            targets = targets[: sequence.num_prompt_tokens - row.chunk.start - 1]
+            if known < len(targets):
+                num_top = sequence.request.sampling.num_logprobs or 0
+                part = out[known : len(targets)]
+                collected += logprobs_of(part, targets[known:], num_top)
+            if row.chunk.samples:
+                sequence.prompt_logprobs_done = True
+
+    # --- adapters --------------------------------------------------------------------------
+
+    def _start_load(self, digest: str) -> None:
+        form = self._host.get(digest)
+        if form is not None:
+            self.scheduler.adapter_loaded(digest, needs_fold=isinstance(form, SoftPrompt))
+            return
+        self._loads_under_way += 1
+        self._loader.start(digest)
+
+    def _take_loads(self) -> list[Event]:
+        events: list[Event] = []
+        while self._loads_under_way:
+            loaded = self._loader.poll()
+            if loaded is None:
+                break
+            self._arrived(loaded, events)
+        return events
+
+    def _arrived(self, loaded: Loaded | None, events: list[Event]) -> None:
+        if loaded is None:
+            return
+        self._loads_under_way -= 1
+        if loaded.form is None:
+            for sequence in self.scheduler.adapter_failed(loaded.digest):
+                if sequence.request is not None:
+                    self._forget(sequence.request.request_id)
+                    message = f"the adapter cannot be read: {loaded.error}"
+                    events.append(
+                        FailedEvent(sequence.request.request_id, "adapter_corrupt", message)
+                    )
+            return
+        self._keep(loaded.digest, loaded.form)
+        needs_fold = isinstance(loaded.form, SoftPrompt)
+        self.scheduler.adapter_loaded(loaded.digest, needs_fold=needs_fold)
+
+    def _keep(self, digest: str, form: ServingForm) -> None:
+        for dropped in self._host.put(digest, form):
+            self.scheduler.adapter_dropped(dropped)
+
+    def _install(self, plan: StepPlan) -> None:
+        for entry in plan.installs:
+            if entry.residency is not Residency.DEVICE:
+                continue  # evicted again for another one in the same plan
+            form = self._host.get(entry.ref.digest)
+            if form is None:
+                raise RuntimeError("an adapter without its host form")
+            self.runner.install(entry, form)
+
+    def _finish_folds(self, plan: StepPlan) -> None:
+        for chunk in plan.chunks:
+            fold = chunk.sequence
+            if fold.fold_digest is None or fold.num_computed < fold.num_tokens:
+                continue
+            entry: AdapterEntry = self.scheduler.fold_finished(fold)
+            folded: KVPrefix = self.runner.read_fold(entry)
+            self._fold_rows.pop(fold.fold_digest, None)
+            self._keep(fold.fold_digest, folded)
+            self._loader.keep_fold(fold.fold_digest, folded)
+
+    # --- books -----------------------------------------------------------------------------
+
+    def _refusal(self, request: GenerationRequest) -> str | None:
+        prefix = request.adapter.num_virtual_tokens if request.adapter else 0
+        tokens = len(request.prompt_token_ids) + request.sampling.max_new_tokens
+        if prefix + tokens > self.spec.max_positions:
+            return (
+                f"{prefix} virtual tokens, {len(request.prompt_token_ids)} prompt tokens and "
+                f"{request.sampling.max_new_tokens} new tokens make {prefix + tokens}, "
+                f"the base takes {self.spec.max_positions}"
+            )
+        return self.scheduler.refusal(request)
+
+    def _forget(self, request_id: str) -> None:
+        self._submitted_at.pop(request_id, None)
+        self._queue_seconds.pop(request_id, None)
+        self._prompt_logprobs.pop(request_id, None)
+
+    def _residency_changes(self) -> list[Event]:
+        names = {Residency.DEVICE: "device", Residency.HOST: "host", Residency.FOLDING: "host"}
+        changes: list[Event] = []
+        for digest, entry in self.scheduler.slots.entries.items():
+            now = names.get(entry.residency, "disk")
+            if self._residency.get(digest, "disk") != now:
+                self._residency[digest] = now
+                changes.append(ResidencyEvent(digest, now))  # type: ignore[arg-type]
+        return changes
+
+    def stats(self) -> StatsEvent:
+        """Counts of now."""
+        return StatsEvent(
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            kv_blocks_used=self.scheduler.pool.num_used,
+            kv_blocks_total=self.scheduler.pool.num_blocks,
+        )
+
+
+def _sample_row(sequence: Sequence) -> SampleRow:
+    assert sequence.request is not None  # noqa: S101 - folds do not sample
+    return SampleRow(sequence.request.sampling, sequence.token_ids, sequence.num_prompt_tokens)
+
+
+def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
+    assert sequence.request is not None  # noqa: S101 - folds do not sample
+    sampling = sequence.request.sampling
+    if not sampling.ignore_eos and token_id in sampling.eos_token_ids:
+        return "eos"
+    if sequence.num_output_tokens >= sampling.max_new_tokens:
+        return "length"
+    return None

@@ -1,0 +1,119 @@
+"""The KV blocks as tensors, and the transformers `Cache` that writes into them.
+
+One pair of tensors a layer, (num_blocks, H_kv, block_size, D). Who owns which block is the
+scheduler's affair; how they are read is `attention`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from adapters.base_model import BaseModelSpec
+
+
+class KVBlocks:
+    """Keys and values of all layers.
+
+    Attributes:
+        keys, values: a list of L tensors (num_blocks, H_kv, block_size, D).
+        block_size: tokens a block holds.
+    """
+
+    def __init__(
+        self,
+        spec: BaseModelSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        # zeros, not empty: unused slots of a block are read (and masked), and 0 * NaN is NaN.
+        # The pages are untouched until a block is first used.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+        self.values = [torch.zeros_like(layer) for layer in self.keys]
+        self.block_size = block_size
+
+    @staticmethod
+    def bytes_per_block(spec: BaseModelSpec, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one block takes over all layers, keys and values."""
+        per_token = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+        return block_size * per_token
+
+    def write(
+        self,
+        layer: int,
+        slots: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Put tokens (T, H_kv, D) where `slots` says: block ids (T,) and offsets inside them (T,)."""
+        blocks, offsets = slots
+        self.keys[layer][blocks, :, offsets] = keys
+        self.values[layer][blocks, :, offsets] = values
+
+    def write_prefix(self, block_ids: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy an adapter's keys and values, (L, H_kv, n, D), into its blocks."""
+        size = self.block_size
+        for index, block in enumerate(block_ids):
+            part_k = keys[:, :, index * size : (index + 1) * size]
+            part_v = values[:, :, index * size : (index + 1) * size]
+            count = part_k.shape[2]
+            for layer in range(len(self.keys)):
+                self.keys[layer][block, :, :count] = part_k[layer]
+                self.values[layer][block, :, :count] = part_v[layer]
+
+    def read_prefix(
+        self, block_ids: list[int], num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse of `write_prefix`: (L, H_kv, n, D) twice, on the CPU."""
+        index = torch.tensor(block_ids, device=self.keys[0].device)
+
+        def gather(layers: list[torch.Tensor]) -> torch.Tensor:
+            parts = [layer[index].transpose(0, 1).flatten(1, 2) for layer in layers]
+            return torch.stack([part[:, :num_tokens] for part in parts]).cpu()
+
+        return gather(self.keys), gather(self.values)
+
+
+class StepCache(Cache):
+    """What the model is given as `past_key_values`.
+
+    `update` writes the step's keys and values into the blocks and returns them unchanged; the attention
+    function reads the blocks itself. To the model the past is empty, since positions are explicit.
+    """
+
+    def __init__(self, blocks: KVBlocks) -> None:
+        super().__init__(layers=[])
+        self.blocks = blocks
+        self.slots: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(  # type: ignore[override]
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write (1, H_kv, T, D) keys and values of one layer; returns them as they came."""
+        if self.slots is None:
+            raise RuntimeError("no step is under way")
+        self.blocks.write(
+            layer_idx,
+            self.slots,
+            key_states[0].transpose(0, 1),
+            value_states[0].transpose(0, 1),
+        )
+        return key_states, value_states
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """0: the packed row has no past of its own."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:  # type: ignore[override]
+        """The step's own length and no offset."""
+        return query_length, 0

@@ -1,0 +1,174 @@
+"""Stored bytes to serving forms, off the engine's thread, and the host memory that keeps them.
+
+A folded soft prompt is written beside the adapters, named by adapter, base and dtype, so that neither an
+eviction nor a restart folds twice. Knows nothing of the scheduler: results are polled.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from adapters.base_model import BaseModelSpec
+from adapters.errors import AdapterError
+from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A load that ended: a form, or the reason why there is none."""
+
+    digest: str
+    form: ServingForm | None
+    error: str | None = None
+
+
+class HostCache:
+    """Serving forms in host memory, least recently used out first.
+
+    Args:
+        max_bytes: what they may take together; the newest one stays even if it is larger.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._forms: OrderedDict[str, ServingForm] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, digest: str) -> ServingForm | None:
+        """The form, or None; a hit counts as use."""
+        form = self._forms.get(digest)
+        if form is not None:
+            self._forms.move_to_end(digest)
+        return form
+
+    def put(self, digest: str, form: ServingForm) -> list[str]:
+        """Keep a form; the digests that had to go for it."""
+        if digest in self._forms:
+            self._bytes -= form_bytes(self._forms.pop(digest))
+        self._forms[digest] = form
+        self._bytes += form_bytes(form)
+        dropped = []
+        while self._bytes > self._max_bytes and len(self._forms) > 1:
+            old, out = self._forms.popitem(last=False)
+            self._bytes -= form_bytes(out)
+            dropped.append(old)
+        return dropped
+
+
+def form_bytes(form: ServingForm) -> int:
+    """Bytes that a serving form takes."""
+    return sum(tensor.nbytes for tensor in _tensors(form))
+
+
+def _tensors(form: ServingForm) -> list[torch.Tensor]:
+    if isinstance(form, KVPrefix):
+        return [form.keys, form.values]
+    if isinstance(form, SoftPrompt):
+        return [form.embeddings]
+    return [*form.inputs.values(), *form.outputs.values()]
+
+
+class AdapterLoader:
+    """Reads adapters on a thread of its own.
+
+    Args:
+        read_form: digest -> serving form; raises AdapterError or OSError.
+        base: what the forms are checked against.
+        dtype: what keys, values and embeddings are cast to; scales stay float32.
+        folds_dir: where folded soft prompts are kept, or None.
+    """
+
+    def __init__(
+        self,
+        read_form: Callable[[str], ServingForm],
+        base: BaseModelSpec,
+        dtype: torch.dtype,
+        folds_dir: Path | None,
+    ) -> None:
+        self._read_form = read_form
+        self._base = base
+        self._dtype = dtype
+        self._folds_dir = folds_dir
+        self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+
+    def start(self, digest: str) -> None:
+        """Begin to read an adapter; `poll` tells when it is there."""
+        self._executor.submit(self._load, digest)
+
+    def poll(self, timeout: float | None = None) -> Loaded | None:
+        """The next finished load; waits up to `timeout` seconds when one is given."""
+        try:
+            if timeout is None:
+                return self._done.get_nowait()
+            return self._done.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def keep_fold(self, digest: str, form: KVPrefix) -> None:
+        """Write a folded soft prompt beside the adapters, off the engine's thread."""
+        if self._folds_dir is not None:
+            self._executor.submit(self._write_fold, digest, form)
+
+    def close(self) -> None:
+        """Let what is under way end and stop the thread."""
+        self._executor.shutdown(wait=True)
+
+    def _load(self, digest: str) -> None:
+        try:
+            form = self._read_fold(digest) or self._read_form(digest)
+            form.check(self._base)
+            self._done.put(Loaded(digest, self._cast(form)))
+        except (AdapterError, OSError, SafetensorError, ValueError, RuntimeError) as error:
+            self._done.put(Loaded(digest, None, str(error)))
+
+    def _cast(self, form: ServingForm) -> ServingForm:
+        if isinstance(form, KVPrefix):
+            keys, values = form.keys.to(self._dtype), form.values.to(self._dtype)
+            return KVPrefix(keys.contiguous(), values.contiguous())
+        if isinstance(form, SoftPrompt):
+            return SoftPrompt(form.embeddings.to(self._dtype))
+        floats = [
+            {path: v.float() for path, v in side.items()} for side in (form.inputs, form.outputs)
+        ]
+        return ActivationScales(*floats)
+
+    def _fold_path(self, digest: str) -> Path | None:
+        if self._folds_dir is None:
+            return None
+        return self._folds_dir / f"{digest}-{self._base.digest[:16]}-{self._base.dtype}.safetensors"
+
+    def _read_fold(self, digest: str) -> KVPrefix | None:
+        path = self._fold_path(digest)
+        if path is None or not path.exists():
+            return None
+        try:
+            tensors = load_file(path)
+            form = KVPrefix(tensors["keys"], tensors["values"])
+            form.check(self._base)
+        except (AdapterError, KeyError, OSError, SafetensorError):
+            path.unlink(missing_ok=True)  # half a file from a crash: fold again
+            return None
+        return form
+
+    def _write_fold(self, digest: str, form: KVPrefix) -> None:
+        path = self._fold_path(digest)
+        if path is None:
+            return
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"keys": form.keys, "values": form.values}, temporary)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # only a cache: the adapter is on the device already

@@ -1,0 +1,228 @@
+"""A planned step to logits: packing, the forward pass, adapter installs.
+
+Owns every tensor of the engine. Knows chunks and adapter entries as the scheduler wrote them down, and
+nothing of requests, text or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+from server.engine.adapter_slots import AdapterEntry
+from server.engine.attention import AttentionPath, Rows, connect
+from server.engine.blocks import blocks_for
+from server.engine.decode_kernel import DecodeKernel
+from server.engine.kv_cache import KVBlocks, StepCache
+from server.engine.scales import ScaleTables
+from server.engine.scheduler import Chunk
+
+# Above every position: a key slot that holds nothing is hidden from every query.
+_NOWHERE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One chunk and its adapter, as the runner needs them.
+
+    Attributes:
+        chunk: what to compute.
+        entry: the adapter that its sequence runs with, or None.
+        soft_rows: for a fold, the rows (n, d) that stand in for token embeddings.
+        all_logits: keep the logits of every token of the chunk, not of the last alone.
+    """
+
+    chunk: Chunk
+    entry: AdapterEntry | None
+    soft_rows: torch.Tensor | None = None
+    all_logits: bool = False
+
+
+class ModelRunner:
+    """The base model with its KV blocks and scale tables.
+
+    Args:
+        model: a frozen transformers causal language model in eval mode.
+        spec: its dimensions.
+        num_blocks: KV blocks.
+        block_size: tokens a block holds.
+        num_scale_slots: IA3 adapters resident at once.
+        fast_kernels: let `decode_kernel` take single-token rows where it can.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: BaseModelSpec,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_scale_slots: int,
+        fast_kernels: bool,
+    ) -> None:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self.device: torch.device = embedding.weight.device
+        self.dtype: torch.dtype = embedding.weight.dtype
+        self._model = model
+        self._embedding = embedding
+        self._blocks = KVBlocks(spec, num_blocks, block_size, self.dtype, self.device)
+        self._cache = StepCache(self._blocks)
+        self._path = AttentionPath(self._blocks)
+        self._scales = ScaleTables(model, spec, num_scale_slots, self.device)
+        self._kernel: DecodeKernel | None = None
+        if fast_kernels and DecodeKernel.fits(self.device, self.dtype):
+            self._kernel = DecodeKernel(self._blocks)
+        connect(model, self._path)
+
+    def install(self, entry: AdapterEntry, form: ServingForm) -> None:
+        """Fill the slot of an adapter with its serving form."""
+        if isinstance(form, ActivationScales):
+            self._scales.install(entry.scale_slot, form)
+        elif isinstance(form, KVPrefix):
+            self._blocks.write_prefix(entry.block_ids, form.keys, form.values)
+        elif isinstance(form, SoftPrompt):
+            raise TypeError("a soft prompt is folded before it is installed")
+
+    def read_fold(self, entry: AdapterEntry) -> KVPrefix:
+        """The keys and values that a finished fold left in its blocks, on the CPU."""
+        return KVPrefix(*self._blocks.read_prefix(entry.block_ids, entry.ref.num_virtual_tokens))
+
+    @torch.inference_mode()
+    def run(self, rows: list[StepRows]) -> list[torch.Tensor]:
+        """One forward pass.
+
+        Returns:
+            For each of `rows` its logits: (num_tokens, V) with `all_logits`, (1, V) where the chunk
+            samples, else (0, V).
+        """
+        sizes = [row.chunk.num_tokens for row in rows]
+        offsets = np.concatenate(([0], np.cumsum(sizes)))
+        positions = np.concatenate([_positions(row) for row in rows])
+        self._cache.slots = self._write_slots(rows)
+        self._scales.set_rows(
+            [slot for row in rows for slot in [_scale_slot(row)] * row.chunk.num_tokens]
+        )
+        self._plan_attention(rows, offsets, positions)
+        counts = [_num_logits(row) for row in rows]
+        keep = [np.arange(end - n, end) for n, end in zip(counts, offsets[1:], strict=True)]
+        output = self._model(
+            inputs_embeds=self._embed(rows)[None],
+            position_ids=self._tensor(positions)[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=self._tensor(np.concatenate(keep).astype(np.int64)),
+        )
+        return list(torch.split(output.logits[0], counts))
+
+    # --- packing ---------------------------------------------------------------------------
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _embed(self, rows: list[StepRows]) -> torch.Tensor:
+        """(T, d): token embeddings, with a fold's soft rows in their place."""
+        ids: list[int] = []
+        for row in rows:
+            start, end = row.chunk.start, row.chunk.start + row.chunk.num_tokens
+            if row.soft_rows is None:
+                ids += row.chunk.sequence.token_ids[start:end]
+            else:
+                ids += [0] * (end - start)
+        embeddings: torch.Tensor = self._embedding(torch.tensor(ids, device=self.device))
+        at = 0
+        for row in rows:
+            size = row.chunk.num_tokens
+            if row.soft_rows is not None:
+                part = row.soft_rows[row.chunk.start : row.chunk.start + size]
+                embeddings[at : at + size] = part.to(self.device, self.dtype)
+            at += size
+        return embeddings
+
+    def _write_slots(self, rows: Iterable[StepRows]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the step's keys and values go: block ids (T,) and offsets inside them (T,)."""
+        size = self._blocks.block_size
+        blocks, offsets = [], []
+        for row in rows:
+            index = np.arange(row.chunk.start, row.chunk.start + row.chunk.num_tokens)
+            blocks.append(np.asarray(row.chunk.sequence.block_ids, dtype=np.int64)[index // size])
+            offsets.append(index % size)
+        return self._tensor(np.concatenate(blocks)), self._tensor(np.concatenate(offsets))
+
+    def _plan_attention(
+        self, rows: list[StepRows], offsets: np.ndarray, positions: np.ndarray
+    ) -> None:
+        """Group the rows by shape; single tokens go to the decode kernel where there is one."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        singles: list[int] = []
+        tables = [self._block_table(row) for row in rows]
+        for index, row in enumerate(rows):
+            if self._kernel is not None and row.chunk.num_tokens == 1:
+                singles.append(index)
+            else:
+                key = (row.chunk.num_tokens, len(tables[index][0]))
+                groups.setdefault(key, []).append(index)
+        self._path.rows = [
+            self._rows([tables[i] for i in group], offsets[group], positions, num_queries)
+            for (num_queries, _), group in groups.items()
+        ]
+        self._path.fast = None
+        if self._kernel is not None and singles:
+            tokens = offsets[singles]
+            self._path.fast = self._kernel.plan(
+                tokens, positions[tokens], [tables[i] for i in singles]
+            )
+
+    def _rows(
+        self,
+        tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        starts: np.ndarray,
+        positions: np.ndarray,
+        num_queries: int,
+    ) -> Rows:
+        tokens = starts[:, None] + np.arange(num_queries)
+        slots = np.arange(self._blocks.block_size)
+        block_ids = np.stack([table[0] for table in tables])
+        first = np.stack([table[1] for table in tables])[:, :, None]
+        filled = np.stack([table[2] for table in tables])[:, :, None]
+        key_positions = np.where(slots < filled, first + slots, _NOWHERE)
+        return Rows(
+            tokens=self._tensor(tokens),
+            positions=self._tensor(positions[tokens]),
+            block_ids=self._tensor(block_ids),
+            key_positions=self._tensor(key_positions.reshape(len(tables), -1)),
+        )
+
+    def _block_table(self, row: StepRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a chunk sees: block ids, position of each block's first key, keys in it; each (N,)."""
+        size = self._blocks.block_size
+        end = row.chunk.start + row.chunk.num_tokens
+        tail = row.chunk.sequence.block_ids[: blocks_for(end, size)]
+        shared = row.entry.block_ids if row.entry is not None else []
+        prefix = row.chunk.sequence.prefix_tokens
+        ids = np.asarray([*shared, *tail], dtype=np.int64)
+        shared_at = np.arange(len(shared)) * size
+        tail_at = np.arange(len(tail)) * size
+        first = np.concatenate((shared_at, prefix + tail_at))
+        filled = np.concatenate((prefix - shared_at, end - tail_at)).clip(max=size)
+        return ids, first, filled
+
+
+def _positions(row: StepRows) -> np.ndarray:
+    start = row.chunk.sequence.prefix_tokens + row.chunk.start
+    return np.arange(start, start + row.chunk.num_tokens)
+
+
+def _scale_slot(row: StepRows) -> int:
+    return 0 if row.entry is None else row.entry.scale_slot
+
+
+def _num_logits(row: StepRows) -> int:
+    if row.all_logits:
+        return row.chunk.num_tokens
+    return int(row.chunk.samples)

@@ -1,0 +1,89 @@
+"""IA3 on the device: tables of scales and the hooks that apply them.
+
+For every module that some resident adapter targets there is a table (num_slots + 1, width) for its
+input, its output, or both. Row 0 is all ones and serves every other row of the batch. The base's
+modules stay as they are: forward hooks multiply. They are registered when a module is first
+targeted and return at once in a step in which no row uses scales.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.serving import ActivationScales
+
+
+class ScaleTables:
+    """Tables and hooks of one model.
+
+    Args:
+        model: the base.
+        spec: its dimensions.
+        num_slots: IA3 adapters resident at once.
+        device: where the tables lie.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: BaseModelSpec, num_slots: int, device: torch.device
+    ) -> None:
+        self._modules = dict(model.named_modules())
+        self._spec = spec
+        self._num_rows = num_slots + 1
+        self._device = device
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._targets: dict[int, ActivationScales] = {}
+        self._rows: torch.Tensor | None = None
+
+    def set_rows(self, slots: list[int]) -> None:
+        """Say which row of the tables each packed token (T,) uses in the coming step."""
+        self._rows = torch.tensor(slots, device=self._device) if any(slots) else None
+
+    def install(self, slot: int, scales: ActivationScales) -> None:
+        """Fill row `slot`; what its last user had targeted beyond `scales` goes back to one."""
+        self._reset(slot)
+        for path, vector in scales.inputs.items():
+            self._table(self._inputs, path, is_input=True)[slot] = vector.to(self._device)
+        for path, vector in scales.outputs.items():
+            self._table(self._outputs, path, is_input=False)[slot] = vector.to(self._device)
+        self._targets[slot] = scales
+
+    def _reset(self, slot: int) -> None:
+        previous = self._targets.pop(slot, None)
+        if previous is not None:
+            for path in previous.inputs:
+                self._inputs[path][slot] = 1.0
+            for path in previous.outputs:
+                self._outputs[path][slot] = 1.0
+
+    def _table(self, tables: dict[str, torch.Tensor], path: str, *, is_input: bool) -> torch.Tensor:
+        table = tables.get(path)
+        if table is None:
+            spec = self._spec.linear_modules[path]
+            width = spec.in_features if is_input else spec.out_features
+            table = tables[path] = torch.ones(self._num_rows, width, device=self._device)
+            self._hook(path, table, is_input=is_input)
+        return table
+
+    def _hook(self, path: str, table: torch.Tensor, *, is_input: bool) -> None:
+        module = self._modules[path]
+
+        def scale(tensor: torch.Tensor) -> torch.Tensor:
+            # Multiply in float32 and round once, as PEFT's float32 vectors do on a bf16 base; x * 1.0
+            # gives x back exactly for the rows of other adapters.
+            return (tensor.float() * table[self._rows]).to(tensor.dtype)
+
+        def on_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            return None if self._rows is None else (scale(args[0]), *args[1:])
+
+        def on_output(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor | None:
+            return None if self._rows is None else scale(out)
+
+        if is_input:
+            module.register_forward_pre_hook(on_input)
+        else:
+            module.register_forward_hook(on_output)

@@ -1,0 +1,473 @@
+"""What the next step computes.
+
+The scheduler decides, on plain numbers, which sequences run, how many tokens each gets, which
+adapters come and go, and who gives way when KV runs out. It knows no tensors, clocks or threads.
+
+The rules, in the order in which `schedule` applies them:
+
+1. Running sequences first, oldest first. One that needs a block while none is free evicts an idle
+   adapter, else the youngest running sequence is preempted: its blocks go, its tokens stay, and it
+   is prefilled again later. Nothing is emitted twice, since its output is part of what is prefilled.
+2. Preempted sequences come back before anything new is admitted, oldest first. So the oldest
+   sequence always moves, and every sequence becomes the oldest at some time.
+3. New sequences are admitted from one queue an adapter, one at a time in rotation, so that an
+   adapter with a long queue cannot keep others out. An adapter that is being read is passed by; one
+   that does not fit is passed by too, but only MAX_PASSED_OVER times: then nobody else is admitted
+   until it fits.
+
+A prompt's chunks end at multiples of `prefill_chunk` from the start of its own tokens. A step's token
+budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any company.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from server.engine.adapter_slots import AdapterEntry, AdapterSlots, Residency
+from server.engine.blocks import BlockPool, blocks_for
+from server.engine.request import AdapterRef, GenerationRequest
+from server.engine.sequence import Sequence, SequenceState
+
+MAX_PASSED_OVER = 64
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Sizes that the scheduler must keep; see `EngineConfig` for their meaning."""
+
+    num_blocks: int
+    block_size: int
+    max_running: int
+    max_step_tokens: int
+    prefill_chunk: int
+    max_adapter_blocks: int
+    num_scale_slots: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + num_tokens) of one sequence, its prefix not counted.
+
+    `samples` says that the last of them is the sequence's newest token: a token is drawn after it.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass
+class StepPlan:
+    """One step.
+
+    Attributes:
+        loads: digests to read from disk, asked for once.
+        installs: adapters whose slot must be filled before the forward pass.
+        chunks: what the forward pass computes; rows of one adapter stand together.
+        preempted: sequences that lost their blocks in this step.
+    """
+
+    loads: list[str] = field(default_factory=list)
+    installs: list[AdapterEntry] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed step."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class Scheduler:
+    """Queues, running sequences, blocks and slots of one engine."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks)
+        self.slots = AdapterSlots(
+            self.pool, limits.block_size, limits.max_adapter_blocks, limits.num_scale_slots
+        )
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._preempted: list[Sequence] = []
+        self._queues: OrderedDict[str | None, deque[Sequence]] = OrderedDict()
+        self._passed_over: dict[str | None, int] = {}
+        self._preloads: deque[AdapterEntry] = deque()
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+
+    # --- what comes in ---------------------------------------------------------------------
+
+    def refusal(self, request: GenerationRequest) -> str | None:
+        """Why the request could never run here, or None when it can."""
+        prefix = request.adapter.num_virtual_tokens if request.adapter else 0
+        tokens = len(request.prompt_token_ids) + request.sampling.max_new_tokens
+        block_size = self.limits.block_size
+        prefix_blocks = blocks_for(prefix, block_size)
+        if prefix_blocks > self.limits.max_adapter_blocks:
+            return (
+                f"the adapter's {prefix} virtual tokens need {prefix_blocks} KV blocks, "
+                f"adapters may hold {self.limits.max_adapter_blocks}"
+            )
+        if request.adapter and request.adapter.uses_scales and not self.limits.num_scale_slots:
+            return "the engine has no scale slots"
+        need = prefix_blocks + blocks_for(tokens, block_size)
+        if need > self.limits.num_blocks:
+            return (
+                f"{tokens} tokens and {prefix} virtual tokens need {need} KV blocks, "
+                f"the engine has {self.limits.num_blocks}"
+            )
+        return None
+
+    def add(self, request: GenerationRequest) -> Sequence:
+        """Queue a request that `refusal` let through."""
+        sequence = Sequence.of(request, self._next_arrival())
+        self._sequences[request.request_id] = sequence
+        if request.adapter is not None:
+            self.slots.entry(request.adapter)
+        self._queues.setdefault(sequence.adapter_digest, deque()).append(sequence)
+        return sequence
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Drop a sequence in whatever state it is; None when it is not known (any more)."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.finish(sequence)
+        return sequence
+
+    def preload(self, ref: AdapterRef) -> None:
+        """Make an adapter resident when there is room, without a request."""
+        entry = self.slots.entry(ref)
+        if entry not in self._preloads:
+            self._preloads.append(entry)
+
+    def unload(self, digest: str) -> bool:
+        """Release an adapter's slot; False when it is in use or holds none."""
+        entry = self.slots.entries.get(digest)
+        if entry is None or entry.pins or entry.residency is not Residency.DEVICE:
+            return False
+        self.slots.release(entry)
+        return True
+
+    def adapter_loaded(self, digest: str, *, needs_fold: bool) -> None:
+        """The adapter's host form is in memory."""
+        entry = self.slots.entries[digest]
+        entry.residency = Residency.HOST
+        entry.on_host = True
+        entry.needs_fold = needs_fold
+
+    def adapter_dropped(self, digest: str) -> None:
+        """The adapter's host form left memory."""
+        entry = self.slots.entries.get(digest)
+        if entry is None:
+            return
+        entry.on_host = False
+        if entry.residency is Residency.HOST:
+            entry.residency = Residency.DISK
+
+    def adapter_failed(self, digest: str) -> list[Sequence]:
+        """The adapter cannot be read: its waiting sequences, finished, for the caller to report."""
+        entry = self.slots.entries[digest]
+        if entry.residency is Residency.LOADING:
+            entry.residency = Residency.DISK
+        if entry in self._preloads:
+            self._preloads.remove(entry)
+        failed = list(self._queues.get(digest, ()))
+        failed += [sequence for sequence in self._preempted if sequence.adapter_digest == digest]
+        for sequence in failed:
+            self.finish(sequence)
+        return failed
+
+    def fold_finished(self, fold: Sequence) -> AdapterEntry:
+        """All rows of a fold are computed: its blocks become the adapter's shared segment."""
+        assert fold.fold_digest is not None  # noqa: S101 - a fold by construction
+        entry = self.slots.entries[fold.fold_digest]
+        fold.block_ids = []
+        fold.to(SequenceState.FINISHED)
+        self.running.remove(fold)
+        entry.residency = Residency.DEVICE
+        entry.needs_fold = False
+        entry.pins -= 1
+        return entry
+
+    def fold_failed(self, fold: Sequence) -> None:
+        """A fold's step failed: its slot is given back and the adapter is as before the fold."""
+        assert fold.fold_digest is not None  # noqa: S101 - a fold by construction
+        entry = self.slots.entries[fold.fold_digest]
+        fold.block_ids = []
+        fold.to(SequenceState.FINISHED)
+        self.running.remove(fold)
+        entry.pins -= 1
+        self.slots.release(entry)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it stands, and give back what it holds."""
+        if sequence.state is SequenceState.RUNNING:
+            self._leave_running(sequence)
+        elif sequence.state is SequenceState.PREEMPTED:
+            self._preempted.remove(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self._dequeue(sequence)
+        sequence.to(SequenceState.FINISHED)
+        if sequence.request is not None:
+            self._sequences.pop(sequence.request.request_id, None)
+
+    def append_token(self, sequence: Sequence, token_id: int) -> None:
+        """Commit a drawn token."""
+        sequence.token_ids.append(token_id)
+
+    # --- what is there ---------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks: queued or preempted."""
+        return sum(len(queue) for queue in self._queues.values()) + len(self._preempted)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do anything, now or once a load ends."""
+        return bool(self.running or self._preempted or self._queues or self._preloads)
+
+    # --- the step --------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Plan one step; blocks and slots it needs are taken when it returns."""
+        plan = StepPlan()
+        budget = self._schedule_running(plan, self.limits.max_step_tokens)
+        if not plan.preempted:
+            budget = self._resume(plan, budget)
+            if not self._preempted:
+                self._admit(plan, budget)
+                self._start_preloads(plan)
+        # Rows of one adapter stand together; Python's sort keeps the order of age inside them.
+        plan.chunks.sort(key=lambda chunk: chunk.sequence.adapter_digest or "")
+        return plan
+
+    def complete(self, plan: StepPlan) -> None:
+        """The step's KV is in place."""
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed += chunk.num_tokens
+
+    def _schedule_running(self, plan: StepPlan, budget: int) -> int:
+        # Single tokens first: every decode has a place, whatever prompts are under way.
+        by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
+        order = [s for s in by_age if self._is_decode(s)] + [
+            s for s in by_age if not self._is_decode(s)
+        ]
+        for sequence in order:
+            if sequence.state is not SequenceState.RUNNING:
+                continue  # preempted for an older one in this very step
+            size = sequence.next_chunk(self.limits.prefill_chunk)
+            if size <= budget and self._grow(sequence, size, plan):
+                budget -= self._take(plan, sequence, size)
+        return budget
+
+    def _is_decode(self, sequence: Sequence) -> bool:
+        return sequence.num_tokens - sequence.num_computed == 1
+
+    def _take(self, plan: StepPlan, sequence: Sequence, size: int) -> int:
+        end = sequence.num_computed + size
+        samples = sequence.request is not None and end == sequence.num_tokens
+        plan.chunks.append(Chunk(sequence, sequence.num_computed, size, samples))
+        entry = self._entry_of(sequence)
+        if entry is not None:
+            self.slots.touch(entry)
+        return size
+
+    def _grow(self, sequence: Sequence, size: int, plan: StepPlan) -> bool:
+        """Give `sequence` blocks for `size` more tokens, preempting the youngest if need be."""
+        total = blocks_for(sequence.num_computed + size, self.limits.block_size)
+        need = total - len(sequence.block_ids)
+        while need > 0 and not self.slots.make_room(need):
+            victim = self._youngest(plan)
+            if victim is None or (victim is sequence and not self._is_youngest(sequence)):
+                return False  # younger ones already move in this step: wait, they will end
+            self._preempt(victim, plan)
+            if victim is sequence:
+                return False
+        if need > 0:
+            sequence.block_ids += self.pool.allocate(need) or []
+        return True
+
+    def _youngest(self, plan: StepPlan) -> Sequence | None:
+        """The youngest running request that this step does not compute already; folds never yield."""
+        taken = {id(chunk.sequence) for chunk in plan.chunks}
+        candidates = [s for s in self.running if s.request is not None and id(s) not in taken]
+        return max(candidates, key=lambda sequence: sequence.arrival, default=None)
+
+    def _is_youngest(self, sequence: Sequence) -> bool:
+        return all(s.arrival <= sequence.arrival for s in self.running if s.request is not None)
+
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self._leave_running(sequence)
+        sequence.num_computed = 0
+        sequence.to(SequenceState.PREEMPTED)
+        self._preempted.append(sequence)
+        self._preempted.sort(key=lambda s: s.arrival)
+        plan.preempted.append(sequence)
+        self.num_preemptions += 1
+
+    def _resume(self, plan: StepPlan, budget: int) -> int:
+        while self._preempted:
+            sequence = self._preempted[0]
+            admitted = self._try_start(plan, sequence, budget)
+            if not admitted:
+                break
+            self._preempted.pop(0)
+            budget -= self._start(plan, sequence)
+        return budget
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        # Every pass over the rotation admits at most one sequence an adapter.
+        admitted = True
+        while admitted:
+            admitted = False
+            starved = [k for k, count in self._passed_over.items() if count >= MAX_PASSED_OVER]
+            for key in starved or list(self._queues):
+                sequence = self._queues[key][0]
+                if self._try_start(plan, sequence, budget):
+                    self._dequeue(sequence)
+                    if key in self._queues:
+                        self._queues.move_to_end(key)
+                    budget -= self._start(plan, sequence)
+                    self._passed_over.pop(key, None)
+                    for other in self._passed_over:
+                        self._passed_over[other] += 1
+                    admitted = True
+
+    def _try_start(self, plan: StepPlan, sequence: Sequence, budget: int) -> bool:
+        """Whether `sequence` can join now; its adapter is made resident on the way.
+
+        True leaves the blocks of the sequence's first chunk free for the taking.
+        """
+        size = sequence.next_chunk(self.limits.prefill_chunk)
+        if len(self.running) >= self.limits.max_running or size > budget:
+            return False
+        entry = self._entry_of(sequence)
+        if entry is not None and entry.residency is not Residency.DEVICE:
+            if not self._make_resident(plan, entry, sequence):
+                return False
+        # Room for the whole of what is known, so that admission does not cause preemption at once.
+        need = blocks_for(sequence.num_tokens, self.limits.block_size)
+        if self.slots.make_room(need, keep=entry):
+            return True
+        self._note_blocked(sequence)
+        return False
+
+    def _make_resident(
+        self, plan: StepPlan, entry: AdapterEntry, sequence: Sequence | None
+    ) -> bool:
+        """Move an adapter towards the device; True when it is there, before the forward pass runs."""
+        if entry.residency is Residency.DISK:
+            entry.residency = Residency.LOADING
+            plan.loads.append(entry.ref.digest)
+        if entry.residency is not Residency.HOST:
+            return False
+        if not self.slots.take_slot(entry):
+            if sequence is not None:
+                self._note_blocked(sequence)
+            return False
+        if entry.needs_fold:
+            self._start_fold(entry)
+            return False
+        entry.residency = Residency.DEVICE
+        plan.installs.append(entry)
+        return True
+
+    def _start_fold(self, entry: AdapterEntry) -> None:
+        rows = entry.ref.num_virtual_tokens
+        fold = Sequence.fold(entry.ref.digest, rows, entry.block_ids, self._next_arrival())
+        entry.residency = Residency.FOLDING
+        entry.pins += 1
+        self.running.append(fold)
+
+    def _note_blocked(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.WAITING:
+            self._passed_over.setdefault(sequence.adapter_digest, 0)
+
+    def _start(self, plan: StepPlan, sequence: Sequence) -> int:
+        size = sequence.next_chunk(self.limits.prefill_chunk)
+        need = blocks_for(sequence.num_computed + size, self.limits.block_size)
+        sequence.block_ids = self.pool.allocate(need) or []
+        sequence.to(SequenceState.RUNNING)
+        self.running.append(sequence)
+        entry = self._entry_of(sequence)
+        if entry is not None:
+            entry.pins += 1
+        return self._take(plan, sequence, size)
+
+    def _start_preloads(self, plan: StepPlan) -> None:
+        for entry in list(self._preloads):
+            if entry.residency is Residency.DEVICE or self._make_resident(plan, entry, None):
+                self._preloads.remove(entry)
+
+    # --- keeping the books -----------------------------------------------------------------
+
+    def _entry_of(self, sequence: Sequence) -> AdapterEntry | None:
+        digest = sequence.adapter_digest
+        return None if digest is None else self.slots.entries[digest]
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.free(sequence.block_ids)
+        sequence.block_ids = []
+        entry = self._entry_of(sequence)
+        if entry is not None:
+            entry.pins -= 1
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        key = sequence.adapter_digest
+        queue = self._queues[key]
+        queue.remove(sequence)
+        if not queue:
+            del self._queues[key]
+            self._passed_over.pop(key, None)
+
+    def _next_arrival(self) -> int:
+        self._arrivals += 1
+        return self._arrivals
+
+    def check_integrity(self) -> None:
+        """Audit blocks, slots and pins; RuntimeError names the first thing that is wrong.
+
+        Cheap enough to run whenever the engine is idle and after every step of a test.
+        """
+        held = self.pool.free_ids()
+        for sequence in self.running:
+            if sequence.request is not None:  # a fold's blocks are its adapter's
+                held += sequence.block_ids
+        for entry in self.slots.entries.values():
+            held += entry.block_ids
+        if sorted(held) != list(range(self.limits.num_blocks)):
+            raise RuntimeError("KV blocks are lost or held twice")
+        self._check_slots()
+        for sequence in self._preempted + [s for q in self._queues.values() for s in q]:
+            if sequence.block_ids:
+                raise RuntimeError("a waiting sequence holds KV blocks")
+        if len([s for s in self.running if s.request is not None]) > self.limits.max_running:
+            raise RuntimeError("more sequences run than may")
+
+    def _check_slots(self) -> None:
+        pins: dict[str, int] = {}
+        for sequence in self.running:
+            digest = sequence.fold_digest or sequence.adapter_digest
+            if digest is not None:
+                pins[digest] = pins.get(digest, 0) + 1
+        for digest, entry in self.slots.entries.items():
+            if entry.pins != pins.get(digest, 0):
+                raise RuntimeError(
+                    f"adapter {digest}: {entry.pins} pins, {pins.get(digest, 0)} users"
+                )
+            holds = bool(entry.block_ids) or entry.scale_slot > 0
+            resident = entry.residency in (Residency.DEVICE, Residency.FOLDING)
+            if holds != resident and entry.ref.num_virtual_tokens + entry.ref.uses_scales:
+                raise RuntimeError(f"adapter {digest}: slot and residency disagree")
+            if entry.pins and not resident:
+                raise RuntimeError(f"adapter {digest}: in use but not resident")
+        used = [e.scale_slot for e in self.slots.entries.values() if e.scale_slot]
+        if len(used) != len(set(used)):
+            raise RuntimeError("two adapters share a row of the scale tables")
+        if self.slots.num_adapter_blocks > self.limits.max_adapter_blocks:
+            raise RuntimeError("adapters hold more KV blocks than they may")
