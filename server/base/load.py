@@ -1,0 +1,328 @@
+"""Loading a base model, frozen: from a local directory or from the hub at a pinned commit.
+
+Safetensors only, and never code from a checkpoint. What cannot be served is refused here, before
+any weight is read where the config says enough. Where the stored dtype is the one that is served,
+the weights stay memory-mapped: the model's tensors are pages of the file, shared and evictable.
+This file knows nothing of adapters, of the engine, or of how the default base is made.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from adapters.base_model import BaseModelSpec, describe
+from adapters.errors import BaseUnsupported
+from server.base.convert import quiet_progress_bars, read_manifest
+from server.base.digest import CONFIG_FILE, base_digest, weight_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What a processor calls bfloat16 products in hardware (x86: first two; arm64: the others).
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+# These recompute their frequencies from the longest sequence of the batch.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_MANY = 3
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model in memory.
+
+    Attributes:
+        model: in eval mode, no parameter requires a gradient.
+        spec: its dimensions, digest and served dtype.
+        name: what it is called where models are listed; its identity is `spec.digest`.
+        notes: sentences for people, such as that the weights were quantized once.
+        tokenizer_dir: a directory for `load_tokenizer`.
+        config: the model's config.
+        eos_token_ids: ids that end a sequence, from the generation config.
+    """
+
+    model: PreTrainedModel
+    spec: BaseModelSpec
+    name: str
+    notes: tuple[str, ...]
+    tokenizer_dir: Path
+    config: PretrainedConfig
+    eos_token_ids: tuple[int, ...]
+
+
+def load_base(
+    path_or_id: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+) -> LoadedBase:
+    """Load and freeze a base model.
+
+    Args:
+        path_or_id: a local Hugging Face directory, or a hub id (then `revision` is needed).
+        dtype: "bfloat16", "float32" or "float16"; None takes `default_dtype(device)`.
+        device: a torch device; None takes "cuda" where there is one, else "cpu".
+        revision: the hub commit, 40 hex digits. Branches and tags move, so they are refused.
+        cache_dir: where the digest is remembered if the base's own directory is read-only.
+
+    Raises:
+        BaseUnsupported: with the reason.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    served = _dtype(dtype or default_dtype(device))
+    directory = _directory(path_or_id, revision)
+    _check_files(directory)
+    config = _config(directory)
+    check_config(config)
+    digest = base_digest(directory, cache_dir)
+    model, unused = _load_weights(directory, config, served)
+    model = model.to(device)  # type: ignore[arg-type]
+    manifest = read_manifest(directory) or {}
+    notes = [str(manifest["note"])] if "note" in manifest else []
+    if unused:
+        notes.append(f"{len(unused)} tensors of the checkpoint belong to no part of the model")
+    is_hub_id = revision is not None
+    return LoadedBase(
+        model=model,
+        spec=describe(model, digest=digest, dtype=_dtype_name(served)),
+        name=str(path_or_id) if is_hub_id else str(manifest.get("name", directory.resolve().name)),
+        notes=tuple(notes),
+        tokenizer_dir=directory,
+        config=model.config,
+        eos_token_ids=_eos_token_ids(model),
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base directory (`LoadedBase.tokenizer_dir`).
+
+    Raises:
+        BaseUnsupported: the directory holds none that loads without code of its own.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            Path(path), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseUnsupported(f"{path}: the tokenizer does not load: {error}") from error
+    return tokenizer
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 where the device multiplies it in hardware, else float32."""
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = any(capabilities.get(name, False) for name in _CPU_BFLOAT16)
+    return "bfloat16" if fast else "float32"
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse what the config alone shows cannot be served.
+
+    Raises:
+        BaseUnsupported: encoder-decoders, models with no causal language-modelling class,
+            quantized checkpoints, position encodings that depend on the rest of the batch.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseUnsupported(
+            f"{kind} is an encoder-decoder; expected a decoder-only model",
+            field="is_encoder_decoder",
+            expected="false",
+            came="true",
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BaseUnsupported(
+            f"{kind} has no causal language-modelling class in transformers",
+            field="model_type",
+            expected="a decoder-only language model",
+            came=kind,
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        raise BaseUnsupported(
+            "the checkpoint is quantized; expected plain float weights (dequantize it first)",
+            field="quantization_config",
+            expected="absent",
+            came=str(quantization)[:80],
+        )
+    for rope in _rope_types(config):
+        if any(name in rope for name in _BATCH_DEPENDENT_ROPE):
+            raise BaseUnsupported(
+                f"rope type {rope!r} changes its frequencies with the longest sequence of the "
+                "batch, so one request's answer would depend on the others",
+                field="rope_parameters.rope_type",
+                expected="default, linear, yarn, llama3 or proportional",
+                came=rope,
+            )
+
+
+def _rope_types(config: PretrainedConfig) -> Iterator[str]:
+    """Every rope type that a config names; Gemma 3 has one for each kind of layer."""
+    text_config = config.get_text_config()
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    for entry in (parameters, *parameters.values()):
+        if isinstance(entry, dict) and "rope_type" in entry:
+            yield str(entry["rope_type"])
+
+
+def _directory(path_or_id: str | Path, revision: str | None) -> Path:
+    """The local directory that is meant, downloaded from the hub if need be."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise BaseUnsupported(
+                f"{path} is a local directory; a revision belongs to a hub id", field="revision"
+            )
+        return path
+    name = str(path_or_id)
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        raise BaseUnsupported(
+            f"{name}: expected a directory with a Hugging Face model, or a hub id", field="base"
+        )
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise BaseUnsupported(
+            f"{name} is no directory here; as a hub id it needs a pinned revision, the commit's "
+            "40 hex digits: a branch or a tag can change under the adapters made for it",
+            field="revision",
+            expected="40 hex digits",
+            came=str(revision),
+        )
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise BaseUnsupported(
+            f"{name} at {revision} cannot be had from the hub: {error}"
+        ) from error
+
+
+def _check_files(directory: Path) -> None:
+    if not (directory / CONFIG_FILE).is_file():
+        adapter = (directory / "adapter_config.json").is_file()
+        kind = "an adapter, not a base model" if adapter else "not a Hugging Face model"
+        raise BaseUnsupported(f"{directory} is {kind}: it has no {CONFIG_FILE}", field=CONFIG_FILE)
+    if (directory / "adapter_config.json").is_file():
+        # transformers would look for PEFT and merge the adapter into the base.
+        raise BaseUnsupported(
+            f"{directory} holds an adapter beside the base; expected the base alone",
+            field="adapter_config.json",
+        )
+    weights = weight_files(directory)
+    if not weights:
+        pickles = sorted(file.name for mask in _PICKLES for file in directory.glob(mask))
+        came = f"only pickles ({', '.join(pickles[:_MANY])}), which are never read" * bool(pickles)
+        raise BaseUnsupported(
+            f"{directory}: expected safetensors weights, came {came or 'none'}",
+            field="model.safetensors",
+        )
+    missing = [file.name for file in weights if not file.is_file()]
+    if missing:
+        raise BaseUnsupported(f"{directory}: shards are missing: {', '.join(missing[:_MANY])}")
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    try:
+        raw: dict[str, Any]
+        raw, _ = PretrainedConfig.get_config_dict(directory, local_files_only=True)
+        kind = raw.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise BaseUnsupported(
+                f"model type {kind!r} is unknown to transformers; code that comes with a "
+                "checkpoint is never run",
+                field="model_type",
+                came=str(kind),
+            )
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BaseUnsupported(f"{directory}: {CONFIG_FILE} is invalid: {error}") from error
+    return config
+
+
+def _load_weights(
+    directory: Path, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """The frozen model, and the names of checkpoint tensors that it has no use for.
+
+    transformers keeps tensors that need no conversion memory-mapped on the CPU (a test holds it to
+    that), so nothing is copied here.
+    """
+    with quiet_progress_bars():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BaseUnsupported(f"{directory}: the weights do not load: {error}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would serve these as random numbers, with a line in a log.
+        raise BaseUnsupported(
+            f"{directory}: {len(missing)} weights of the model are not in the checkpoint: "
+            f"{', '.join(missing[:_MANY])}",
+            field=missing[0],
+        )
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen, sorted(info["unexpected_keys"])
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = model.config.get_text_config().eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise BaseUnsupported(
+            f"dtype {name!r} is not served",
+            field="dtype",
+            expected=" or ".join(DTYPES),
+            came=name,
+        )
+    return DTYPES[name]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
