@@ -81,23 +81,30 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _tensor_digests(file: Path) -> dict[str, str]:
     """Tensor name -> "dtype shape sha256" for one safetensors file."""
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-        header, start = _header(file, raw)
-        found: dict[str, str] = {}
-        with memoryview(raw) as view:
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                with view[start + begin : start + end] as content:
-                    content_digest = hashlib.sha256(content).hexdigest()
-                found[name] = f"{entry['dtype']} {entry['shape']} {content_digest}"
-        return found
+    try:
+        with (
+            file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw,
+        ):
+            header, start = _header(raw)
+            return {name: _entry_digest(raw, start, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseUnsupported(
+            f"{file.name} is not a safetensors file: {error}", field=file.name
+        ) from error
 
 
-def _header(file: Path, raw: mmap.mmap) -> tuple[dict[str, Any], int]:
+def _entry_digest(raw: mmap.mmap, start: int, entry: dict[str, Any]) -> str:
+    begin, end = entry["data_offsets"]
+    with memoryview(raw) as view, view[start + begin : start + end] as content:
+        return f"{entry['dtype']} {entry['shape']} {hashlib.sha256(content).hexdigest()}"
+
+
+def _header(raw: mmap.mmap) -> tuple[dict[str, Any], int]:
     """The header's tensor entries and the offset at which the data begins."""
     size = int.from_bytes(raw[:8], "little")
     if not 2 <= size <= min(_MAX_HEADER_BYTES, len(raw) - 8):
-        raise BaseUnsupported(f"{file.name} is not a safetensors file", field=file.name)
+        raise ValueError(f"a header of {size} bytes in a file of {len(raw)}")
     header: dict[str, Any] = json.loads(raw[8 : 8 + size])
     header.pop("__metadata__", None)
     return header, 8 + size
