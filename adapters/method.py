@@ -74,9 +74,10 @@ class PromptLearningConfig(PeftConfig):
 
 
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
+ConfigT_contra = TypeVar("ConfigT_contra", bound=PeftConfig, contravariant=True)
 
 
-class AdapterMethod(Protocol[ConfigT]):
+class AdapterMethod(Protocol[ConfigT_contra]):
     """One kind of PEFT, stateless.
 
     Attributes:
@@ -90,7 +91,7 @@ class AdapterMethod(Protocol[ConfigT]):
     config_class: ClassVar[type[PeftConfig]]
 
     def check(
-        self, config: ConfigT, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+        self, config: ConfigT_contra, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
     ) -> AdapterFacts:
         """Hold names, dtypes and shapes against the config and the base; allocates nothing.
 
@@ -102,12 +103,12 @@ class AdapterMethod(Protocol[ConfigT]):
         ...
 
     def serving_form(
-        self, config: ConfigT, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
+        self, config: ConfigT_contra, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
     ) -> ServingForm:
         """Turn a checked checkpoint's tensors into the serving form, float32 on the CPU."""
         ...
 
-    def export(self, module: nn.Module, config: ConfigT) -> dict[str, torch.Tensor]:
+    def export(self, module: nn.Module, config: ConfigT_contra) -> dict[str, torch.Tensor]:
         """The checkpoint tensors (PEFT's names, float32, contiguous) of a trained module."""
         ...
 

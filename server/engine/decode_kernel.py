@@ -17,8 +17,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import types
 from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
 
 from server.engine.kv_cache import KVBlocks
@@ -26,7 +26,7 @@ from server.engine.kv_cache import KVBlocks
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _float_of_bits(typing_context: Any, bits: Any) -> Any:
     """A float32 from a float32, or from the 16 bits of a bf16."""
     signature = types.float32(bits)
@@ -42,8 +42,8 @@ def _float_of_bits(typing_context: Any, bits: Any) -> Any:
     return signature, generate
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)  # type: ignore[untyped-decorator]
-def _decode(
+@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+def _decode(  # noqa: C901 - one loop nest; numba would not inline its parts
     query: np.ndarray,  # (T, H, D) float32
     out: np.ndarray,  # (T, H, D) float32
     keys: np.ndarray,  # (num_blocks, H_kv, S, D) float32 or uint16
@@ -81,7 +81,7 @@ def _decode(
                 for slot in range(skip, count):
                     score = np.float32(0.0)
                     for d in range(head_dim):
-                        score += query[row, head, d] * _float_of_bits(keys[block, kv_head, slot, d])
+                        score += query[row, head, d] * _float_of_bits(keys[block, kv_head, slot, d])  # type: ignore[call-arg]
                     score *= np.float32(scale)
                     if softcap != 0.0:
                         score = np.float32(softcap * math.tanh(score / softcap))

@@ -34,6 +34,7 @@ from server.engine.request import (
 )
 from server.engine.sampler import Drawn, SampleRow, logprobs_of, sample
 from server.engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
+from server.engine.self_check import check_base, reference_logits
 from server.engine.sequence import Sequence
 
 
@@ -45,6 +46,9 @@ class Engine:
         spec: its dimensions.
         config: sizes and limits.
         read_form: digest -> serving form; called on a thread of its own.
+
+    Raises:
+        BaseUnsupported: the base gives other logits here than by itself.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Engine:
             num_scale_slots=config.scale_slots,
         )
         self.scheduler = Scheduler(self.limits)
+        expected = reference_logits(model, spec)
         self.runner = ModelRunner(
             model,
             spec,
@@ -76,6 +81,7 @@ class Engine:
             num_scale_slots=config.scale_slots,
             fast_kernels=config.fast_kernels,
         )
+        check_base(self.runner, spec, expected)
         folds_dir = Path(config.folds_dir) if config.folds_dir else None
         self._loader = AdapterLoader(read_form, spec, dtype, folds_dir)
         self._host = HostCache(config.host_bytes)

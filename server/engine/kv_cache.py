@@ -91,7 +91,7 @@ class StepCache(Cache):
         self.blocks = blocks
         self.slots: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def update(  # type: ignore[override]
+    def update(
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
@@ -114,6 +114,6 @@ class StepCache(Cache):
         """0: the packed row has no past of its own."""
         return 0
 
-    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:  # type: ignore[override]
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
         """The step's own length and no offset."""
         return query_length, 0

@@ -89,6 +89,10 @@ class ModelRunner:
         elif isinstance(form, SoftPrompt):
             raise TypeError("a soft prompt is folded before it is installed")
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens take."""
+        return blocks_for(num_tokens, self._blocks.block_size)
+
     def read_fold(self, entry: AdapterEntry) -> KVPrefix:
         """The keys and values that a finished fold left in its blocks, on the CPU."""
         return KVPrefix(*self._blocks.read_prefix(entry.block_ids, entry.ref.num_virtual_tokens))

@@ -346,9 +346,9 @@ class Scheduler:
         if len(self.running) >= self.limits.max_running or size > budget:
             return False
         entry = self._entry_of(sequence)
-        if entry is not None and entry.residency is not Residency.DEVICE:
-            if not self._make_resident(plan, entry, sequence):
-                return False
+        away = entry is not None and entry.residency is not Residency.DEVICE
+        if entry is not None and away and not self._make_resident(plan, entry, sequence):
+            return False
         # Room for the whole of what is known, so that admission does not cause preemption at once.
         need = blocks_for(sequence.num_tokens, self.limits.block_size)
         if self.slots.make_room(need, keep=entry):

@@ -1,0 +1,141 @@
+"""The engine in a process of its own: commands come in over a pipe, events go out.
+
+A process and not a thread, because tokenising, HTTP and JSON would otherwise wait for the engine's
+interpreter lock and it for theirs, and because an engine that hangs can be ended from outside.
+Only the plain data of `request` crosses the pipe, between two processes of one program.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from server.engine.config import EngineConfig
+from server.engine.request import (
+    Abort,
+    Command,
+    Event,
+    Preload,
+    Shutdown,
+    StatsEvent,
+    Submit,
+    Unload,
+)
+
+_IDLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """First message: the engine serves.
+
+    Attributes:
+        base: `BaseModelSpec.to_dict()`.
+        base_name: what the base calls itself.
+        notes: remarks on its weights, for the model listing.
+        max_sequence_tokens: virtual, prompt and new tokens that one sequence may have together.
+    """
+
+    base: dict[str, Any]
+    base_name: str
+    notes: tuple[str, ...]
+    max_sequence_tokens: int
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    """First message: the engine cannot start, and why. `kind` is the error's class name."""
+
+    kind: str
+    message: str
+
+
+def run_engine(config: EngineConfig, connection: Connection) -> None:
+    """Body of the engine process: start, then serve until Shutdown or until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    try:
+        engine, ready = _start(config)
+    except Exception as error:
+        connection.send(StartFailed(type(error).__name__, str(error)))
+        return
+    connection.send(ready)
+    try:
+        _serve(engine, connection)
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone, and with it everybody who waits for a token
+    finally:
+        engine.close()
+
+
+def _start(config: EngineConfig) -> tuple[Any, Ready]:
+    # Imported here: the parent imports this file for its messages, and needs no torch for them.
+    import torch
+
+    from adapters.checkpoint import load_serving_form
+    from adapters.limits import CheckpointLimits
+    from server.base.load import load_base
+    from server.engine.engine import Engine
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    loaded = load_base(
+        config.base, dtype=config.dtype, device=config.device, revision=config.revision
+    )
+    blobs, limits = Path(config.blobs_dir), CheckpointLimits()
+    engine = Engine(
+        loaded.model,
+        loaded.spec,
+        config,
+        lambda digest: load_serving_form(blobs / digest, loaded.spec, limits),
+    )
+    by_blocks = engine.limits.num_blocks * engine.limits.block_size
+    ready = Ready(
+        base=loaded.spec.to_dict(),
+        base_name=loaded.name,
+        notes=tuple(loaded.notes),
+        max_sequence_tokens=min(loaded.spec.max_positions, by_blocks),
+    )
+    return engine, ready
+
+
+def _serve(engine: Any, connection: Connection) -> None:
+    told: StatsEvent | None = None
+    told_at = 0.0
+    while True:
+        events: list[Event] = []
+        # With work at hand only what has arrived already; without, wait for something.
+        timeout = 0.0 if engine.has_work else _IDLE_SECONDS
+        while connection.poll(timeout):
+            command: Command = connection.recv()
+            if isinstance(command, Shutdown):
+                return
+            events += _apply(engine, command)
+            timeout = 0.0
+        if engine.has_work:
+            events += engine.step()
+        else:
+            engine.scheduler.check_integrity()
+        stats = engine.stats()
+        now = time.monotonic()
+        if stats != told or now - told_at >= _IDLE_SECONDS:  # also a sign of life
+            events.append(stats)
+            told, told_at = stats, now
+        if events:
+            connection.send(events)
+
+
+def _apply(engine: Any, command: Command) -> list[Event]:
+    if isinstance(command, Submit):
+        submitted: list[Event] = engine.submit(command.request)
+        return submitted
+    if isinstance(command, Abort):
+        engine.abort(command.request_id)
+    elif isinstance(command, Preload):
+        engine.preload(command.adapter)
+    elif isinstance(command, Unload):
+        engine.unload(command.digest)
+    return []

@@ -1,0 +1,73 @@
+"""Whether a base can be served: its logits here against its own forward pass, at start.
+
+Catches what cannot be known from a config: attention that never calls our function, arguments that we
+do not know, positions that do not come from `position_ids`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.errors import BaseUnsupported
+from server.engine.model_runner import ModelRunner, StepRows
+from server.engine.request import GenerationRequest
+from server.engine.scheduler import Chunk
+from server.engine.sequence import Sequence
+
+_PROMPT_TOKENS = 24
+_CHUNK = 16
+# Mean error allowed, as a share of the logits' standard deviation. Rounding in bf16 stays well below it;
+# a token at a wrong position, or an attention that was missed, does not.
+_TOLERANCE = 0.15
+
+
+@torch.inference_mode()
+def reference_logits(model: nn.Module, spec: BaseModelSpec) -> torch.Tensor:
+    """The model's own logits (V,) after the probe prompt; to be taken before it is connected."""
+    ids = torch.tensor([_probe_tokens(spec)], device=next(model.parameters()).device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+    return logits.float().cpu()
+
+
+def check_base(runner: ModelRunner, spec: BaseModelSpec, expected: torch.Tensor) -> None:
+    """Run the probe prompt through the engine's path, in two chunks and a single token.
+
+    Raises:
+        BaseUnsupported: it fails, or its logits are not those of `reference_logits`.
+    """
+    try:
+        got = _probe(runner, spec)
+    except BaseUnsupported:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BaseUnsupported(
+            f"{spec.model_type} cannot be served: its forward pass failed with {error!r}"
+        ) from error
+    error_share = float((got - expected).abs().mean() / expected.std().clamp(min=1e-6))
+    if not error_share <= _TOLERANCE:
+        raise BaseUnsupported(
+            f"{spec.model_type} cannot be served: with KV in blocks and explicit positions its "
+            f"logits are off by {error_share:.2f} of their spread (at most {_TOLERANCE} is rounding)",
+            expected=f"<= {_TOLERANCE}",
+            came=f"{error_share:.2f}",
+        )
+
+
+def _probe_tokens(spec: BaseModelSpec) -> list[int]:
+    """A fixed prompt spread over the vocabulary."""
+    return [(7919 * (i + 1)) % spec.vocab_size for i in range(_PROMPT_TOKENS)]
+
+
+def _probe(runner: ModelRunner, spec: BaseModelSpec) -> torch.Tensor:
+    tokens = _probe_tokens(spec)
+    sequence = Sequence.of(GenerationRequest("self-check", tuple(tokens)), arrival=0)
+    # Blocks 0.. are free: nothing is served yet.
+    sequence.block_ids = list(range(runner.blocks_for(len(tokens))))
+    out = torch.empty(0)
+    last = len(tokens) - 1
+    for start, end in ((0, _CHUNK), (_CHUNK, last), (last, last + 1)):
+        chunk = Chunk(sequence, start, end - start, samples=end == last + 1)
+        (out,) = runner.run([StepRows(chunk, None)])
+    return out[-1].float().cpu()
