@@ -16,6 +16,7 @@ from adapters.method import PeftConfig, TensorInfo
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 SERVED_TASK = "CAUSAL_LM"
 NAMES_SHOWN = 3
+CHARACTERS_SHOWN = 120
 
 
 def check_task_type(config: PeftConfig) -> None:
@@ -32,10 +33,10 @@ def check_task_type(config: PeftConfig) -> None:
     else:
         reason = "it needs an output head of its own, and only text generation is served"
     raise MethodUnsupported(
-        f"task_type {task!r} is not served: {reason} (expected {SERVED_TASK!r})",
+        f"task_type {quoted(task)} is not served: {reason} (expected {SERVED_TASK!r})",
         field="task_type",
         expected=SERVED_TASK,
-        came=str(task),
+        came=quoted(task),
     )
 
 
@@ -47,11 +48,11 @@ def check_modules_to_save(modules: list[str] | None) -> None:
     """
     if modules:
         raise MethodUnsupported(
-            f"modules_to_save {modules} is not served: it replaces whole modules of the base, "
+            f"modules_to_save ({some_of(modules)}) is not served: it replaces whole modules of the base, "
             "which every adapter shares; expected null or an empty list",
             field="modules_to_save",
             expected="null or []",
-            came=str(modules),
+            came=some_of(modules),
         )
 
 
@@ -65,7 +66,7 @@ def check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
         if info.dtype not in FLOAT_DTYPES:
             expected = "one of " + ", ".join(FLOAT_DTYPES)
             raise TensorMismatch(
-                f"tensor {name!r} has dtype {info.dtype}, expected {expected}",
+                f"tensor {quoted(name)} has dtype {info.dtype}, expected {expected}",
                 field=name,
                 expected=expected,
                 came=info.dtype,
@@ -80,7 +81,7 @@ def check_shape(name: str, info: TensorInfo, want: tuple[int, ...], why: str) ->
     """
     if info.shape != want:
         raise TensorMismatch(
-            f"tensor {name!r} has shape {info.shape}, expected {want} ({why})",
+            f"tensor {quoted(name)} has shape {info.shape}, expected {want} ({why})",
             field=name,
             expected=str(want),
             came=str(info.shape),
@@ -116,9 +117,14 @@ def check_names(tensors: Mapping[str, TensorInfo], wanted: Iterable[str]) -> Non
 
 def some_of(names: list[str]) -> str:
     """The first few names, quoted, and how many more there are."""
-    shown = ", ".join(repr(name) for name in names[:NAMES_SHOWN])
+    shown = ", ".join(quoted(name) for name in names[:NAMES_SHOWN])
     more = len(names) - NAMES_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def quoted(name: str) -> str:
+    """The name in quotes, cut where a stranger made it long."""
+    return repr(name if len(name) <= CHARACTERS_SHOWN else name[:CHARACTERS_SHOWN] + "...")
 
 
 def to_float32(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ def to_float32(name: str, tensor: torch.Tensor) -> torch.Tensor:
     values = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
     if not bool(torch.isfinite(values).all()):
         raise NonFinite(
-            f"tensor {name!r} holds NaN or infinity (as float32); expected finite values",
+            f"tensor {quoted(name)} holds NaN or infinity (as float32); expected finite values",
             field=name,
             expected="finite float32 values",
             came="NaN or infinity",

@@ -20,6 +20,7 @@ from adapters.checks import (
     check_dtypes,
     check_modules_to_save,
     check_task_type,
+    quoted,
     some_of,
     to_float32,
 )
@@ -30,6 +31,7 @@ from adapters.serving import ActivationScales
 PREFIX = "base_model.model."
 SUFFIX = ".ia3_l"
 ALL_LINEAR = "all-linear"
+LONGEST_COMPARED = 200
 
 # model_type -> (targets, those of them that are feedforward). PEFT's defaults for decoders.
 # Source: peft/utils/constants.py.
@@ -101,19 +103,17 @@ def ia3_targets(config: IA3Config, base: BaseModelSpec) -> dict[str, bool]:
     names = _target_names(config, base)
     excluded = _literal(config, "exclude_modules") or []
     feedforward = _feedforward_names(config, base)
-    for name in names:
-        if not any(_matches(name, path) for path in base.linear_modules):
-            raise _target_not_found(name, base)
+    for name in _unmatched(names, base):
+        raise _target_not_found(name, base)
+    feedforward_set = frozenset(feedforward)
     targets = {
-        path: _ends_with_any(path, feedforward)
-        for path in base.linear_modules
-        if _matches_any(path, names) and not _matches_any(path, excluded)
+        path: _ends_with_any(path, feedforward_set) for path in _targeted(names, excluded, base)
     }
     if not targets:
         raise TargetNotFound(
-            f"exclude_modules {excluded} leaves no target among {some_of(names)}",
+            f"exclude_modules ({some_of(excluded)}) leaves no target among {some_of(names)}",
             field="exclude_modules",
-            came=str(excluded),
+            came=some_of(excluded),
         )
     return targets
 
@@ -150,25 +150,41 @@ def _literal(config: IA3Config, field: str) -> list[str] | None:
     names: list[str] | str | None = getattr(config, field)
     if isinstance(names, str):
         raise ConfigInvalid(
-            f"{field} is the text {names!r}, which PEFT runs as a regular expression; "
+            f"{field} is the text {quoted(names)}, which PEFT runs as a regular expression; "
             f"that is not done here: expected a list of names, or {ALL_LINEAR!r} as target_modules",
             field=field,
             expected="a list of module names",
-            came=names,
+            came=quoted(names),
         )
     return names
 
 
-def _matches(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+# A stranger's list may hold a hundred thousand names: a path's endings are looked up in the list's
+# set, so that the work grows with the modules and not with modules times names.
 
 
-def _matches_any(path: str, names: list[str]) -> bool:
-    return any(_matches(name, path) for name in names)
+def _dotted_endings(path: str) -> set[str]:
+    """The names that match a path: itself, and whatever follows one of its dots."""
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
-def _ends_with_any(path: str, names: list[str]) -> bool:
-    return any(path.endswith(name) for name in names)
+def _targeted(names: list[str], excluded: list[str], base: BaseModelSpec) -> list[str]:
+    """The paths that `names` match and `excluded` do not, in the order of the modules."""
+    wanted, unwanted = frozenset(names), frozenset(excluded)
+    endings = {path: _dotted_endings(path) for path in base.linear_modules}
+    return [path for path, own in endings.items() if own & wanted and not own & unwanted]
+
+
+def _unmatched(names: list[str], base: BaseModelSpec) -> list[str]:
+    """The names that match no path."""
+    known = set().union(*(_dotted_endings(path) for path in base.linear_modules))
+    return [name for name in names if name not in known]
+
+
+def _ends_with_any(path: str, names: frozenset[str]) -> bool:
+    """Whether the path ends with one of the names, at a dot or not."""
+    return any(path[start:] in names for start in range(len(path) + 1))
 
 
 def _last_names(base: BaseModelSpec) -> list[str]:
@@ -178,14 +194,15 @@ def _last_names(base: BaseModelSpec) -> list[str]:
 def _target_not_found(name: str, base: BaseModelSpec) -> TargetNotFound:
     """The refusal of a name or path, with the nearest modules that the base does have."""
     candidates = list(base.linear_modules) if name.count(".") > 1 else _last_names(base)
-    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
+    compared = name[:LONGEST_COMPARED]  # the comparison's time grows with the square
+    near = difflib.get_close_matches(compared, candidates, n=3, cutoff=0.5)
     hint = f"near ones: {some_of(near)}" if near else f"it has {some_of(_last_names(base))}"
     return TargetNotFound(
-        f"target {name!r} matches no linear module of the base ({hint}); "
+        f"target {quoted(name)} matches no linear module of the base ({hint}); "
         "the output head and modules that are not linear cannot be scaled",
         field="target_modules",
         expected=some_of(near) if near else some_of(_last_names(base)),
-        came=name,
+        came=quoted(name),
     )
 
 
@@ -333,10 +350,10 @@ def bind_paths(tensors: Mapping[str, TensorInfo], base: BaseModelSpec) -> dict[s
     for name in tensors:
         if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
             raise TensorMismatch(
-                f"tensor {name!r} binds to nothing, expected {PREFIX}<module path>{SUFFIX}",
+                f"tensor {quoted(name)} binds to nothing, expected {PREFIX}<module path>{SUFFIX}",
                 field=name,
                 expected=f"{PREFIX}<module path>{SUFFIX}",
-                came=name,
+                came=quoted(name),
             )
         path = name[len(PREFIX) : -len(SUFFIX)]
         if path not in base.linear_modules:
@@ -345,8 +362,14 @@ def bind_paths(tensors: Mapping[str, TensorInfo], base: BaseModelSpec) -> dict[s
     return paths
 
 
+def _listed_feedforward(config: IA3Config) -> frozenset[str] | None:
+    """The explicit feedforward names; None where shapes alone decide."""
+    names = config.feedforward_modules
+    return frozenset(names) if isinstance(names, list) else None
+
+
 def _is_feedforward(
-    name: str, info: TensorInfo, path: str, spec: LinearSpec, config: IA3Config
+    name: str, info: TensorInfo, path: str, spec: LinearSpec, names: frozenset[str] | None
 ) -> bool:
     """Which side a vector scales: its shape decides, an explicit list must agree."""
     output, feedforward = (spec.out_features, 1), (1, spec.in_features)
@@ -358,8 +381,7 @@ def _is_feedforward(
             expected=f"{output} or {feedforward}",
             came=str(info.shape),
         )
-    names = config.feedforward_modules
-    listed = _ends_with_any(path, names) if isinstance(names, list) else None
+    listed = None if names is None else _ends_with_any(path, names)
     if output == feedforward:  # a module of width 1
         return bool(listed)
     scales_input = info.shape == feedforward
@@ -367,7 +389,7 @@ def _is_feedforward(
         side = "scales the input" if scales_input else "scales the output"
         raise TensorMismatch(
             f"tensor {name!r} of shape {info.shape} {side} of {path!r}, but feedforward_modules "
-            f"{names} {'names' if listed else 'does not name'} it",
+            f"({some_of(sorted(names or ()))}) {'names' if listed else 'does not name'} it",
             field=name,
             expected=str(feedforward if listed else output),
             came=str(info.shape),
@@ -384,11 +406,12 @@ def _check_targets(config: IA3Config, paths: set[str], base: BaseModelSpec) -> t
     names = config.target_modules
     if not isinstance(names, list):
         return ()
-    unmatched = [name for name in names if not _matches_any_path(name, base)]
+    unmatched = _unmatched(names, base)
     if len(unmatched) == len(names):
         raise _target_not_found(names[0] if names else "", base)
     # Early releases of PEFT matched by plain ending, so a name may stand for more than its suffix.
-    untargeted = sorted(path for path in paths if not _ends_with_any(path, names))
+    listed = frozenset(names)
+    untargeted = sorted(path for path in paths if not _ends_with_any(path, listed))
     if untargeted:
         raise TensorMismatch(
             f"the checkpoint scales {some_of(untargeted)}, which target_modules "
@@ -399,21 +422,15 @@ def _check_targets(config: IA3Config, paths: set[str], base: BaseModelSpec) -> t
         )
     if not isinstance(config.exclude_modules, str):
         _check_none_missing(names, config.exclude_modules or [], paths, base)
-    return tuple(f"target_modules: {name!r} matches no module of the base" for name in unmatched)
-
-
-def _matches_any_path(name: str, base: BaseModelSpec) -> bool:
-    return any(_matches(name, path) for path in base.linear_modules)
+    if not unmatched:
+        return ()
+    return (f"target_modules: {some_of(unmatched)} matches no module of the base",)
 
 
 def _check_none_missing(
     names: list[str], excluded: list[str], paths: set[str], base: BaseModelSpec
 ) -> None:
-    missing = [
-        path
-        for path in base.linear_modules
-        if path not in paths and _matches_any(path, names) and not _matches_any(path, excluded)
-    ]
+    missing = [path for path in _targeted(names, excluded, base) if path not in paths]
     if missing:
         raise TensorMismatch(
             f"target_modules names {some_of(missing)}, for which the checkpoint has no tensor",
@@ -445,8 +462,9 @@ class IA3:
         check_dtypes(tensors)
         paths = bind_paths(tensors, base)
         warnings = _check_targets(config, set(paths.values()), base)
+        feedforward = _listed_feedforward(config)
         for name, path in paths.items():
-            _is_feedforward(name, tensors[name], path, base.linear_modules[path], config)
+            _is_feedforward(name, tensors[name], path, base.linear_modules[path], feedforward)
         return AdapterFacts(num_virtual_tokens=0, uses_scales=True, warnings=warnings)
 
     def serving_form(
@@ -458,12 +476,13 @@ class IA3:
             NonFinite: NaN or infinity among the vectors.
         """
         infos = {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+        feedforward = _listed_feedforward(config)
         inputs: dict[str, torch.Tensor] = {}
         outputs: dict[str, torch.Tensor] = {}
         for name, path in bind_paths(infos, base).items():
             vector = to_float32(name, tensors[name]).flatten()
             spec = base.linear_modules[path]
-            scales_input = _is_feedforward(name, infos[name], path, spec, config)
+            scales_input = _is_feedforward(name, infos[name], path, spec, feedforward)
             (inputs if scales_input else outputs)[path] = vector
         return ActivationScales(inputs=inputs, outputs=outputs)
 
@@ -514,7 +533,7 @@ def _check_feedforward_used(names: list[str], targets: list[str]) -> None:
     for name in names:
         if not any(path.endswith(name) for path in targets):
             raise ConfigInvalid(
-                f"feedforward_modules names {name!r}, which is not among the targets "
+                f"feedforward_modules names {quoted(name)}, which is not among the targets "
                 f"({some_of(targets)})",
                 field="feedforward_modules",
                 expected=some_of(targets),

@@ -1,0 +1,1 @@
+"""Tests of the adapter library; they mirror its modules."""

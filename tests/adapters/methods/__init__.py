@@ -1,0 +1,1 @@
+"""Tests of the methods, with PEFT as the oracle."""

@@ -1,0 +1,506 @@
+"""What every method refuses of a checkpoint, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from adapters.errors import (
+    CheckpointError,
+    ConfigInvalid,
+    MethodUnsupported,
+    NonFinite,
+    TargetNotFound,
+    TensorMismatch,
+)
+from adapters.method import TensorInfo, parse_config
+from adapters.methods import METHODS, OTHER_PEFT_TYPES, method_of
+from adapters.methods.ia3 import DEFAULT_TARGETS, IA3_METHOD, IA3Config, ia3_targets, load_ia3
+from adapters.methods.ia3 import attach_ia3 as attach
+from tests.adapters.methods import oracle
+
+LLAMA = oracle.spec_of(oracle.llama())
+GPT2 = oracle.spec_of(oracle.gpt2())
+BLOOM = oracle.spec_of(oracle.bloom())
+PREFIX_WIDTH = 2 * 2 * 16
+
+RAW: dict[str, dict[str, Any]] = {
+    "PREFIX_TUNING": {"token_dim": 16, "num_attention_heads": 2},
+    "P_TUNING": {"token_dim": 32, "num_attention_heads": 4, "encoder_hidden_size": 32},
+    "CPT": {"token_dim": 32, "num_attention_heads": 4, "cpt_token_ids": [1, 2, 3, 4, 5]},
+    "PROMPT_TUNING": {"token_dim": 32, "num_attention_heads": 4},
+}
+WIDTHS = {"PREFIX_TUNING": PREFIX_WIDTH, "P_TUNING": 32, "CPT": 32, "PROMPT_TUNING": 32}
+
+
+def raw_of(peft_type: str, **fields: Any) -> dict[str, Any]:
+    shared = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "num_layers": 2}
+    return {**shared, "num_virtual_tokens": 5, **RAW[peft_type], **fields}
+
+
+def check(raw: dict[str, Any], infos: dict[str, TensorInfo], base: Any = LLAMA) -> Any:
+    return method_of(raw).check(oracle.parse(raw), infos, base)
+
+
+def rows(width: int, count: int = 5, dtype: str = "F32") -> dict[str, TensorInfo]:
+    return {"prompt_embeddings": TensorInfo(dtype, (count, width))}
+
+
+# --- which method ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"peft_type": "LORA", "r": 8}, "LoRA adapters are not served"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "not served yet"),
+        ({"peft_type": "OFT"}, "OFT is a method of PEFT that is not served"),
+        ({"peft_type": "XYZ"}, "no method of PEFT that is known here"),
+        ({"peft_type": 3}, "peft_type is 3, expected a text"),
+        ({}, "has no peft_type"),
+        ({"peft_type": None}, "has no peft_type"),
+    ],
+)
+def test_method_of_refuses(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(MethodUnsupported, match=words) as caught:
+        method_of(raw)
+    assert "served are PREFIX_TUNING, P_TUNING, IA3, CPT, PROMPT_TUNING" in str(caught.value)
+    assert caught.value.field == "peft_type"
+
+
+def test_the_table_is_keyed_by_peft_type() -> None:
+    for peft_type, method in METHODS.items():
+        assert method.peft_type == peft_type
+        assert method.config_class.model_fields["peft_type"].default == peft_type
+        assert method_of({"peft_type": peft_type}) is method
+    assert len({method.name for method in METHODS.values()}) == len(METHODS)
+
+
+def test_every_peft_type_of_pefts_is_known() -> None:
+    known = OTHER_PEFT_TYPES | set(METHODS)
+    assert {str(kind.value) for kind in peft.PeftType} <= known
+
+
+# --- configs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peft_type", METHODS)
+def test_fields_and_defaults_are_pefts(peft_type: str) -> None:
+    theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](task_type="CAUSAL_LM").to_dict()
+    ours = METHODS[peft_type].config_class(task_type="CAUSAL_LM").model_dump(mode="json")
+    plain = {key: getattr(value, "value", value) for key, value in theirs.items()}
+    assert ours == {**plain, "peft_version": None}
+
+
+@pytest.mark.parametrize("peft_type", METHODS)
+def test_unknown_and_mistyped_keys_are_refused(peft_type: str) -> None:
+    config_class = METHODS[peft_type].config_class
+    with pytest.raises(ConfigInvalid, match="lora_alpha") as caught:
+        parse_config(config_class, {"peft_type": peft_type, "lora_alpha": 8})
+    assert caught.value.field == "lora_alpha"
+    with pytest.raises(ConfigInvalid, match="inference_mode"):
+        parse_config(config_class, {"peft_type": peft_type, "inference_mode": "yes"})
+    with pytest.raises(ConfigInvalid, match="peft_type"):
+        parse_config(config_class, {"peft_type": "LORA"})
+
+
+OLD_CONFIGS: list[dict[str, Any]] = [
+    # the keys that PEFT 0.5 wrote, before modules_to_save, exclude_modules and peft_version
+    {
+        "auto_mapping": None,
+        "base_model_name_or_path": "/home/somebody/llama",
+        "encoder_hidden_size": 16,
+        "inference_mode": True,
+        "num_attention_heads": 2,
+        "num_layers": 2,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": 5,
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": False,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "token_dim": 16,
+    },
+    {
+        "auto_mapping": None,
+        "base_model_name_or_path": "somebody/llama",
+        "encoder_dropout": 0.0,
+        "encoder_hidden_size": 128,
+        "encoder_num_layers": 2,
+        "encoder_reparameterization_type": "LSTM",
+        "inference_mode": True,
+        "num_attention_heads": 4,
+        "num_layers": 2,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": 5,
+        "peft_type": "P_TUNING",
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "token_dim": 32,
+    },
+    {
+        "auto_mapping": None,
+        "base_model_name_or_path": "somebody/llama",
+        "inference_mode": True,
+        "num_attention_heads": 4,
+        "num_layers": 2,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": 5,
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "Classify the text:",
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "token_dim": 32,
+        "tokenizer_name_or_path": "somebody/llama",
+    },
+]
+
+
+@pytest.mark.parametrize("raw", OLD_CONFIGS, ids=lambda raw: raw["peft_type"])
+def test_configs_of_early_releases_pass(raw: dict[str, Any]) -> None:
+    width = PREFIX_WIDTH if raw["peft_type"] == "PREFIX_TUNING" else 32
+    assert check(raw, rows(width)).num_virtual_tokens == 5
+
+
+def test_ia3_config_of_an_early_release_passes() -> None:
+    raw = {
+        "auto_mapping": None,
+        "base_model_name_or_path": "somebody/llama",
+        "fan_in_fan_out": False,
+        "feedforward_modules": ["down_proj"],
+        "inference_mode": True,
+        "init_ia3_weights": True,
+        "modules_to_save": None,
+        "peft_type": "IA3",
+        "revision": None,
+        "target_modules": ["k_proj", "down_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    assert check(raw, ia3_infos()).uses_scales
+
+
+# --- virtual tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peft_type", RAW)
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"task_type": "SEQ_2_SEQ_LM"}, MethodUnsupported, "trained on an encoder-decoder"),
+        ({"task_type": "SEQ_CLS"}, MethodUnsupported, "output head of its own"),
+        ({"modules_to_save": ["lm_head"]}, MethodUnsupported, r"modules_to_save \('lm_head'\)"),
+        ({"num_transformer_submodules": 2}, MethodUnsupported, "belongs to encoder-decoders"),
+        ({"num_layers": 3}, TensorMismatch, "num_layers is 3, but this base needs 2"),
+        ({"token_dim": 31}, TensorMismatch, "token_dim is 31"),
+        ({"num_attention_heads": 8}, TensorMismatch, "num_attention_heads is 8"),
+    ],
+)
+def test_virtual_token_refusals(
+    peft_type: str, fields: dict[str, Any], error: type[CheckpointError], words: str
+) -> None:
+    infos = rows(WIDTHS[peft_type])
+    assert check(raw_of(peft_type), infos).num_virtual_tokens == 5
+    assert check(raw_of(peft_type, task_type=None, modules_to_save=[]), infos)
+    with pytest.raises(error, match=words) as caught:
+        check(raw_of(peft_type, **fields), infos)
+    assert caught.value.field == next(iter(fields))
+    assert caught.value.expected
+    assert caught.value.came
+
+
+@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "num_virtual_tokens is 0"),
+        (-1, "num_virtual_tokens is -1"),
+        (None, "num_virtual_tokens is None"),
+        (64, "at most 63"),
+        (20_000_000, "the base has 64 positions"),
+    ],
+)
+def test_virtual_tokens_are_bounded(peft_type: str, count: int | None, words: str) -> None:
+    with pytest.raises(ConfigInvalid, match=words):
+        check(raw_of(peft_type, num_virtual_tokens=count), rows(WIDTHS[peft_type]))
+
+
+def test_cpt_without_context_is_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="num_virtual_tokens is 0"):
+        check(raw_of("CPT", cpt_token_ids=[], num_virtual_tokens=0), rows(32))
+
+
+@pytest.mark.parametrize("peft_type", RAW)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda good: {}, "lacks 'prompt_embeddings'"),
+        (lambda good: {"embedding.weight": good}, "came: 'embedding.weight'"),
+        (
+            lambda good: {"prompt_embeddings": good, "lm_head.weight": good},
+            "'lm_head.weight', which binds to nothing",
+        ),
+        (
+            lambda good: {"prompt_embeddings": dataclasses.replace(good, dtype="I64")},
+            "dtype I64, expected one of F32, F16, BF16, F64",
+        ),
+        (
+            lambda good: {"prompt_embeddings": TensorInfo("F32", (4, good.shape[1]))},
+            r"shape \(4, \d+\), expected \(5, ",
+        ),
+        (
+            lambda good: {"prompt_embeddings": TensorInfo("F32", (5, good.shape[1] + 1))},
+            r"expected \(5, \d+\) \(num_virtual_tokens, ",
+        ),
+        (lambda good: {"prompt_embeddings": TensorInfo("F32", (5,))}, r"shape \(5,\)"),
+    ],
+)
+def test_tensors_must_bind(peft_type: str, change: Any, words: str) -> None:
+    good = TensorInfo("F32", (5, WIDTHS[peft_type]))
+    with pytest.raises(TensorMismatch, match=words):
+        check(raw_of(peft_type), change(good))
+
+
+def test_a_prefix_for_all_query_heads_does_not_fit_grouped_queries() -> None:
+    raw = raw_of("PREFIX_TUNING", token_dim=32, num_attention_heads=4)
+    with pytest.raises(TensorMismatch, match="token_dim is 32, but this base needs 16"):
+        check(raw, rows(128))
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    raw = raw_of("P_TUNING")
+    for bad in (float("nan"), 1e300):
+        tensors = {"prompt_embeddings": torch.full((5, 32), bad, dtype=torch.float64)}
+        with pytest.raises(NonFinite, match="NaN or infinity"):
+            method_of(raw).serving_form(oracle.parse(raw), tensors, LLAMA)
+
+
+def test_a_context_outside_the_vocabulary_is_refused_before_training() -> None:
+    raw = raw_of("CPT", cpt_token_ids=[1, 2, 3, 4, 64])
+    with pytest.raises(ConfigInvalid, match="cpt_token_ids holds 64"):
+        METHODS["CPT"].complete_config(oracle.parse(raw), LLAMA)  # type: ignore[attr-defined]
+
+
+# --- IA3 -------------------------------------------------------------------------------------
+
+
+def ia3_infos(base: Any = LLAMA, config: IA3Config | None = None) -> dict[str, TensorInfo]:
+    infos = {}
+    for path, is_feedforward in ia3_targets(config or IA3Config(), base).items():
+        spec = base.linear_modules[path]
+        shape = (1, spec.in_features) if is_feedforward else (spec.out_features, 1)
+        infos[f"base_model.model.{path}.ia3_l"] = TensorInfo("F32", shape)
+    return infos
+
+
+def ia3_raw(**fields: Any) -> dict[str, Any]:
+    lists = {
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    }
+    return {"peft_type": "IA3", "task_type": "CAUSAL_LM", **lists, **fields}
+
+
+K0 = "base_model.model.model.layers.0.self_attn.k_proj.ia3_l"
+DOWN0 = "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"task_type": "SEQ_2_SEQ_LM"}, MethodUnsupported, "encoder-decoder"),
+        ({"modules_to_save": ["score"]}, MethodUnsupported, "modules_to_save"),
+        ({"target_modules": ["k_prj"]}, TargetNotFound, "near ones: 'k_proj'"),
+        ({"target_modules": []}, TargetNotFound, "matches no linear module"),
+        ({"target_modules": ["k_proj", "down_proj"]}, TensorMismatch, "does not name"),
+        (
+            {"target_modules": ["k_proj", "v_proj", "down_proj", "q_proj"]},
+            TensorMismatch,
+            "q_proj.*for which the checkpoint has no tensor",
+        ),
+        ({"feedforward_modules": []}, TensorMismatch, "does not name it"),
+        (
+            {"feedforward_modules": ["down_proj", "k_proj"]},
+            TensorMismatch,
+            r"scales the output of .* names it",
+        ),
+    ],
+)
+def test_ia3_refusals(fields: dict[str, Any], error: type[CheckpointError], words: str) -> None:
+    assert check(ia3_raw(), ia3_infos()).warnings == ()
+    with pytest.raises(error, match=words):
+        check(ia3_raw(**fields), ia3_infos())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda good: good.clear(), TensorMismatch, "holds no tensor"),
+        (lambda good: good.pop(K0), TensorMismatch, "has no tensor"),
+        (
+            lambda good: good.update({K0: TensorInfo("F32", (1, 16))}),
+            TensorMismatch,
+            r"expected \(16, 1\) .* or \(1, 32\)",
+        ),
+        (
+            lambda good: good.update({DOWN0: TensorInfo("F32", (32, 1))}),
+            TensorMismatch,
+            "scales the output of",
+        ),
+        (lambda good: good.update({K0: TensorInfo("I8", (16, 1))}), TensorMismatch, "dtype I8"),
+        (
+            lambda good: good.update({"prompt_embeddings": TensorInfo("F32", (5, 32))}),
+            TensorMismatch,
+            "binds to nothing",
+        ),
+        (
+            lambda good: good.update({K0.replace("ia3_l", "lora_A.weight"): good[K0]}),
+            TensorMismatch,
+            "lora_A.weight' binds to nothing",
+        ),
+        (
+            lambda good: good.update({K0.replace("layers.0", "layers.7"): good[K0]}),
+            TargetNotFound,
+            r"near ones: 'model\.layers",
+        ),
+        (
+            lambda good: good.update({"base_model.model.lm_head.ia3_l": good[K0]}),
+            TargetNotFound,
+            "output head",
+        ),
+    ],
+)
+def test_ia3_tensors_must_bind(change: Any, error: type[CheckpointError], words: str) -> None:
+    infos = ia3_infos()
+    change(infos)
+    with pytest.raises(error, match=words):
+        check(ia3_raw(), infos)
+
+
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [
+        (LLAMA, {"k_proj": False, "v_proj": False, "down_proj": True}),
+        (GPT2, {"c_attn": False, "c_proj": True}),
+        (BLOOM, {"query_key_value": False, "dense_4h_to_h": True}),
+    ],
+    ids=["llama", "gpt2", "bloom"],
+)
+def test_default_targets(base: Any, names: dict[str, bool]) -> None:
+    found = ia3_targets(IA3Config(), base)
+    assert {path.rpartition(".")[2]: kind for path, kind in found.items()} == names
+    assert not any("attn.c_proj" in path for path in found)
+    assert check(ia3_raw(target_modules=None, feedforward_modules=None), ia3_infos(base), base)
+
+
+def test_a_regex_that_peft_saved_is_kept_and_never_run() -> None:
+    bomb = "(a+)+$"
+    config = oracle.parse(ia3_raw(target_modules=bomb, feedforward_modules=bomb))
+    assert config.target_modules == bomb
+    assert IA3_METHOD.check(config, ia3_infos(), LLAMA).uses_scales
+    with pytest.raises(ConfigInvalid, match="regular expression"):
+        ia3_targets(config, LLAMA)
+    with pytest.raises(ConfigInvalid, match="exclude_modules"):
+        ia3_targets(IA3Config(exclude_modules=bomb), LLAMA)
+
+
+def test_a_target_that_matches_nothing_beside_others_is_a_warning() -> None:
+    raw = ia3_raw(target_modules=["k_proj", "v_proj", "down_proj", "w0"])
+    assert check(raw, ia3_infos()).warnings == (
+        "target_modules: 'w0' matches no module of the base",
+    )
+
+
+def test_excluded_modules_need_no_tensor() -> None:
+    infos = ia3_infos()
+    del infos[K0]
+    assert check(ia3_raw(exclude_modules=["layers.0.self_attn.k_proj"]), infos)
+    targets = ia3_targets(IA3Config(exclude_modules=["k_proj", "v_proj"]), LLAMA)
+    assert {path.rpartition(".")[2] for path in targets} == {"down_proj"}
+    with pytest.raises(TargetNotFound, match="leaves no target"):
+        ia3_targets(IA3Config(target_modules=["k_proj"], exclude_modules=["k_proj"]), LLAMA)
+
+
+def test_targets_of_our_own_training_are_refused_by_name() -> None:
+    with pytest.raises(TargetNotFound, match="near ones: 'q_proj'"):
+        ia3_targets(IA3Config(target_modules=["qproj", "v_proj"]), LLAMA)
+    unknown = dataclasses.replace(LLAMA, model_type="unheard_of")
+    with pytest.raises(ConfigInvalid, match="no default for 'unheard_of'"):
+        ia3_targets(IA3Config(), unknown)
+
+
+def test_ia3_completed_config_is_one_that_peft_takes() -> None:
+    only_output = IA3_METHOD.complete_config(IA3Config(target_modules=["q_proj"]), LLAMA)
+    assert only_output.feedforward_modules == []
+    every = IA3_METHOD.complete_config(IA3Config(target_modules="all-linear"), LLAMA)
+    assert every.target_modules == list(LLAMA.linear_modules)
+    assert every.feedforward_modules == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+    assert IA3_METHOD.complete_config(IA3Config(), GPT2).fan_in_fan_out is True
+    for config in (only_output, every):
+        theirs = peft.IA3Config(**config.model_dump(mode="json"))
+        model = oracle.peft_model(oracle.llama(), theirs)
+        saved = peft.get_peft_model_state_dict(model)
+        assert {name: tuple(value.shape) for name, value in saved.items()} == {
+            name: info.shape for name, info in ia3_infos(LLAMA, config).items()
+        }
+    with pytest.raises(ConfigInvalid, match="not among the targets"):
+        IA3_METHOD.complete_config(
+            IA3Config(target_modules=["q_proj"], feedforward_modules=["down_proj"]), LLAMA
+        )
+
+
+def test_sets_are_taken_and_stored_in_order() -> None:
+    config = IA3Config(target_modules={"v_proj", "k_proj"})  # type: ignore[arg-type]
+    assert config.target_modules == ["k_proj", "v_proj"]
+
+
+def test_square_modules_are_told_apart_by_shape() -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    name = f"base_model.model.{path}.ia3_l"
+    for shape, side in (((32, 1), "outputs"), ((1, 32), "inputs")):
+        config = IA3Config(target_modules="a regex")
+        form = IA3_METHOD.serving_form(config, {name: torch.ones(shape)}, LLAMA)
+        assert list(getattr(form, side)) == [path]
+
+
+def test_vectors_load_only_where_they_fit() -> None:
+    model = oracle.llama()
+    attach(model, IA3Config(), LLAMA)
+    good = {name: torch.ones(info.shape) for name, info in ia3_infos().items()}
+    load_ia3(model, good)
+    with pytest.raises(TensorMismatch, match="differ in"):
+        load_ia3(model, {name: value for name, value in good.items() if name != K0})
+    with pytest.raises(TensorMismatch, match=r"expected \(16, 1\)"):
+        load_ia3(model, {**good, K0: torch.ones(1, 16)})
+
+
+def test_default_tables_are_pefts() -> None:
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+    for model_type, (targets, feedforward) in DEFAULT_TARGETS.items():
+        assert targets == TARGETS[model_type], model_type
+        assert feedforward == FEEDFORWARD[model_type], model_type
+
+
+def test_long_lists_of_a_stranger_take_no_time_and_no_room() -> None:
+    many = [f"n{index}" for index in range(100_000)]
+    raw = ia3_raw(target_modules=["k_proj", "v_proj", "down_proj", *many], exclude_modules=many)
+    raw["feedforward_modules"] = ["down_proj", *many]
+    start = time.process_time()
+    (warning,) = check(raw, ia3_infos()).warnings
+    with pytest.raises(TargetNotFound) as caught:
+        check(ia3_raw(target_modules=["x" * 1_000_000]), ia3_infos())
+    assert time.process_time() - start < 5
+    assert len(warning) < 1000
+    assert len(str(caught.value)) < 1000
