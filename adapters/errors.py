@@ -4,6 +4,9 @@
     |-- CheckpointError          the bytes of a checkpoint are not acceptable
     |   |-- CheckpointTooLarge   a limit is exceeded (checked on the header, before allocation)
     |   |-- UnsupportedFile      a kind of file that is never read (pickles, unknown archives)
+    |   |-- FileSetInvalid       not exactly the two files of one checkpoint
+    |   |-- ArchiveInvalid       a zip or tar that is broken or that tries to leave its folder
+    |   |-- HeaderInvalid        the safetensors header is malformed or does not fit its file
     |   |-- ConfigInvalid        adapter_config.json is not a valid config of its method
     |   |-- MethodUnsupported    a peft_type or task_type that is not served here
     |   |-- TensorMismatch       tensor names, dtypes or shapes do not fit the config or the base
@@ -60,6 +63,18 @@ class CheckpointTooLarge(CheckpointError):
 
 class UnsupportedFile(CheckpointError):
     """A kind of file that is never read, such as a pickle."""
+
+
+class FileSetInvalid(CheckpointError):
+    """Not exactly the two files of one checkpoint."""
+
+
+class ArchiveInvalid(CheckpointError):
+    """A zip or tar that is broken or that tries to leave its folder."""
+
+
+class HeaderInvalid(CheckpointError):
+    """The safetensors header is malformed or does not fit its file."""
 
 
 class ConfigInvalid(CheckpointError):

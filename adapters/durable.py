@@ -1,0 +1,53 @@
+"""Files that survive a power cut, and a full disk told apart from other failures.
+
+Knows nothing of adapters: bytes, folders and `OSError` only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapters.errors import StorageFull
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def full_disk_is_storage_full(what: str) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into StorageFull; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFull(f"the disk is full: {what} could not be written") from error
+        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file and wait until its bytes are on the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy to a new file and wait until its bytes are on the disk."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
