@@ -1,0 +1,87 @@
+"""Which adapter a generation request means, or why that cannot be told.
+
+The base never answers in silence for an adapter that was meant: whatever looks like an adapter in
+a place where none belongs is refused. Knows names only, not whether they exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from fastapi import Request
+
+from server.errors import Contradiction, UnknownParameter
+
+# `model` is not among them everywhere: on OpenAI's routes it is where an adapter belongs.
+_LOOKS_LIKE_ADAPTER = re.compile(r"adapter|lora|peft", re.IGNORECASE)
+
+
+def only_query(request: Request, *known: str) -> None:
+    """Refuse query parameters that the route does not have, and repeated ones.
+
+    Raises:
+        UnknownParameter: naming it and the known ones.
+        Contradiction: the same parameter with two values.
+    """
+    for name in request.query_params:
+        if name not in known:
+            raise UnknownParameter(
+                f"unknown query parameter {name!r}; this route takes {_listed(known)}",
+                field=name,
+                expected=_listed(known),
+                came=name,
+            )
+        values = request.query_params.getlist(name)
+        if len(set(values)) > 1:
+            raise Contradiction(
+                f"query parameter {name!r} is given {len(values)} times with different values",
+                field=name,
+                expected="one value",
+                came=_listed(values),
+            )
+
+
+def chosen_adapter(query: str | None, parameter: str | None) -> str | None:
+    """The one adapter that `?adapter=` and `parameters.adapter_id` name; None is the base.
+
+    Raises:
+        Contradiction: a name is empty, or the two differ.
+    """
+    for place, name in (("adapter", query), ("adapter_id", parameter)):
+        if name is not None and not name.strip():
+            raise Contradiction(
+                f"{place} is empty; name an adapter, or leave it out for the base",
+                field=place,
+                expected="NAME, NAME@VERSION or NAME@ALIAS",
+                came=repr(name),
+            )
+    if query is not None and parameter is not None and query != parameter:
+        raise Contradiction(
+            f"?adapter= says {query!r} and parameters.adapter_id says {parameter!r}",
+            field="adapter_id",
+            expected=query,
+            came=parameter,
+        )
+    return query if query is not None else parameter
+
+
+def refuse_stray_adapters(fields: Iterable[str], *, also: Sequence[str] = ()) -> None:
+    """Refuse unknown body fields that look as if they named an adapter.
+
+    Raises:
+        Contradiction: naming the field and where the adapter belongs.
+    """
+    for name in fields:
+        if name in also or _LOOKS_LIKE_ADAPTER.search(name):
+            raise Contradiction(
+                f"the field {name!r} looks like an adapter, and is not where one belongs; "
+                "name it in ?adapter= or in parameters.adapter_id",
+                field=name,
+                expected="?adapter=NAME",
+                came=name,
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"

@@ -1,0 +1,107 @@
+"""The headers that every reply carries, and the limit on what a request may bring.
+
+Plain ASGI, so that it sees streams, refusals and unknown routes alike, and leaves `receive` free
+for watching a client that goes away. Knows no route.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import BodyTooLarge
+
+# What may be echoed into a header and a log line without a second thought.
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# No adapter, and not the base either: the reply came from neither. Not a possible name.
+NOBODY = "-"
+_STATE = "reply_headers"
+
+
+class ReplyHeaders:
+    """Middleware: `x-request-id`, `x-adapter-id`, `x-adapter-version`, on every reply."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app with a place for headers in the request's state."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {
+            "x-request-id": _request_id(Headers(scope=scope).get("x-request-id")),
+            "x-adapter-id": NOBODY,
+            "x-adapter-version": NOBODY,
+        }
+        scope.setdefault("state", {})[_STATE] = headers
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                reply = MutableHeaders(scope=message)
+                for name, value in headers.items():
+                    reply[name] = value
+            await send(message)
+
+        await self._app(scope, receive, with_headers)
+
+
+class BodyLimit:
+    """Middleware: refuse a body of more than `max_bytes`, before or while it arrives.
+
+    Uploads have a limit of their own, so paths in `exempt` are let through.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, exempt: frozenset[str]) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._exempt = exempt
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count what is received."""
+        if scope["type"] != "http" or scope["path"] in self._exempt:
+            await self._app(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise body_too_large(self._max_bytes)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def body_too_large(max_bytes: int) -> BodyTooLarge:
+    """The refusal of a body over its limit."""
+    return BodyTooLarge(
+        f"the body is larger than {max_bytes} bytes",
+        field="body",
+        expected=f"at most {max_bytes} bytes",
+        came="more",
+    )
+
+
+def set_headers(connection: HTTPConnection, headers: Mapping[str, str]) -> None:
+    """Add headers to the reply of this request; the values must be ASCII."""
+    reply_headers(connection).update(headers)
+
+
+def reply_headers(connection: HTTPConnection) -> dict[str, str]:
+    """The headers that this request's reply will carry, as far as they are known."""
+    reply: dict[str, str] = getattr(connection.state, _STATE)
+    return reply
+
+
+def _request_id(given: str | None) -> str:
+    if given is not None and _SANE_REQUEST_ID.fullmatch(given):
+        return given
+    return uuid.uuid4().hex

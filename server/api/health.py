@@ -1,0 +1,31 @@
+"""`/livez`, `/readyz` and `/health`. Knows nothing of generations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from server.api.services import UseServices
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez", summary="The process answers")
+async def livez() -> dict[str, Any]:
+    """200 as long as the process can answer at all."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", summary="A generation would be taken now")
+async def readyz(services: UseServices) -> dict[str, Any]:
+    """200 when the engine is up, else 503 with the reason."""
+    services.need_generator()
+    return {"status": "ready"}
+
+
+@router.get("/health", summary="As /readyz; the path TGI's and vLLM's clients know")
+async def health(services: UseServices) -> dict[str, Any]:
+    """200 when the engine is up, else 503 with the reason."""
+    services.need_generator()
+    return {"status": "ready"}

@@ -1,0 +1,126 @@
+"""What is served: `/v1/models`, `/info`, `/methods`. Reads only."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+
+from adapters.methods import METHODS
+from adapters.registry import AdapterRecord
+from server.api.adapter_choice import only_query
+from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS
+from server.api.services import Services, UseServices
+
+router = APIRouter(tags=["models"])
+
+_PAGE = 1000
+
+
+@router.get("/v1/models", summary="The base first, then every adapter")
+async def list_models(request: Request, services: UseServices) -> dict[str, Any]:
+    """OpenAI's list; adapters carry their base in `parent`."""
+    only_query(request)
+    services.need_generator()
+    records = await anyio.to_thread.run_sync(lambda: _all_records(services))
+    return {
+        "object": "list",
+        "data": [_base_model(services), *(_adapter_model(services, one) for one in records)],
+    }
+
+
+@router.get("/info", summary="The base, the limits and the version, in TGI's shape")
+async def info(request: Request, services: UseServices) -> dict[str, Any]:
+    """TGI's fields first, then ours."""
+    only_query(request)
+    generator = services.need_generator()
+    base, settings, stats = services.client.base, services.settings, services.client.stats
+    return {
+        "model_id": services.base_id,
+        "model_sha": settings.revision or base.digest,
+        "model_dtype": base.dtype,
+        "model_device_type": settings.device.split(":")[0],
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": settings.max_running + settings.max_queued,
+        "max_best_of": settings.max_best_of,
+        "max_stop_sequences": MAX_STOPS,
+        "max_top_n_tokens": MAX_TOP_TOKENS,
+        "max_input_tokens": generator.max_sequence_tokens - 1,
+        "max_total_tokens": generator.max_sequence_tokens,
+        "max_batch_total_tokens": settings.max_step_tokens,
+        "router": "graftwork",
+        "version": version("graftwork"),
+        "base": {
+            "model_type": base.model_type,
+            "digest": base.digest,
+            "notes": list(services.base_notes),
+            "num_layers": base.num_layers,
+            "hidden_size": base.hidden_size,
+            "vocab_size": base.vocab_size,
+            "max_positions": base.max_positions,
+        },
+        "engine": {
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+            "kv_blocks_used": stats.kv_blocks_used,
+            "kv_blocks_total": stats.kv_blocks_total,
+        },
+    }
+
+
+@router.get("/methods", summary="Every method with its config fields")
+async def methods(request: Request) -> dict[str, Any]:
+    """PEFT's field names and defaults, as a JSON schema a method."""
+    only_query(request)
+    return {
+        "methods": [
+            {
+                "name": method.name,
+                "peft_type": peft_type,
+                "config": method.config_class.model_json_schema(),
+            }
+            for peft_type, method in METHODS.items()
+        ]
+    }
+
+
+def _all_records(services: Services) -> list[AdapterRecord]:
+    records: list[AdapterRecord] = []
+    while page := services.registry.list(len(records), _PAGE):
+        records += page
+    return records
+
+
+def _base_model(services: Services) -> dict[str, Any]:
+    base = services.client.base
+    return {
+        "id": services.base_id,
+        "object": "model",
+        "created": int(services.started_at),
+        "owned_by": "graftwork",
+        "root": services.base_id,
+        "parent": None,
+        "max_model_len": services.need_generator().max_sequence_tokens,
+        "digest": base.digest,
+        "residency": "device",
+        "notes": list(services.base_notes),
+    }
+
+
+def _adapter_model(services: Services, record: AdapterRecord) -> dict[str, Any]:
+    return {
+        "id": record.name,
+        "object": "model",
+        "created": int(record.created_at.timestamp()),
+        "owned_by": "graftwork",
+        "root": services.base_id,
+        "parent": services.base_id,
+        "max_model_len": services.need_generator().max_sequence_tokens,
+        "peft_type": record.peft_type,
+        "version": record.version,
+        "digest": record.digest,
+        "status": record.status,
+        "residency": services.client.residency(record.digest),
+    }

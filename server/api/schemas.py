@@ -1,0 +1,109 @@
+"""Bodies of the TGI routes and of the management routes.
+
+TGI's bodies take unknown fields, which are named in `x-ignored-parameters`; the management routes
+refuse them. A value out of range is refused with its field. Nothing here knows the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_TOP_TOKENS = 20
+MAX_STOPS = 16
+
+
+def _encodable(text: str) -> str:
+    # JSON can say "\\ud800", which is no text: no tokenizer, database or reply could take it.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("expected text, came a lone surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+StopString = Annotated[Text, StringConstraints(min_length=1, max_length=1_000)]
+RowValue = Text | int | float
+Row = dict[Text, RowValue]
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class GenerateParameters(_Open):
+    """TGI's `parameters`. A null means the same as a field left out."""
+
+    adapter_id: Text | None = Field(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS.")
+    best_of: int | None = Field(
+        None, ge=1, description="Sample so many and return the one with the best mean logprob."
+    )
+    decoder_input_details: bool | None = Field(None, description="Also report the prompt's tokens.")
+    details: bool | None = Field(None, description="Report tokens, logprobs and finish reason.")
+    do_sample: bool | None = Field(
+        None,
+        description="Sample. Left out, it follows from temperature, top_k, top_p, typical_p or "
+        "min_p being given; false is greedy whatever else is given.",
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    ignore_eos: bool | None = Field(None, description="Go on to max_new_tokens regardless.")
+    max_new_tokens: int | None = Field(None, ge=1, description="64 if left out.")
+    min_p: float | None = Field(None, ge=0, lt=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    return_full_text: bool | None = Field(None, description="Put the prompt before the output.")
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: list[StopString] | None = Field(None, max_length=MAX_STOPS)
+    temperature: float | None = Field(None, gt=0)
+    top_k: int | None = Field(None, ge=0)
+    top_n_tokens: int | None = Field(None, ge=0, le=MAX_TOP_TOKENS)
+    top_p: float | None = Field(None, gt=0, le=1)
+    truncate: int | None = Field(None, ge=1, description="Keep the last so many prompt tokens.")
+    typical_p: float | None = Field(None, gt=0, le=1)
+
+
+class GenerateBody(_Open):
+    """Body of `/generate`, `/generate_stream` and `/`: `inputs`, or a `row` for the template."""
+
+    inputs: Text | None = Field(None, description="The prompt.")
+    row: Row | None = Field(None, description="Columns for the adapter's stored template.")
+    parameters: GenerateParameters | None = None
+    stream: bool | None = None
+
+
+class TokenizeBody(_Open):
+    """TGI's `{"inputs"}`, answered with a list, or vLLM's `{"prompt"}`, answered with an object."""
+
+    inputs: Text | None = None
+    prompt: Text | None = None
+    add_special_tokens: bool | None = Field(None, description="true if left out.")
+
+
+class DetokenizeBody(_Open):
+    """vLLM's `{"tokens"}`."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class RollbackBody(_Closed):
+    """Body of `POST /adapters/{name}/rollback`."""
+
+    version: int = Field(ge=1)
+
+
+class AliasBody(_Closed):
+    """Body of `PUT /adapters/{name}/aliases/{alias}`."""
+
+    version: int = Field(ge=1)
+
+
+def set_extras(model: BaseModel | None) -> list[str]:
+    """Names of the unknown fields that were given a value."""
+    extra: dict[str, Any] = (model.model_extra if model is not None else None) or {}
+    return [name for name, value in extra.items() if value is not None]

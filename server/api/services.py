@@ -1,0 +1,87 @@
+"""What the routes work with, and how they get at it.
+
+`Services` is filled in by `server.app`; while the engine is still loading, everything that needs
+it is refused with `NotReady`. Knows no route.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from adapters.registry import AdapterRecord, Registry
+from server.api.headers import set_headers
+from server.engine.client import EngineClient
+from server.errors import NotReady
+from server.generation import Generator
+from server.settings import Settings
+
+
+@dataclass
+class Services:
+    """One running server.
+
+    Attributes:
+        settings: what it was started with.
+        base_id: the base's name; no adapter can have it.
+        registry: the adapters.
+        client: the engine, started or starting.
+        base_notes: sentences about the base's weights, for whoever lists it.
+        generator: None until the engine is ready.
+        failure: why the engine did not start, once that is known.
+        started_at: Unix time, seconds.
+        requests_by_adapter: generations asked of each name since the start.
+    """
+
+    settings: Settings
+    base_id: str
+    registry: Registry
+    client: EngineClient
+    base_notes: tuple[str, ...] = ()
+    generator: Generator | None = None
+    failure: str | None = None
+    started_at: float = field(default_factory=time.time)
+    requests_by_adapter: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a generation would be taken now."""
+        return self.generator is not None and self.client.alive
+
+    def need_generator(self) -> Generator:
+        """The generator.
+
+        Raises:
+            NotReady: the engine is still loading, or is gone.
+        """
+        if self.generator is None or not self.client.alive:
+            reason = self.failure or (
+                "the base model is still loading"
+                if self.generator is None
+                else "the engine's process is down"
+            )
+            raise NotReady(f"not ready: {reason}")
+        return self.generator
+
+    def adapter_headers(self, record: AdapterRecord | None) -> dict[str, str]:
+        """`x-adapter-id` and `x-adapter-version`; the base goes by its id and its digest."""
+        if record is None:
+            return {"x-adapter-id": self.base_id, "x-adapter-version": self.client.base.digest[:12]}
+        return {"x-adapter-id": record.name, "x-adapter-version": str(record.version)}
+
+    def name_adapter(self, request: Request, record: AdapterRecord | None) -> None:
+        """Put the adapter's headers on this request's reply."""
+        set_headers(request, self.adapter_headers(record))
+
+
+def get_services(request: Request) -> Services:
+    """The services of the app that serves this request."""
+    services: Services = request.app.state.services
+    return services
+
+
+UseServices = Annotated[Services, Depends(get_services)]

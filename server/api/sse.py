@@ -1,0 +1,95 @@
+"""Server-sent events, and clients that go away.
+
+Frames end with LF LF. A client that disconnects cancels the work for it at once, whether the reply
+is a stream or not: the row in the engine is somebody else's by the next step. Knows no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+ResultT = TypeVar("ResultT")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody is left to read a reply."""
+
+
+def event(data: Any) -> bytes:
+    """One frame."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data:{text}\n\n".encode()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Await `work`, and cancel it when the client disconnects.
+
+    The body must have been read: `receive` is expected to tell of the disconnect next.
+
+    Raises:
+        ClientGone: the client went first; `work` was cancelled and has ended.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A reply that streams frames and closes their generator as soon as the client goes.
+
+    Args:
+        frames: an async generator of whole frames.
+        on_end: called once the reply is over, however it ended and even if no frame was sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self._frames = frames
+        self._on_end = on_end
+        # No proxy may keep frames back or store them.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send every frame, or stop where the client stopped reading."""
+        try:
+            await unless_gone(receive, self._send_all(send))
+        except ClientGone:
+            return
+        finally:
+            self._on_end()
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._frames) as frames:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            async for frame in frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,220 @@
+"""A multipart upload, written to disk while it arrives.
+
+Starlette's own form parser would take everything first and limit nothing: here every byte is
+counted, files go straight into a staging folder, and the work runs off the event loop. Knows the
+form's fields, not what the files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import anyio.to_thread
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from adapters.durable import full_disk_is_storage_full
+from server.api.errors import shown
+from server.api.headers import body_too_large
+from server.errors import RequestInvalid, WrongContentType
+
+FILES = "files"
+MAX_FIELD_BYTES = 64 * 1024
+MAX_PARTS = 64
+
+
+@dataclass
+class Upload:
+    """What came.
+
+    Attributes:
+        fields: plain fields; a repeated one has several values.
+        files: (file name as the client gave it, where the bytes lie now).
+    """
+
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    files: list[tuple[str, Path]] = field(default_factory=list)
+
+
+async def receive_upload(
+    request: Request, directory: Path, max_bytes: int, known: frozenset[str]
+) -> Upload:
+    """Take the body of a request apart.
+
+    Args:
+        request: its body is unread.
+        directory: an empty folder; the parts' bytes go into it under names of our own.
+        max_bytes: of the whole body.
+        known: plain fields that the route has.
+
+    Raises:
+        WrongContentType: not multipart/form-data.
+        BodyTooLarge: more bytes than `max_bytes`, noticed while they arrive.
+        RequestInvalid: a broken form, an unknown or oversized field.
+        StorageFull: the disk took no more.
+    """
+    sorter = _Sorter(_boundary(request), directory, known)
+    received = 0
+    try:
+        async for chunk in _chunks(request):
+            received += len(chunk)
+            if received > max_bytes:
+                raise body_too_large(max_bytes)
+            await anyio.to_thread.run_sync(sorter.write, chunk)
+        return await anyio.to_thread.run_sync(sorter.finish)
+    finally:
+        sorter.close()
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    async for chunk in request.stream():
+        if chunk:
+            yield chunk
+
+
+def _boundary(request: Request) -> bytes:
+    given = request.headers.get("content-type", "")
+    kind, options = parse_options_header(given)
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
+        raise WrongContentType(
+            f"the body's content-type is {given or 'not given'!r}; send multipart/form-data with "
+            "the field name and the file parts files (curl: -F name=NAME "
+            "-F files=@adapter_config.json -F files=@adapter_model.safetensors)",
+            field="content-type",
+            expected="multipart/form-data",
+            came=shown(given),
+        )
+    return boundary
+
+
+class _Sorter:
+    """Feeds the parser and keeps what it finds; every method may run in another thread."""
+
+    def __init__(self, boundary: bytes, directory: Path, known: frozenset[str]) -> None:
+        self._upload = Upload()
+        self._directory = directory
+        self._known = known
+        self._num_parts = 0
+        self._complete = False
+        self._header_name = b""
+        self._header_value = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._name = ""
+        self._value = bytearray()
+        self._file: IO[bytes] | None = None
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers,
+                    "on_part_data": self._on_data,
+                    "on_part_end": self._end,
+                    "on_end": self._on_form_end,
+                },
+            )
+        except FormParserError as error:
+            raise _broken(str(error)) from error
+
+    def write(self, chunk: bytes) -> None:
+        """Parse one more chunk."""
+        try:
+            with full_disk_is_storage_full("the upload"):
+                self._parser.write(chunk)
+        except FormParserError as error:
+            raise _broken(str(error)) from error
+
+    def finish(self) -> Upload:
+        """What came, once the form is whole."""
+        if not self._complete:
+            raise _broken("the body ends inside the form")
+        return self._upload
+
+    def close(self) -> None:
+        """Close the file that is open, if the form broke off inside one."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> None:
+        self._num_parts += 1
+        if self._num_parts > MAX_PARTS:
+            raise _broken(f"more than {MAX_PARTS} parts")
+        self._headers = {}
+        self._value = bytearray()
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _on_headers(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        self._name = _text(options.get(b"name", b""), "a part's name")
+        if self._name == FILES:
+            file_name = _text(options.get(b"filename", b""), "a file's name")
+            path = self._directory / f"part-{self._num_parts}"
+            self._upload.files.append((file_name, path))
+            self._file = path.open("xb")
+        elif self._name not in self._known:
+            listed = ", ".join(sorted({*self._known, FILES}))
+            raise RequestInvalid(
+                f"unknown form field {shown(self._name)}; this route takes {listed}",
+                field=shown(self._name),
+                expected=listed,
+                came=shown(self._name),
+            )
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        if self._file is not None:
+            self._file.write(data[start:end])
+            return
+        self._value += data[start:end]
+        if len(self._value) > MAX_FIELD_BYTES:
+            raise RequestInvalid(
+                f"{self._name}: more than {MAX_FIELD_BYTES} bytes",
+                field=self._name,
+                expected=f"at most {MAX_FIELD_BYTES} bytes",
+                came="more",
+            )
+
+    def _end(self) -> None:
+        if self._file is not None:
+            self.close()
+        else:
+            text = _text(bytes(self._value), self._name)
+            self._upload.fields.setdefault(self._name, []).append(text)
+
+    def _on_form_end(self) -> None:
+        self._complete = True
+
+
+def _text(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestInvalid(
+            f"{what} is not UTF-8", field=what, expected="UTF-8", came=shown(data)
+        ) from error
+
+
+def _broken(why: str) -> RequestInvalid:
+    return RequestInvalid(
+        f"the form cannot be read: {why}",
+        field="body",
+        expected="multipart/form-data",
+        came=shown(why),
+    )

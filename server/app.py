@@ -1,0 +1,142 @@
+"""The composition root: settings in, an ASGI app out.
+
+The app answers `/livez` at once and everything else once the engine is up. Nothing here decides
+anything about a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio.to_thread
+import structlog
+from fastapi import FastAPI
+
+from adapters.registry import Registry
+from server.api import adapters, errors, generate, health, models, tokens
+from server.api.access_log import AccessLog
+from server.api.headers import BodyLimit, ReplyHeaders
+from server.api.services import Services
+from server.base.convert import read_manifest
+from server.engine.client import EngineClient
+from server.generation import Generator
+from server.settings import MIB, Settings
+from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+
+log = structlog.get_logger(__name__)
+
+Hook = Callable[[Services], Awaitable[None]]
+UPLOAD_PATHS = frozenset({"/adapters"})
+
+
+async def _nothing(_services: Services) -> None:
+    return
+
+
+def create_app(
+    settings: Settings, *, on_ready: Hook = _nothing, on_failure: Hook = _nothing
+) -> FastAPI:
+    """Put a server together.
+
+    Args:
+        settings: what it is started with.
+        on_ready: awaited once the engine is up, before `/readyz` says so.
+        on_failure: awaited when the engine did not start; `Services.failure` has the reason.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = await anyio.to_thread.run_sync(open_services, settings)
+        app.state.services = services
+        starting = asyncio.create_task(_start(services, on_ready, on_failure))
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await close_services(services)
+
+    app = FastAPI(
+        title="Graftwork",
+        summary="Many PEFT adapters on one frozen base model",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    for module in (generate, adapters, models, tokens, health):
+        app.include_router(module.router)
+    errors.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_body_mib * MIB, exempt=frozenset(UPLOAD_PATHS)
+    )
+    app.add_middleware(errors.CatchAll)
+    app.add_middleware(AccessLog)
+    app.add_middleware(ReplyHeaders)
+    return app
+
+
+def open_services(settings: Settings) -> Services:
+    """The registry, swept, and an engine that is not started yet."""
+    base_id = base_name(settings)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    registry = Registry(settings.data_dir, reserved=(base_id,))
+    report = registry.sweep(deep=False)
+    if report.corrupt:
+        log.warning("adapters_corrupt", digests=report.corrupt)
+    client = EngineClient(settings.engine_config())
+    return Services(settings, base_id, registry, client)
+
+
+async def start_engine(services: Services) -> Generator:
+    """Start the engine and make the generator; `Services.generator` is left to the caller.
+
+    Raises:
+        BaseUnsupported, EngineUnavailable: it cannot be started, with the reason.
+    """
+    await services.client.start()
+    services.base_notes = services.client.notes
+    tokenizer = await anyio.to_thread.run_sync(load_text_tokenizer, services.settings)
+    return Generator(services.client, services.registry, tokenizer, services.base_id)
+
+
+async def close_services(services: Services) -> None:
+    """Stop the engine and close the registry."""
+    services.generator = None
+    await services.client.stop()
+    services.registry.close()
+
+
+def base_name(settings: Settings) -> str:
+    """The base's name for clients; known before the engine is up, since it is reserved."""
+    manifest = read_manifest(Path(settings.base)) or {}
+    return settings.base_name or str(manifest.get("name") or settings.base_id)
+
+
+def load_text_tokenizer(settings: Settings) -> TextTokenizer:
+    """The base's tokenizer, once the base itself is on this machine."""
+    from server.base.load import load_tokenizer
+
+    directory = Path(settings.base)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        # The engine has just loaded the base: its files are there.
+        directory = Path(
+            snapshot_download(settings.base, revision=settings.revision, local_files_only=True)
+        )
+    return TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
+
+
+async def _start(services: Services, on_ready: Hook, on_failure: Hook) -> None:
+    try:
+        services.generator = await start_engine(services)
+        await on_ready(services)
+    except Exception as error:
+        services.failure = str(error)
+        log.exception("engine_start_failed")
+        await on_failure(services)
+        return
+    log.info("ready", base=services.base_id, digest=services.client.base.digest)

@@ -1,0 +1,348 @@
+"""`graftwork`: the verbs of the command line.
+
+    graftwork serve            serve a base and its adapters over HTTP
+    graftwork demo             install the demo adapters and print how well they do
+    graftwork adapters list    what a data directory holds
+    graftwork adapters add     register a PEFT folder without a server
+    graftwork settings         every setting with its default
+
+Options win over the environment, the environment over defaults. Knows no engine and no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from server.settings import DEFAULT_BASE, Dtype, Settings
+
+app = typer.Typer(
+    help="Serve many PEFT adapters on one frozen base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+adapters_app = typer.Typer(help="Look at and fill a data directory.", no_args_is_help=True)
+app.add_typer(adapters_app, name="adapters")
+
+err = Console(stderr=True)
+out = Console()
+
+
+def _help(name: str) -> str:
+    field = Settings.model_fields[name]
+    return f"{field.description} [dim]GRAFTWORK_{name.upper()}[/dim]"
+
+
+def _option(name: str, *flags: str) -> Any:
+    default = Settings.model_fields[name].default
+    return typer.Option(
+        *flags, help=_help(name), show_default=str(default) if default is not None else False
+    )
+
+
+Base = Annotated[str | None, _option("base", "--base", "-b")]
+Revision = Annotated[str | None, _option("revision", "--revision")]
+DataDir = Annotated[Path | None, _option("data_dir", "--data-dir", "-d")]
+DtypeOption = Annotated[Dtype | None, _option("dtype", "--dtype")]
+Device = Annotated[str | None, _option("device", "--device")]
+Threads = Annotated[int | None, _option("threads", "--threads")]
+
+
+@app.command()
+def serve(
+    base: Base = None,
+    revision: Revision = None,
+    base_name: Annotated[str | None, _option("base_name", "--base-name")] = None,
+    data_dir: DataDir = None,
+    host: Annotated[str | None, _option("host", "--host")] = None,
+    port: Annotated[int | None, _option("port", "--port", "-p")] = None,
+    dtype: DtypeOption = None,
+    device: Device = None,
+    threads: Threads = None,
+    max_running: Annotated[int | None, _option("max_running", "--max-running")] = None,
+    kv_mib: Annotated[int | None, _option("kv_mib", "--kv-mib")] = None,
+    log_format: Annotated[str | None, _option("log_format", "--log-format")] = None,
+    log_level: Annotated[str | None, _option("log_level", "--log-level")] = None,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo/--no-demo",
+            help="Install the demo adapters that are not there yet, and measure them.",
+        ),
+    ] = False,
+) -> None:
+    """Serve a base model and its adapters over HTTP.
+
+    Without options: the default base (made in .graftwork/base on first use), adapters in
+    .graftwork/data, on http://127.0.0.1:8000, documented under /docs.
+
+    Upload an adapter that PEFT saved:
+
+        curl -F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors
+        http://127.0.0.1:8000/adapters
+
+    and use it with POST /generate?adapter=NAME. More settings: graftwork settings.
+    """
+    settings = _settings(
+        base=base,
+        revision=revision,
+        base_name=base_name,
+        data_dir=data_dir,
+        host=host,
+        port=port,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_running=max_running,
+        kv_mib=kv_mib,
+        log_format=log_format,
+        log_level=log_level,
+    )
+    _prepare_base(settings)
+    raise typer.Exit(_serve(settings, with_demo=demo))
+
+
+@app.command()
+def demo(
+    base: Base = None,
+    data_dir: DataDir = None,
+    dtype: DtypeOption = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Install the demo adapters and print their accuracy on the 20 held-out messages."""
+    settings = _settings(base=base, data_dir=data_dir, dtype=dtype, device=device, threads=threads)
+    _prepare_base(settings)
+    asyncio.run(_demo(settings))
+
+
+@app.command("settings")
+def show_settings() -> None:
+    """Every setting, its environment variable, its default and what it does."""
+    table = Table("variable", "default", "what it does", show_lines=False, expand=True)
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else str(field.default)
+        table.add_row(f"GRAFTWORK_{name.upper()}", default, field.description)
+    out.print(table)
+
+
+@adapters_app.command("list")
+def list_adapters(data_dir: DataDir = None) -> None:
+    """List the adapters of a data directory."""
+    from adapters.registry import Registry
+
+    settings = _settings(data_dir=data_dir)
+    if not settings.data_dir.is_dir():
+        raise _fail(f"there is no data directory {settings.data_dir}")
+    registry = Registry(settings.data_dir)
+    table = Table("name", "version", "method", "virtual tokens", "bytes", "status", "digest")
+    for record in registry.list(limit=100_000):
+        numbers = (record.version, record.num_virtual_tokens, record.num_bytes)
+        version, virtual, size = (str(number) for number in numbers)
+        table.add_row(
+            record.name,
+            version,
+            record.peft_type,
+            virtual,
+            size,
+            record.status,
+            record.digest[:12],
+        )
+    registry.close()
+    out.print(table)
+
+
+@adapters_app.command("add")
+def add_adapter(
+    directory: Annotated[Path, typer.Argument(help="A folder that PEFT saved.", exists=True)],
+    name: Annotated[str | None, typer.Option(help="Its name; left out, the folder's.")] = None,
+    base: Base = None,
+    revision: Revision = None,
+    data_dir: DataDir = None,
+    template: Annotated[str | None, typer.Option(help="Template of its prompts.")] = None,
+) -> None:
+    """Register a PEFT folder, with the checks of an upload; no server is needed."""
+    from adapters.errors import AdapterError
+
+    settings = _settings(base=base, revision=revision, data_dir=data_dir)
+    _prepare_base(settings)
+    try:
+        line = _add(settings, directory, name or directory.resolve().name, template)
+    except AdapterError as error:
+        raise _fail(error.message) from error
+    out.print(line)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _settings(**given: Any) -> Settings:
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise _fail(
+            f"--{name.replace('_', '-')} (GRAFTWORK_{name.upper()}): {first['msg']}; "
+            f"came: {first['input']!r}"
+        ) from error
+
+
+def _fail(message: str) -> typer.Exit:
+    err.print(f"[red]graftwork:[/red] {message}", highlight=False)
+    return typer.Exit(2)
+
+
+def _prepare_base(settings: Settings) -> None:
+    if Path(settings.base) != DEFAULT_BASE:
+        return
+    from server.base.convert import TargetTaken, prepare_default_base
+    from server.base.fetch import FetchFailed
+
+    try:
+        prepare_default_base(DEFAULT_BASE)
+    except (FetchFailed, TargetTaken) as error:
+        raise _fail(str(error)) from error
+
+
+def _serve(settings: Settings, *, with_demo: bool) -> int:
+    """Run until a signal; the exit status."""
+    import uvicorn
+
+    from server.api.services import Services
+    from server.app import create_app
+    from server.logs import configure
+
+    configure(settings.log_format, settings.log_level)
+    bound = _bind(settings)
+    port = bound.getsockname()[1]
+
+    async def on_ready(services: Services) -> None:
+        if with_demo:
+            await _install_and_measure(services)
+        _greet(services, port)
+
+    async def on_failure(services: Services) -> None:
+        err.print(f"[red]graftwork:[/red] {services.failure}", highlight=False)
+        server.should_exit = True
+
+    app = create_app(settings, on_ready=on_ready, on_failure=on_failure)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=settings.shutdown_seconds,
+        )
+    )
+    try:
+        server.run(sockets=[bound])
+    except KeyboardInterrupt:
+        return 0
+    services: Services | None = getattr(app.state, "services", None)
+    return 0 if services is not None and services.failure is None else 1
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Take the port before anything is loaded, so that a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((settings.host, settings.port))
+    except OSError as error:
+        bound.close()
+        raise _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    return bound
+
+
+async def _install_and_measure(services: Any) -> None:
+    from server.showcase import install_demo, measure
+
+    new = await install_demo(services)
+    if not new:
+        return
+    table = Table("adapter", "method", "held-out messages answered exactly")
+    for one in new:
+        result = await measure(services.generator, one)
+        table.add_row(result.name, result.method, f"{result.num_right} of {result.num_messages}")
+    err.print(table)
+
+
+def _greet(services: Any, port: int) -> None:
+    from server.demo.install import demo_adapters
+    from server.showcase import SHOWN, curl_line
+
+    host = services.settings.host
+    err.print(
+        f"Graftwork serves {services.base_id} ({services.client.base.dtype}) "
+        f"on http://{host}:{port}, documented under /docs",
+        highlight=False,
+    )
+    shown = next((one for one in demo_adapters() if one.name == SHOWN), None)
+    names = {record.name for record in services.registry.list(limit=100_000)}
+    if shown is not None and SHOWN in names:
+        err.print("Try it:")
+        # Not wrapped: the line must work when it is copied.
+        err.print(
+            curl_line(host, port, shown), soft_wrap=True, markup=False, highlight=False, emoji=False
+        )
+
+
+async def _demo(settings: Settings) -> None:
+    from server.app import close_services, open_services, start_engine
+
+    services = open_services(settings)
+    try:
+        services.generator = await start_engine(services)
+        from server.demo.install import demo_adapters
+        from server.showcase import install_demo, measure
+
+        await install_demo(services)
+        table = Table("adapter", "method", "held-out messages answered exactly")
+        for one in demo_adapters():
+            result = await measure(services.generator, one)
+            table.add_row(
+                result.name, result.method, f"{result.num_right} of {result.num_messages}"
+            )
+        out.print(table)
+    finally:
+        await close_services(services)
+
+
+def _add(settings: Settings, directory: Path, name: str, template: str | None) -> str:
+    from adapters.archive import stage_upload
+    from adapters.registry import Registry
+    from server.app import base_name
+    from server.base.load import load_base
+    from server.text.template import Template
+
+    if template is not None:
+        Template.parse(template)
+    loaded = load_base(settings.base, revision=settings.revision, device="cpu")
+    base_id = base_name(settings)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    registry = Registry(settings.data_dir, reserved=(base_id,))
+    try:
+        with registry.staging_dir() as staged:
+            files = [(path.name, path) for path in sorted(directory.iterdir()) if path.is_file()]
+            stage_upload(files, staged)
+            published = registry.publish(
+                name, staged, loaded.spec, template=template, base_names=(base_id, settings.base)
+            )
+    finally:
+        registry.close()
+    record = published.record
+    what = "registered" if published.created else "was there already"
+    return f"{record.name}@{record.version} {what} ({record.peft_type}, {record.digest[:12]})"

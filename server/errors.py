@@ -1,0 +1,74 @@
+"""What the server itself refuses, as opposed to the adapter library and the engine.
+
+    RequestRefused           anything the server refuses on its own account
+    |-- Contradiction        two parts of a request disagree, or a field is where none belongs
+    |-- UnknownParameter     a query parameter that the route does not have
+    |-- RequestInvalid       a value that is out of range, missing or of the wrong kind
+    |   |-- TooLong          more tokens than the base or the engine can hold
+    |   `-- TemplateInvalid  a template that does not parse, or a row that does not fit it
+    |-- BodyTooLarge         more bytes than the limit, counted while they arrive
+    |-- WrongContentType     a body of another media type
+    `-- NotReady             the engine is still starting, or is gone
+
+Every error carries facts as plain attributes, as those of `adapters.errors` do; nothing here knows
+a status code: `server.api.errors` holds the one table.
+"""
+
+from __future__ import annotations
+
+
+class RequestRefused(Exception):
+    """Base of the tree.
+
+    Args:
+        message: one sentence for a person: what was expected and what came.
+        field: the parameter that is at fault, if one is.
+        expected: what would have been accepted.
+        came: what was found.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        expected: str | None = None,
+        came: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.expected = expected
+        self.came = came
+
+
+class Contradiction(RequestRefused):
+    """Two parts of a request disagree, or a field is where none belongs."""
+
+
+class UnknownParameter(RequestRefused):
+    """A query parameter that the route does not have."""
+
+
+class RequestInvalid(RequestRefused):
+    """A value that is out of range, missing or of the wrong kind."""
+
+
+class TooLong(RequestInvalid):
+    """More tokens than the base or the engine can hold."""
+
+
+class TemplateInvalid(RequestInvalid):
+    """A template that does not parse, or a row that does not fit it."""
+
+
+class BodyTooLarge(RequestRefused):
+    """More bytes than the limit, counted while they arrive."""
+
+
+class WrongContentType(RequestRefused):
+    """A body of another media type."""
+
+
+class NotReady(RequestRefused):
+    """The engine is still starting, or is gone."""

@@ -1,0 +1,318 @@
+"""The one straight line of a generation: from a prompt and an adapter's name to text.
+
+    resolve -> tokenise -> check limits -> GenerationRequest -> engine stream -> text, stop strings
+
+Knows neither HTTP nor JSON: a route fills in `Options`, and reads `Piece`s. The adapter's version
+is fixed when the name is resolved, so replacing or deleting it later changes nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, TypeVar
+
+import anyio.to_thread
+
+from adapters.registry import AdapterRecord, Registry
+from server.engine.client import EngineClient, RequestFailed, RequestStream
+from server.engine.request import (
+    AdapterRef,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
+from server.errors import RequestInvalid, TooLong
+from server.text.detokenizer import IncrementalDetokenizer
+from server.text.stop import StopStrings
+from server.text.template import Template
+from server.text.tokenizer import TextTokenizer, TokenSpan
+
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+ResultT = TypeVar("ResultT")
+Row: TypeAlias = Mapping[str, str | int | float]
+
+DEFAULT_MAX_NEW_TOKENS = 64
+# Longer texts are tokenised off the event loop: a megabyte takes about a second.
+_INLINE_CHARACTERS = 4_096
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose about one generation.
+
+    Attributes:
+        sampling: `max_new_tokens` and `eos_token_ids` in it are filled in here.
+        max_new_tokens: None takes the default, or what fits if that is less.
+        stop: strings that end the output; the one that ended it stays in the text.
+        truncate: keep only the last so many prompt tokens.
+    """
+
+    sampling: SamplingParams
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    truncate: int | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as ids, without virtual tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One new token as text.
+
+    Attributes:
+        token_id: the token.
+        text: what it adds to the output; empty while a character is incomplete. A special token
+            shows its name here, which is not part of the output.
+        special: whether it is a special token.
+        logprob: None unless asked for.
+        finish_reason: None while the sequence goes on.
+    """
+
+    token_id: int
+    text: str
+    special: bool
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+
+
+class Generation:
+    """One request in the engine, read as text.
+
+    Iterate it once; `abort` may be called at any time and any number of times. After the last
+    piece, `text`, `num_tokens` and `finish_reason` are final.
+    """
+
+    def __init__(
+        self,
+        stream: RequestStream,
+        request: GenerationRequest,
+        detokenizer: IncrementalDetokenizer,
+        stops: StopStrings,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        self.request = request
+        self.text = ""
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        self.queue_seconds: float | None = None
+        self.first_token_seconds: float | None = None
+        self._stream = stream
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._tokenizer = tokenizer
+        self._submitted_at = time.monotonic()
+
+    def abort(self) -> None:
+        """Give the row back; what was read so far stays."""
+        self._stream.abort()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Yield a piece a token.
+
+        Raises:
+            RequestFailed: the engine gave the request up.
+        """
+        try:
+            async for event in self._stream:
+                piece = self._take(event)
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+            raise RequestFailed("engine_error", "the engine ended the request without a reason")
+        finally:
+            self.abort()
+
+    def _take(self, event: TokenEvent) -> Piece:
+        if self.num_tokens == 0:
+            self.first_token_seconds = time.monotonic() - self._submitted_at
+            self.queue_seconds = event.queue_seconds
+            self.prompt_logprobs = event.prompt_logprobs
+        self.num_tokens += 1
+        if event.token_id in self._tokenizer.special_ids:
+            return self._take_special(event)
+        text = self._detokenizer.feed(event.token_id)
+        if event.finish_reason is not None:
+            text += self._detokenizer.flush()
+        kept = self._stops.feed(text)
+        reason: FinishReason | None = _finish_reason(event)
+        if kept is not None:
+            text, reason = text[:kept], "stop_sequence"
+        self.text += text
+        self.finish_reason = reason
+        return Piece(event.token_id, text, False, event.logprob, reason)
+
+    def _take_special(self, event: TokenEvent) -> Piece:
+        self.finish_reason = _finish_reason(event)
+        if self.finish_reason is not None:
+            # An output that ends inside a character keeps a replacement for it.
+            self.text += self._detokenizer.flush()
+        name = self._tokenizer.token_text(event.token_id)
+        return Piece(event.token_id, name, True, event.logprob, self.finish_reason)
+
+
+class Generator:
+    """Turns prompts into generations on one engine.
+
+    Args:
+        client: the started engine.
+        registry: where adapters are looked up.
+        tokenizer: the base's.
+        base_id: the name by which a caller may ask for the base itself.
+    """
+
+    def __init__(
+        self, client: EngineClient, registry: Registry, tokenizer: TextTokenizer, base_id: str
+    ) -> None:
+        self._client = client
+        self._registry = registry
+        self.tokenizer = tokenizer
+        self.base_id = base_id
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens that virtual tokens, prompt and output may take together."""
+        return self._client.max_sequence_tokens
+
+    async def resolve(self, name: str | None) -> AdapterRecord | None:
+        """The exact version behind `NAME`, `NAME@VERSION` or `NAME@ALIAS`; None is the base.
+
+        Raises:
+            NameInvalid, AdapterNotFound, VersionNotFound, AdapterCorrupt: never the base instead.
+        """
+        if name is None or name == self.base_id:
+            return None
+        return await anyio.to_thread.run_sync(self._registry.resolve, name)
+
+    async def encode(self, text: str) -> Prompt:
+        """A prompt from text, with the special tokens that the tokenizer adds."""
+        return Prompt(text, await self._tokens(text, plain=False))
+
+    async def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
+        """Tokens of a text with the characters that each covers."""
+        return await self._run(
+            len(text), lambda: self.tokenizer.spans(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def encode_row(self, row: Row, adapter: AdapterRecord | None) -> Prompt:
+        """A prompt from a row of data, by the adapter's own stored template.
+
+        Raises:
+            RequestInvalid: no adapter was named, or it has no template.
+            TemplateInvalid: the row does not fit the template.
+        """
+        if adapter is None or adapter.template is None:
+            whose = "the base" if adapter is None else f"the adapter {adapter.name!r}"
+            raise RequestInvalid(
+                f"row: {whose} has no stored template; send inputs instead",
+                field="row",
+                expected="an adapter with a stored template",
+                came=whose,
+            )
+        text = Template.parse(adapter.template).render(row)
+        return Prompt(text, await self._tokens(text, plain=True))
+
+    def prepare(
+        self, prompt: Prompt, adapter: AdapterRecord | None, options: Options, request_id: str
+    ) -> GenerationRequest:
+        """Hold a prompt against the limits and freeze the request.
+
+        Raises:
+            RequestInvalid: the prompt has no token.
+            TooLong: virtual tokens, prompt and output do not fit the base or the engine.
+        """
+        ids = prompt.token_ids
+        if options.truncate is not None:
+            ids = ids[-options.truncate :]
+        if not ids:
+            raise RequestInvalid(
+                "inputs: expected at least one token, came an empty text",
+                field="inputs",
+                expected="at least one token",
+                came="none",
+            )
+        virtual = 0 if adapter is None else adapter.num_virtual_tokens
+        max_new_tokens = self._max_new_tokens(len(ids), virtual, options.max_new_tokens)
+        sampling = replace(
+            options.sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+        )
+        ref = None if adapter is None else adapter_ref(adapter)
+        return GenerationRequest(request_id, ids, sampling, ref)
+
+    def submit(self, request: GenerationRequest, options: Options) -> Generation:
+        """Queue a prepared request.
+
+        Raises:
+            EngineOverloaded: the queue is full.
+            EngineUnavailable: the engine's process is down.
+        """
+        detokenizer = IncrementalDetokenizer(self.tokenizer.decode, request.prompt_token_ids)
+        return Generation(
+            self._client.submit(request),
+            request,
+            detokenizer,
+            StopStrings(options.stop),
+            self.tokenizer,
+        )
+
+    async def _tokens(self, text: str, *, plain: bool) -> tuple[int, ...]:
+        return await self._run(len(text), lambda: self.tokenizer.encode(text, plain=plain))
+
+    async def _run(self, characters: int, work: Callable[[], ResultT]) -> ResultT:
+        if characters <= _INLINE_CHARACTERS:
+            return work()
+        return await anyio.to_thread.run_sync(work)
+
+    def _max_new_tokens(self, prompt: int, virtual: int, asked: int | None) -> int:
+        room = self.max_sequence_tokens - virtual - prompt
+        wanted = 1 if asked is None else asked
+        if wanted > room:
+            taken = f"{prompt} prompt tokens + {wanted} new tokens"
+            if virtual:
+                taken += f" + {virtual} virtual tokens of the adapter"
+            raise TooLong(
+                f"inputs and max_new_tokens take {taken}, "
+                f"at most {self.max_sequence_tokens} fit in all",
+                field="inputs" if room < 1 else "max_new_tokens",
+                expected=f"at most {self.max_sequence_tokens} tokens in all",
+                came=str(prompt + wanted + virtual),
+            )
+        return min(DEFAULT_MAX_NEW_TOKENS, room) if asked is None else asked
+
+
+def adapter_ref(record: AdapterRecord) -> AdapterRef:
+    """The engine's view of a record."""
+    return AdapterRef(record.digest, record.num_virtual_tokens, record.uses_scales)
+
+
+def mean_logprob(pieces: list[Piece]) -> float:
+    """Mean log-probability of an output, by which `best_of` chooses."""
+    known = [piece.logprob.logprob for piece in pieces if piece.logprob is not None]
+    return sum(known) / len(known) if known else -math.inf
+
+
+def _finish_reason(event: TokenEvent) -> FinishReason | None:
+    match event.finish_reason:
+        case None:
+            return None
+        case "length":
+            return "length"
+        case "eos":
+            return "eos_token"
+        case reason:
+            raise RequestFailed(
+                "aborted" if reason == "aborted" else "engine_error",
+                f"the engine ended the request early ({reason})",
+            )

@@ -1,0 +1,114 @@
+"""The base's tokenizer, as the server uses it.
+
+Works on a private copy of the fast tokenizer's backend, so that nothing else can switch truncation
+or padding on. Strings get the special tokens that the tokenizer adds; ids are taken as they are.
+Knows nothing of requests or templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """One token of an encoded text; `start` and `stop` count characters, half open."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class TextTokenizer:
+    """Encodes and decodes for one base.
+
+    Args:
+        fast: a transformers fast tokenizer.
+        eos_token_ids: ids that end a sequence; the tokenizer's own is added.
+    """
+
+    def __init__(self, fast: Any, eos_token_ids: Sequence[int] = ()) -> None:
+        serialized = fast.backend_tokenizer.to_str()
+        self._backend = _private_copy(serialized)
+        # Rows of data are quoted text: a special token's name inside them is plain text.
+        self._plain = _private_copy(serialized)
+        self._plain.encode_special_tokens = True
+        own_eos = () if fast.eos_token_id is None else (int(fast.eos_token_id),)
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos_token_ids, *own_eos)))
+        self.special_ids: frozenset[int] = frozenset(
+            token_id
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if token.special
+        ) | frozenset(self.eos_token_ids)
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        self.info: dict[str, Any] = _info(fast)
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, plain: bool = False
+    ) -> tuple[int, ...]:
+        """Text to ids.
+
+        Args:
+            text: any string.
+            add_special_tokens: add what the tokenizer adds to a text (a BOS token, for some).
+            plain: take names of special tokens inside `text` as plain text.
+        """
+        backend = self._plain if plain else self._backend
+        return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """Text to ids with the characters that each covers."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return [
+            TokenSpan(token_id, text[start:stop], start, stop)
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids to text; invalid UTF-8 becomes U+FFFD, ids that the vocabulary lacks nothing."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """One token decoded alone, special tokens by their name."""
+        return self.decode((token_id,))
+
+
+def read_eos_token_ids(base: Path) -> tuple[int, ...]:
+    """The ids that end a sequence, as the base's directory says.
+
+    `generation_config.json` goes before `config.json`; either may hold one id, a list or nothing.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = base / name
+        if not path.is_file():
+            continue
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
+
+
+def _private_copy(serialized: str) -> Tokenizer:
+    backend = Tokenizer.from_str(serialized)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _info(fast: Any) -> dict[str, Any]:
+    """What a client that renders prompts itself must know; the shape is vLLM's /tokenizer_info."""
+    return {
+        "tokenizer_class": type(fast).__name__,
+        "bos_token": fast.bos_token,
+        "eos_token": fast.eos_token,
+        "pad_token": fast.pad_token,
+        "unk_token": fast.unk_token,
+        "chat_template": fast.chat_template,
+    }
