@@ -1,0 +1,58 @@
+"""Templates substitute columns, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import TemplateInvalid
+from server.text.template import MAX_TEMPLATE_CHARACTERS, Template
+
+plain = st.text(alphabet=st.characters(exclude_characters="{}", exclude_categories=["Cs"]))
+names = plain.filter(str.strip)
+
+
+@given(st.lists(st.tuples(plain, names)), plain, st.data())
+def test_rendering_puts_values_between_the_literals(parts, end, data):
+    text = "".join(f"{literal}{{{name}}}" for literal, name in parts) + end
+    row = {name: data.draw(st.text(max_size=5)) for _, name in parts}
+    want = "".join(literal + row[name] for literal, name in parts) + end.rstrip()
+    assert Template.parse(text).render(row) == want
+
+
+@given(st.text(alphabet="a{} ", max_size=12))
+def test_escaped_text_renders_to_itself(text):
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    assert Template.parse(escaped).render({}) == text.rstrip()
+
+
+def test_values_are_never_parsed():
+    template = Template.parse("{a} {b}")
+    assert template.render({"a": "{b}", "b": "{{x}}"}) == "{b} {{x}}"
+    assert template.columns == ("a", "b")
+
+
+def test_numbers_are_written_plainly_and_odd_names_are_only_names():
+    assert Template.parse("{0} {x.y!r:>5}").render({"0": 1.5, "x.y!r:>5": 2}) == "1.5 2"
+
+
+def test_white_space_at_the_end_belongs_to_the_target():
+    assert Template.parse("{Tweet text} Label : \n").render({"Tweet text": "a "}) == "a  Label :"
+    assert Template.parse("{a}").render({"a": "kept "}) == "kept "
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "}", "a {b", "a } b", "{}", "{ }", "{a{b}}", "{{{", "x" * 10_001]
+)
+def test_what_does_not_parse_is_refused(text):
+    with pytest.raises(TemplateInvalid) as caught:
+        Template.parse(text)
+    assert caught.value.field == "template"
+
+
+def test_a_row_must_fit():
+    template = Template.parse("{a} {b}")
+    with pytest.raises(TemplateInvalid, match="missing: 'b'; unknown: 'c'"):
+        template.render({"a": "1", "c": "2"})
+    assert MAX_TEMPLATE_CHARACTERS == 10_000
