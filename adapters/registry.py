@@ -243,13 +243,15 @@ class Registry:
                     _check_free(session, name, create_only)
                     placed = self._blobs.place(staged, checked.digest)
                     version, created = _insert(session, name, checked, said)
+                    # Read before the commit: afterwards it may be deleted at any moment.
+                    record = _one(session, name, version)
             except BaseException:
                 if placed:
                     # If this fails too, the next sweep finds the orphan.
                     with suppress(AdapterError, OSError, DatabaseError):
                         self._collect([checked.digest])
                 raise
-        return Published(self.lookup(f"{name}@{version}"), created)
+        return Published(record, created)
 
     # --- out --------------------------------------------------------------------------
 
@@ -273,9 +275,7 @@ class Registry:
     def lookup(self, reference: str) -> AdapterRecord:
         """As `resolve`, but a corrupt adapter is returned like any other."""
         with self._read() as session:
-            name, version = _locate(session, reference)
-            statement = _versions().where(VersionRow.name == name, VersionRow.version == version)
-            return _records(session, statement)[0]
+            return _one(session, *_locate(session, reference))
 
     def list(self, offset: int = 0, limit: int = 100) -> tuple[AdapterRecord, ...]:
         """The default version of every adapter, by name."""
@@ -369,7 +369,7 @@ class Registry:
                 )
             _require_version(session, name, version)
             session.merge(AliasRow(name=name, alias=alias, version=version))
-        return self.lookup(f"{name}@{version}")
+            return _one(session, name, version)
 
     def rollback(self, name: str, version: int) -> AdapterRecord:
         """Make a bare NAME mean this version until the next new one is published.
@@ -380,7 +380,7 @@ class Registry:
         with self._write() as session:
             _require_version(session, name, version)
             session.get_one(AdapterRow, name).pinned_version = version
-        return self.lookup(f"{name}@{version}")
+            return _one(session, name, version)
 
     # --- care -------------------------------------------------------------------------
 
@@ -617,6 +617,12 @@ def _records(session: Session, statement: Select[VersionRow, BlobRow]) -> tuple[
         )
         for row, blob in rows
     )
+
+
+def _one(session: Session, name: str, version: int) -> AdapterRecord:
+    """A version that is known to exist; what the session changed is seen."""
+    statement = _versions().where(VersionRow.name == name, VersionRow.version == version)
+    return _records(session, statement)[0]
 
 
 def _record(
