@@ -256,20 +256,21 @@ def load_serving_form(
         digest: what the content must hash to; None skips the hash.
 
     Raises:
-        AdapterCorrupt: the folder is gone, cut short or changed (with `digest`).
+        AdapterCorrupt: the folder is gone or cut short, or (with `digest`) changed at all.
         CheckpointError: the checkpoint does not fit this base.
     """
+    path = directory / TENSORS_FILE
     try:
         check_file_set(directory)
         if digest is not None and digest_of(directory, limits) != digest:
             raise AdapterCorrupt(
                 "the stored adapter no longer matches its digest", field="digest", expected=digest
             )
+        _, method, config, _ = _check_without_values(directory, base, limits)
+        tensors = load_tensors(path, read_header(path, limits))
     except (FileNotFoundError, FileSetInvalid, HeaderInvalid, ConfigInvalid) as error:
         raise AdapterCorrupt(f"the stored adapter cannot be read: {error}") from error
-    _, method, config, _ = _check_without_values(directory, base, limits)
-    path = directory / TENSORS_FILE
-    form = method.serving_form(config, load_tensors(path, read_header(path, limits)), base)
+    form = method.serving_form(config, tensors, base)
     form.check(base)
     return form
 

@@ -184,6 +184,16 @@ def test_a_damaged_store_is_corrupt_for_the_loader(damage: str, tmp_path: Path) 
         (directory / CONFIG_FILE).write_text("{")
     with pytest.raises(errors.AdapterCorrupt):
         load_serving_form(directory, BASE, digest=digest)
+    if damage != "flipped":  # only the hash sees that
+        with pytest.raises(errors.AdapterCorrupt):
+            load_serving_form(directory, BASE)
+
+
+def test_a_checkpoint_of_another_base_is_no_damage(tmp_path: Path) -> None:
+    directory = checkpoints.soft_prompt(tmp_path / "a")
+    wider = BASE.from_dict({**BASE.to_dict(), "hidden_size": 16})
+    with pytest.raises(errors.TensorMismatch):
+        load_serving_form(directory, wider, digest=digest_of(directory))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
