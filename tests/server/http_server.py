@@ -15,10 +15,12 @@ from pathlib import Path
 import httpx
 import torch
 import uvicorn
+from fastapi import FastAPI
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from server.api.services import Services
 from server.app import create_app
 from server.logs import configure
 from server.settings import Settings
@@ -99,21 +101,30 @@ def save_prefix_adapter(directory: Path, *, seed: int = 0, n: int = 4) -> Path:
     return directory
 
 
+class ServerClient(httpx.Client):
+    """An HTTP client that also knows the server's inside, to watch it."""
+
+    app: FastAPI
+
+    def app_services(self) -> Services:
+        return self.app.state.services
+
+
 @contextmanager
-def running_server(settings: Settings) -> Iterator[httpx.Client]:
+def running_server(settings: Settings) -> Iterator[ServerClient]:
     """A client of a server that is ready; the server ends with the block."""
     configure(settings.log_format, settings.log_level)
+    app = create_app(settings)
     server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(settings), host="127.0.0.1", port=0, log_config=None, access_log=False
-        )
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         _wait(lambda: server.started, 30)
         port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with ServerClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            client.app = app
             _wait(lambda: client.get("/readyz").status_code == 200, 90)
             yield client
     finally:
