@@ -43,7 +43,7 @@ def create_app(
 
     Args:
         settings: what it is started with.
-        on_ready: awaited once the engine is up, before `/readyz` says so.
+        on_ready: awaited once the engine is up and requests are taken.
         on_failure: awaited when the engine did not start; `Services.failure` has the reason.
     """
 

@@ -289,6 +289,7 @@ def _greet(services: Any, port: int) -> None:
         f"Graftwork serves {services.base_id} ({services.client.base.dtype}) "
         f"on http://{host}:{port}, documented under /docs",
         highlight=False,
+        soft_wrap=True,
     )
     shown = next((one for one in demo_adapters() if one.name == SHOWN), None)
     names = {record.name for record in services.registry.list(limit=100_000)}
