@@ -54,10 +54,10 @@ class Recipe:
 
 RECIPES = {
     "ia3": Recipe(learning_rate=1e-2, epochs=3),
-    "prompt_tuning": Recipe(learning_rate=3e-2, epochs=8),
-    "prefix_tuning": Recipe(learning_rate=1e-2, epochs=8),
-    "p_tuning": Recipe(learning_rate=1e-3, epochs=12),
-    "cpt": Recipe(learning_rate=1e-3, epochs=4),
+    "prompt_tuning": Recipe(learning_rate=3e-2, epochs=6),
+    "prefix_tuning": Recipe(learning_rate=1e-2, epochs=6),
+    "cpt": Recipe(learning_rate=1e-3, epochs=3),
+    "p_tuning": Recipe(learning_rate=1e-3, epochs=10),
 }
 
 
@@ -240,6 +240,8 @@ def save(trainer: Trainer, model: peft.PeftModel, directory: Path) -> None:
         if config.get(field):
             config[field] = sorted(config[field])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for file in directory.iterdir():
+        file.chmod(0o644)
     for name, tensor in load_file(directory / "adapter_model.safetensors").items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise ValueError(f"{name}: expected finite float32, came {tensor.dtype}")
@@ -283,6 +285,30 @@ def write_recipe(directory: Path, method: str, held_out: float) -> None:
     (directory / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
 
 
+def name_the_best(out: Path) -> None:
+    """Give the plain name to the best adapter in `out`, and method names to the others."""
+    ranked = []
+    for recipe_file in sorted(out.glob(f"*/{RECIPE_FILE}")):
+        recipe = json.loads(recipe_file.read_text())
+        own_name = out / method_name(recipe["method"])
+        recipe_file.parent.rename(own_name)
+        ranked.append((recipe["accuracy_held_out"], own_name))
+    best_score, best = max(ranked, key=lambda entry: entry[0])
+    best.rename(out / BEST_NAME)
+    print(f"best: {best.name} ({best_score:.2f}) -> {BEST_NAME}")
+
+
+def method_name(method: str) -> str:
+    return f"{BEST_NAME}-{method.replace('_', '-')}"
+
+
+def drop_former(out: Path, method: str) -> None:
+    """Remove what an earlier run left of this method, under whichever name."""
+    for recipe_file in out.glob(f"*/{RECIPE_FILE}"):
+        if json.loads(recipe_file.read_text())["method"] == method:
+            shutil.rmtree(recipe_file.parent)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="the default base's directory")
@@ -297,23 +323,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     trainer = Trainer(options.base, getattr(torch, options.dtype))
-    scores: dict[str, float] = {}
     for method in options.only:
         known = RECIPES[method]
         recipe = Recipe(
             options.lr or known.learning_rate, options.epochs or known.epochs, known.batch_size
         )
-        staged = options.out / f"{BEST_NAME}-{method.replace('_', '-')}"
-        save(trainer, train(trainer, method, recipe, options.seed), staged)
-        scores[method] = accuracy(trainer, staged, "held_out")
-        write_recipe(staged, method, scores[method])
-        print(f"{method}: held out {scores[method]:.2f}", flush=True)
-    if set(options.only) == set(RECIPES):
-        best = max(scores, key=lambda method: scores[method])
-        staged = options.out / f"{BEST_NAME}-{best.replace('_', '-')}"
-        shutil.rmtree(options.out / BEST_NAME, ignore_errors=True)
-        staged.rename(options.out / BEST_NAME)
-        print(f"best: {best} -> {BEST_NAME}")
+        trained = train(trainer, method, recipe, options.seed)
+        drop_former(options.out, method)
+        directory = options.out / method_name(method)
+        save(trainer, trained, directory)
+        score = accuracy(trainer, directory, "held_out")
+        write_recipe(directory, method, score)
+        print(f"{method}: held out {score:.2f}", flush=True)
+    name_the_best(options.out)
 
 
 if __name__ == "__main__":
