@@ -102,23 +102,29 @@ class Scheduler:
 
     def refusal(self, request: GenerationRequest) -> str | None:
         """Why the request could never run here, or None when it can."""
+        reason = None if request.adapter is None else self._adapter_refusal(request.adapter)
+        if reason is not None:
+            return reason
         prefix = request.adapter.num_virtual_tokens if request.adapter else 0
         tokens = len(request.prompt_token_ids) + request.sampling.max_new_tokens
         block_size = self.limits.block_size
-        prefix_blocks = blocks_for(prefix, block_size)
-        if prefix_blocks > self.limits.max_adapter_blocks:
-            return (
-                f"the adapter's {prefix} virtual tokens need {prefix_blocks} KV blocks, "
-                f"adapters may hold {self.limits.max_adapter_blocks}"
-            )
-        if request.adapter and request.adapter.uses_scales and not self.limits.num_scale_slots:
-            return "the engine has no scale slots"
-        need = prefix_blocks + blocks_for(tokens, block_size)
+        need = blocks_for(prefix, block_size) + blocks_for(tokens, block_size)
         if need > self.limits.num_blocks:
             return (
                 f"{tokens} tokens and {prefix} virtual tokens need {need} KV blocks, "
                 f"the engine has {self.limits.num_blocks}"
             )
+        return None
+
+    def _adapter_refusal(self, ref: AdapterRef) -> str | None:
+        need = blocks_for(ref.num_virtual_tokens, self.limits.block_size)
+        if need > self.limits.max_adapter_blocks:
+            return (
+                f"the adapter's {ref.num_virtual_tokens} virtual tokens need {need} KV blocks, "
+                f"adapters may hold {self.limits.max_adapter_blocks}"
+            )
+        if ref.uses_scales and not self.limits.num_scale_slots:
+            return "the engine has no scale slots"
         return None
 
     def add(self, request: GenerationRequest) -> Sequence:
@@ -138,7 +144,12 @@ class Scheduler:
         return sequence
 
     def preload(self, ref: AdapterRef) -> None:
-        """Make an adapter resident when there is room, without a request."""
+        """Make an adapter resident when there is room, without a request.
+
+        One that could never be is left alone: its requests are refused with the reason.
+        """
+        if self._adapter_refusal(ref) is not None:
+            return
         entry = self.slots.entry(ref)
         if entry not in self._preloads:
             self._preloads.append(entry)
@@ -251,18 +262,26 @@ class Scheduler:
             chunk.sequence.num_computed += chunk.num_tokens
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
-        # Single tokens first: every decode has a place, whatever prompts are under way.
-        by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
-        order = [s for s in by_age if self._is_decode(s)] + [
-            s for s in by_age if not self._is_decode(s)
-        ]
-        for sequence in order:
+        for sequence in self._in_order():
             if sequence.state is not SequenceState.RUNNING:
                 continue  # preempted for an older one in this very step
             size = sequence.next_chunk(self.limits.prefill_chunk)
             if size <= budget and self._grow(sequence, size, plan):
                 budget -= self._take(plan, sequence, size)
         return budget
+
+    def _in_order(self) -> list[Sequence]:
+        """The oldest request first, since nobody may take its blocks before it; then single tokens.
+
+        The budget holds one chunk and a token for everybody else, so that every decode has a place,
+        whatever prompts are under way.
+        """
+        by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
+        oldest = next((s for s in by_age if s.request is not None), None)
+        rest = [s for s in by_age if s is not oldest]
+        decodes = [s for s in rest if self._is_decode(s)]
+        prompts = [s for s in rest if not self._is_decode(s)]
+        return ([] if oldest is None else [oldest]) + decodes + prompts
 
     def _is_decode(self, sequence: Sequence) -> bool:
         return sequence.num_tokens - sequence.num_computed == 1
@@ -365,6 +384,8 @@ class Scheduler:
             plan.loads.append(entry.ref.digest)
         if entry.residency is not Residency.HOST:
             return False
+        if entry.needs_fold and len(self.running) >= self.limits.max_running:
+            return False  # a preload's fold takes a place like everybody else
         if not self.slots.take_slot(entry):
             if sequence is not None:
                 self._note_blocked(sequence)
@@ -446,7 +467,7 @@ class Scheduler:
         for sequence in self._preempted + [s for q in self._queues.values() for s in q]:
             if sequence.block_ids:
                 raise RuntimeError("a waiting sequence holds KV blocks")
-        if len([s for s in self.running if s.request is not None]) > self.limits.max_running:
+        if len(self.running) > self.limits.max_running:
             raise RuntimeError("more sequences run than may")
 
     def _check_slots(self) -> None:

@@ -1,0 +1,463 @@
+"""The scheduler: a state machine of everything that may happen to it, and its rules one by one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from server.engine.adapter_slots import Residency
+from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.scheduler import MAX_PASSED_OVER, Scheduler
+from server.engine.sequence import TRANSITIONS, Sequence, SequenceState
+from tests.server.engine.simulation import (
+    LIMITS,
+    Simulation,
+    kv_adapter,
+    scales_adapter,
+    soft_adapter,
+)
+
+ADAPTERS = [
+    None,
+    kv_adapter("a"),
+    kv_adapter("b", 13),
+    soft_adapter("c"),
+    soft_adapter("d", 11),
+    soft_adapter("e", 1),
+    soft_adapter("f", 2),
+    scales_adapter("g"),
+    scales_adapter("h"),
+]
+TIGHT = [
+    LIMITS,
+    replace(LIMITS, num_blocks=9),
+    replace(LIMITS, max_running=2, max_step_tokens=10),
+    replace(LIMITS, max_adapter_blocks=4, num_scale_slots=2, num_blocks=30),
+    replace(LIMITS, max_running=6, max_step_tokens=14, max_adapter_blocks=12),
+    replace(LIMITS, prefill_chunk=4, block_size=3, num_blocks=20, max_adapter_blocks=10),
+]
+# Never fits: more blocks than adapters may hold.
+TOO_LARGE = kv_adapter("huge", 30)
+
+
+def test_the_scheduler_knows_no_tensors_clocks_or_threads():
+    code = (
+        "import sys, server.engine.scheduler\n"
+        "bad = {'torch', 'numpy', 'transformers', 'asyncio', 'threading'} & set(sys.modules)\n"
+        "sys.exit(f'imports {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests, aborts, loads, drops and steps in any order; `teardown` wants everything finished."""
+
+    @initialize(
+        limits=st.sampled_from(TIGHT), host_slots=st.sampled_from([1, 3]), keep_folds=st.booleans()
+    )
+    def start(self, limits, host_slots, keep_folds):
+        self.sim = Simulation(limits, host_slots, auto_load=False, keep_folds=keep_folds)
+
+    @rule(
+        adapter=st.sampled_from(ADAPTERS),
+        num_prompt=st.integers(1, 24),
+        max_new_tokens=st.integers(1, 12),
+    )
+    def add(self, adapter, num_prompt, max_new_tokens):
+        self.sim.add(adapter, num_prompt, max_new_tokens)
+
+    @precondition(lambda self: self.sim.live)
+    @rule(data=st.data())
+    def abort(self, data):
+        self.sim.abort(data.draw(st.sampled_from(sorted(self.sim.live))))
+
+    @precondition(lambda self: self.sim.loading)
+    @rule(data=st.data(), ends_well=st.sampled_from([True, True, True, False]))
+    def load_ends(self, data, ends_well):
+        index = data.draw(st.integers(0, len(self.sim.loading) - 1))
+        (self.sim.finish_load if ends_well else self.sim.fail_load)(index)
+
+    @rule(adapter=st.sampled_from([*ADAPTERS[1:], TOO_LARGE]))
+    def preload(self, adapter):
+        self.sim.scheduler.preload(adapter)
+
+    @rule(adapter=st.sampled_from(ADAPTERS[1:]))
+    def unload(self, adapter):
+        entry = self.sim.scheduler.slots.entries.get(adapter.digest)
+        could = entry is not None and not entry.pins and entry.residency is Residency.DEVICE
+        assert self.sim.scheduler.unload(adapter.digest) == could
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times):
+        for _ in range(times):
+            self.sim.step()
+
+    @rule()
+    def step_that_fails(self):
+        self.sim.step(fails=True)
+
+    @invariant()
+    def books_are_right(self):
+        self.sim.scheduler.check_integrity()
+        for sequence in self.sim.live.values():
+            assert sequence.state is not SequenceState.FINISHED
+            assert sequence.num_output_tokens == len(self.sim.emitted[sequence.request.request_id])
+
+    def teardown(self):
+        """Nothing new comes and every load ends: everything ends, in steps bounded by the work."""
+        self.sim.auto_load = True
+        work = sum(s.num_tokens + s.request.sampling.max_new_tokens for s in self.sim.live.values())
+        # A token a step at worst, each request alone, with a load and a fold before it.
+        self.sim.run(max_steps=50 + work + 20 * len(self.sim.live))
+        assert not self.sim.live
+        scheduler = self.sim.scheduler
+        scheduler.check_integrity()
+        for entry in list(scheduler.slots.entries.values()):
+            scheduler.unload(entry.ref.digest)
+        assert scheduler.pool.num_used == 0
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, derandomize=True
+)
+TestSchedulerMachine = SchedulerMachine.TestCase
+
+
+# --- the rules, one by one -------------------------------------------------------------------
+
+
+def started(plan):
+    """Ids of the requests that this plan computes from their first token on."""
+    requests = [c.sequence.request for c in plan.chunks if c.start == 0]
+    return [request.request_id for request in requests if request is not None]
+
+
+def roomy(**changes):
+    return Simulation(replace(LIMITS, num_blocks=400, max_adapter_blocks=100, **changes))
+
+
+def test_a_long_queue_delays_another_adapter_by_one_turn_at_most():
+    sim = roomy()
+    busy, other = kv_adapter("busy"), kv_adapter("other")
+    for _ in range(50):
+        sim.add(busy, num_prompt=4, max_new_tokens=6)
+    sim.scheduler.preload(other)
+    for _ in range(5):
+        sim.step()
+    assert sim.scheduler.slots.entries[other.digest].residency is Residency.DEVICE
+    single = sim.add(other, num_prompt=4, max_new_tokens=6)
+    before = []
+    while single not in before:
+        before += started(sim.step())
+    assert before.index(single) <= 1
+    sim.run()
+
+
+def test_adapters_with_long_queues_take_turns():
+    sim = roomy(max_running=2, max_step_tokens=10)
+    names = {}
+    for adapter in (None, kv_adapter("a"), soft_adapter("b"), scales_adapter("c")):
+        for _ in range(10):
+            names[sim.add(adapter, num_prompt=2, max_new_tokens=2)] = adapter
+    sim.run()
+    # Loads and folds shift the first turns; from then on each of the four comes once in four.
+    order = [names[request_id] for request_id in sim.finished[8:36]]
+    for start in range(0, len(order), 4):
+        assert len(set(order[start : start + 4])) >= 3, order
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "crowd", "limits"),
+    [
+        (scales_adapter("late"), scales_adapter("crowd"), {"num_scale_slots": 1}),
+        (kv_adapter("late", 16), kv_adapter("crowd", 16), {"max_adapter_blocks": 6}),
+        (soft_adapter("late", 16), soft_adapter("crowd", 16), {"max_adapter_blocks": 6}),
+    ],
+    ids=["scale slot", "adapter blocks", "fold"],
+)
+def test_an_adapter_that_does_not_fit_is_passed_over_so_many_times_and_no_more(
+    waits_for, crowd, limits
+):
+    sim = Simulation(replace(LIMITS, num_blocks=60, **limits))
+    for _ in range(6):
+        sim.add(crowd, max_new_tokens=4)
+    sim.step()
+    late = sim.add(waits_for)
+    passed = []
+    while late in sim.live:
+        # A stream that never ends: there is always somebody who uses the only slot.
+        sim.add(crowd, max_new_tokens=4)
+        passed += started(sim.step())
+        assert sim.num_steps < 1000
+    assert passed.index(late) <= MAX_PASSED_OVER + LIMITS.max_running
+
+
+def test_a_prompt_that_needs_more_blocks_than_are_left_is_not_passed_over_for_ever():
+    sim = Simulation(replace(LIMITS, num_blocks=8))
+    sim.add(kv_adapter("crowd", 1), num_prompt=1, max_new_tokens=6)
+    late = sim.add(num_prompt=24, max_new_tokens=2)
+    passed = []
+    while late in sim.live:
+        sim.add(kv_adapter("crowd", 1), num_prompt=1, max_new_tokens=6)
+        passed += started(sim.step())
+        assert sim.num_steps < 1000
+    assert passed.index(late) <= MAX_PASSED_OVER + LIMITS.max_running
+
+
+def test_the_oldest_prompt_moves_though_younger_ones_could_take_its_blocks():
+    # All six blocks are the prompt's in the end, in three chunks; single tokens come all the time.
+    sim = Simulation(replace(LIMITS, num_blocks=6))
+    oldest = sim.add(num_prompt=23, max_new_tokens=1)
+    for _ in range(3):
+        for _ in range(2):
+            sim.add(num_prompt=4, max_new_tokens=9)
+        sim.step()
+    assert sim.finished == [oldest]
+    sim.run()
+
+
+def test_the_youngest_gives_way_and_comes_back_before_anybody_new():
+    sim = Simulation(replace(LIMITS, num_blocks=6))
+    ids = [sim.add(num_prompt=4, max_new_tokens=8) for _ in range(4)]
+    preempted, waiting = set(), set()
+    while sim.scheduler.has_work:
+        plan = sim.step()
+        for request_id in started(plan):
+            assert request_id in waiting or not waiting, f"{request_id} came before {waiting}"
+            waiting.discard(request_id)
+        for sequence in plan.preempted:
+            running = [s for s in sim.scheduler.running if s.request is not None]
+            assert all(s.arrival < sequence.arrival for s in running)
+            waiting.add(sequence.request.request_id)
+        preempted |= waiting
+    assert preempted
+    assert ids[0] not in preempted
+    assert sorted(sim.finished) == sorted(ids)
+
+
+@pytest.mark.parametrize("host_slots", [1, 100])
+def test_everything_ends_with_kv_for_a_third_of_the_load(host_slots):
+    sim = Simulation(
+        replace(LIMITS, num_blocks=30, max_running=12, max_step_tokens=20, max_adapter_blocks=15),
+        host_slots,
+    )
+    kinds = [None, kv_adapter("a"), soft_adapter("b"), scales_adapter("c")]
+    ids = [sim.add(kinds[i % 4], num_prompt=5 + i, max_new_tokens=10 + i) for i in range(12)]
+    need = sum(
+        -(-(s.num_tokens + s.request.sampling.max_new_tokens) // 4) for s in sim.live.values()
+    )
+    assert need >= 3 * sim.limits.num_blocks - 10
+    sim.run(max_steps=1000)
+    assert sim.scheduler.num_preemptions > 0
+    assert sorted(sim.finished) == sorted(ids)
+    assert [len(sim.emitted[r]) for r in ids] == [10 + i for i in range(12)]
+
+
+@pytest.mark.parametrize("host_slots", [1, 2, 100])
+def test_more_adapters_than_fit_are_all_served(host_slots):
+    sim = Simulation(replace(LIMITS, max_adapter_blocks=4), host_slots)
+    adapters = [
+        kind(str(i)) for i in range(9) for kind in (kv_adapter, soft_adapter, scales_adapter)
+    ]
+    ids = [sim.add(adapter) for adapter in adapters * 3]
+    sim.run(max_steps=2000)
+    assert sorted(sim.finished) == sorted(ids)
+    assert sim.scheduler.slots.num_evictions > len(adapters)
+    # An eviction never folds twice: the folded form is kept.
+    assert set(sim.num_folds.values()) == {1}
+
+
+def test_every_stream_gets_its_token_whatever_prompts_come():
+    sim = roomy()
+    streams = [sim.add(num_prompt=1, max_new_tokens=40) for _ in range(3)]
+    sim.step()
+    for _ in range(12):
+        sim.add(kv_adapter("a"), num_prompt=30, max_new_tokens=2)
+    for expected in range(2, 30):
+        sim.step()
+        assert [len(sim.emitted[r]) for r in streams] == [expected] * 3
+
+
+def test_a_load_that_fails_ends_its_own_requests_only():
+    sim = Simulation(auto_load=False)
+    good, bad = sim.add(kv_adapter("good")), sim.add(kv_adapter("bad"))
+    sim.scheduler.preload(kv_adapter("bad"))
+    sim.step()
+    assert sim.loading == ["kv-good", "kv-bad"]
+    sim.fail_load(1)
+    sim.finish_load()
+    sim.run()
+    assert sim.failed == [bad]
+    assert sim.finished == [good]
+    # It is asked for again, not remembered as bad: the file may have been put right.
+    again = sim.add(kv_adapter("bad"))
+    sim.auto_load = True
+    sim.run()
+    assert sim.finished == [good, again]
+
+
+def test_abort_frees_everything_in_every_state():
+    sim = Simulation(replace(LIMITS, num_blocks=6), auto_load=False)
+    waiting_for_a_load = sim.add(kv_adapter("a"))
+    for _ in range(3):
+        sim.add(num_prompt=7, max_new_tokens=9)
+    while not sim.scheduler.num_preemptions:
+        sim.step()
+    states = {s.state for s in sim.live.values()}
+    assert states == {SequenceState.WAITING, SequenceState.RUNNING, SequenceState.PREEMPTED}
+    assert waiting_for_a_load in sim.live
+    for request_id in list(sim.live):
+        sim.abort(request_id)
+        sim.scheduler.check_integrity()
+    assert sim.scheduler.abort("nobody") is None
+    sim.finish_load()
+    assert sim.run() == 0
+    assert sim.scheduler.pool.num_used == 0
+
+
+def test_preload_and_unload():
+    sim = Simulation()
+    adapters = [kv_adapter("a"), soft_adapter("b"), scales_adapter("c")]
+    for adapter in adapters:
+        sim.scheduler.preload(adapter)
+        sim.scheduler.preload(adapter)
+    sim.run(max_steps=10)
+    entries = sim.scheduler.slots.entries
+    assert {entries[a.digest].residency for a in adapters} == {Residency.DEVICE}
+    running = sim.add(adapters[0])
+    sim.step()
+    assert not sim.scheduler.unload(adapters[0].digest), "it is in use"
+    sim.run()
+    assert running in sim.finished
+    for adapter in adapters:
+        assert sim.scheduler.unload(adapter.digest)
+        assert not sim.scheduler.unload(adapter.digest)
+        assert entries[adapter.digest].residency is Residency.HOST
+    assert not sim.scheduler.unload("never heard of")
+    assert sim.scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "adapter"),
+    [({}, TOO_LARGE), ({"num_scale_slots": 0}, scales_adapter("a"))],
+    ids=["blocks", "scales"],
+)
+def test_a_preload_that_could_never_fit_evicts_nobody_and_leaves_no_work(limits, adapter):
+    sim = Simulation(replace(LIMITS, **limits))
+    sim.scheduler.preload(kv_adapter("resident"))
+    sim.run(max_steps=5)
+    sim.scheduler.preload(adapter)
+    sim.run(max_steps=5)
+    assert sim.scheduler.slots.num_evictions == 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "num_prompt", "max_new_tokens", "reason"),
+    [
+        (None, 40, 8, None),
+        (None, 41, 8, "49 tokens and 0 virtual tokens need 13 KV blocks, the engine has 12"),
+        (kv_adapter("a", 5), 32, 8, None),
+        (kv_adapter("a", 5), 32, 9, "41 tokens and 5 virtual tokens need 13 KV blocks"),
+        (kv_adapter("a", 24), 16, 8, None),
+        (kv_adapter("a", 25), 1, 1, "25 virtual tokens need 7 KV blocks, adapters may hold 6"),
+        (scales_adapter("a"), 40, 8, None),
+    ],
+)
+def test_refusal(adapter, num_prompt, max_new_tokens, reason):
+    request = GenerationRequest(
+        "r", (0,) * num_prompt, SamplingParams(max_new_tokens=max_new_tokens), adapter
+    )
+    came = Scheduler(LIMITS).refusal(request)
+    if reason is not None:
+        assert came is not None
+        assert reason in came
+        return
+    assert came is None
+    sim = Simulation()  # what is let through can run, if only alone
+    sim.add(adapter, num_prompt, max_new_tokens)
+    sim.run()
+    assert len(sim.finished) == 1
+
+
+def test_refusal_without_scale_slots():
+    request = GenerationRequest("r", (0,), adapter=scales_adapter("a"))
+    scheduler = Scheduler(replace(LIMITS, num_scale_slots=0))
+    assert scheduler.refusal(request) == "the engine has no scale slots"
+
+
+# --- the audits find what is planted ---------------------------------------------------------
+
+
+def lose_a_block(scheduler):
+    scheduler.pool.allocate(1)
+
+
+def share_a_block(scheduler):
+    scheduler.running[0].block_ids = list(scheduler.running[1].block_ids)
+
+
+def forget_a_pin(scheduler):
+    scheduler.slots.entries["kv-a"].pins -= 1
+
+
+def evict_in_use(scheduler):
+    entry = scheduler.slots.entries["kv-a"]
+    scheduler.pool.free(entry.block_ids)
+    entry.block_ids = []
+    entry.residency = Residency.HOST
+
+
+def share_a_scale_row(scheduler):
+    scheduler.slots.entries["scales-b"].scale_slot = scheduler.slots.entries["scales-c"].scale_slot
+
+
+def give_more_than_adapters_may_hold(scheduler):
+    scheduler.slots.entries["kv-a"].block_ids += scheduler.pool.allocate(20)
+
+
+def run_more_than_may(scheduler):
+    scheduler.running += [Sequence.of(GenerationRequest(str(i), (1,)), 99) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lose_a_block, "lost or held twice"),
+        (share_a_block, "lost or held twice"),
+        (forget_a_pin, "0 pins, 1 users"),
+        (evict_in_use, "in use but not resident"),
+        (share_a_scale_row, "share a row"),
+        (give_more_than_adapters_may_hold, "more KV blocks than they may"),
+        (run_more_than_may, "more sequences run than may"),
+    ],
+)
+def test_check_integrity_finds(fault, message):
+    sim = Simulation(replace(LIMITS, num_scale_slots=2, num_blocks=40))
+    for adapter in (kv_adapter("a"), scales_adapter("b"), scales_adapter("c")):
+        sim.add(adapter, max_new_tokens=9)
+    sim.step()
+    sim.step()
+    assert len(sim.scheduler.running) == 3
+    fault(sim.scheduler)
+    with pytest.raises(RuntimeError, match=message):
+        sim.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("state", SequenceState)
+def test_a_sequence_goes_only_where_the_table_lets_it(state):
+    for target in SequenceState:
+        sequence = Sequence.of(GenerationRequest("r", (1,)), 0)
+        sequence.state = state
+        if target in TRANSITIONS[state]:
+            sequence.to(target)
+            assert sequence.state is target
+        else:
+            with pytest.raises(RuntimeError, match=f"from {state.value} to {target.value}"):
+                sequence.to(target)
