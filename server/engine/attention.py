@@ -89,7 +89,8 @@ class AttentionPath:
         Returns:
             (T, H, D), in the dtype of `query`.
         """
-        out = torch.empty_like(query)
+        # Not empty_like: that would keep the strides of a transposed query.
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if self.fast is not None:
             self.fast(layer, query, out, scale, window, softcap, alibi_slopes)
         keys, values = self.blocks.keys[layer], self.blocks.values[layer]
@@ -238,7 +239,7 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 
 def _connect_bloom(model: nn.Module, path: AttentionPath) -> None:
     for block in model.transformer.h:  # type: ignore[union-attr]
-        attention = block.self_attention  # type: ignore[union-attr]
+        attention = block.self_attention
         attention.forward = _bloom_forward(attention, path)
 
 

@@ -1,123 +1,232 @@
 """The CPU's fast path for single-token rows: attention straight over the KV blocks.
 
-The plain path gathers every row's blocks into one tensor and pads them; this kernel reads them where they
-lie, whatever their number, and reads bf16 keys and values as their bits. It is compiled by numba, so no
-compiler is needed on the machine. Everything is accumulated in float32, one (row, KV head) at a time in
-a fixed order: a row's result does not depend on the others.
+The plain path gathers every row's blocks into one tensor and pads them; this kernel reads them where
+they lie, whatever their number, and reads bf16 as its bits. It is compiled by numba, so no compiler is
+needed on the machine. Each (row, KV head) is one job: float32 throughout, in a fixed order, so that a
+row's result does not depend on the others.
+
+The jobs run on torch's own OpenMP threads. A second pool beside it (numba's) was measured: its
+threads and torch's spin against each other, and a layer cost more than with one thread.
 
 Knows KV blocks and the planned tables; not sequences, adapters or the model.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from numba import carray, cfunc, njit, types
 
 from server.engine.kv_cache import KVBlocks
+from server.engine.vector_ops import (
+    LANES,
+    WIDE,
+    array_at,
+    dot,
+    float_of_bits,
+    round_like,
+    take_number,
+    weighted_sum_narrow,
+    weighted_sum_wide,
+)
 
-_DTYPES = (torch.bfloat16, torch.float32)
+# reassoc and friends let loops vectorise; infinities and NaN keep their meaning.
+_FLAGS = {"contract", "reassoc", "nsz"}
+
+# Fields of a job table, int64: addresses, then sizes, then the number of the next job to take.
+(
+    _QUERY, _OUT, _KEYS, _VALUES, _BLOCKS, _FIRST, _FILLED, _COUNTS, _POSITIONS, _TOKENS, _SLOPES,
+    _SCALES, _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM, _MAX_BLOCKS, _BLOCK_SIZE, _TOKEN_STRIDE,
+    _HEAD_STRIDE, _WINDOW, _NEXT_JOB, _TABLE_AT, _TABLE_SIZE,
+) = range(24)  # fmt: skip
 
 
-@intrinsic
-def _float_of_bits(typing_context: Any, bits: Any) -> Any:
-    """A float32 from a float32, or from the 16 bits of a bf16."""
-    signature = types.float32(bits)
+@njit(fastmath=_FLAGS, inline="always")
+def _exp(x: Any) -> Any:
+    """exp(x) for x <= 0 in float32: Cephes' expf, in operations that vectorise."""
+    x = max(x, np.float32(-87.0))
+    n = np.float32(math.floor(x * np.float32(1.44269504) + np.float32(0.5)))
+    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        (value,) = args
-        if bits == types.float32:
-            return value
-        wide = builder.zext(value, ir.IntType(32))
-        shifted = builder.shl(wide, wide.type(16))
-        return builder.bitcast(shifted, context.get_value_type(types.float32))
 
-    return signature, generate
+@njit(fastmath=_FLAGS)
+def _softmax(scores: Any, count: Any) -> None:
+    best = np.float32(-np.inf)
+    for i in range(count):
+        best = max(best, scores[i])
+    for i in range(count):
+        scores[i] = _exp(scores[i] - best)
+    total = np.float32(0.0)
+    for i in range(count):
+        total += scores[i]
+    inverse = np.float32(1.0) / total
+    for i in range(count):
+        scores[i] *= inverse
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
-def _decode(  # noqa: C901 - one loop nest; numba would not inline its parts
-    query: np.ndarray,  # (T, H, D) float32
-    out: np.ndarray,  # (T, H, D) float32
-    keys: np.ndarray,  # (num_blocks, H_kv, S, D) float32 or uint16
-    values: np.ndarray,
-    table: np.ndarray,  # (R, N) int64 block ids
-    first: np.ndarray,  # (R, N) int64 position of the first key
-    filled: np.ndarray,  # (R, N) int64 keys in the block
-    counts: np.ndarray,  # (R,) blocks of the row
-    positions: np.ndarray,  # (R,) query positions
-    scale: float,
-    window: int,  # 0: none
-    softcap: float,  # 0: none
-    slopes: np.ndarray,  # (H,) zeros: none
-) -> None:
-    num_rows, num_heads, head_dim = query.shape
-    num_kv_heads, block_size = keys.shape[1], keys.shape[2]
-    group = num_heads // num_kv_heads
-    for job in numba.prange(num_rows * num_kv_heads):
-        row, kv_head = job // num_kv_heads, job % num_kv_heads
-        scores = np.empty((group, block_size), np.float32)
-        total = np.zeros(group, np.float32)
-        peak = np.full(group, np.float32(-np.inf))
-        sums = np.zeros((group, head_dim), np.float32)
-        position = positions[row]
-        for index in range(counts[row]):
-            block = table[row, index]
-            begin = first[row, index]
-            count = min(filled[row, index], position + 1 - begin)
-            skip = 0 if window == 0 else max(0, position - window + 1 - begin)
-            if skip >= count:
-                continue
-            for member in range(group):
-                head = kv_head * group + member
-                best = peak[member]
-                for slot in range(skip, count):
-                    score = np.float32(0.0)
-                    for d in range(head_dim):
-                        score += query[row, head, d] * _float_of_bits(keys[block, kv_head, slot, d])  # type: ignore[call-arg]
-                    score *= np.float32(scale)
-                    if softcap != 0.0:
-                        score = np.float32(softcap * math.tanh(score / softcap))
-                    score += slopes[head] * np.float32(begin + slot - position)
-                    scores[member, slot] = score
-                    best = max(best, score)
-                shrink = np.float32(math.exp(peak[member] - best))
-                peak[member] = best
-                total[member] *= shrink
-                for d in range(head_dim):
-                    sums[member, d] *= shrink
-                for slot in range(skip, count):
-                    weight = np.float32(math.exp(scores[member, slot] - best))
-                    scores[member, slot] = weight
-                    total[member] += weight
-                for slot in range(skip, count):
-                    weight = scores[member, slot]
-                    for d in range(head_dim):
-                        sums[member, d] += weight * _float_of_bits(values[block, kv_head, slot, d])
-        for member in range(group):
-            inverse = np.float32(1.0) / total[member]
-            for d in range(head_dim):
-                out[row, kv_head * group + member, d] = sums[member, d] * inverse
+@njit(fastmath=_FLAGS)
+def _visible(begin: Any, filled: Any, position: Any, window: Any) -> Any:
+    """Slots [skip, count) of a block that a query at `position` sees."""
+    count = min(filled, position + 1 - begin)
+    skip = 0 if window == 0 else max(0, position - window + 1 - begin)
+    return min(skip, max(count, 0)), max(count, 0)
+
+
+@njit(fastmath=_FLAGS)
+def _scores_of(table: Any, row: Any, head: Any, query_at: Any, scores: Any, like: Any) -> Any:
+    """Scores of one query head against every key that it sees; returns how many."""
+    kv_heads, size, head_dim = table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM]
+    kv_head = head // (table[_HEADS] // kv_heads)
+    line, width = row * table[_MAX_BLOCKS] * 8, table[_MAX_BLOCKS]
+    blocks = carray(array_at(table[_BLOCKS] + line), (width,), np.int64)
+    first = carray(array_at(table[_FIRST] + line), (width,), np.int64)
+    filled = carray(array_at(table[_FILLED] + line), (width,), np.int64)
+    position = carray(array_at(table[_POSITIONS]), (table[_ROWS],), np.int64)[row]
+    num_blocks = carray(array_at(table[_COUNTS]), (table[_ROWS],), np.int64)[row]
+    slope = carray(array_at(table[_SLOPES]), (table[_HEADS],), np.float32)[head]
+    softcap = np.float32(carray(array_at(table[_SCALES]), (2,), np.float64)[1])
+    row_bytes = head_dim * like.itemsize
+    seen = 0
+    for index in range(num_blocks):
+        skip, count = _visible(first[index], filled[index], position, table[_WINDOW])
+        keys_at = table[_KEYS] + (blocks[index] * kv_heads + kv_head) * size * row_bytes
+        for slot in range(skip, count):
+            score = dot(query_at, keys_at + slot * row_bytes, head_dim, like)
+            if softcap != np.float32(0.0):
+                score = softcap * np.float32(math.tanh(score / softcap))
+            scores[seen] = score + slope * np.float32(first[index] + slot - position)
+            seen += 1
+    return seen
+
+
+@njit(fastmath=_FLAGS)
+def _add_values(table: Any, row: Any, head: Any, weights_at: Any, sums_at: Any, like: Any) -> None:
+    """Add the weighted values of every key that the row sees to `head_dim` sums."""
+    kv_heads, size, head_dim = table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM]
+    kv_head = head // (table[_HEADS] // kv_heads)
+    line, width = row * table[_MAX_BLOCKS] * 8, table[_MAX_BLOCKS]
+    blocks = carray(array_at(table[_BLOCKS] + line), (width,), np.int64)
+    first = carray(array_at(table[_FIRST] + line), (width,), np.int64)
+    filled = carray(array_at(table[_FILLED] + line), (width,), np.int64)
+    position = carray(array_at(table[_POSITIONS]), (table[_ROWS],), np.int64)[row]
+    num_blocks = carray(array_at(table[_COUNTS]), (table[_ROWS],), np.int64)[row]
+    row_bytes = head_dim * like.itemsize
+    for index in range(num_blocks):
+        skip, count = _visible(first[index], filled[index], position, table[_WINDOW])
+        number = count - skip
+        if number == 0:
+            continue
+        block_at = table[_VALUES] + (blocks[index] * kv_heads + kv_head) * size * row_bytes
+        values_at = block_at + skip * row_bytes
+        done = 0
+        while done + WIDE <= head_dim:
+            at, to = values_at + done * like.itemsize, sums_at + done * 4
+            weighted_sum_wide(weights_at, at, number, to, row_bytes, like)
+            done += WIDE
+        while done < head_dim:
+            at, to = values_at + done * like.itemsize, sums_at + done * 4
+            weighted_sum_narrow(weights_at, at, number, to, row_bytes, like)
+            done += LANES
+        weights_at += number * 4
+
+
+@njit(fastmath=_FLAGS)
+def _attend_head(table: Any, row: Any, head: Any, scores: Any, scratch: Any, like: Any) -> None:
+    """One query head of one row; `scratch` holds the scaled query and the sums, head_dim each."""
+    head_dim = table[_HEAD_DIM]
+    scale = np.float32(carray(array_at(table[_SCALES]), (2,), np.float64)[0])
+    token = carray(array_at(table[_TOKENS]), (table[_ROWS],), np.int64)[row]
+    at_query = token * table[_TOKEN_STRIDE] + head * table[_HEAD_STRIDE]
+    at_out = (token * table[_HEADS] + head) * head_dim
+    query = carray(array_at(table[_QUERY] + at_query * like.itemsize), (head_dim,), like.dtype)
+    out = carray(array_at(table[_OUT] + at_out * like.itemsize), (head_dim,), like.dtype)
+    for d in range(head_dim):
+        scratch[d] = float_of_bits(query[d]) * scale
+        scratch[head_dim + d] = np.float32(0.0)
+    query_at = scratch.ctypes.data
+    sums_at = query_at + head_dim * 4
+    seen = _scores_of(table, row, head, query_at, scores, like)
+    _softmax(scores, seen)
+    _add_values(table, row, head, scores.ctypes.data, sums_at, like)
+    for d in range(head_dim):
+        out[d] = round_like(scratch[head_dim + d], out[d])
+
+
+@njit(fastmath=_FLAGS)
+def _take_jobs(table: Any, like: Any) -> None:
+    """Take (row, KV head) jobs until none is left; any number of threads may do so at once."""
+    scores = np.empty(table[_MAX_BLOCKS] * table[_BLOCK_SIZE], np.float32)
+    scratch = np.empty(2 * table[_HEAD_DIM], np.float32)
+    kv_heads = table[_KV_HEADS]
+    group = table[_HEADS] // kv_heads
+    next_job_at = table[_TABLE_AT] + _NEXT_JOB * 8
+    job = take_number(next_job_at)
+    while job < table[_ROWS] * kv_heads:
+        for head in range((job % kv_heads) * group, (job % kv_heads + 1) * group):
+            _attend_head(table, job // kv_heads, head, scores, scratch, like)
+        job = take_number(next_job_at)
+
+
+@cfunc(types.void(types.voidptr), cache=True)
+def _run_bf16(table_at: Any) -> None:
+    _take_jobs(carray(table_at, (_TABLE_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+
+@cfunc(types.void(types.voidptr), cache=True)
+def _run_float32(table_at: Any) -> None:
+    _take_jobs(carray(table_at, (_TABLE_SIZE,), np.int64), np.zeros(1, np.float32))
+
+
+_RUN = {torch.bfloat16: _run_bf16, torch.float32: _run_float32}
+
+
+@cache
+def _openmp() -> Any:
+    """The OpenMP library that torch itself has loaded, or None where it is another one."""
+    path = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    if not path.exists():
+        return None
+    library = ctypes.CDLL(str(path))
+    library.GOMP_parallel.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    ]
+    library.GOMP_parallel.restype = None
+    return library
 
 
 class DecodeKernel:
     """Plans and runs the kernel over one engine's blocks."""
 
     def __init__(self, blocks: KVBlocks) -> None:
-        self._keys = [_bits(layer) for layer in blocks.keys]
-        self._values = [_bits(layer) for layer in blocks.values]
+        self._sizes = blocks.keys[0].shape[1:]  # H_kv, block_size, D
+        self._keys = [layer.data_ptr() for layer in blocks.keys]
+        self._values = [layer.data_ptr() for layer in blocks.values]
+        # Held, so that the addresses above stay good.
+        self._blocks = blocks
+        self._run = _RUN[blocks.keys[0].dtype]
 
     @staticmethod
-    def fits(device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the kernel serves this device and dtype."""
-        return device.type == "cpu" and dtype in _DTYPES
+    def fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether the kernel serves this device, dtype and head size."""
+        return device.type == "cpu" and dtype in _RUN and head_dim % LANES == 0
 
     def plan(
         self,
@@ -128,20 +237,26 @@ class DecodeKernel:
         """Bind one step's single-token rows.
 
         Args:
-            tokens: (R,) their indices in the packed row.
-            positions: (R,) their absolute positions.
+            tokens: (R,) int64, their indices in the packed row.
+            positions: (R,) int64, their absolute positions.
             tables: for each row its block ids, first positions and key counts, each (N,).
 
         Returns:
             `AttentionPath.fast` for this step.
         """
-        counts = np.array([len(table[0]) for table in tables])
+        counts = np.array([len(ids) for ids, _, _ in tables])
         padded = np.zeros((3, len(tables), int(counts.max())), dtype=np.int64)
-        for row, table in enumerate(tables):
-            for side in range(3):
-                padded[side, row, : counts[row]] = table[side]
-        rows = torch.from_numpy(tokens)
-        ids, first, filled = padded
+        for row, parts in enumerate(tables):
+            for side, part in enumerate(parts):
+                padded[side, row, : counts[row]] = part
+        held = (tokens.copy(), positions.copy(), counts, padded)
+        table = np.zeros(_TABLE_SIZE, dtype=np.int64)
+        scales = np.zeros(2)
+        table[[_TOKENS, _POSITIONS, _COUNTS]] = [array.ctypes.data for array in held[:3]]
+        table[[_BLOCKS, _FIRST, _FILLED]] = [part.ctypes.data for part in padded]
+        table[[_ROWS, _MAX_BLOCKS]] = padded.shape[1:]
+        table[[_KV_HEADS, _BLOCK_SIZE, _HEAD_DIM]] = self._sizes
+        table[[_SCALES, _TABLE_AT]] = scales.ctypes.data, table.ctypes.data
 
         def run(
             layer: int,
@@ -151,24 +266,27 @@ class DecodeKernel:
             window: int | None,
             softcap: float | None,
             alibi_slopes: torch.Tensor | None,
+            _held: tuple[np.ndarray, ...] = held,
         ) -> None:
-            q = query[rows].float().contiguous()
-            result = torch.empty_like(q)
-            slopes = (
-                np.zeros(q.shape[1], np.float32) if alibi_slopes is None else alibi_slopes.numpy()
-            )
-            _decode(
-                q.numpy(), result.numpy(), self._keys[layer], self._values[layer],
-                ids, first, filled, counts, positions,
-                float(scale), window or 0, softcap or 0.0, slopes,
-            )  # fmt: skip
-            out[rows] = result.to(out.dtype)
+            heads = query.shape[1]
+            slopes = np.zeros(heads, np.float32)
+            if alibi_slopes is not None:
+                slopes[:] = alibi_slopes.numpy()
+            if query.stride(2) != 1:
+                query = query.contiguous()
+            table[[_QUERY, _OUT]] = query.data_ptr(), out.data_ptr()
+            table[[_KEYS, _VALUES]] = self._keys[layer], self._values[layer]
+            table[[_SLOPES, _HEADS]] = slopes.ctypes.data, heads
+            table[[_TOKEN_STRIDE, _HEAD_STRIDE]] = query.stride(0), query.stride(1)
+            table[[_WINDOW, _NEXT_JOB]] = window or 0, 0
+            scales[:] = scale, softcap or 0.0
+            self._start(table)
 
         return run
 
-
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as float32, or as uint16 for bf16; nothing is copied."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy()
-    return tensor.numpy()
+    def _start(self, table: np.ndarray) -> None:
+        threads, openmp = torch.get_num_threads(), _openmp()
+        if threads == 1 or openmp is None:
+            self._run.ctypes(table.ctypes.data)
+        else:
+            openmp.GOMP_parallel(self._run.address, table.ctypes.data, threads, 0)

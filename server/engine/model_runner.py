@@ -76,7 +76,7 @@ class ModelRunner:
         self._path = AttentionPath(self._blocks)
         self._scales = ScaleTables(model, spec, num_scale_slots, self.device)
         self._kernel: DecodeKernel | None = None
-        if fast_kernels and DecodeKernel.fits(self.device, self.dtype):
+        if fast_kernels and DecodeKernel.fits(self.device, self.dtype, spec.head_dim):
             self._kernel = DecodeKernel(self._blocks)
         connect(model, self._path)
 

@@ -90,7 +90,7 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
         loaded.model,
         loaded.spec,
         config,
-        lambda digest: load_serving_form(blobs / digest, loaded.spec, limits),
+        lambda digest: load_serving_form(blobs / digest, loaded.spec, limits, digest=digest),
     )
     by_blocks = engine.limits.num_blocks * engine.limits.block_size
     ready = Ready(
