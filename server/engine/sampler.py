@@ -25,6 +25,9 @@ from server.engine.request import SamplingParams, TokenLogprob
 
 CANDIDATES = 256
 _MASK64 = (1 << 64) - 1
+# Below this float32 runs out of numbers, and above it the most likely token is the only one already.
+_COLDEST = 1e-6
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,14 @@ def _choose(logits: torch.Tensor, row: SampleRow) -> int:
         logits = _penalise(logits.clone(), row)
     if not row.params.do_sample:
         return int(logits.argmax())
-    scores, ids = _filter(logits / row.params.temperature, row.params)
+    scores, ids = _filter(_tempered(logits, row.params.temperature), row.params)
     draw = uniform(row.params.seed, len(row.token_ids) - row.num_prompt_tokens)
     return _inverse_cdf(scores, ids, draw)
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits over temperature, less their maximum: whatever the temperature, the best stays at 0."""
+    return (logits - logits.max()) / max(temperature, _COLDEST)
 
 
 def _penalise(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
@@ -129,9 +137,10 @@ def _penalise(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
     params = row.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
-        values = logits[seen]
+        values = logits[seen].double()  # any penalty > 0 is let in: no float32 overflow, no 0 / 0
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+        scaled = torch.where(values < 0, values * penalty, values / penalty)
+        logits[seen] = scaled.clamp(-_LARGEST, _LARGEST).to(logits.dtype)
     output = row.token_ids[row.num_prompt_tokens :]
     if output and (params.presence_penalty or params.frequency_penalty):
         counts: dict[int, int] = {}
@@ -168,10 +177,15 @@ def _keep(
 
 
 def _top(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """top_k, then top_p among what it keeps; most likely first."""
+    """top_k, then top_p among what it keeps; most likely first.
+
+    What ties with the last of the k is kept too, as transformers does it: bf16 logits tie often.
+    """
     vocabulary = scores.shape[-1]
     count = min(params.top_k or CANDIDATES, vocabulary)
     values, ids = torch.topk(scores, count)
+    if params.top_k and (tied := int((scores >= values[-1]).sum())) > count:
+        values, ids = torch.topk(scores, tied)
     if params.top_p >= 1.0:
         return values, ids
     whole = torch.logsumexp(values if params.top_k else scores, dim=-1)
@@ -186,7 +200,9 @@ def _top(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, to
 
 def _mass_above(values: torch.Tensor, log_normaliser: torch.Tensor) -> torch.Tensor:
     """For scores in descending order: the probability of everything more likely than each."""
-    mass = torch.exp(values - log_normaliser)
+    mass = torch.exp(
+        (values - log_normaliser).double()
+    )  # float32 loses the tail of a large nucleus
     return torch.cumsum(mass, dim=-1) - mass
 
 
