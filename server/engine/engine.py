@@ -134,6 +134,7 @@ class Engine:
         """
         events = self._take_loads()
         plan = self.scheduler.schedule()
+        self._hold_soft_rows()
         for digest in plan.loads:
             self._start_load(digest)
         self._install(plan)
@@ -191,8 +192,14 @@ class Engine:
         entry = None if digest is None else self.scheduler.slots.entries[digest]
         return StepRows(chunk, entry, all_logits=not sequence.prompt_logprobs_done)
 
+    def _hold_soft_rows(self) -> None:
+        # Right after the fold was planned, and until it ends: its first rows are computed a step later,
+        # and by then host memory may have wanted the room of its form.
+        for sequence in self.scheduler.running:
+            if sequence.fold_digest is not None:
+                self._soft_rows(sequence.fold_digest)
+
     def _soft_rows(self, digest: str) -> torch.Tensor:
-        # Held here until the fold ends: host memory may want the room of its form in between.
         if digest not in self._fold_rows:
             form = self._host.get(digest)
             if not isinstance(form, SoftPrompt):

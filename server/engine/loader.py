@@ -129,8 +129,8 @@ class AdapterLoader:
             form = self._read_fold(digest) or self._read_form(digest)
             form.check(self._base)
             self._done.put(Loaded(digest, self._cast(form)))
-        except (AdapterError, OSError, SafetensorError, ValueError, RuntimeError) as error:
-            self._done.put(Loaded(digest, None, str(error)))
+        except Exception as error:  # whatever it is, somebody waits for this load to end
+            self._done.put(Loaded(digest, None, str(error) or repr(error)))
 
     def _cast(self, form: ServingForm) -> ServingForm:
         if isinstance(form, KVPrefix):
@@ -170,5 +170,5 @@ class AdapterLoader:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"keys": form.keys, "values": form.values}, temporary)
             temporary.replace(path)
-        except OSError:
+        except (OSError, SafetensorError):
             temporary.unlink(missing_ok=True)  # only a cache: the adapter is on the device already
