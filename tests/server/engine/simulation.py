@@ -126,8 +126,10 @@ class Simulation:
         while self.auto_load and self.loading:
             self.finish_load()
         oldest = self._oldest_running()
+        before = {id(sequence): sequence.state for sequence in self.live.values()}
         plan = self.scheduler.schedule()
         self._check_plan(plan, oldest)
+        self._check_order(plan, before)
         for digest in plan.loads:
             self._start_load(digest)
         for entry in plan.installs:
@@ -256,6 +258,16 @@ class Simulation:
         folding = any(s.request is None for s in self.scheduler.running)
         if oldest is not None and not folding:
             assert oldest in planned, "the oldest sequence did not move"
+
+    def _check_order(self, plan: StepPlan, before: dict[int, SequenceState]) -> None:
+        """Who was preempted comes back before anybody new, oldest first."""
+        waits = [s.arrival for s in self.live.values() if s.state is SequenceState.PREEMPTED]
+        for chunk in plan.chunks:
+            state = before.get(id(chunk.sequence))
+            if state is SequenceState.WAITING:
+                assert not waits, "somebody new was admitted before a preempted sequence"
+            elif state is SequenceState.PREEMPTED:
+                assert chunk.sequence.arrival < min(waits, default=1 << 60)
 
     def _check_chunk(self, chunk: Chunk) -> None:
         sequence, end = chunk.sequence, chunk.start + chunk.num_tokens

@@ -14,6 +14,7 @@ from server.engine.sampler import (
     CANDIDATES,
     SampleRow,
     _filter,
+    _inverse_cdf,
     _penalise,
     _tempered,
     logprobs_of,
@@ -244,6 +245,14 @@ def test_draws_follow_the_distribution(model, options, along):
     counts = torch.bincount(drawn, minlength=12).float()
     assert counts[expected == 0].sum() == 0
     assert not too_far(counts[expected > 0], expected[expected > 0])
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_distribution(number, expected):
+    """A token without mass is never drawn, not even by the first and the last number."""
+    scores = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
+    assert _inverse_cdf(scores, None, number) == expected
+    assert _inverse_cdf(scores, torch.arange(5) + 10, number) == expected + 10
 
 
 # --- company ---------------------------------------------------------------------------------
