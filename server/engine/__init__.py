@@ -1,19 +1,23 @@
 """The batching engine: requests in, tokens out, one packed forward pass a step.
 
-request      plain data that crosses to and from the engine
-config       sizes and limits
-blocks       block accounting                                      (pure)
-sequence     one sequence and its life                             (pure)
-adapter_slots  which adapter is where                              (pure)
-scheduler    what the next step computes                           (pure)
-kv_cache     the block tensors
-attention    `attend`, and how a transformers model comes to call it
-decode_kernel  the CPU's fast path for single-token rows
-scales       IA3's tables and the hooks that apply them
-model_runner a planned step -> logits
-sampler      logits -> tokens
-loader       stored bytes -> serving forms, off the engine's thread
-engine       schedule -> run -> sample -> commit
+request          plain data that crosses to and from the engine
+config           sizes and limits
+blocks           block accounting                                (pure)
+sequence         one sequence and its life                       (pure)
+adapter_slots    which adapter is where                          (pure)
+scheduler        what the next step computes                     (pure)
+kv_cache         the block tensors
+attention        `attend`, and how a transformers model comes to call it
+decode_kernel    the CPU's fast path for single-token rows
+vector_ops       its inner loops
+openmp           torch's own threads
+packed_linear    bf16 weights packed for the CPU
+scales           IA3's tables and the hooks that apply them
+model_runner     a planned step -> logits
+self_check       can this base be served?
+sampler          logits -> tokens
+loader           stored bytes -> serving forms, off the engine's thread
+engine           schedule -> run -> sample -> commit
 process, client  the engine in a process of its own, and its asyncio side
-offline      the engine from Python, without HTTP
+offline          the engine from Python, without HTTP
 """

@@ -58,29 +58,35 @@ class AttentionPath:
 
     Attributes:
         rows: groups for the plain path.
-        fast: a callable that computes some tokens of the packed output itself, or None.
+        writes: which packed tokens the plain path writes (W,), their block ids and offsets; the fast
+            path writes its own tokens itself.
+        fast: a callable that writes and computes some tokens of the packed row itself, or None.
     """
 
     def __init__(self, blocks: KVBlocks) -> None:
         self.blocks = blocks
         self.rows: list[Rows] = []
+        self.writes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.fast: Callable[..., None] | None = None
 
     def attend(
         self,
         layer: int,
         query: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
         *,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
         alibi_slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of every token of the step over its own sequence.
+        """Put the step's keys and values in place, then attend from every token over its sequence.
 
         Args:
-            layer: whose blocks to read.
+            layer: whose blocks to write and read.
             query: (T, H, D).
+            new_keys, new_values: (T, H_kv, D), of the step's own tokens.
             scale: factor on the scores.
             window: keys further back than this are hidden; None sees all.
             softcap: scores become softcap * tanh(score / softcap).
@@ -91,8 +97,11 @@ class AttentionPath:
         """
         # Not empty_like: that would keep the strides of a transposed query.
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if self.writes is not None:
+            tokens, block_ids, offsets = self.writes
+            self.blocks.write(layer, (block_ids, offsets), new_keys[tokens], new_values[tokens])
         if self.fast is not None:
-            self.fast(layer, query, out, scale, window, softcap, alibi_slopes)
+            self.fast(layer, query, new_keys, new_values, out, scale, window, softcap, alibi_slopes)
         keys, values = self.blocks.keys[layer], self.blocks.values[layer]
         for rows in self.rows:
             out[rows.tokens] = attend_rows(
@@ -198,8 +207,16 @@ def connect(model: nn.Module, path: AttentionPath) -> None:
         layer = module.layer_idx
         if not isinstance(layer, int):
             raise BaseUnsupported("an attention module of the base does not know its layer")
-        packed = query[0].transpose(0, 1)  # (T, H, D)
-        out = path.attend(layer, packed, scale=scale, window=sliding_window, softcap=softcap)
+        packed, new_keys, new_values = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = path.attend(
+            layer,
+            packed,  # (T, H, D)
+            new_keys,  # (T, H_kv, D)
+            new_values,
+            scale=scale,
+            window=sliding_window,
+            softcap=softcap,
+        )
         return out[None], None
 
     if model.config.model_type == "bloom":  # type: ignore[union-attr]
@@ -251,7 +268,6 @@ def _bloom_forward(attention: Any, path: AttentionPath) -> Callable[..., tuple[t
         residual: torch.Tensor,
         alibi: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        layer_past: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         num_tokens = hidden_states.shape[1]
@@ -259,12 +275,11 @@ def _bloom_forward(attention: Any, path: AttentionPath) -> Callable[..., tuple[t
         fused = attention.query_key_value(hidden_states)
         fused = fused.view(num_tokens, attention.num_heads, 3, attention.head_dim)
         query, key, value = fused.unbind(dim=2)
-        layer_past.update(
-            key.transpose(0, 1)[None], value.transpose(0, 1)[None], attention.layer_idx
-        )
         out = path.attend(
             attention.layer_idx,
             query,
+            key,
+            value,
             scale=attention.inv_norm_factor,
             alibi_slopes=slopes.to(query.device),
         )

@@ -21,6 +21,7 @@ from server.engine.config import EngineConfig
 from server.engine.kv_cache import KVBlocks
 from server.engine.loader import AdapterLoader, HostCache, Loaded
 from server.engine.model_runner import ModelRunner, StepRows
+from server.engine.packed_linear import can_pack, pack_linears
 from server.engine.request import (
     AdapterRef,
     Event,
@@ -73,6 +74,8 @@ class Engine:
         )
         self.scheduler = Scheduler(self.limits)
         expected = reference_logits(model, spec)
+        if config.packed_linears and can_pack(model):
+            pack_linears(model)
         self.runner = ModelRunner(
             model,
             spec,

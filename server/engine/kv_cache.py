@@ -82,14 +82,12 @@ class KVBlocks:
 class StepCache(Cache):
     """What the model is given as `past_key_values`.
 
-    `update` writes the step's keys and values into the blocks and returns them unchanged; the attention
-    function reads the blocks itself. To the model the past is empty, since positions are explicit.
+    `update` returns the step's keys and values as they came: the attention function writes them into
+    the blocks and reads the blocks itself. To the model the past is empty, since positions are explicit.
     """
 
-    def __init__(self, blocks: KVBlocks) -> None:
+    def __init__(self) -> None:
         super().__init__(layers=[])
-        self.blocks = blocks
-        self.slots: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self,
@@ -99,15 +97,7 @@ class StepCache(Cache):
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (1, H_kv, T, D) keys and values of one layer; returns them as they came."""
-        if self.slots is None:
-            raise RuntimeError("no step is under way")
-        self.blocks.write(
-            layer_idx,
-            self.slots,
-            key_states[0].transpose(0, 1),
-            value_states[0].transpose(0, 1),
-        )
+        """Keys and values of one layer, unchanged."""
         return key_states, value_states
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:

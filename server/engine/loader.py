@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from adapters.base_model import BaseModelSpec
 from adapters.errors import AdapterError
 from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+from server.engine.openmp import one_thread_here
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class AdapterLoader:
         self._dtype = dtype
         self._folds_dir = folds_dir
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+        self._executor = ThreadPoolExecutor(1, "adapter-loader", initializer=one_thread_here)
 
     def start(self, digest: str) -> None:
         """Begin to read an adapter; `poll` tells when it is there."""

@@ -6,7 +6,6 @@ nothing of requests, text or time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +71,7 @@ class ModelRunner:
         self._model = model
         self._embedding = embedding
         self._blocks = KVBlocks(spec, num_blocks, block_size, self.dtype, self.device)
-        self._cache = StepCache(self._blocks)
+        self._cache = StepCache()
         self._path = AttentionPath(self._blocks)
         self._scales = ScaleTables(model, spec, num_scale_slots, self.device)
         self._kernel: DecodeKernel | None = None
@@ -108,7 +107,6 @@ class ModelRunner:
         sizes = [row.chunk.num_tokens for row in rows]
         offsets = np.concatenate(([0], np.cumsum(sizes)))
         positions = np.concatenate([_positions(row) for row in rows])
-        self._cache.slots = self._write_slots(rows)
         self._scales.set_rows(
             [slot for row in rows for slot in [_scale_slot(row)] * row.chunk.num_tokens]
         )
@@ -148,15 +146,21 @@ class ModelRunner:
             at += size
         return embeddings
 
-    def _write_slots(self, rows: Iterable[StepRows]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the step's keys and values go: block ids (T,) and offsets inside them (T,)."""
+    def _plan_writes(self, rows: list[StepRows], offsets: np.ndarray, planned: list[int]) -> None:
+        """Where the plain path puts the keys and values of the `planned` rows."""
+        if not planned:
+            self._path.writes = None
+            return
         size = self._blocks.block_size
-        blocks, offsets = [], []
-        for row in rows:
-            index = np.arange(row.chunk.start, row.chunk.start + row.chunk.num_tokens)
-            blocks.append(np.asarray(row.chunk.sequence.block_ids, dtype=np.int64)[index // size])
-            offsets.append(index % size)
-        return self._tensor(np.concatenate(blocks)), self._tensor(np.concatenate(offsets))
+        tokens, blocks, places = [], [], []
+        for i in planned:
+            chunk = rows[i].chunk
+            index = np.arange(chunk.start, chunk.start + chunk.num_tokens)
+            tokens.append(offsets[i] + np.arange(chunk.num_tokens))
+            blocks.append(np.asarray(chunk.sequence.block_ids, dtype=np.int64)[index // size])
+            places.append(index % size)
+        parts = (self._tensor(np.concatenate(part)) for part in (tokens, blocks, places))
+        self._path.writes = (next(parts), next(parts), next(parts))
 
     def _plan_attention(
         self, rows: list[StepRows], offsets: np.ndarray, positions: np.ndarray
@@ -171,6 +175,7 @@ class ModelRunner:
             else:
                 key = (row.chunk.num_tokens, len(tables[index][0]))
                 groups.setdefault(key, []).append(index)
+        self._plan_writes(rows, offsets, [i for group in groups.values() for i in group])
         self._path.rows = [
             self._rows([tables[i] for i in group], offsets[group], positions, num_queries)
             for (num_queries, _), group in groups.items()

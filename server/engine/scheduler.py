@@ -80,6 +80,13 @@ class StepPlan:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
 
+def _side_by_side(chunk: Chunk) -> tuple[bool, str]:
+    """Rows of one adapter stand together, and so do all that use scales."""
+    request = chunk.sequence.request
+    adapter = request.adapter if request is not None else None
+    return (False, "") if adapter is None else (adapter.uses_scales, adapter.digest)
+
+
 class Scheduler:
     """Queues, running sequences, blocks and slots of one engine."""
 
@@ -252,8 +259,7 @@ class Scheduler:
             if not self._preempted:
                 self._admit(plan, budget)
                 self._start_preloads(plan)
-        # Rows of one adapter stand together; Python's sort keeps the order of age inside them.
-        plan.chunks.sort(key=lambda chunk: chunk.sequence.adapter_digest or "")
+        plan.chunks.sort(key=_side_by_side)
         return plan
 
     def complete(self, plan: StepPlan) -> None:

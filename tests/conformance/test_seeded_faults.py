@@ -150,7 +150,8 @@ def test_positions_one_off_fail_the_grid(architecture, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fast_kernels", [True, False], ids=["fast", "plain"])
 @pytest.mark.parametrize(
-    ("architecture", "argument"), [("gemma2", "softcap"), ("mistral", "window"), ("bloom", "alibi_slopes")]
+    ("architecture", "argument"),
+    [("gemma2", "softcap"), ("mistral", "window"), ("bloom", "alibi_slopes")],
 )
 def test_attention_without_an_argument_fails_the_grid(
     architecture, argument, fast_kernels, tmp_path, monkeypatch

@@ -1,0 +1,43 @@
+"""The OpenMP library that torch itself has loaded, for what torch does not expose.
+
+Knows nothing of what runs on its threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@cache
+def torch_openmp() -> Any:
+    """libgomp as torch ships it, or None where torch was built on another one."""
+    path = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    if not path.exists():
+        return None
+    library = ctypes.CDLL(str(path))
+    library.GOMP_parallel.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    ]
+    library.GOMP_parallel.restype = None
+    return library
+
+
+def one_thread_here() -> None:
+    """Let operations of the calling thread use no other thread.
+
+    `torch.set_num_threads` would do so for the whole process. A second team of threads makes libgomp
+    count more threads than cores and stop spinning between operations: every step of the engine
+    then took half as long again.
+    """
+    library = torch_openmp()
+    if library is not None:
+        torch.get_num_threads()  # torch sets a new thread's number on first use: let it do so now
+        library.omp_set_num_threads(1)
