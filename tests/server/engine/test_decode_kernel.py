@@ -100,6 +100,10 @@ class Setting:
             self.positions.append(prefix + own - 1)
         shape = (len(case.rows), case.num_heads, case.head_dim)
         self.query = (case.spread * torch.randn(shape, generator=generator)).to(case.dtype)
+        # The newest token's key and value are not in place yet: attention puts them there.
+        shape = (len(case.rows), case.num_kv_heads, case.head_dim)
+        self.new_keys = torch.randn(shape, generator=generator).to(case.dtype)
+        self.new_values = torch.randn(shape, generator=generator).to(case.dtype)
         self.slopes = alibi_slopes(case.num_heads) if case.alibi else None
         self.options = {
             "scale": case.head_dim**-0.5,
@@ -108,16 +112,24 @@ class Setting:
             "alibi_slopes": self.slopes,
         }
 
-    def by_kernel(self, rows: list[int] | None = None, query: torch.Tensor | None = None):
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.new_keys, self.new_values
+
+    def by_kernel(self, rows: list[int] | None = None, relayout=lambda tensor: tensor):
         rows = list(range(len(self.tables))) if rows is None else rows
         path = AttentionPath(self.blocks)
         positions = np.array([self.positions[row] for row in rows])
         tables = [self.tables[row] for row in rows]
         path.fast = DecodeKernel(self.blocks).plan(np.arange(len(rows)), positions, tables)
-        return path.attend(1, self.query[rows] if query is None else query, **self.options)
+        tensors = [relayout(tensor[rows]) for tensor in self.tensors]
+        return path.attend(1, *tensors, **self.options)
 
     def by_plain_path(self):
         path = AttentionPath(self.blocks)
+        tokens = torch.arange(len(self.tables))
+        last = torch.tensor([[ids[-1], filled[-1] - 1] for ids, _, filled in self.tables])
+        path.writes = (tokens, last[:, 0], last[:, 1])
         for token, ((ids, first, filled), position) in enumerate(
             zip(self.tables, self.positions, strict=True)
         ):
@@ -131,7 +143,7 @@ class Setting:
                     key_positions=torch.from_numpy(at.reshape(1, -1)),
                 )
             )
-        return path.attend(1, self.query, **self.options)
+        return path.attend(1, *self.tensors, **self.options)
 
     def by_definition(self) -> torch.Tensor:
         return torch.stack([self._row(row) for row in range(len(self.tables))])
@@ -146,6 +158,7 @@ class Setting:
             values.append(self.blocks.values[1][block, :, :count].double())
             at += range(begin, begin + count)
         key, value = torch.cat(keys, 1), torch.cat(values, 1)  # (H_kv, T, D)
+        key[:, -1], value[:, -1] = self.new_keys[row].double(), self.new_values[row].double()
         assert at == list(range(position + 1))
         distance = torch.tensor(at) - position
         group = case.num_heads // case.num_kv_heads
@@ -170,7 +183,7 @@ def test_kernel_and_plain_path_are_attention(name):
     expected = setting.by_definition()
     # At huge scores float32 itself is off by whole units; then the two paths are near each other.
     tolerance = TOLERANCE[case.dtype] * max(1.0, case.spread)
-    for got in (setting.by_kernel(), setting.by_plain_path()):
+    for got in (setting.by_kernel(), Setting(case).by_plain_path()):
         assert got.dtype == case.dtype
         torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
 
@@ -193,30 +206,39 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("layout", ["heads first", "last dimension strided", "slice of qkv"])
-def test_queries_of_any_layout(layout):
+LAYOUTS = {
+    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "last dimension strided": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "slice of qkv": lambda x: torch.stack((x, x + 1, x + 2), dim=2)[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_of_any_layout(layout):
     setting = Setting(Case())
     expected = setting.by_kernel()
-    query = setting.query
-    if layout == "heads first":
-        query = query.transpose(0, 1).contiguous().transpose(0, 1)
-    elif layout == "last dimension strided":
-        query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    else:
-        query = torch.stack((query, query + 1, query + 2), dim=2)[:, :, 0]
-    assert not query.is_contiguous()
-    assert torch.equal(setting.by_kernel(query=query), expected)
+    assert not LAYOUTS[layout](setting.query).is_contiguous()
+    assert torch.equal(Setting(Case()).by_kernel(relayout=LAYOUTS[layout]), expected)
 
 
-def test_it_writes_its_own_tokens_and_no_others():
-    setting = Setting(Case())
-    query = torch.randn(20, 4, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_writes_its_own_tokens_and_no_others(dtype):
+    setting = Setting(Case(dtype=dtype))
     tokens = np.array([19, 2, 11, 3, 0, 7])
-    query[torch.from_numpy(tokens)] = setting.query
+    packed = []
+    for tensor in setting.tensors:
+        packed.append(torch.randn(20, *tensor.shape[1:]).to(dtype))
+        packed[-1][torch.from_numpy(tokens)] = tensor
+    keys, values = setting.blocks.keys[1].clone(), setting.blocks.values[1].clone()
+    for row, (ids, _, filled) in enumerate(setting.tables):
+        keys[ids[-1], :, filled[-1] - 1] = setting.new_keys[row]
+        values[ids[-1], :, filled[-1] - 1] = setting.new_values[row]
     kernel = DecodeKernel(setting.blocks)
     run = kernel.plan(tokens, np.array(setting.positions), setting.tables)
-    out = torch.full_like(query, 777.0)
-    run(1, query, out, *setting.options.values())
+    out = torch.full_like(packed[0], 777.0)
+    run(1, *packed, out, *setting.options.values())
+    assert torch.equal(setting.blocks.keys[1], keys)
+    assert torch.equal(setting.blocks.values[1], values)
     assert torch.equal(out[torch.from_numpy(tokens)], setting.by_kernel())
     others = [i for i in range(20) if i not in tokens]
     assert (out[others] == 777.0).all()
