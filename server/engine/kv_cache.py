@@ -6,12 +6,25 @@ scheduler's affair; how they are read is `attention`'s.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
 from adapters.base_model import BaseModelSpec
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take no memory on the CPU until they are written.
+
+    torch.zeros writes them; numpy asks the system for pages that are zero already.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class KVBlocks:
@@ -31,10 +44,9 @@ class KVBlocks:
         device: torch.device,
     ) -> None:
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        # zeros, not empty: unused slots of a block are read (and masked), and 0 * NaN is NaN.
-        # The pages are untouched until a block is first used.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-        self.values = [torch.zeros_like(layer) for layer in self.keys]
+        # Zeros: unused slots of a block are read (and masked), and 0 * NaN is NaN.
+        self.keys = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
         self.block_size = block_size
 
     @staticmethod
