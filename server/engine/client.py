@@ -89,8 +89,9 @@ class RequestStream:
     Raises RequestFailed from the iteration when the engine gives up on the request.
     """
 
-    def __init__(self, client: EngineClient, request_id: str) -> None:
+    def __init__(self, client: EngineClient, request_id: str, adapter: AdapterRef | None) -> None:
         self.request_id = request_id
+        self.adapter = adapter
         self._client = client
         self._events: asyncio.Queue[TokenEvent | FailedEvent] = asyncio.Queue()
         self._ended = False
@@ -142,6 +143,7 @@ class EngineClient:
         self._connection: Connection | None = None
         self._threads: list[threading.Thread] = []
         self._heard_at = 0.0
+        self._gone = False
 
     async def start(self) -> None:
         """Spawn the process and wait until it serves.
@@ -174,13 +176,16 @@ class EngineClient:
         """End the process; requests in flight fail with code "aborted"."""
         if self._process is None:
             return
+        # Before the process is told: its end would look like a crash to who waits.
+        self._lost("aborted", "the server is stopping")
         self._commands.put(Shutdown())
         self._commands.put(None)
+        if not self._threads:  # still starting: nobody reads commands yet
+            self._process.kill()
         await asyncio.to_thread(self._process.join, _STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._process.join)
-        self._fail_all("aborted", "the server is stopping")
         for thread in self._threads:
             await asyncio.to_thread(thread.join, _STOP_SECONDS)
         if self._connection is not None:
@@ -189,15 +194,23 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs and was heard of lately."""
-        if self._process is None or not self._process.is_alive():
-            return False
-        return time.monotonic() - self._heard_at < _SILENCE_SECONDS
+        """Whether the process runs, its pipe is open and it was heard of lately."""
+        return self._running and time.monotonic() - self._heard_at < _SILENCE_SECONDS
+
+    @property
+    def _running(self) -> bool:
+        # The pipe ends before the process does: what is sent in between nobody would answer.
+        return self._process is not None and not self._gone and self._process.is_alive()
 
     @property
     def num_in_flight(self) -> int:
         """Requests that were submitted and have not ended."""
         return len(self._streams)
+
+    def digests_in_flight(self) -> set[str]:
+        """Adapters that a request in flight may still have to load."""
+        adapters = (stream.adapter for stream in self._streams.values())
+        return {adapter.digest for adapter in adapters if adapter is not None}
 
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Queue a request.
@@ -206,12 +219,12 @@ class EngineClient:
             EngineUnavailable: the process is not running.
             EngineOverloaded: `max_queued` requests wait already.
         """
-        if self._process is None or not self._process.is_alive():
+        if not self._running:
             raise EngineUnavailable("the engine is not running")
         waiting = len(self._streams) - self.config.max_running
         if waiting >= self.config.max_queued:
             raise EngineOverloaded(retry_after_seconds=1 + waiting // self.config.max_running)
-        stream = RequestStream(self, request.request_id)
+        stream = RequestStream(self, request.request_id, request.adapter)
         self._streams[request.request_id] = stream
         self._commands.put(Submit(request))
         return stream
@@ -237,11 +250,12 @@ class EngineClient:
 
     def _first_message(self) -> Ready | StartFailed:
         assert self._connection is not None  # noqa: S101 - set by start
+        process = self._process  # `stop` may forget it meanwhile
         try:
             message: Ready | StartFailed = self._connection.recv()
-        except EOFError:
-            self._process.join(_STOP_SECONDS)
-            return StartFailed("EngineDied", f"exit status {self._process.exitcode}")
+        except (EOFError, OSError):
+            process.join(_STOP_SECONDS)
+            return StartFailed("EngineDied", f"exit status {process.exitcode}")
         return message
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -254,7 +268,7 @@ class EngineClient:
                     loop.call_soon_threadsafe(self._dispatch, events)
             except (EOFError, OSError):
                 loop.call_soon_threadsafe(
-                    self._fail_all, "engine_error", "the engine process ended unexpectedly"
+                    self._lost, "engine_error", "the engine process ended unexpectedly"
                 )
 
     def _write(self) -> None:
@@ -280,6 +294,8 @@ class EngineClient:
         if stream is not None:
             stream.put(event)
 
-    def _fail_all(self, code: str, message: str) -> None:
+    def _lost(self, code: str, message: str) -> None:
+        """Take no more requests, and end those in flight. The first reason stands."""
+        self._gone = True
         for request_id in list(self._streams):
             self._deliver(FailedEvent(request_id, code, message))

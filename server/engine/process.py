@@ -119,6 +119,7 @@ def _serve(engine: Any, connection: Connection) -> None:
             events += engine.step()
         else:
             engine.scheduler.check_integrity()
+            events += engine.residency_changes()  # a command may have moved an adapter
         stats = engine.stats()
         now = time.monotonic()
         if stats != told or now - told_at >= _IDLE_SECONDS:  # also a sign of life

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -113,9 +114,8 @@ async def test_tokens_are_those_of_an_engine_in_this_process(client, blobs, adap
         assert all(len(event.logprob.top) == 2 for event in events)
     assert client.num_in_flight == 0
     await until(lambda: client.residency(adapters["cpt"].digest) == "device")
-    client.unload(adapters["cpt"].digest)
-    await collect(client.submit(request("next", prompt_ids(5), None, 1)))  # told with the next step
-    assert client.residency(adapters["cpt"].digest) == "host"
+    client.unload(adapters["cpt"].digest)  # told though the engine has nothing to do
+    await until(lambda: client.residency(adapters["cpt"].digest) == "host", 0.9)
     client.preload(adapters["cpt"])
     await until(lambda: client.residency(adapters["cpt"].digest) == "device")
 
@@ -206,10 +206,74 @@ async def test_stop_ends_the_process_and_says_so_to_who_waits(base, blobs):
     assert process.exitcode == 0
     assert not client.alive
     for reader in readers:
-        with pytest.raises(RequestFailed):
+        with pytest.raises(RequestFailed) as caught:
             await asyncio.wait_for(reader, 5)
+        assert caught.value.code == "aborted"
     with pytest.raises(EngineUnavailable):
         client.submit(long_requests(1)[0])
+
+
+async def test_a_pipe_that_is_gone_is_a_dead_engine_though_the_process_lives(base, blobs):
+    client = EngineClient(config_for(base, blobs))
+    await client.start()
+    reader = asyncio.create_task(collect(client.submit(long_requests(1)[0])))
+    await until(lambda: client.stats.num_running > 0)
+    os.kill(client._process.pid, signal.SIGSTOP)  # it cannot notice and end
+    with socket.socket(fileno=os.dup(client._connection.fileno())) as pipe:
+        pipe.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(RequestFailed) as caught:
+        await asyncio.wait_for(reader, 10)
+    assert caught.value.code == "engine_error"
+    assert client._process.is_alive()
+    assert not client.alive
+    with pytest.raises(EngineUnavailable):
+        client.submit(long_requests(1)[0])
+    assert client.num_in_flight == 0
+    os.kill(client._process.pid, signal.SIGCONT)
+    await client.stop()
+
+
+async def test_a_process_that_dies_while_it_starts_says_so(base, blobs):
+    client = EngineClient(config_for(base, blobs))
+    starting = asyncio.create_task(client.start())
+    await until(lambda: client._process is not None and client._process.pid is not None)
+    client._connection.send("unread, so that its end is a reset")
+    os.kill(client._process.pid, signal.SIGKILL)
+    with pytest.raises(EngineStartFailed, match="exit status") as caught:
+        await asyncio.wait_for(starting, 20)
+    assert caught.value.kind == "EngineDied"
+    assert not client.alive
+    await client.stop()
+
+
+async def test_stop_while_it_starts_does_not_wait_for_it(base, blobs):
+    client = EngineClient(config_for(base, blobs))
+    starting = asyncio.create_task(client.start())
+    await until(lambda: client._process is not None and client._process.pid is not None)
+    began = time.monotonic()
+    await client.stop()
+    assert time.monotonic() - began < 3
+    with pytest.raises(EngineStartFailed):
+        await starting
+
+
+async def test_kv_memory_that_is_too_small_is_a_reason_not_to_start(base, blobs):
+    client = EngineClient(config_for(base, blobs, kv_bytes=1000))
+    with pytest.raises(EngineStartFailed, match="kv_bytes is 1000, expected at least"):
+        await client.start()
+    await client.stop()
+
+
+async def test_it_knows_which_adapters_are_in_flight(client, adapters):
+    assert client.digests_in_flight() == set()
+    streams = [
+        client.submit(request(f"d{i}", prompt_ids(5), ref, 400))
+        for i, ref in enumerate((adapters["cpt"], adapters["cpt"], None))
+    ]
+    assert client.digests_in_flight() == {adapters["cpt"].digest}
+    for stream in streams:
+        stream.abort()
+    assert client.digests_in_flight() == set()
 
 
 async def test_what_cannot_start_says_why(tmp_path, blobs):
