@@ -6,7 +6,9 @@ adapter names or HTTP.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +16,12 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.errors import BaseUnsupported
-from adapters.serving import KVPrefix, ServingForm, SoftPrompt
-from server.engine.adapter_slots import AdapterEntry, Residency
+from adapters.serving import ActivationScales, ServingForm, SoftPrompt
+from server.engine.adapter_slots import Residency
+from server.engine.blocks import blocks_for
 from server.engine.config import EngineConfig
 from server.engine.kv_cache import KVBlocks
-from server.engine.loader import AdapterLoader, HostCache, Loaded
+from server.engine.loader import AdapterLoader, HostCache
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.packed_linear import can_pack, pack_linears
 from server.engine.request import (
@@ -36,7 +38,14 @@ from server.engine.request import (
 from server.engine.sampler import Drawn, SampleRow, logprobs_of, sample
 from server.engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
 from server.engine.self_check import check_base, reference_logits
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, SequenceState
+
+log = logging.getLogger(__name__)
+
+_LOAD_WAIT_SECONDS = 0.05
+_FOLD_ATTEMPTS = 2
+# Fewer tokens than this fit no request worth serving, nor the self-check's probe.
+_MIN_TOKENS = 32
 
 
 class Engine:
@@ -50,6 +59,7 @@ class Engine:
 
     Raises:
         BaseUnsupported: the base gives other logits here than by itself.
+        ValueError: `kv_bytes` has no room for a single short sequence.
     """
 
     def __init__(
@@ -61,8 +71,7 @@ class Engine:
     ) -> None:
         self.spec = spec
         dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        per_block = KVBlocks.bytes_per_block(spec, config.block_size, dtype)
-        num_blocks = max(1, config.kv_bytes // per_block)
+        num_blocks = _num_blocks(spec, config, dtype)
         self.limits = SchedulerLimits(
             num_blocks=num_blocks,
             block_size=config.block_size,
@@ -93,7 +102,9 @@ class Engine:
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._residency: dict[str, str] = {}
         self._fold_rows: dict[str, torch.Tensor] = {}
+        self._failed_folds: Counter[str] = Counter()
         self._loads_under_way = 0
+        self._may_wait = False
 
     # --- commands --------------------------------------------------------------------------
 
@@ -103,6 +114,7 @@ class Engine:
         if reason is not None:
             return [FailedEvent(request.request_id, "too_long", reason)]
         self._submitted_at[request.request_id] = time.monotonic()
+        self._may_wait = False
         self.scheduler.add(request)
         return []
 
@@ -122,7 +134,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do, or will once a load ends."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._loads_under_way > 0
 
     def close(self) -> None:
         """Stop the loader's thread."""
@@ -133,59 +145,83 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one step.
 
-        A step with nothing to compute waits a moment for a load that is under way.
+        A step after one with nothing to compute waits a moment for a load that is under way. Whatever
+        goes wrong inside ends the requests that it concerns; the engine goes on with the others.
         """
-        events = self._take_loads()
+        events: list[Event] = []
+        self._take_load(events)
         plan = self.scheduler.schedule()
-        self._hold_soft_rows()
+        self._hold_soft_rows(events)
         for digest in plan.loads:
             self._start_load(digest)
-        self._install(plan)
+        self._install(plan, events)
         if plan.chunks:
-            events += self._compute(plan)
-        elif self._loads_under_way:
-            self._arrived(self._loader.poll(timeout=0.05), events)
-        events += self._residency_changes()
-        return events
+            self._compute(plan, events)
+        self._may_wait = not plan.chunks
+        return events + self.residency_changes()
 
-    def _compute(self, plan: StepPlan) -> list[Event]:
-        rows = [self._rows_of(chunk) for chunk in plan.chunks]
+    def _compute(self, plan: StepPlan, events: list[Event]) -> None:
         try:
+            rows = [self._rows_of(chunk) for chunk in plan.chunks]
             logits = self.runner.run(rows)
-        except (RuntimeError, BaseUnsupported) as error:  # out of memory is a RuntimeError too
-            return self._fail(plan, f"the forward pass failed: {error}")
+        except Exception as error:  # out of memory among others
+            self._fail(plan.chunks, "the forward pass failed", error, events)
+            return
         self.scheduler.complete(plan)
         self._note_started(plan)
+        requests = [chunk for chunk in plan.chunks if chunk.sequence.request is not None]
+        try:
+            self._draw(rows, logits, events)
+        except Exception as error:
+            self._fail(requests, "choosing the next tokens failed", error, events)
+        for chunk in plan.chunks:
+            fold = chunk.sequence
+            if fold.fold_digest is None or fold.num_computed < fold.num_tokens:
+                continue
+            try:
+                self._finish_fold(fold)
+            except Exception as error:
+                self._fail([chunk], "keeping a folded adapter failed", error, events)
+
+    def _draw(self, rows: list[StepRows], logits: list[torch.Tensor], events: list[Event]) -> None:
+        """A token for every row that is due one."""
         self._collect_prompt_logprobs(rows, logits)
         sampling = [
-            (chunk, out[-1:])
-            for chunk, out in zip(plan.chunks, logits, strict=True)
-            if chunk.samples
+            (row.chunk.sequence, out[-1:])
+            for row, out in zip(rows, logits, strict=True)
+            if row.chunk.samples
         ]
-        drawn: list[Drawn] = []
-        if sampling:
-            packed = torch.cat([out for _, out in sampling])
-            drawn = sample(packed, [_sample_row(chunk.sequence) for chunk, _ in sampling])
-        events = [
-            self._commit(chunk.sequence, token)
-            for (chunk, _), token in zip(sampling, drawn, strict=True)
-        ]
-        self._finish_folds(plan)
-        return events
+        if not sampling:
+            return
+        packed = torch.cat([out for _, out in sampling])
+        drawn = sample(packed, [_sample_row(sequence) for sequence, _ in sampling])
+        for (sequence, _), token in zip(sampling, drawn, strict=True):
+            events.append(self._commit(sequence, token))
 
-    def _fail(self, plan: StepPlan, message: str) -> list[Event]:
-        """End every sequence of a step that failed; the engine goes on with the others."""
-        events: list[Event] = []
-        for chunk in plan.chunks:
+    def _fail(self, chunks: list[Chunk], what: str, error: Exception, events: list[Event]) -> None:
+        """End the sequences of a step that failed, but for those that ended in it."""
+        log.error("%s", what, exc_info=error)
+        message = f"{what}: {str(error) or type(error).__name__}"
+        for chunk in chunks:
             sequence = chunk.sequence
+            if sequence.state is not SequenceState.RUNNING:
+                continue
             if sequence.request is None:
-                self.scheduler.fold_failed(sequence)
-                self._fold_rows.pop(sequence.fold_digest or "", None)
+                self._fail_fold(sequence, message, events)
                 continue
             self.scheduler.finish(sequence)
             self._forget(sequence.request.request_id)
             events.append(FailedEvent(sequence.request.request_id, "engine_error", message))
-        return events
+
+    def _fail_fold(self, fold: Sequence, message: str, events: list[Event]) -> None:
+        """Give a fold up for now; who waits for it gives up after the second time in a row."""
+        digest = fold.fold_digest or ""
+        self.scheduler.fold_failed(fold)
+        self._fold_rows.pop(digest, None)
+        self._failed_folds[digest] += 1
+        if self._failed_folds[digest] >= _FOLD_ATTEMPTS:
+            del self._failed_folds[digest]
+            self._give_up_adapter(digest, "adapter_not_loaded", message, events)
 
     def _rows_of(self, chunk: Chunk) -> StepRows:
         sequence = chunk.sequence
@@ -195,12 +231,15 @@ class Engine:
         entry = None if digest is None else self.scheduler.slots.entries[digest]
         return StepRows(chunk, entry, all_logits=not sequence.prompt_logprobs_done)
 
-    def _hold_soft_rows(self) -> None:
+    def _hold_soft_rows(self, events: list[Event]) -> None:
         # Right after the fold was planned, and until it ends: its first rows are computed a step later,
         # and by then host memory may have wanted the room of its form.
-        for sequence in self.scheduler.running:
-            if sequence.fold_digest is not None:
-                self._soft_rows(sequence.fold_digest)
+        for sequence in [s for s in self.scheduler.running if s.fold_digest is not None]:
+            try:
+                self._soft_rows(sequence.fold_digest or "")
+            except RuntimeError as error:  # it has only just started: no chunk of it is planned
+                log.error("a fold could not start", exc_info=error)
+                self._fail_fold(sequence, str(error), events)
 
     def _soft_rows(self, digest: str) -> torch.Tensor:
         if digest not in self._fold_rows:
@@ -271,55 +310,66 @@ class Engine:
         self._loads_under_way += 1
         self._loader.start(digest)
 
-    def _take_loads(self) -> list[Event]:
-        events: list[Event] = []
-        while self._loads_under_way:
-            loaded = self._loader.poll()
-            if loaded is None:
-                break
-            self._arrived(loaded, events)
-        return events
-
-    def _arrived(self, loaded: Loaded | None, events: list[Event]) -> None:
+    def _take_load(self, events: list[Event]) -> None:
+        # One a step: another one at once could drop it from host memory before it was installed.
+        if not self._loads_under_way:
+            return
+        loaded = self._loader.poll(timeout=_LOAD_WAIT_SECONDS if self._may_wait else None)
         if loaded is None:
             return
         self._loads_under_way -= 1
+        ref = self.scheduler.slots.entries[loaded.digest].ref
         if loaded.form is None:
-            for sequence in self.scheduler.adapter_failed(loaded.digest):
-                if sequence.request is not None:
-                    self._forget(sequence.request.request_id)
-                    message = f"the adapter cannot be read: {loaded.error}"
-                    events.append(
-                        FailedEvent(sequence.request.request_id, "adapter_corrupt", message)
-                    )
+            code = "adapter_corrupt" if loaded.corrupt else "adapter_not_loaded"
+            message = f"the adapter cannot be read: {loaded.error}"
+            self._give_up_adapter(loaded.digest, code, message, events)
             return
-        self._keep(loaded.digest, loaded.form)
-        needs_fold = isinstance(loaded.form, SoftPrompt)
-        self.scheduler.adapter_loaded(loaded.digest, needs_fold=needs_fold)
+        expected = _kind(ref.num_virtual_tokens, ref.uses_scales)
+        came = _kind(loaded.form.num_virtual_tokens, isinstance(loaded.form, ActivationScales))
+        if came != expected:
+            message = f"the adapter is not what its record says: expected {expected}, came {came}"
+            self._give_up_adapter(loaded.digest, "adapter_corrupt", message, events)
+        else:
+            self._keep(loaded.digest, loaded.form)
+            needs_fold = isinstance(loaded.form, SoftPrompt)
+            self.scheduler.adapter_loaded(loaded.digest, needs_fold=needs_fold)
+
+    def _give_up_adapter(self, digest: str, code: str, message: str, events: list[Event]) -> None:
+        """End every request that waits for an adapter; the next one that comes tries again."""
+        for sequence in self.scheduler.adapter_failed(digest):
+            if sequence.request is not None:
+                self._forget(sequence.request.request_id)
+                events.append(FailedEvent(sequence.request.request_id, code, message))
 
     def _keep(self, digest: str, form: ServingForm) -> None:
         for dropped in self._host.put(digest, form):
             self.scheduler.adapter_dropped(dropped)
 
-    def _install(self, plan: StepPlan) -> None:
+    def _install(self, plan: StepPlan, events: list[Event]) -> None:
         for entry in plan.installs:
+            digest = entry.ref.digest
             if entry.residency is not Residency.DEVICE:
                 continue  # evicted again for another one in the same plan
-            form = self._host.get(entry.ref.digest)
-            if form is None:
-                raise RuntimeError("an adapter without its host form")
-            self.runner.install(entry, form)
+            try:
+                form = self._host.get(digest)
+                if form is None:
+                    raise RuntimeError("an adapter without its host form")
+                self.runner.install(entry, form)
+            except Exception as error:
+                # It was made resident for this very step: nobody outside the plan uses it.
+                users = [c for c in plan.chunks if c.sequence.adapter_digest == digest]
+                plan.chunks = [chunk for chunk in plan.chunks if chunk not in users]
+                self._fail(users, "an adapter could not be put on the device", error, events)
+                self.scheduler.unload(digest)
 
-    def _finish_folds(self, plan: StepPlan) -> None:
-        for chunk in plan.chunks:
-            fold = chunk.sequence
-            if fold.fold_digest is None or fold.num_computed < fold.num_tokens:
-                continue
-            entry: AdapterEntry = self.scheduler.fold_finished(fold)
-            folded: KVPrefix = self.runner.read_fold(entry)
-            self._fold_rows.pop(fold.fold_digest, None)
-            self._keep(fold.fold_digest, folded)
-            self._loader.keep_fold(fold.fold_digest, folded)
+    def _finish_fold(self, fold: Sequence) -> None:
+        digest = fold.fold_digest or ""
+        folded = self.runner.read_fold(self.scheduler.slots.entries[digest])
+        self.scheduler.fold_finished(fold)
+        self._fold_rows.pop(digest, None)
+        self._failed_folds.pop(digest, None)
+        self._keep(digest, folded)
+        self._loader.keep_fold(digest, folded)
 
     # --- books -----------------------------------------------------------------------------
 
@@ -339,7 +389,8 @@ class Engine:
         self._queue_seconds.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
 
-    def _residency_changes(self) -> list[Event]:
+    def residency_changes(self) -> list[Event]:
+        """Adapters that moved since this was last asked; `step` has it in its events."""
         names = {Residency.DEVICE: "device", Residency.HOST: "host", Residency.FOLDING: "host"}
         changes: list[Event] = []
         for digest, entry in self.scheduler.slots.entries.items():
@@ -357,6 +408,22 @@ class Engine:
             kv_blocks_used=self.scheduler.pool.num_used,
             kv_blocks_total=self.scheduler.pool.num_blocks,
         )
+
+
+def _num_blocks(spec: BaseModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
+    per_block = KVBlocks.bytes_per_block(spec, config.block_size, dtype)
+    tokens = min(_MIN_TOKENS, spec.max_positions)
+    least = per_block * blocks_for(tokens, config.block_size)
+    if config.kv_bytes < least:
+        raise ValueError(
+            f"kv_bytes is {config.kv_bytes}, expected at least {least}: "
+            f"keys and values of {tokens} tokens of this base take that much"
+        )
+    return config.kv_bytes // per_block
+
+
+def _kind(num_virtual_tokens: int, uses_scales: bool) -> str:
+    return "scales" if uses_scales else f"{num_virtual_tokens} virtual tokens"
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:

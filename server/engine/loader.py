@@ -19,18 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adapters.base_model import BaseModelSpec
-from adapters.errors import AdapterError
+from adapters.errors import AdapterCorrupt, AdapterError
 from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
 from server.engine.openmp import one_thread_here
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A load that ended: a form, or the reason why there is none."""
+    """A load that ended: a form, or the reason why there is none.
+
+    `corrupt` says that the stored bytes are damaged: a file that cannot be opened just now, or an
+    adapter that does not fit this base, is in order itself.
+    """
 
     digest: str
     form: ServingForm | None
     error: str | None = None
+    corrupt: bool = False
 
 
 class HostCache:
@@ -131,7 +136,8 @@ class AdapterLoader:
             form.check(self._base)
             self._done.put(Loaded(digest, self._cast(form)))
         except Exception as error:  # whatever it is, somebody waits for this load to end
-            self._done.put(Loaded(digest, None, str(error) or repr(error)))
+            corrupt = isinstance(error, AdapterCorrupt)
+            self._done.put(Loaded(digest, None, str(error) or repr(error), corrupt))
 
     def _cast(self, form: ServingForm) -> ServingForm:
         if isinstance(form, KVPrefix):

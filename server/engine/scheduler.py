@@ -30,6 +30,8 @@ from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.sequence import Sequence, SequenceState
 
 MAX_PASSED_OVER = 64
+# What is read must be kept until a step takes it; more would outgrow host memory unseen.
+MAX_LOADS = 4
 
 
 @dataclass(frozen=True)
@@ -385,7 +387,7 @@ class Scheduler:
         self, plan: StepPlan, entry: AdapterEntry, sequence: Sequence | None
     ) -> bool:
         """Move an adapter towards the device; True when it is there, before the forward pass runs."""
-        if entry.residency is Residency.DISK:
+        if entry.residency is Residency.DISK and self._may_load():
             entry.residency = Residency.LOADING
             plan.loads.append(entry.ref.digest)
         if entry.residency is not Residency.HOST:
@@ -402,6 +404,10 @@ class Scheduler:
         entry.residency = Residency.DEVICE
         plan.installs.append(entry)
         return True
+
+    def _may_load(self) -> bool:
+        loading = [e for e in self.slots.entries.values() if e.residency is Residency.LOADING]
+        return len(loading) < MAX_LOADS
 
     def _start_fold(self, entry: AdapterEntry) -> None:
         rows = entry.ref.num_virtual_tokens

@@ -246,11 +246,26 @@ def test_more_adapters_than_fit_are_all_served(refs, solo, start, tmp_path, case
     assert not engine.scheduler.running
 
 
+def test_little_is_read_ahead_only_to_be_dropped(refs, solo, start, folders):
+    reader = Reader(folders)
+    check(run(start(reader, host_bytes=1), mixed_load(refs, 39)), solo)
+    # All fit the device: about once for each is enough, though host memory holds one at a time.
+    assert len(folders) <= reader.counts.total() <= 2 * len(folders)
+
+
 # --- damage ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["cut short", "gone", "other shape", "not finite"])
-def test_a_corrupt_adapter_fails_alone(refs, solo, start, folders, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        ("cut short", "adapter_corrupt"),
+        ("gone", "adapter_corrupt"),
+        ("other shape", "adapter_not_loaded"),  # a whole file that does not fit the base
+        ("not finite", "adapter_not_loaded"),
+    ],
+)
+def test_a_corrupt_adapter_fails_alone(refs, solo, start, folders, tmp_path, damage, code):
     bad = tmp_path / "bad"
     shutil.copytree(folders["prefix-1"], bad)
     file = bad / "adapter_model.safetensors"
@@ -276,7 +291,7 @@ def test_a_corrupt_adapter_fails_alone(refs, solo, start, folders, tmp_path, dam
         engine, [*load, *(request(f"bad{i}", prompt_ids(9), broken) for i in range(3))]
     )
     assert {failure.request_id for failure in failures} == {"bad0", "bad1", "bad2"}
-    assert {failure.code for failure in failures} == {"adapter_corrupt"}
+    assert {failure.code for failure in failures} == {code}
     assert all(len(failure.message) > 30 for failure in failures)
     check(events, {one.request_id: solo[one.request_id] for one in load})
     # Put right, it is read again.
@@ -296,15 +311,151 @@ def test_whatever_reading_raises_the_request_ends(start, error):
     _, (failure,) = drive(
         engine, [request("r", prompt_ids(9), AdapterRef("bad", 7, uses_scales=False))], 200
     )
+    assert failure.code == "adapter_not_loaded"
+
+
+@pytest.mark.parametrize(
+    ("came", "record", "sentence"),
+    [
+        ("prefix-1", (9, False), "expected 9 virtual tokens, came 7 virtual tokens"),
+        ("cpt-1", (7, False), "expected 7 virtual tokens, came 9 virtual tokens"),
+        ("ia3-1", (7, False), "expected 7 virtual tokens, came scales"),
+        ("prefix-1", (0, True), "expected scales, came 7 virtual tokens"),
+    ],
+)
+def test_an_adapter_that_is_not_what_its_record_says_is_corrupt(
+    refs, solo, start, folders, came, record, sentence
+):
+    spec = tiny_spec(tiny_model("llama"))
+    named = {**folders, "odd": folders[came]}
+    engine = start(lambda digest: load_serving_form(named[digest], spec, CheckpointLimits()))
+    load = mixed_load(refs, 13)
+    odd = request("odd", prompt_ids(9), AdapterRef("odd", *record))
+    events, (failure,) = drive(engine, [odd, *load])
     assert failure.code == "adapter_corrupt"
+    assert sentence in failure.message
+    check(events, {one.request_id: solo[one.request_id] for one in load})
 
 
-def drive(engine, requests, max_steps=5000):
+# --- faults of a step ------------------------------------------------------------------------
+
+
+class Fault:
+    """Raises `error` at the forward passes for which `when` holds; `None` asks for too much memory."""
+
+    def __init__(self):
+        self.error = None
+        self.when = lambda: False
+        self.num_calls = 0
+
+    def __call__(self, *_):
+        self.num_calls += 1
+        if self.when():
+            if self.error is not None:
+                raise self.error
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.fixture
+def faulty(folders):
+    """An engine and the fault in its model's forward pass."""
+    model, fault = tiny_model("llama"), Fault()
+    engine = tiny_engine(model, folders)
+    model.register_forward_pre_hook(fault)
+    yield engine, fault
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (None, "can't allocate memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (MemoryError(), "MemoryError"),
+        (IndexError("out of range"), "out of range"),
+    ],
+    ids=["allocator", "cuda", "host", "index"],
+)
+def test_a_step_that_fails_ends_its_own_rows_only(refs, solo, faulty, error, words):
+    engine, fault = faulty
+    fault.error, fault.when = error, lambda: fault.num_calls == 12
+    events, failures = drive(engine, mixed_load(refs, 39))
+    failed = {failure.request_id for failure in failures}
+    assert 0 < len(failed) < 39
+    assert {failure.code for failure in failures} == {"engine_error"}
+    assert all(words in failure.message for failure in failures)
+    whole = {key: stream for key, stream in events.items() if key not in failed}
+    check(whole, {key: value for key, value in solo.items() if key not in failed})
+
+
+def test_a_fold_that_always_fails_is_given_up(refs, solo, faulty):
+    engine, fault = faulty
+    folding = engine.scheduler.running
+    fault.error = RuntimeError("the fold's own fault")
+    fault.when = lambda: any(sequence.fold_digest == "cpt-1" for sequence in folding)
+    counts, on_step = count_folds(engine)
+    load = [request(f"cpt{i}", prompt_ids(9), refs["cpt-1"], 8) for i in range(3)]
+    _, failures = drive(engine, load, 200, on_step)
+    assert {failure.request_id for failure in failures} == {"cpt0", "cpt1", "cpt2"}
+    assert {failure.code for failure in failures} == {"adapter_not_loaded"}
+    assert all("the fold's own fault" in failure.message for failure in failures)
+    assert counts == {"cpt-1": 2}
+    # Once it can be folded it is served.
+    fault.when = lambda: False
+    load = mixed_load(refs, 13)
+    check(run(engine, load), {one.request_id: solo[one.request_id] for one in load})
+
+
+def test_a_fold_that_fails_once_is_tried_again(refs, solo, faulty):
+    engine, fault = faulty
+    fault.error, fault.when = RuntimeError("once"), lambda: fault.num_calls == 1
+    load = [one for one in mixed_load(refs, 39) if one.adapter == refs["cpt-1"]]
+    check(run(engine, load), {one.request_id: solo[one.request_id] for one in load})
+
+
+def test_a_row_whose_token_cannot_be_chosen_does_not_stop_the_engine(refs, solo, start, caplog):
+    engine = start()
+    odd = request("odd", prompt_ids(9), None, do_sample=True, temperature="hot")
+    _, (failure,) = drive(engine, [odd])
+    assert failure.code == "engine_error"
+    assert "choosing the next tokens failed" in failure.message
+    assert "choosing the next tokens failed" in caplog.text
+    load = mixed_load(refs, 13)
+    check(run(engine, load), {one.request_id: solo[one.request_id] for one in load})
+
+
+def test_an_adapter_that_cannot_be_installed_fails_its_own_rows_only(refs, solo, start, folders):
+    spec = tiny_spec(tiny_model("llama"))
+
+    def read(digest):
+        form = load_serving_form(folders[digest], spec, CheckpointLimits())
+        # Right in every shape, and nothing there to copy.
+        return KVPrefix(form.keys.to("meta"), form.values) if digest == "prefix-1" else form
+
+    engine = start(read)
+    load = mixed_load(refs, 39)
+    events, failures = drive(engine, load)
+    bad = {one.request_id for one in load if one.adapter == refs["prefix-1"]}
+    assert {failure.request_id for failure in failures} == bad
+    assert {failure.code for failure in failures} == {"engine_error"}
+    check(events, {key: value for key, value in solo.items() if key not in bad})
+    assert engine.scheduler.slots.entries["prefix-1"].residency is not Residency.DEVICE
+
+
+@pytest.mark.parametrize("num_blocks", [0, 3])
+def test_kv_memory_without_room_for_a_short_sequence_is_refused(start, num_blocks):
+    least = kv_bytes(4)
+    assert start(kv_bytes=least).limits.num_blocks == 4
+    with pytest.raises(ValueError, match=f"kv_bytes is .*, expected at least {least}"):
+        start(kv_bytes=kv_bytes(num_blocks))
+
+
+def drive(engine, requests, max_steps=5000, on_step=lambda step: None):
     """Like `run`, but failures are collected."""
     events, failures = {}, []
     for one in requests:
         assert not engine.submit(one)
-    for _ in range(max_steps):
+    for step in range(max_steps):
         if not engine.has_work:
             return events, failures
         for event in engine.step():
@@ -313,6 +464,7 @@ def drive(engine, requests, max_steps=5000):
             elif isinstance(event, TokenEvent):
                 events.setdefault(event.request_id, []).append(event)
         engine.scheduler.check_integrity()
+        on_step(step)
     raise AssertionError(f"work is left after {max_steps} steps")
 
 
