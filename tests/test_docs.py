@@ -1,0 +1,18 @@
+"""What must stand in the README stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from server.api import errors
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_every_error_code_is_documented():
+    codes = {refusal.code for refusal in errors.TABLE.values()}
+    codes |= {refusal.code for refusal in errors.FAILED.values()}
+    codes |= set(errors.HTTP_CODES.values()) | {errors.UNFORESEEN.code}
+    documented = set(re.findall(r"`([a-z_0-9]+)`", README.split("## Errors")[1]))
+    assert codes - documented == set()
