@@ -161,6 +161,7 @@ class Engine:
         return events + self.residency_changes()
 
     def _compute(self, plan: StepPlan, events: list[Event]) -> None:
+        self._note_started(plan)
         try:
             rows = [self._rows_of(chunk) for chunk in plan.chunks]
             logits = self.runner.run(rows)
@@ -168,7 +169,6 @@ class Engine:
             self._fail(plan.chunks, "the forward pass failed", error, events)
             return
         self.scheduler.complete(plan)
-        self._note_started(plan)
         requests = [chunk for chunk in plan.chunks if chunk.sequence.request is not None]
         try:
             self._draw(rows, logits, events)
