@@ -28,6 +28,9 @@ from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
 log = structlog.get_logger(__name__)
 
+# Often enough for a disk that fills up, seldom enough to cost nothing.
+COLLECT_SECONDS = 60.0
+
 Hook = Callable[[Services], Awaitable[None]]
 UPLOAD_PATHS = frozenset({"/adapters"})
 
@@ -37,7 +40,11 @@ async def _nothing(_services: Services) -> None:
 
 
 def create_app(
-    settings: Settings, *, on_ready: Hook = _nothing, on_failure: Hook = _nothing
+    settings: Settings,
+    *,
+    on_ready: Hook = _nothing,
+    on_failure: Hook = _nothing,
+    collect_seconds: float = COLLECT_SECONDS,
 ) -> FastAPI:
     """Put a server together.
 
@@ -45,18 +52,23 @@ def create_app(
         settings: what it is started with.
         on_ready: awaited once the engine is up and requests are taken.
         on_failure: awaited when the engine did not start; `Services.failure` has the reason.
+        collect_seconds: how often what was deleted is taken off the disk.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = await anyio.to_thread.run_sync(open_services, settings)
         app.state.services = services
-        starting = asyncio.create_task(_start(services, on_ready, on_failure))
+        tasks = (
+            asyncio.create_task(_start(services, on_ready, on_failure)),
+            asyncio.create_task(_collect_for_ever(services, collect_seconds)),
+        )
         try:
             yield
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await close_services(services)
 
     app = FastAPI(
@@ -109,6 +121,22 @@ async def close_services(services: Services) -> None:
     services.registry.close()
 
 
+async def collect_garbage(services: Services) -> tuple[str, ...]:
+    """Take adapters off the disk that were deleted and that no request needs any more.
+
+    Returns:
+        Their digests; what is still in use is left for the next time.
+    """
+    if services.generator is None:
+        return ()
+    in_use = services.generator.digests_in_use()
+    removed = await anyio.to_thread.run_sync(services.registry.collect_garbage, in_use)
+    for digest in removed:
+        for fold in (services.settings.data_dir / "folds").glob(f"{digest}-*"):
+            fold.unlink(missing_ok=True)
+    return removed
+
+
 def base_name(settings: Settings) -> str:
     """The base's name for clients; known before the engine is up, since it is reserved."""
     manifest = read_manifest(Path(settings.base)) or {}
@@ -140,3 +168,15 @@ async def _start(services: Services, on_ready: Hook, on_failure: Hook) -> None:
         await on_failure(services)
         return
     log.info("ready", base=services.base_id, digest=services.client.base.digest)
+
+
+async def _collect_for_ever(services: Services, seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            removed = await collect_garbage(services)
+        except Exception:
+            log.exception("collect_garbage_failed")
+            continue
+        if removed:
+            log.info("adapters_removed", digests=removed)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
 import anyio.to_thread
+import structlog
 
 from adapters.registry import AdapterRecord, Registry
 from server.engine.client import EngineClient, RequestFailed, RequestStream
@@ -31,6 +32,8 @@ from server.text.stop import StopStrings
 from server.text.template import Template
 from server.text.tokenizer import TextTokenizer, TokenSpan
 
+log = structlog.get_logger(__name__)
+
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 ResultT = TypeVar("ResultT")
 Row: TypeAlias = Mapping[str, str | int | float]
@@ -38,6 +41,8 @@ Row: TypeAlias = Mapping[str, str | int | float]
 DEFAULT_MAX_NEW_TOKENS = 64
 # Longer texts are tokenised off the event loop: a megabyte takes about a second.
 _INLINE_CHARACTERS = 4_096
+# A resolved adapter counts as in use for so long, whether or not its request was submitted yet.
+_RESOLVED_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Generation:
         detokenizer: IncrementalDetokenizer,
         stops: StopStrings,
         tokenizer: TextTokenizer,
+        mark_corrupt: Callable[[str], None],
     ) -> None:
         self.request = request
         self.text = ""
@@ -111,6 +117,7 @@ class Generation:
         self._detokenizer = detokenizer
         self._stops = stops
         self._tokenizer = tokenizer
+        self._mark_corrupt = mark_corrupt
         self._submitted_at = time.monotonic()
 
     def abort(self) -> None:
@@ -130,8 +137,18 @@ class Generation:
                 if piece.finish_reason is not None:
                     return
             raise RequestFailed("engine_error", "the engine ended the request without a reason")
+        except RequestFailed as failure:
+            if failure.code == "adapter_corrupt" and self.request.adapter is not None:
+                await self._note_corrupt(self.request.adapter.digest)
+            raise
         finally:
             self.abort()
+
+    async def _note_corrupt(self, digest: str) -> None:
+        try:
+            await anyio.to_thread.run_sync(self._mark_corrupt, digest)
+        except Exception:  # the request's own failure is what its caller must hear of
+            log.exception("mark_corrupt_failed", digest=digest)
 
     def _take(self, event: TokenEvent) -> Piece:
         if self.num_tokens == 0:
@@ -178,6 +195,7 @@ class Generator:
         self._registry = registry
         self.tokenizer = tokenizer
         self.base_id = base_id
+        self._resolved_at: dict[str, float] = {}
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -189,10 +207,20 @@ class Generator:
 
         Raises:
             NameInvalid, AdapterNotFound, VersionNotFound, AdapterCorrupt: never the base instead.
+            BaseMismatch: it was trained here on another base.
         """
         if name is None or name == self.base_id:
             return None
-        return await anyio.to_thread.run_sync(self._registry.resolve, name)
+        record = await anyio.to_thread.run_sync(self._registry.resolve, name)
+        record.require_base(self._client.base)
+        self._resolved_at[record.digest] = time.monotonic()
+        return record
+
+    def digests_in_use(self) -> set[str]:
+        """Adapters whose stored bytes a request may still need, deleted or not."""
+        since = time.monotonic() - _RESOLVED_SECONDS
+        self._resolved_at = {d: at for d, at in self._resolved_at.items() if at >= since}
+        return self._client.digests_in_flight() | self._resolved_at.keys()
 
     async def encode(self, text: str) -> Prompt:
         """A prompt from text, with the special tokens that the tokenizer adds."""
@@ -265,6 +293,7 @@ class Generator:
             detokenizer,
             StopStrings(options.stop),
             self.tokenizer,
+            self._registry.mark_corrupt,
         )
 
     async def _tokens(self, text: str, *, plain: bool) -> tuple[int, ...]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import io
 import json
+import time
 import zipfile
 
 import pytest
 
+from server.app import create_app
+from server.engine.request import SamplingParams
+from server.generation import Options
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server, save_prefix_adapter, upload
 
@@ -219,3 +225,77 @@ def test_an_upload_over_the_limit_is_refused_and_leaves_nothing(tiny_base, tmp_p
         assert (reply.status_code, reply.json()["code"]) == (413, "body_too_large")
         left = [path for path in (tmp_path / "data").rglob("*") if path.stat().st_size > 500_000]
         assert left == []
+
+
+def test_a_damaged_adapter_shows_as_corrupt_and_can_be_put_right(server, tmp_path):
+    folder = save_prefix_adapter(tmp_path / "d", seed=31)
+    digest = upload(server, folder, "damaged").json()["digest"]
+    weights = server.app_services().registry.blob_path(digest) / "adapter_model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    body = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
+    reply = server.post("/generate?adapter=damaged", json=body)
+    assert reply.status_code == 424
+    assert "digest" in reply.json()["error"]
+    assert server.get("/adapters/damaged").json()["status"] == "corrupt"
+    listed = {one["name"]: one["status"] for one in server.get("/adapters").json()["adapters"]}
+    assert (listed["damaged"], listed["complaints"]) == ("corrupt", "ok")
+    again = server.post("/generate?adapter=damaged", json=body)
+    assert again.status_code == 424
+    assert "upload it again" in again.json()["error"]
+    upload(server, folder, "damaged")
+    assert server.get("/adapters/damaged").json()["status"] == "ok"
+    assert server.post("/generate?adapter=damaged", json=body).status_code == 200
+    server.delete("/adapters/damaged")
+
+
+def test_an_adapter_trained_on_another_base_is_refused_by_name(server, tmp_path):
+    services = server.app_services()
+    other = dataclasses.replace(services.client.base, digest="e" * 64)
+    folder = save_prefix_adapter(tmp_path / "o", seed=32)
+    (folder / "README.md").unlink()
+    services.registry.publish("foreign", folder, other, base_digest=other.digest)
+    body = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
+    for path in ("/generate", "/generate_stream"):
+        reply = server.post(f"{path}?adapter=foreign", json=body)
+        assert reply.status_code == 422
+        assert "e" * 12 in reply.json()["error"]
+    assert server.get("/adapters/foreign").json()["status"] == "ok"
+    server.delete("/adapters/foreign")
+
+
+async def test_what_was_deleted_leaves_the_disk_once_nobody_needs_it(tiny_base, tmp_path):
+    app = create_app(make_settings(tiny_base, tmp_path / "data"), collect_seconds=0.05)
+    async with app.router.lifespan_context(app):
+        services = app.state.services
+        await until(lambda: services.ready)
+        registry, client = services.registry, services.client
+        paths = []
+        for seed in (41, 42):
+            folder = save_prefix_adapter(tmp_path / str(seed), seed=seed)
+            (folder / "README.md").unlink()
+            record = registry.publish(f"a{seed}", folder, client.base).record
+            paths.append(registry.blob_path(record.digest))
+        idle, used = paths
+        generator = services.generator
+        record = await generator.resolve("a42")
+        options = Options(SamplingParams(ignore_eos=True), 400)
+        prompt = await generator.encode("x")
+        registry.delete("a41")
+        registry.delete("a42")
+        await until(lambda: not idle.exists())
+        # Resolved before it was deleted: whatever the engine has to read is still there.
+        request = generator.prepare(prompt, record, options, "r")
+        generation = generator.submit(request, options)
+        pieces = [piece async for piece in generation]
+        assert len(pieces) == 400
+        assert used.exists()
+        generator._resolved_at.clear()  # a minute later
+        await until(lambda: not used.exists())
+
+
+async def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        await asyncio.sleep(0.01)
