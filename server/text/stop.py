@@ -37,7 +37,7 @@ class StopStrings:
         ends = [end for end in map(lambda stop: _end(window, stop), self._stops) if end is not None]
         if ends:
             return min(ends) - len(self._tail)
-        self._tail = window[len(window) - self._keep :] if self._keep else ""
+        self._tail = window[max(0, len(window) - self._keep) :]
         return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.text.stop import StopStrings
@@ -15,6 +15,7 @@ def first_end(text: str, stops: list[str]) -> int | None:
     return min(ends, default=None)
 
 
+@example(["ba", "b", "b"], ["babb"])  # a stop longer than what has come so far
 @given(st.lists(letters, max_size=12), st.lists(letters, min_size=1, max_size=3))
 def test_the_first_completed_stop_is_found_across_pieces(pieces, stops):
     watcher = StopStrings(stops)
