@@ -109,9 +109,7 @@ class OfflineEngine:
             KeyError: an adapter that was not added.
             GenerationFailed: a prompt is too long, or its adapter cannot be read.
         """
-        params = dataclasses.replace(
-            sampling or SamplingParams(eos_token_ids=self._eos), **options
-        )
+        params = dataclasses.replace(sampling or SamplingParams(eos_token_ids=self._eos), **options)
         ids = [self._submit(name, prompt, params) for name, prompt in prompts]
         tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
         while self._engine.has_work:
