@@ -91,8 +91,8 @@ class Oracle:
     """What PEFT says for one prompt.
 
     Attributes:
-        token_ids: greedy tokens, NUM_NEW_TOKENS of them.
-        logits: (NUM_NEW_TOKENS, V), from which each was chosen.
+        token_ids: greedy tokens, as many as were asked for.
+        logits: (len(token_ids), V), from which each was chosen.
         margins: difference of the two largest logits, a step each.
     """
 
@@ -138,7 +138,7 @@ def prompt_ids(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
 
 
-def ask(model: torch.nn.Module, prompt: list[int]) -> Oracle:
+def ask(model: torch.nn.Module, prompt: list[int], num_new_tokens: int = NUM_NEW_TOKENS) -> Oracle:
     """Greedy generation by `model`, a PEFT model or a plain one; end of sequence is ignored."""
     ids = torch.tensor([prompt])
     # PEFT says at every step that it ignores the position ids that transformers passes.
@@ -147,7 +147,7 @@ def ask(model: torch.nn.Module, prompt: list[int]) -> Oracle:
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_NEW_TOKENS,
+            max_new_tokens=num_new_tokens,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
@@ -156,4 +156,4 @@ def ask(model: torch.nn.Module, prompt: list[int]) -> Oracle:
         )
     logits = torch.cat(out.logits).float()
     top = logits.topk(2).values
-    return Oracle(out.sequences[0, -NUM_NEW_TOKENS:].tolist(), logits, top[:, 0] - top[:, 1])
+    return Oracle(out.sequences[0, -num_new_tokens:].tolist(), logits, top[:, 0] - top[:, 1])
