@@ -3,8 +3,10 @@
 oneDNN otherwise reorders a weight at every call. Measured on two cores with SmolLM2-135M's layers:
 1.4 times as fast at 1 and 8 tokens, 1.35 at 32, 1.5 at 128, 0.9 at 512. Up to 32 tokens the results
 are bit-identical to `nn.Linear` and a row's do not depend on the number of rows; beyond, either may
-round about one element in 30,000 the other way, as `nn.Linear` itself does. A pack is a private copy. The weight it was made from is kept, so that it can be read and
-hashed; where that is a mapped file, its pages are the kernel's to drop.
+round about one element in 30,000 the other way, as `nn.Linear` itself does.
+
+A pack is a private copy. The weight it was made from is kept, so that it can be read and hashed;
+where that is a mapped file, its pages are the kernel's to drop.
 """
 
 from __future__ import annotations
