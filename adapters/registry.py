@@ -407,13 +407,24 @@ class Registry:
             if blob is not None:
                 blob.status = "corrupt"
 
-    def collect_garbage(self, in_use: Collection[str] = ()) -> tuple[str, ...]:
+    def unused_digests(self) -> frozenset[str]:
+        """Blobs that no version uses now."""
+        stored = set(self._blobs.digests())
+        with self._read() as session:
+            return frozenset(stored - _used(session, stored))
+
+    def collect_garbage(
+        self, in_use: Collection[str] = (), *, among: Collection[str] | None = None
+    ) -> tuple[str, ...]:
         """Remove blobs that no version uses, but for those in use; the digests removed.
 
         Args:
             in_use: digests that a running request may still have to load.
+            among: remove no others. Where requests come in meanwhile, take `unused_digests` first
+                and learn what is in use after that: nobody can begin to use what no version names.
         """
-        return self._collect(set(self._blobs.digests()) - set(in_use))
+        candidates = self._blobs.digests() if among is None else among
+        return self._collect(set(candidates) - set(in_use))
 
     def sweep(self, *, deep: bool = True) -> SweepReport:
         """Tidy up at start, before anything is served from this root.

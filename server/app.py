@@ -7,6 +7,7 @@ anything about a request.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -129,8 +130,13 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
     """
     if services.generator is None:
         return ()
+    registry = services.registry
+    # In this order: a version that is deleted in between is not among the unused ones yet.
+    unused = await anyio.to_thread.run_sync(registry.unused_digests)
     in_use = services.generator.digests_in_use()
-    removed = await anyio.to_thread.run_sync(services.registry.collect_garbage, in_use)
+    removed = await anyio.to_thread.run_sync(
+        functools.partial(registry.collect_garbage, in_use, among=unused)
+    )
     for digest in removed:
         for fold in (services.settings.data_dir / "folds").glob(f"{digest}-*"):
             fold.unlink(missing_ok=True)
