@@ -2,7 +2,7 @@
 
 No attributes, indexing, conversions or format specs, so that a template from a stranger can do
 nothing but be filled in. White space at the end of a template is dropped here: it belongs to the
-target, which stands after the prompt (api.md, "Token boundaries").
+target, which stands after the prompt (the tokenizer sees both as one text).
 """
 
 from __future__ import annotations
