@@ -232,11 +232,6 @@ def connect(model: nn.Module, path: AttentionPath) -> None:
         ) from error
 
 
-def disconnect(model: nn.Module, implementation: str = "sdpa") -> None:
-    """Give the model its usual attention back (not for BLOOM)."""
-    model.set_attn_implementation(implementation)  # type: ignore[operator]
-
-
 def alibi_slopes(num_heads: int) -> torch.Tensor:
     """Slopes (H,) of Press et al., "Train Short, Test Long" (2022), section 3.
 

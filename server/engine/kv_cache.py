@@ -1,4 +1,4 @@
-"""The KV blocks as tensors, and the transformers `Cache` that writes into them.
+"""The KV blocks as tensors, and what a transformers model is given for a cache.
 
 One pair of tensors a layer, (num_blocks, H_kv, block_size, D). Who owns which block is the
 scheduler's affair; how they are read is `attention`'s.
