@@ -88,16 +88,23 @@ def _visible(begin: Any, filled: Any, position: Any, window: Any) -> Any:
 
 
 @njit(fastmath=_FLAGS)
-def _scores_of(table: Any, row: Any, head: Any, query_at: Any, scores: Any, like: Any) -> Any:
-    """Scores of one query head against every key that it sees; returns how many."""
-    kv_heads, size, head_dim = table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM]
-    kv_head = head // (table[_HEADS] // kv_heads)
+def _row_of(table: Any, row: Any) -> Any:
+    """One row's block ids, first positions and key counts, how many blocks, and its position."""
     line, width = row * table[_MAX_BLOCKS] * 8, table[_MAX_BLOCKS]
     blocks = carray(array_at(table[_BLOCKS] + line), (width,), np.int64)
     first = carray(array_at(table[_FIRST] + line), (width,), np.int64)
     filled = carray(array_at(table[_FILLED] + line), (width,), np.int64)
     position = carray(array_at(table[_POSITIONS]), (table[_ROWS],), np.int64)[row]
     num_blocks = carray(array_at(table[_COUNTS]), (table[_ROWS],), np.int64)[row]
+    return blocks, first, filled, num_blocks, position
+
+
+@njit(fastmath=_FLAGS)
+def _scores_of(table: Any, row: Any, head: Any, query_at: Any, scores: Any, like: Any) -> Any:
+    """Scores of one query head against every key that it sees; returns how many."""
+    kv_heads, size, head_dim = table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM]
+    kv_head = head // (table[_HEADS] // kv_heads)
+    blocks, first, filled, num_blocks, position = _row_of(table, row)
     slope = carray(array_at(table[_SLOPES]), (table[_HEADS],), np.float32)[head]
     softcap = np.float32(carray(array_at(table[_SCALES]), (2,), np.float64)[1])
     row_bytes = head_dim * like.itemsize
@@ -119,12 +126,7 @@ def _add_values(table: Any, row: Any, head: Any, weights_at: Any, sums_at: Any, 
     """Add the weighted values of every key that the row sees to `head_dim` sums."""
     kv_heads, size, head_dim = table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM]
     kv_head = head // (table[_HEADS] // kv_heads)
-    line, width = row * table[_MAX_BLOCKS] * 8, table[_MAX_BLOCKS]
-    blocks = carray(array_at(table[_BLOCKS] + line), (width,), np.int64)
-    first = carray(array_at(table[_FIRST] + line), (width,), np.int64)
-    filled = carray(array_at(table[_FILLED] + line), (width,), np.int64)
-    position = carray(array_at(table[_POSITIONS]), (table[_ROWS],), np.int64)[row]
-    num_blocks = carray(array_at(table[_COUNTS]), (table[_ROWS],), np.int64)[row]
+    blocks, first, filled, num_blocks, position = _row_of(table, row)
     row_bytes = head_dim * like.itemsize
     for index in range(num_blocks):
         skip, count = _visible(first[index], filled[index], position, table[_WINDOW])
