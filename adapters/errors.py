@@ -14,6 +14,11 @@
     |   `-- NonFinite            NaN or infinity among the weights
     |-- BaseMismatch             the adapter was trained on another base (recorded digest differs)
     |-- BaseUnsupported          the base model cannot be served, with the reason
+    |-- TemplateInvalid          a template that does not parse, or a row that does not fit it
+    |-- TrainingError            a training job cannot be done
+    |   |-- JobInvalid           a field of the job is wrong, or two of them disagree
+    |   |-- DataInvalid          the rows cannot be trained on; `row` counts from 1 where one is at fault
+    |   `-- TrainingDiverged     the loss is no longer a finite number
     `-- RegistryError            the store cannot do what was asked
         |-- NameInvalid          not an adapter name
         |-- AdapterNotFound      no adapter of that name
@@ -103,6 +108,46 @@ class BaseMismatch(AdapterError):
 
 class BaseUnsupported(AdapterError):
     """The base model cannot be served; the message gives the reason."""
+
+
+class TemplateInvalid(AdapterError):
+    """A template that does not parse, or a row that does not fit it."""
+
+
+class TrainingError(AdapterError):
+    """A training job cannot be done."""
+
+
+class JobInvalid(TrainingError):
+    """A field of a training job is wrong, or two of them disagree."""
+
+
+class DataInvalid(TrainingError):
+    """The rows cannot be trained on.
+
+    Args:
+        message: as for `AdapterError`, as are field, expected and came.
+        row: the row at fault, counted from 1; None where it is all of them.
+        field: the column, if one is at fault.
+        expected: what would have been accepted.
+        came: what was found.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        row: int | None = None,
+        field: str | None = None,
+        expected: str | None = None,
+        came: str | None = None,
+    ) -> None:
+        super().__init__(message, field=field, expected=expected, came=came)
+        self.row = row
+
+
+class TrainingDiverged(TrainingError):
+    """The loss is no longer a finite number."""
 
 
 class RegistryError(AdapterError):

@@ -327,7 +327,7 @@ def _add(settings: Settings, directory: Path, name: str, template: str | None) -
     from adapters.registry import Registry
     from server.app import base_name
     from server.base.load import load_base
-    from server.text.template import Template
+    from adapters.template import Template
 
     if template is not None:
         Template.parse(template)

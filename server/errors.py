@@ -4,8 +4,7 @@
     |-- Contradiction        two parts of a request disagree, or a field is where none belongs
     |-- UnknownParameter     a query parameter that the route does not have
     |-- RequestInvalid       a value that is out of range, missing or of the wrong kind
-    |   |-- TooLong          more tokens than the base or the engine can hold
-    |   `-- TemplateInvalid  a template that does not parse, or a row that does not fit it
+    |   `-- TooLong          more tokens than the base or the engine can hold
     |-- BodyTooLarge         more bytes than the limit, counted while they arrive
     |-- WrongContentType     a body of another media type
     `-- NotReady             the engine is still starting, or is gone
@@ -56,10 +55,6 @@ class RequestInvalid(RequestRefused):
 
 class TooLong(RequestInvalid):
     """More tokens than the base or the engine can hold."""
-
-
-class TemplateInvalid(RequestInvalid):
-    """A template that does not parse, or a row that does not fit it."""
 
 
 class BodyTooLarge(RequestRefused):

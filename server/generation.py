@@ -29,7 +29,7 @@ from server.engine.request import (
 from server.errors import RequestInvalid, TooLong
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
-from server.text.template import Template
+from adapters.template import Template
 from server.text.tokenizer import TextTokenizer, TokenSpan
 
 log = structlog.get_logger(__name__)

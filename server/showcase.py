@@ -87,7 +87,7 @@ async def _is_right(generator: Generator, demo: DemoAdapter, message: DemoMessag
 
 def curl_line(host: str, port: int, demo: DemoAdapter) -> str:
     """A command line that asks `demo` about a message it has not seen."""
-    from server.text.template import Template
+    from adapters.template import Template
 
     message = next(one for one in demo_messages("held_out") if "'" not in one.text)
     body = {"inputs": Template.parse(demo.template).render({"text": message.text})}

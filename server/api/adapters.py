@@ -26,7 +26,7 @@ from server.api.upload import Upload, receive_upload
 from server.errors import RequestInvalid
 from server.generation import adapter_ref
 from server.settings import MIB
-from server.text.template import Template
+from adapters.template import Template
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 

@@ -41,6 +41,8 @@ class TextTokenizer:
         self._plain = _private_copy(serialized)
         self._plain.encode_special_tokens = True
         own_eos = () if fast.eos_token_id is None else (int(fast.eos_token_id),)
+        # What targets end with in training: the tokenizer's own, else the first that ends generation.
+        self.eos_token_id: int | None = next(iter((*own_eos, *eos_token_ids)), None)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos_token_ids, *own_eos)))
         self.special_ids: frozenset[int] = frozenset(
             token_id
@@ -62,6 +64,13 @@ class TextTokenizer:
         """
         backend = self._plain if plain else self._backend
         return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `adapters.training.encoding.Encoder`."""
+        encoding = self._plain.encode(text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids), list(encoding.offsets)
 
     def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
         """Text to ids with the characters that each covers."""

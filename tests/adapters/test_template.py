@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import TemplateInvalid
-from server.text.template import MAX_TEMPLATE_CHARACTERS, Template
+from adapters.errors import TemplateInvalid
+from adapters.template import MAX_TEMPLATE_CHARACTERS, Template
 
 plain = st.text(alphabet=st.characters(exclude_characters="{}", exclude_categories=["Cs"]))
 names = plain.filter(str.strip)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.errors import TemplateInvalid
+from adapters.errors import TemplateInvalid
 
 # In this order: an escape, a column, or a brace that is neither.
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

@@ -1,0 +1,193 @@
+"""A training job as plain data: what somebody asks for, and what will be done.
+
+`TrainingRequest` is what a person writes (its rows apart): nearly every field has a default.
+`TrainingJob` is the same with nothing left open; it is stored with the job and, as the recipe, with
+the adapter that comes of it. Both are JSON. Nothing here knows rows, tokens or tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# What a request may say -> the method that is meant. P-Tuning v2 is prefix tuning on every layer.
+METHOD_NAMES: dict[str, str] = {
+    "prefix_tuning": "PREFIX_TUNING",
+    "p_tuning_v2": "PREFIX_TUNING",
+    "p_tuning": "P_TUNING",
+    "ia3": "IA3",
+    "cpt": "CPT",
+    "prompt_tuning": "PROMPT_TUNING",
+}
+
+MethodName = Literal["prefix_tuning", "p_tuning_v2", "p_tuning", "ia3", "cpt", "prompt_tuning"]
+Tokenization = Literal["boundary", "as_written"]
+OnTooLong = Literal["error", "truncate"]
+IfExists = Literal["new_version", "error"]
+Schedule = Literal["linear", "cosine", "constant"]
+Optimizer = Literal["adamw", "sgd"]
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class HyperparameterRequest(BaseModel):
+    """What may be said about the optimisation; what is left out comes from the method's recipe.
+
+    The names are those of transformers' `TrainingArguments`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    learning_rate: Positive | None = None
+    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] | None = None
+    warmup_ratio: Share | None = None
+    lr_scheduler_type: Schedule | None = None
+    optimizer: Optimizer | None = None
+    adam_epsilon: Positive | None = None
+    weight_decay: NotNegative | None = None
+    max_grad_norm: NotNegative | None = None
+    seed: Seed | None = None
+    validation_split: Share | None = None
+    early_stopping_patience: Count | None = None
+
+
+class Hyperparameters(BaseModel):
+    """The optimisation, resolved.
+
+    Attributes:
+        learning_rate: the schedule's highest.
+        epochs: passes over the rows; None where `max_steps` says when to stop.
+        max_steps: optimiser steps; None where `epochs` says.
+        batch_size: rows a forward pass.
+        gradient_accumulation_steps: forward passes an optimiser step; the loss is averaged over
+            the target tokens of all of them.
+        warmup_ratio: share of the steps in which the rate rises from 0.
+        lr_scheduler_type: what it does afterwards: falls to 0 as a line or a half cosine, or stays.
+        optimizer: "adamw", or plain "sgd".
+        adam_epsilon: AdamW's.
+        weight_decay: AdamW's, decoupled.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        seed: of the initial weights, the order of rows and dropout.
+        validation_split: share of the rows held out, drawn by label where there are labels.
+        early_stopping_patience: stop after so many evaluations (one an epoch) without a better one,
+            and keep the best; None never does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: Positive
+    epochs: Count | None
+    max_steps: Count | None = None
+    batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    warmup_ratio: Share = 0.05
+    lr_scheduler_type: Schedule = "linear"
+    optimizer: Optimizer = "adamw"
+    adam_epsilon: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    seed: Seed = 0
+    validation_split: Share = 0.0
+    early_stopping_patience: Count | None = None
+
+
+class TrainingRequest(BaseModel):
+    """What somebody asks for, rows apart.
+
+    Attributes:
+        adapter: the name under which it will be served.
+        method: see `METHOD_NAMES`.
+        config: PEFT's fields of the method; what is left out comes from the recipe.
+        template: `{column}` substitution that makes a prompt of a row.
+        target: the column that holds what to answer.
+        labels: all that may be answered, where the task is to choose; evaluation then ranks them.
+        label_names: the target's value as text -> the label in words.
+        target_separator: stands between prompt and target; None takes the recipe's.
+        append_eos: end every target with the end-of-sequence token.
+        tokenization: "boundary" moves white space at the template's end to the target;
+            "as_written" leaves it, for recipes that were written so.
+        max_length: tokens of prompt, target and end of sequence; None takes what the base holds.
+        on_too_long: refuse a longer row, or drop the beginning of its prompt.
+        init_text: start a prefix or a prompt from this text.
+        context_examples: CPT: examples in the context.
+        context_seed: CPT: which ones.
+        train_on_context: CPT: whether the rows of the context are trained on as well.
+        if_exists: what to do when the name has an adapter.
+        description: free text about the adapter.
+        hyperparameters: see `HyperparameterRequest`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    adapter: str
+    method: MethodName
+    config: dict[str, Any] = Field(default_factory=dict)
+    template: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
+    labels: Annotated[list[str], Field(min_length=2, max_length=1000)] | None = None
+    label_names: dict[str, str] | None = None
+    target_separator: Annotated[str, Field(max_length=100)] | None = None
+    append_eos: bool = True
+    tokenization: Tokenization = "boundary"
+    max_length: Count | None = None
+    on_too_long: OnTooLong = "error"
+    init_text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
+    context_examples: Annotated[int, Field(ge=1, le=1000)] | None = None
+    context_seed: Seed | None = None
+    train_on_context: bool | None = None
+    if_exists: IfExists = "new_version"
+    description: Annotated[str, Field(max_length=10_000)] | None = None
+    hyperparameters: HyperparameterRequest = Field(default_factory=HyperparameterRequest)
+
+
+class TrainingJob(BaseModel):
+    """What will be done: every default resolved, every id fixed.
+
+    Attributes (those that `TrainingRequest` has mean the same):
+        method: the method's own name, such as "prefix_tuning".
+        peft_type: PEFT's name of it.
+        config: the complete `adapter_config.json`; for CPT with the context's token ids and types.
+        max_length: tokens of prompt, target and end of sequence.
+        init_token_ids: what a prefix or a prompt starts from, as many as it has virtual tokens;
+            None starts from random numbers.
+        base_digest: the base it is for.
+        base_name: what that base is called.
+        num_rows: rows, held-out ones included.
+        trainable_params: numbers that are trained (of the encoder too, where there is one).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adapter: str
+    method: str
+    peft_type: str
+    config: dict[str, Any]
+    template: str
+    target: str
+    labels: list[str] | None
+    label_names: dict[str, str] | None
+    target_separator: str
+    append_eos: bool
+    tokenization: Tokenization
+    max_length: int
+    on_too_long: OnTooLong
+    init_text: str | None
+    init_token_ids: list[int] | None
+    context_examples: int | None
+    context_seed: int | None
+    train_on_context: bool | None
+    if_exists: IfExists
+    description: str | None
+    hyperparameters: Hyperparameters
+    base_digest: str
+    base_name: str
+    num_rows: int
+    trainable_params: int
