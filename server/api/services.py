@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
@@ -19,6 +19,10 @@ from server.engine.client import EngineClient
 from server.errors import NotReady
 from server.generation import Generator
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.jobs.store import JobStore
+    from server.jobs.supervisor import Supervisor
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Services:
         failure: why the engine did not start, once that is known.
         started_at: Unix time, seconds.
         requests_by_adapter: generations asked of each name since the start.
+        jobs: the training jobs; None in a server that has no table of them.
+        supervisor: what runs them here; None where `graftwork worker` does.
     """
 
     settings: Settings
@@ -46,6 +52,8 @@ class Services:
     failure: str | None = None
     started_at: float = field(default_factory=time.time)
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
+    jobs: JobStore | None = None
+    supervisor: Supervisor | None = None
 
     @property
     def ready(self) -> bool:
