@@ -17,25 +17,26 @@ from adapters.archive import stage_upload
 from adapters.checkpoint import CONFIG_FILE, read_config
 from adapters.errors import AdapterError
 from adapters.registry import AdapterRecord, Published, Registry
+from adapters.template import Template
 from server.api.adapter_choice import only_query
 from server.api.errors import shown
 from server.api.headers import set_headers
 from server.api.schemas import AliasBody, RollbackBody
 from server.api.services import Services, UseServices
-from server.api.upload import Upload, receive_upload
+from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.errors import RequestInvalid
 from server.generation import adapter_ref
 from server.settings import MIB
-from adapters.template import Template
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 ResultT = TypeVar("ResultT")
 Version = Annotated[int | None, Query(ge=1, description="A version; left out, see the route.")]
 
-FORM_FIELDS = frozenset(
-    {"name", "description", "template", "labels", "target_separator", "append_eos"}
+FORM_FIELDS = small_fields(
+    ("name", "description", "template", "labels", "target_separator", "append_eos")
 )
+_CURL = "-F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors"
 MAX_LABELS = 1_000
 _FORM = {
     "requestBody": {
@@ -74,9 +75,8 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
     services.need_generator()
     registry = services.registry
     with registry.staging_dir() as received, registry.staging_dir() as staged:
-        upload = await receive_upload(
-            request, received, services.settings.max_upload_mib * MIB, FORM_FIELDS
-        )
+        form = Form(FORM_FIELDS, "files", services.settings.max_upload_mib * MIB, _CURL)
+        upload = await receive_upload(request, received, form)
         create_only = _create_only(request)
         published, ignored = await _off_loop(
             lambda: _publish(services, upload, staged, create_only=create_only)
@@ -256,7 +256,7 @@ def _version(services: Services, record: AdapterRecord) -> dict[str, Any]:
 def _publish(
     services: Services, upload: Upload, staged: Any, *, create_only: bool
 ) -> tuple[Published, tuple[str, ...]]:
-    name = _one(upload, "name")
+    name = upload.one("name")
     if name is None:
         raise RequestInvalid(
             "name: expected a form field with the adapter's name, came none",
@@ -264,12 +264,12 @@ def _publish(
             expected="a form field",
             came="nothing",
         )
-    template = _one(upload, "template")
+    template = upload.one("template")
     if template is not None:
         Template.parse(template)
     labels = _labels(upload)
     append_eos = _flag(upload, "append_eos")
-    separator = _one(upload, "target_separator")
+    separator = upload.one("target_separator")
     if not upload.files:
         raise RequestInvalid(
             "files: expected adapter_config.json and adapter_model.safetensors, or one archive of "
@@ -278,12 +278,12 @@ def _publish(
             expected="file parts called files",
             came="nothing",
         )
-    ignored = stage_upload(upload.files, staged)
+    ignored = stage_upload([(file.name, file.path) for file in upload.files], staged)
     published = services.registry.publish(
         name,
         staged,
         services.client.base,
-        description=_one(upload, "description"),
+        description=upload.one("description"),
         template=template,
         labels=labels,
         target_separator=" " if separator is None else separator,
@@ -308,20 +308,8 @@ def _create_only(request: Request) -> bool:
     return True
 
 
-def _one(upload: Upload, name: str) -> str | None:
-    values = upload.fields.get(name, [])
-    if len(values) > 1:
-        raise RequestInvalid(
-            f"{name}: expected one form field, came {len(values)}",
-            field=name,
-            expected="one form field",
-            came=str(len(values)),
-        )
-    return values[0] if values else None
-
-
 def _flag(upload: Upload, name: str) -> bool | None:
-    value = _one(upload, name)
+    value = upload.one(name)
     if value is None:
         return None
     if value not in ("true", "false"):

@@ -1,16 +1,16 @@
 """A multipart upload, written to disk while it arrives.
 
 Starlette's own form parser would take everything first and limit nothing: here every byte is
-counted, files go straight into a staging folder, and the work runs off the event loop. Knows the
-form's fields, not what the files hold.
+counted, files go straight into a staging folder, and the work runs off the event loop. A route says
+which fields and files its form has; what they hold is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import anyio.to_thread
 from python_multipart.exceptions import FormParserError
@@ -22,9 +22,38 @@ from server.api.errors import shown
 from server.api.headers import body_too_large
 from server.errors import RequestInvalid, WrongContentType
 
-FILES = "files"
 MAX_FIELD_BYTES = 64 * 1024
 MAX_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form that a route takes.
+
+    Attributes:
+        fields: plain fields, and how many bytes each may have.
+        files: name of the file parts.
+        max_bytes: of the whole body.
+        example: curl's options that fill it in, for whoever sent something else.
+    """
+
+    fields: Mapping[str, int]
+    files: str
+    max_bytes: int
+    example: str
+
+
+def small_fields(names: Collection[str]) -> dict[str, int]:
+    """Fields that hold a word or a few."""
+    return dict.fromkeys(names, MAX_FIELD_BYTES)
+
+
+class UploadedFile(NamedTuple):
+    """A file part: its name as the client gave it, where its bytes lie now, its content type."""
+
+    name: str
+    path: Path
+    content_type: str
 
 
 @dataclass
@@ -33,37 +62,50 @@ class Upload:
 
     Attributes:
         fields: plain fields; a repeated one has several values.
-        files: (file name as the client gave it, where the bytes lie now).
+        files: the file parts, in order.
     """
 
     fields: dict[str, list[str]] = field(default_factory=dict)
-    files: list[tuple[str, Path]] = field(default_factory=list)
+    files: list[UploadedFile] = field(default_factory=list)
+
+    def one(self, name: str) -> str | None:
+        """The value of a field; None if it was left out.
+
+        Raises:
+            RequestInvalid: it was given more than once.
+        """
+        values = self.fields.get(name, [])
+        if len(values) > 1:
+            raise RequestInvalid(
+                f"{name}: expected one form field, came {len(values)}",
+                field=name,
+                expected="one form field",
+                came=str(len(values)),
+            )
+        return values[0] if values else None
 
 
-async def receive_upload(
-    request: Request, directory: Path, max_bytes: int, known: frozenset[str]
-) -> Upload:
+async def receive_upload(request: Request, directory: Path, form: Form) -> Upload:
     """Take the body of a request apart.
 
     Args:
         request: its body is unread.
         directory: an empty folder; the parts' bytes go into it under names of our own.
-        max_bytes: of the whole body.
-        known: plain fields that the route has.
+        form: what the route takes.
 
     Raises:
         WrongContentType: not multipart/form-data.
-        BodyTooLarge: more bytes than `max_bytes`, noticed while they arrive.
+        BodyTooLarge: more bytes than the form may have, noticed while they arrive.
         RequestInvalid: a broken form, an unknown or oversized field.
         StorageFull: the disk took no more.
     """
-    sorter = _Sorter(_boundary(request), directory, known)
+    sorter = _Sorter(_boundary(request, form), directory, form)
     received = 0
     try:
         async for chunk in _chunks(request):
             received += len(chunk)
-            if received > max_bytes:
-                raise body_too_large(max_bytes)
+            if received > form.max_bytes:
+                raise body_too_large(form.max_bytes)
             await anyio.to_thread.run_sync(sorter.write, chunk)
         return await anyio.to_thread.run_sync(sorter.finish)
     finally:
@@ -76,15 +118,14 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
             yield chunk
 
 
-def _boundary(request: Request) -> bytes:
+def _boundary(request: Request, form: Form) -> bytes:
     given = request.headers.get("content-type", "")
     kind, options = parse_options_header(given)
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
         raise WrongContentType(
-            f"the body's content-type is {given or 'not given'!r}; send multipart/form-data with "
-            "the field name and the file parts files (curl: -F name=NAME "
-            "-F files=@adapter_config.json -F files=@adapter_model.safetensors)",
+            f"the body's content-type is {given or 'not given'!r}; send multipart/form-data "
+            f"(curl: {form.example})",
             field="content-type",
             expected="multipart/form-data",
             came=shown(given),
@@ -95,10 +136,10 @@ def _boundary(request: Request) -> bytes:
 class _Sorter:
     """Feeds the parser and keeps what it finds; every method may run in another thread."""
 
-    def __init__(self, boundary: bytes, directory: Path, known: frozenset[str]) -> None:
+    def __init__(self, boundary: bytes, directory: Path, form: Form) -> None:
         self._upload = Upload()
         self._directory = directory
-        self._known = known
+        self._form = form
         self._num_parts = 0
         self._complete = False
         self._header_name = b""
@@ -164,13 +205,16 @@ class _Sorter:
     def _on_headers(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         self._name = _text(options.get(b"name", b""), "a part's name")
-        if self._name == FILES:
+        if self._name == self._form.files:
             file_name = _text(options.get(b"filename", b""), "a file's name")
+            content_type, _ = parse_options_header(self._headers.get(b"content-type"))
             path = self._directory / f"part-{self._num_parts}"
-            self._upload.files.append((file_name, path))
+            self._upload.files.append(
+                UploadedFile(file_name, path, content_type.decode("ascii", "replace"))
+            )
             self._file = path.open("xb")
-        elif self._name not in self._known:
-            listed = ", ".join(sorted({*self._known, FILES}))
+        elif self._name not in self._form.fields:
+            listed = ", ".join(sorted({*self._form.fields, self._form.files}))
             raise RequestInvalid(
                 f"unknown form field {shown(self._name)}; this route takes {listed}",
                 field=shown(self._name),
@@ -183,11 +227,12 @@ class _Sorter:
             self._file.write(data[start:end])
             return
         self._value += data[start:end]
-        if len(self._value) > MAX_FIELD_BYTES:
+        limit = self._form.fields[self._name]
+        if len(self._value) > limit:
             raise RequestInvalid(
-                f"{self._name}: more than {MAX_FIELD_BYTES} bytes",
+                f"{self._name}: more than {limit} bytes",
                 field=self._name,
-                expected=f"at most {MAX_FIELD_BYTES} bytes",
+                expected=f"at most {limit} bytes",
                 came="more",
             )
 
