@@ -6,7 +6,7 @@ its checkpoint mapping in both directions, its serving form. This file knows no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from torch import nn
 from adapters.base_model import BaseModelSpec
 from adapters.errors import ConfigInvalid
 from adapters.serving import ServingForm
+from adapters.trainable import FrozenBase, Trainable
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,39 @@ class AdapterMethod(Protocol[ConfigT_contra]):
 
     def export(self, module: nn.Module, config: ConfigT_contra) -> dict[str, torch.Tensor]:
         """The checkpoint tensors (PEFT's names, float32, contiguous) of a trained module."""
+        ...
+
+    def complete_config(self, config: ConfigT_contra, base: BaseModelSpec) -> PeftConfig:
+        """The config as PEFT would save it for this base, nothing left open.
+
+        Raises:
+            ConfigInvalid, TensorMismatch, TargetNotFound: a field does not fit the base.
+        """
+        ...
+
+    def num_trainable(self, config: ConfigT_contra, base: BaseModelSpec) -> int:
+        """Numbers that training changes, an encoder's included; for a complete config."""
+        ...
+
+    def trainable(
+        self,
+        config: ConfigT_contra,
+        frozen: FrozenBase,
+        init_token_ids: Sequence[int] | None = None,
+    ) -> Trainable:
+        """The adapter at the start of its training, attached to the base.
+
+        Draws from torch's global generator.
+
+        Args:
+            config: complete.
+            frozen: the base.
+            init_token_ids: as many as there are virtual tokens: start from what the base makes of
+                them, instead of from random numbers.
+
+        Raises:
+            ValueError: the method cannot start from tokens.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ Types: 0 separator, end of sequence or padding; else, modulo 4, 1 template aroun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -31,6 +31,8 @@ from adapters.soft_prompt import (
     required,
     soft_prompt_form,
 )
+from adapters.trainable import FrozenBase, VirtualTargets
+from adapters.trainable_rows import TrainableRows, trainable_soft_prompt
 
 TYPES = 4
 LABEL_TYPE = 4
@@ -258,6 +260,26 @@ def with_context(
     return joined.masked_fill(~is_label_type(types), IGNORED_LABEL), types
 
 
+def context_targets(config: CPTConfig) -> VirtualTargets:
+    """The context's labels as the rows of a step see them, for a loss that runs the context once.
+
+    A row's own label is the newest group and weighs 1; the context's groups follow, newest first.
+    Every row counts the context once more: see `cpt_loss`, which this equals.
+    """
+    types = torch.tensor(config.type_mask())
+    counts = is_label_type(types)
+    counts[0] = False  # nothing stands before it
+    weights = torch.zeros(len(types))
+    if config.opt_weighted_loss_type == "decay":
+        # One group is taken by the row itself.
+        groups = torch.unique(types[is_label_type(types)]).flip(0)
+        for age, group in enumerate(groups, start=1):
+            weights[types == group] = config.opt_loss_decay_factor**age
+    else:
+        weights[counts] = 1.0
+    return VirtualTargets(torch.tensor(config.token_ids()), weights * counts, counts)
+
+
 class CPT:
     """`AdapterMethod` of CPT."""
 
@@ -298,6 +320,24 @@ class CPT:
                 came=str(largest),
             )
         return complete(config, base, embedding_dimensions(base))
+
+    def num_trainable(self, config: CPTConfig, base: BaseModelSpec) -> int:
+        """n * d, the frozen rows' deltas included, as they are stored with the others."""
+        return required(config, "num_virtual_tokens") * base.hidden_size
+
+    def trainable(
+        self,
+        config: CPTConfig,
+        frozen: FrozenBase,
+        init_token_ids: Sequence[int] | None = None,
+    ) -> TrainableRows:
+        """Deltas of zero on the context's embeddings; the context is the config's."""
+        if init_token_ids is not None:
+            raise ValueError("CPT starts from its context, which the config holds")
+        embedding = frozen.model.get_input_embeddings()  # type: ignore[operator]
+        started = config.model_copy(update={"inference_mode": False})
+        module = CPTEmbedding(started, embedding)
+        return trainable_soft_prompt(module, frozen, targets=context_targets(config))
 
 
 CPT_METHOD = CPT()

@@ -8,7 +8,7 @@ other methods, of files or of the engine.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from adapters.checks import (
 from adapters.errors import ConfigInvalid, TargetNotFound, TensorMismatch
 from adapters.method import AdapterFacts, PeftConfig, TensorInfo
 from adapters.serving import ActivationScales
+from adapters.trainable import FrozenBase, VirtualTargets
 
 PREFIX = "base_model.model."
 SUFFIX = ".ia3_l"
@@ -496,8 +497,26 @@ class IA3:
         layers = ia3_layers(module)
         if not layers:
             raise TypeError("expected a model with IA3 attached, came one without")
-        named = {PREFIX + path + SUFFIX: layer.ia3_l for path, layer in layers.items()}
-        return {name: to_float32(name, vector) for name, vector in named.items()}
+        return _export(layers)
+
+    def num_trainable(self, config: IA3Config, base: BaseModelSpec) -> int:
+        """A number for every scaled input and output."""
+        modules = base.linear_modules
+        return sum(
+            modules[path].in_features if is_feedforward else modules[path].out_features
+            for path, is_feedforward in ia3_targets(config, base).items()
+        )
+
+    def trainable(
+        self,
+        config: IA3Config,
+        frozen: FrozenBase,
+        init_token_ids: Sequence[int] | None = None,
+    ) -> TrainableScales:
+        """Vectors of ones (or random ones, as the config says) around the base's modules."""
+        if init_token_ids is not None:
+            raise ValueError("IA3 has no virtual tokens to start from a text")
+        return TrainableScales(frozen.model, config, frozen.spec)
 
     def complete_config(self, config: IA3Config, base: BaseModelSpec) -> IA3Config:
         """The config with its defaults set for this base, so that PEFT loads it.
@@ -527,6 +546,39 @@ class IA3:
                 "fan_in_fan_out": "conv1d" in kinds,
             }
         )
+
+
+class TrainableScales:
+    """`Trainable` of IA3: the vectors of wrapped modules; no virtual tokens, no dropout."""
+
+    targets: VirtualTargets | None = None
+
+    def __init__(self, model: nn.Module, config: IA3Config, base: BaseModelSpec) -> None:
+        self._model = model
+        self._layers = attach_ia3(model, config, base)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """See `Trainable`; named by module path."""
+        return {path: layer.ia3_l for path, layer in self._layers.items()}
+
+    def virtual(self) -> None:
+        """Nothing stands before the rows."""
+
+    def set_training(self, training: bool) -> None:
+        """IA3 has no dropout."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See `IA3.export`."""
+        return _export(self._layers)
+
+    def detach(self) -> None:
+        """Put the wrapped modules back."""
+        detach_ia3(self._model)
+
+
+def _export(layers: Mapping[str, IA3Linear]) -> dict[str, torch.Tensor]:
+    named = {PREFIX + path + SUFFIX: layer.ia3_l for path, layer in layers.items()}
+    return {name: to_float32(name, vector) for name, vector in named.items()}
 
 
 def _check_feedforward_used(names: list[str], targets: list[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -30,6 +30,8 @@ from adapters.soft_prompt import (
     required,
     soft_prompt_form,
 )
+from adapters.trainable import FrozenBase
+from adapters.trainable_rows import TrainableRows, count_parameters, trainable_soft_prompt
 
 MLP_NUM_LAYERS = 2
 
@@ -163,6 +165,23 @@ class PTuning:
         full = complete(config, base, embedding_dimensions(base))
         hidden = full.encoder_hidden_size or full.token_dim
         return full.model_copy(update={"encoder_hidden_size": hidden})
+
+    def num_trainable(self, config: PromptEncoderConfig, base: BaseModelSpec) -> int:
+        """The embedding and the network, which is not saved."""
+        return count_parameters(lambda: PromptEncoder(_in_training(config)))
+
+    def trainable(
+        self,
+        config: PromptEncoderConfig,
+        frozen: FrozenBase,
+        init_token_ids: Sequence[int] | None = None,
+    ) -> TrainableRows:
+        """Rows that the network computes; it cannot start from tokens."""
+        return trainable_soft_prompt(PromptEncoder(_in_training(config)), frozen, init_token_ids)
+
+
+def _in_training(config: PromptEncoderConfig) -> PromptEncoderConfig:
+    return config.model_copy(update={"inference_mode": False})
 
 
 P_TUNING = PTuning()

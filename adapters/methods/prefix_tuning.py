@@ -7,7 +7,7 @@ methods, of files or of the engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -25,6 +25,8 @@ from adapters.soft_prompt import (
     export_rows,
     required,
 )
+from adapters.trainable import FrozenBase
+from adapters.trainable_rows import TrainableRows, count_parameters
 
 
 class PrefixTuningConfig(PromptLearningConfig):
@@ -101,6 +103,12 @@ def split_rows(rows: torch.Tensor, base: BaseModelSpec) -> tuple[torch.Tensor, t
     return by_kind[0].contiguous(), by_kind[1].contiguous()
 
 
+def join_rows(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Keys and values, each (L, H_kv, n, D), as rows (n, L * 2 * H_kv * D); inverts `split_rows`."""
+    by_kind = torch.stack((keys, values))  # (2, L, H_kv, n, D)
+    return by_kind.permute(3, 1, 0, 2, 4).flatten(1)
+
+
 def _dimensions(base: BaseModelSpec) -> dict[str, int]:
     return {
         "num_layers": base.num_layers,
@@ -153,6 +161,32 @@ class PrefixTuning:
         full = complete(config, base, _dimensions(base))
         hidden = full.encoder_hidden_size or full.token_dim
         return full.model_copy(update={"encoder_hidden_size": hidden})
+
+    def num_trainable(self, config: PrefixTuningConfig, base: BaseModelSpec) -> int:
+        """The rows, or with projection what computes them."""
+        return count_parameters(lambda: PrefixEncoder(_in_training(config)))
+
+    def trainable(
+        self,
+        config: PrefixTuningConfig,
+        frozen: FrozenBase,
+        init_token_ids: Sequence[int] | None = None,
+    ) -> TrainableRows:
+        """Random keys and values, or, without projection, the base's own of n tokens.
+
+        The keys of a text are those that it has at positions 0 to n - 1: text that is too short is
+        repeated before the base reads it, its keys are never tiled.
+        """
+        module = PrefixEncoder(_in_training(config))
+        if init_token_ids is not None:
+            form = frozen.keys_values(init_token_ids)
+            module.load_prompt_embeddings(join_rows(form.keys, form.values))
+        module.to(frozen.model.get_input_embeddings().weight.device)  # type: ignore[operator]
+        return TrainableRows(module, lambda rows: KVPrefix(*split_rows(rows, frozen.spec)))
+
+
+def _in_training(config: PrefixTuningConfig) -> PrefixTuningConfig:
+    return config.model_copy(update={"inference_mode": False})
 
 
 PREFIX_TUNING = PrefixTuning()

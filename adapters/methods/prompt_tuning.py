@@ -27,6 +27,8 @@ from adapters.soft_prompt import (
     required,
     soft_prompt_form,
 )
+from adapters.trainable import FrozenBase
+from adapters.trainable_rows import TrainableRows, trainable_soft_prompt
 
 
 class PromptTuningInit(enum.StrEnum):
@@ -139,6 +141,22 @@ class PromptTuning:
     ) -> PromptTuningConfig:
         """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
         return complete(config, base, embedding_dimensions(base))
+
+    def num_trainable(self, config: PromptTuningConfig, base: BaseModelSpec) -> int:
+        """n * d."""
+        return num_rows(config) * base.hidden_size
+
+    def trainable(
+        self,
+        config: PromptTuningConfig,
+        frozen: FrozenBase,
+        init_token_ids: Sequence[int] | None = None,
+    ) -> TrainableRows:
+        """Rows from random numbers, or from the embeddings of n tokens."""
+        start = {"inference_mode": False, "prompt_tuning_init": PromptTuningInit.RANDOM}
+        embedding = frozen.model.get_input_embeddings()  # type: ignore[operator]
+        module = PromptEmbedding(config.model_copy(update=start), embedding)
+        return trainable_soft_prompt(module, frozen, init_token_ids)
 
 
 PROMPT_TUNING = PromptTuning()

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from adapters.attention_hook import connect
 from adapters.base_model import BaseModelSpec
 from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
 from server.engine.adapter_slots import AdapterEntry
-from server.engine.attention import AttentionPath, Rows, connect
+from server.engine.attention import AttentionPath, Rows
 from server.engine.blocks import blocks_for
 from server.engine.decode_kernel import DecodeKernel
 from server.engine.kv_cache import KVBlocks, StepCache

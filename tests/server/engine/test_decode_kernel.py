@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.attention import AttentionPath, Rows, alibi_slopes
+from adapters.attention_hook import alibi_slopes
+from server.engine.attention import AttentionPath, Rows
 from server.engine.decode_kernel import DecodeKernel
 from server.engine.kv_cache import KVBlocks
 from tests.tiny_models import tiny_model, tiny_spec
