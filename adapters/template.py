@@ -2,7 +2,8 @@
 
 No attributes, indexing, conversions or format specs, so that a template from a stranger can do
 nothing but be filled in. White space at the end of a template is dropped here: it belongs to the
-target, which stands after the prompt (the tokenizer sees both as one text).
+target, which stands after the prompt (the tokenizer sees both as one text). Recipes that were
+written with it keep it, where the caller says so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adapters.errors import TemplateInvalid
+
+Value = str | int | float | bool
 
 # In this order: an escape, a column, or a brace that is neither.
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -25,19 +28,46 @@ class Column:
     name: str
 
 
+def text_of(value: Value) -> str:
+    """A value as it stands in a prompt or a target: numbers as Python writes them, JSON's booleans."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A template with a row's values in it.
+
+    Attributes:
+        text: the whole text.
+        ranges: for every column in `parts`, the half-open range of characters of its value.
+    """
+
+    text: str
+    ranges: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Template:
     """A parsed template.
 
     Attributes:
-        parts: literal text and columns, in order; trailing white space is already gone.
+        parts: literal text and columns, in order; trailing white space is already gone, unless
+            `parse` was told to keep it.
+        dropped: the white space that was at the end.
     """
 
     parts: tuple[str | Column, ...]
+    dropped: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Template:
+    def parse(cls, text: str, *, keep_trailing_space: bool = False) -> Template:
         """Parse a template.
+
+        Args:
+            text: the template.
+            keep_trailing_space: leave white space at the end in the prompt ("as_written").
 
         Raises:
             TemplateInvalid: a lone brace, an empty column name, or more than the size limit.
@@ -60,32 +90,54 @@ class Template:
                 continue
             parts += [literal, Column(_column_name(match, text))]
             literal = ""
-        parts.append(literal + text[position:])
-        return cls(_trimmed(parts))
+        end = literal + text[position:]
+        kept = end if keep_trailing_space else end.rstrip()
+        parts.append(kept)
+        return cls(tuple(part for part in parts if part != ""), dropped=end[len(kept) :])
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Column names in order of first use."""
         return tuple(dict.fromkeys(part.name for part in self.parts if isinstance(part, Column)))
 
-    def render(self, row: Mapping[str, str | int | float]) -> str:
-        """Fill in a row.
+    def render(self, row: Mapping[str, Value]) -> str:
+        """Fill in a row that has exactly the template's columns.
 
         Raises:
             TemplateInvalid: a column is missing from the row, or the row has one too many.
         """
-        missing = [name for name in self.columns if name not in row]
         unknown = [name for name in row if name not in self.columns]
-        if missing or unknown:
-            raise TemplateInvalid(
-                f"row: the template takes the columns {_listed(self.columns)}; "
-                f"missing: {_listed(missing)}; unknown: {_listed(unknown)}",
-                field="row",
-                expected=_listed(self.columns),
-                came=_listed(row),
-            )
-        return "".join(
-            str(row[part.name]) if isinstance(part, Column) else part for part in self.parts
+        if unknown:
+            raise self._misfit(row, unknown)
+        return self.fill(row).text
+
+    def fill(self, row: Mapping[str, Value]) -> Filled:
+        """Fill in a row; columns that the template does not name are left alone.
+
+        Raises:
+            TemplateInvalid: a column is missing from the row.
+        """
+        text = ""
+        ranges: list[tuple[int, int]] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                text += part
+                continue
+            if part.name not in row:
+                raise self._misfit(row, [])
+            start = len(text)
+            text += text_of(row[part.name])
+            ranges.append((start, len(text)))
+        return Filled(text, tuple(ranges))
+
+    def _misfit(self, row: Mapping[str, Value], unknown: list[str]) -> TemplateInvalid:
+        missing = [name for name in self.columns if name not in row]
+        return TemplateInvalid(
+            f"row: the template takes the columns {_listed(self.columns)}; "
+            f"missing: {_listed(missing)}; unknown: {_listed(unknown)}",
+            field="row",
+            expected=_listed(self.columns),
+            came=_listed(row),
         )
 
 
@@ -107,13 +159,6 @@ def _column_name(match: re.Match[str], text: str) -> str:
             came=match.group(),
         )
     return name
-
-
-def _trimmed(parts: list[str | Column]) -> tuple[str | Column, ...]:
-    last = parts[-1]
-    if isinstance(last, str):
-        parts[-1] = last.rstrip()
-    return tuple(part for part in parts if part != "")
 
 
 def _listed(names: object) -> str:
