@@ -27,14 +27,14 @@ meaning, or the engine.
 
 from __future__ import annotations
 
+import json
 import re
-import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from sqlalchemy import Select, delete, func, select
 from sqlalchemy.exc import DatabaseError
@@ -45,6 +45,7 @@ from adapters.archive import zip_blocks
 from adapters.base_model import BaseModelSpec
 from adapters.blob_store import BlobStore
 from adapters.checkpoint import CheckedCheckpoint, check_checkpoint, shorten
+from adapters.database import Database
 from adapters.errors import (
     AdapterCorrupt,
     AdapterError,
@@ -53,26 +54,17 @@ from adapters.errors import (
     BaseMismatch,
     ConfigInvalid,
     NameInvalid,
-    RegistryError,
-    StorageFull,
     VersionNotFound,
 )
 from adapters.limits import DEFAULT_LIMITS, CheckpointLimits
-from adapters.registry_schema import (
-    AdapterRow,
-    AliasRow,
-    BlobRow,
-    VersionRow,
-    create_or_check_schema,
-    is_full,
-    open_database,
-)
+from adapters.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62} without '..'"
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 Status = Literal["ok", "corrupt"]
+Tokenization = Literal["boundary", "as_written"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +87,11 @@ class AdapterRecord:
         append_eos: whether targets ended with the end-of-sequence token in training; None unknown.
         base_digest: digest of the base it was trained on here; None if it came from elsewhere.
         base_name: `base_model_name_or_path` of its config.
+        recipe: how it was trained, where that was here (JSON).
+        job_id: the training job that made it, where one did.
+        metrics: what its training measured (JSON).
+        tokenization: where its template's trailing white space goes: "boundary" moves it to the
+            target, "as_written" leaves it.
         created_at: aware UTC time.
         status: "corrupt" where the stored bytes no longer match the digest.
         aliases: aliases of this version, sorted.
@@ -116,6 +113,10 @@ class AdapterRecord:
     append_eos: bool | None
     base_digest: str | None
     base_name: str | None
+    recipe: dict[str, Any] | None
+    job_id: str | None
+    metrics: dict[str, Any] | None
+    tokenization: Tokenization
     created_at: datetime
     status: Status
     aliases: tuple[str, ...]
@@ -152,7 +153,8 @@ class Registry:
         limits: what an uploaded checkpoint may ask for.
 
     Raises:
-        RegistryError: the database there is not one, or of another schema.
+        RegistryError: the database there is not one, or of a newer schema.
+        StorageFull: it could not be made or migrated.
     """
 
     def __init__(
@@ -164,18 +166,12 @@ class Registry:
     ) -> None:
         self._limits = limits
         self._reserved = frozenset(name.casefold() for name in reserved)
-        self._lock = threading.Lock()
         self._blobs = BlobStore(root, limits)
-        self._engine, self._writer = open_database(root / "registry.db")
-        try:
-            with self._write() as session:
-                create_or_check_schema(session)
-        except DatabaseError as error:
-            raise RegistryError(f"{root / 'registry.db'} cannot be used: {error.orig}") from error
+        self._database = Database(root / "registry.db")
 
     def close(self) -> None:
         """Close the database's connections."""
-        self._engine.dispose()
+        self._database.close()
 
     # --- in ---------------------------------------------------------------------------
 
@@ -195,6 +191,10 @@ class Registry:
         target_separator: str = " ",
         append_eos: bool | None = None,
         base_digest: str | None = None,
+        recipe: dict[str, Any] | None = None,
+        job_id: str | None = None,
+        metrics: dict[str, Any] | None = None,
+        tokenization: str | None = None,
         create_only: bool = False,
         base_names: Collection[str] = (),
     ) -> Published:
@@ -210,11 +210,15 @@ class Registry:
             target_separator: the same.
             append_eos: the same.
             base_digest: digest of the base it was trained on, where that was here.
+            recipe: see `AdapterRecord`, as for the next two.
+            job_id: the same.
+            metrics: the same.
+            tokenization: the same; None is "boundary".
             create_only: refuse a name that is in use.
             base_names: names of `base`; a config that names another base gets a warning.
 
         Raises:
-            CheckpointError: the checkpoint is refused.
+            CheckpointError: the checkpoint is refused, or one of the words about it.
             BaseMismatch: `base_digest` is another base's.
             NameInvalid: not a name, reserved, or an alias of another adapter.
             AdapterExists: `create_only`, and the name is in use.
@@ -229,8 +233,13 @@ class Registry:
             "target_separator": target_separator,
             "append_eos": append_eos,
             "base_digest": base_digest,
+            "recipe": recipe,
+            "job_id": job_id,
+            "metrics": metrics,
+            "tokenization": "boundary" if tokenization is None else tokenization,
         }
-        _check_text(said)
+        said = {key: _plain(key, value) for key, value in said.items()}
+        _check_tokenization(said["tokenization"])
         with (
             durable.full_disk_is_storage_full("the adapter"),
             self._blobs.taken_in(directory) as staged,
@@ -239,7 +248,7 @@ class Registry:
             said["warnings"] = [*checked.warnings, *_base_warnings(checked, base_names)]
             placed = False
             try:
-                with self._write() as session:
+                with self._database.write() as session:
                     _check_free(session, name, create_only)
                     placed = self._blobs.place(staged, checked.digest)
                     version, created = _insert(session, name, checked, said)
@@ -274,12 +283,12 @@ class Registry:
 
     def lookup(self, reference: str) -> AdapterRecord:
         """As `resolve`, but a corrupt adapter is returned like any other."""
-        with self._read() as session:
+        with self._database.read() as session:
             return _one(session, *_locate(session, reference))
 
     def list(self, offset: int = 0, limit: int = 100) -> tuple[AdapterRecord, ...]:
         """The default version of every adapter, by name."""
-        with self._read() as session:
+        with self._database.read() as session:
             default = _default_versions().subquery()
             statement = (
                 _versions()
@@ -295,7 +304,7 @@ class Registry:
 
     def count(self) -> int:
         """Adapters that have a version."""
-        with self._read() as session:
+        with self._database.read() as session:
             return session.scalar(select(func.count(VersionRow.name.distinct()))) or 0
 
     def versions(self, name: str) -> tuple[AdapterRecord, ...]:
@@ -304,7 +313,7 @@ class Registry:
         Raises:
             AdapterNotFound: it has none.
         """
-        with self._read() as session:
+        with self._database.read() as session:
             statement = _versions().where(VersionRow.name == name).order_by(VersionRow.version)
             return _records(session, statement) or _no_adapter(name)
 
@@ -337,7 +346,7 @@ class Registry:
         Raises:
             AdapterNotFound, VersionNotFound: nothing was removed.
         """
-        with self._write() as session:
+        with self._database.write() as session:
             mine = [VersionRow.name == name]
             if version is not None:
                 _require_version(session, name, version)
@@ -359,7 +368,7 @@ class Registry:
             AdapterNotFound, VersionNotFound: nothing to point at.
         """
         self._check_name(alias, "alias")
-        with self._write() as session:
+        with self._database.write() as session:
             if alias.isdigit() or _newest(session, alias):
                 raise NameInvalid(
                     f"{alias!r} cannot be an alias: it is a number or an adapter's name",
@@ -377,7 +386,7 @@ class Registry:
         Raises:
             AdapterNotFound, VersionNotFound: nothing to roll back to.
         """
-        with self._write() as session:
+        with self._database.write() as session:
             _require_version(session, name, version)
             session.get_one(AdapterRow, name).pinned_version = version
             return _one(session, name, version)
@@ -391,7 +400,7 @@ class Registry:
             AdapterNotFound: no version ever had this digest.
         """
         intact = self._blobs.is_intact(digest, deep=deep)
-        with self._write() as session:
+        with self._database.write() as session:
             # Under the lock once more: an upload may have put good bytes there meanwhile.
             intact = intact or self._blobs.is_intact(digest, deep=deep)
             blob = session.get(BlobRow, digest)
@@ -402,7 +411,7 @@ class Registry:
 
     def mark_corrupt(self, digest: str) -> None:
         """Record that a reader found this digest damaged; unknown digests are ignored."""
-        with self._write() as session:
+        with self._database.write() as session:
             blob = session.get(BlobRow, digest)
             if blob is not None:
                 blob.status = "corrupt"
@@ -410,7 +419,7 @@ class Registry:
     def unused_digests(self) -> frozenset[str]:
         """Blobs that no version uses now."""
         stored = set(self._blobs.digests())
-        with self._read() as session:
+        with self._database.read() as session:
             return frozenset(stored - _used(session, stored))
 
     def collect_garbage(
@@ -438,7 +447,7 @@ class Registry:
         """
         staging_removed = self._blobs.sweep_staging()
         removed = self.collect_garbage()
-        with self._read() as session:
+        with self._database.read() as session:
             digests = list(session.scalars(select(VersionRow.digest).distinct()))
         corrupt = tuple(digest for digest in digests if not self.verify(digest, deep=deep))
         return SweepReport(removed, corrupt, staging_removed)
@@ -446,7 +455,7 @@ class Registry:
     # --- inside -----------------------------------------------------------------------
 
     def _collect(self, digests: Iterable[str]) -> tuple[str, ...]:
-        with self._write() as session:
+        with self._database.write() as session:
             wanted = set(digests)
             unused = sorted(wanted - _used(session, wanted))
             for digest in unused:
@@ -464,23 +473,6 @@ class Registry:
             )
         if name.casefold() in self._reserved:
             raise NameInvalid(f"{name!r} is reserved", field=field, came=name)
-
-    @contextmanager
-    def _read(self) -> Iterator[Session]:
-        with Session(self._engine) as session, session.begin():
-            yield session
-
-    @contextmanager
-    def _write(self) -> Iterator[Session]:
-        """One transaction that holds the write lock from its start (BEGIN IMMEDIATE)."""
-        try:
-            # The lock spares threads SQLite's polling; between processes the polling decides.
-            with self._lock, Session(self._writer) as session, session.begin():
-                yield session
-        except DatabaseError as error:
-            if is_full(error):
-                raise StorageFull("the disk is full: the registry could not be written") from error
-            raise
 
 
 # --- rules over rows ----------------------------------------------------------------------
@@ -655,6 +647,10 @@ def _record(
         append_eos=row.append_eos,
         base_digest=row.base_digest,
         base_name=row.base_name,
+        recipe=row.recipe,
+        job_id=row.job_id,
+        metrics=row.metrics,
+        tokenization="as_written" if row.tokenization == "as_written" else "boundary",
         created_at=row.created_at,
         status="ok" if blob.status == "ok" else "corrupt",
         aliases=aliases,
@@ -685,11 +681,24 @@ def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> l
     ]
 
 
-def _check_text(said: dict[str, Any]) -> None:
-    """Refuse text that no UTF-8 file can hold, before the database does."""
-    for key, value in said.items():
-        for text in value if isinstance(value, list) else [value]:
-            try:
-                str(text).encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ConfigInvalid(f"{key} holds half a surrogate pair", field=key) from error
+def _plain(key: str, value: Any) -> Any:
+    """What a column will give back: JSON that any UTF-8 file can hold, or a refusal."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigInvalid(f"{key} holds half a surrogate pair", field=key) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigInvalid(f"{key}: expected plain JSON; {error}", field=key) from error
+    return json.loads(text)
+
+
+def _check_tokenization(came: Any) -> None:
+    known = get_args(Tokenization)
+    if came not in known:
+        raise ConfigInvalid(
+            f"tokenization: expected one of {', '.join(known)}, came {shorten(str(came))!r}",
+            field="tokenization",
+            expected=", ".join(known),
+            came=shorten(str(came)),
+        )

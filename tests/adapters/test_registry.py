@@ -18,12 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy.orm import Session
+from sqlalchemy.exc import OperationalError
 
 from adapters import errors
 from adapters.checkpoint import CONFIG_FILE, FILES, TENSORS_FILE, digest_of, load_serving_form
+from adapters.database import Database, is_full
 from adapters.registry import Registry
-from adapters.registry_schema import AdapterRow, is_full, open_database
+from adapters.tables import AdapterRow
 from tests.adapters import checkpoints
 from tests.adapters.checkpoints import BASE, soft_prompt
 
@@ -564,16 +565,6 @@ def test_digests_are_not_paths(registry: Registry) -> None:
             registry.blob_path(digest)
 
 
-def test_a_database_of_another_schema_is_refused(root: Path) -> None:
-    Registry(root).close()
-    database = sqlite3.connect(root / "registry.db")
-    database.execute("UPDATE meta SET value = 99")
-    database.commit()
-    database.close()
-    with pytest.raises(errors.RegistryError, match="schema 99"):
-        Registry(root)
-
-
 def test_what_is_not_a_database_is_refused(root: Path) -> None:
     root.mkdir()
     (root / "registry.db").write_bytes(b"not a database, " * 100)
@@ -582,13 +573,13 @@ def test_what_is_not_a_database_is_refused(root: Path) -> None:
 
 
 def test_the_database_is_synced_and_its_keys_hold(root: Path, registry: Registry) -> None:
-    reader, writer = open_database(root / "registry.db")
-    with reader.connect() as connection:
+    database = Database(root / "registry.db")
+    with database.read() as session:
         for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1)):
-            assert connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() == value
-    with Session(writer) as session, session.begin():
+            assert session.connection().exec_driver_sql(f"PRAGMA {pragma}").scalar() == value
+    with database.write() as session:
         session.add(AdapterRow(name="x", last_version=0))
-    reader.dispose()
+    database.close()
 
 
 # --- out ------------------------------------------------------------------------------------
@@ -666,13 +657,12 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_full_database_is_told_apart(root: Path, registry: Registry) -> None:
-    from sqlalchemy.exc import OperationalError
-
-    _, writer = open_database(root / "registry.db")
-    with Session(writer) as session:
+    database = Database(root / "registry.db")
+    with pytest.raises(errors.StorageFull) as caught, database.write() as session:
         session.connection().exec_driver_sql("PRAGMA max_page_count = 1")
         session.add_all(AdapterRow(name=f"n{number}", last_version=0) for number in range(2_000))
-        with pytest.raises(OperationalError) as caught:
-            session.flush()
-    assert is_full(caught.value)
-    writer.dispose()
+    assert isinstance(caught.value.__cause__, OperationalError)
+    assert is_full(caught.value.__cause__)
+    with database.read() as session:
+        assert session.get(AdapterRow, "n0") is None
+    database.close()
