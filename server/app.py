@@ -17,7 +17,7 @@ import structlog
 from fastapi import FastAPI
 
 from adapters.registry import Registry
-from server.api import adapters, errors, generate, health, models, tokens
+from server.api import adapters, classify, errors, generate, health, models, tokens
 from server.api.access_log import AccessLog
 from server.api.headers import BodyLimit, ReplyHeaders
 from server.api.services import Services
@@ -78,7 +78,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for module in (generate, adapters, models, tokens, health):
+    for module in (generate, classify, adapters, models, tokens, health):
         app.include_router(module.router)
     errors.install(app)
     # The last one added is the outermost.

@@ -18,6 +18,7 @@ import anyio.to_thread
 import structlog
 
 from adapters.registry import AdapterRecord, Registry
+from adapters.template import Template
 from server.engine.client import EngineClient, RequestFailed, RequestStream
 from server.engine.request import (
     AdapterRef,
@@ -29,7 +30,6 @@ from server.engine.request import (
 from server.errors import RequestInvalid, TooLong
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
-from adapters.template import Template
 from server.text.tokenizer import TextTokenizer, TokenSpan
 
 log = structlog.get_logger(__name__)
@@ -249,6 +249,31 @@ class Generator:
             )
         text = Template.parse(adapter.template).render(row)
         return Prompt(text, await self._tokens(text, plain=True))
+
+    async def encode_target(self, text: str, *, append_eos: bool) -> tuple[int, ...]:
+        """Ids of what stands after a prompt, as in training: plain text, then end of sequence.
+
+        Args:
+            text: separator and target.
+            append_eos: end with the end-of-sequence token, if the base has one.
+
+        Raises:
+            RequestInvalid: no token at all.
+        """
+        ids = await self._run(
+            len(text),
+            lambda: self.tokenizer.encode(text, add_special_tokens=False, plain=True),
+        )
+        if append_eos and self.tokenizer.eos_token_id is not None:
+            ids = (*ids, self.tokenizer.eos_token_id)
+        if not ids:
+            raise RequestInvalid(
+                "labels: expected labels of at least one token, came an empty one",
+                field="labels",
+                expected="at least one token",
+                came="none",
+            )
+        return ids
 
     def prepare(
         self, prompt: Prompt, adapter: AdapterRecord | None, options: Options, request_id: str

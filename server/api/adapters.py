@@ -21,7 +21,7 @@ from adapters.template import Template
 from server.api.adapter_choice import only_query
 from server.api.errors import shown
 from server.api.headers import set_headers
-from server.api.schemas import AliasBody, RollbackBody
+from server.api.schemas import MAX_LABELS, AliasBody, RollbackBody
 from server.api.services import Services, UseServices
 from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.errors import RequestInvalid
@@ -37,7 +37,6 @@ FORM_FIELDS = small_fields(
     ("name", "description", "template", "labels", "target_separator", "append_eos")
 )
 _CURL = "-F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors"
-MAX_LABELS = 1_000
 _FORM = {
     "requestBody": {
         "required": True,

@@ -6,12 +6,13 @@ refuse them. A value out of range is refused with its field. Nothing here knows 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_TOP_TOKENS = 20
 MAX_STOPS = 16
+MAX_LABELS = 1_000
 
 
 def _encodable(text: str) -> str:
@@ -25,6 +26,7 @@ def _encodable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 StopString = Annotated[Text, StringConstraints(min_length=1, max_length=1_000)]
+LabelText = Annotated[Text, StringConstraints(min_length=1, max_length=10_000)]
 RowValue = Text | int | float
 Row = dict[Text, RowValue]
 
@@ -75,6 +77,25 @@ class GenerateBody(_Open):
     row: Row | None = Field(None, description="Columns for the adapter's stored template.")
     parameters: GenerateParameters | None = None
     stream: bool | None = None
+
+
+class ClassifyBody(_Open):
+    """Body of `/classify`: texts as they are, or rows for the adapter's stored template."""
+
+    inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="A prompt, or a list of them."
+    )
+    row: Row | None = Field(None, description="Columns for the adapter's stored template.")
+    rows: Annotated[list[Row], Field(min_length=1)] | None = Field(
+        None, description="Several of them."
+    )
+    labels: Annotated[list[LabelText], Field(min_length=1, max_length=MAX_LABELS)] | None = Field(
+        None, description="What to choose from. Left out: the labels stored with the adapter."
+    )
+    normalization: Literal["sum", "token_mean"] | None = Field(
+        None,
+        description="Sum of a label's log-probabilities, or their mean a token; sum if left out.",
+    )
 
 
 class TokenizeBody(_Open):

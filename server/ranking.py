@@ -1,0 +1,151 @@
+"""Which of several labels an adapter holds most likely after a prompt.
+
+A label's score is the log-likelihood of its tokens: the separator, the label, and the
+end-of-sequence token where the adapter learned one. Every label is a request of its own in the
+engine, all of them at once, so that they share its steps with whatever else runs. Knows neither
+HTTP nor JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from adapters.registry import AdapterRecord
+from server.engine.request import SamplingParams, TokenLogprob
+from server.errors import RequestInvalid
+from server.generation import Generator, Options, Prompt
+
+Normalization = Literal["sum", "token_mean"]
+Target = tuple[int, ...]
+
+_DEFAULT_SEPARATOR = " "
+# One token is generated and thrown away: the engine reports a prompt's logprobs with it.
+_OPTIONS = Options(SamplingParams(prompt_logprobs=True, ignore_eos=True), max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What came out for one prompt.
+
+    Attributes:
+        label: the most likely; of equal ones the first that was given.
+        scores: softmax of the log-probabilities over the labels that were given.
+        logprobs: log-likelihood of each label, per token with "token_mean".
+    """
+
+    label: str
+    scores: Mapping[str, float]
+    logprobs: Mapping[str, float]
+
+
+async def encode_labels(
+    generator: Generator, labels: Sequence[str], adapter: AdapterRecord | None
+) -> dict[str, Target]:
+    """Token ids of every label as a target of this adapter: separator, label, end of sequence.
+
+    Raises:
+        RequestInvalid: a label that has no token.
+    """
+    separator = _DEFAULT_SEPARATOR if adapter is None else adapter.target_separator
+    append_eos = adapter is not None and bool(adapter.append_eos)
+    return {
+        label: await generator.encode_target(separator + label, append_eos=append_eos)
+        for label in labels
+    }
+
+
+async def rank(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    targets: Mapping[str, Target],
+    adapter: AdapterRecord | None,
+    *,
+    normalization: Normalization,
+    max_parallel: int,
+) -> list[Ranking]:
+    """Rank the labels after every prompt.
+
+    Args:
+        generator: the engine's front.
+        prompts: at least one token each.
+        targets: see `encode_labels`.
+        adapter: None is the base.
+        normalization: "sum" of a target's log-probabilities, or their mean a token.
+        max_parallel: requests in the engine at a time.
+
+    Raises:
+        RequestInvalid: an empty prompt.
+        TooLong: a prompt with a label does not fit the base or the engine.
+        EngineOverloaded, EngineUnavailable, RequestFailed: as generations do; nothing stays behind.
+    """
+    wanted = [(prompt, target) for prompt in prompts for target in targets.values()]
+    logprobs = await _score_all(generator, wanted, adapter, max_parallel)
+    if normalization == "token_mean":
+        pairs = zip(logprobs, wanted, strict=True)
+        logprobs = [logprob / len(target) for logprob, (_, target) in pairs]
+    size = len(targets)
+    return [
+        ranking_of(dict(zip(targets, logprobs[start : start + size], strict=True)))
+        for start in range(0, len(logprobs), size)
+    ]
+
+
+def ranking_of(logprobs: Mapping[str, float]) -> Ranking:
+    """A ranking from the log-probability of each label."""
+    highest = max(logprobs.values())
+    weights = {label: math.exp(value - highest) for label, value in logprobs.items()}
+    total = sum(weights.values())
+    scores = {label: weight / total for label, weight in weights.items()}
+    return Ranking(max(logprobs, key=lambda label: logprobs[label]), scores, logprobs)
+
+
+async def _score_all(
+    generator: Generator,
+    wanted: Sequence[tuple[Prompt, Target]],
+    adapter: AdapterRecord | None,
+    max_parallel: int,
+) -> list[float]:
+    if any(not prompt.token_ids for prompt, _ in wanted):
+        # The first token of a text has no likelihood: a target cannot stand there.
+        raise RequestInvalid(
+            "inputs: expected at least one token, came an empty text",
+            field="inputs",
+            expected="at least one token",
+            came="none",
+        )
+    batch = uuid.uuid4().hex
+    requests = [
+        generator.prepare(
+            Prompt(prompt.text, prompt.token_ids + target), adapter, _OPTIONS, f"{batch}-{index}"
+        )
+        for index, (prompt, target) in enumerate(wanted)
+    ]
+    slots = asyncio.Semaphore(max_parallel)
+
+    async def score(index: int) -> float:
+        async with slots:
+            generation = generator.submit(requests[index], _OPTIONS)
+            try:
+                async for _ in generation:
+                    pass
+            finally:
+                generation.abort()
+            return _target_logprob(generation.prompt_logprobs or (), len(wanted[index][1]))
+
+    tasks = [asyncio.ensure_future(score(index)) for index in range(len(requests))]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _target_logprob(prompt: Sequence[TokenLogprob | None], num_tokens: int) -> float:
+    """Sum over the last `num_tokens` entries of a prompt's log-probabilities."""
+    return math.fsum(entry.logprob for entry in prompt[-num_tokens:] if entry is not None)
