@@ -6,6 +6,7 @@ option of `graftwork serve`, which wins. Knows nothing of what the settings are 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.engine.config import EngineConfig
+from server.jobs.config import WorkerConfig
 
 MIB = 1024 * 1024
 HOME = Path(".graftwork")
@@ -70,6 +72,30 @@ class Settings(BaseSettings):
     shutdown_seconds: Count = Field(
         30, description="Time that running streams are given to end at shutdown."
     )
+    train_workers: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="Training jobs that run at once, each in a process of its own; with 0 they "
+        "wait for a `graftwork worker` on the same data directory.",
+    )
+    train_threads: Count | None = Field(
+        None,
+        description="Threads within one operation of a training job. Left out: half the cores.",
+    )
+    train_nice: int = Field(
+        10, ge=0, le=19, description="Niceness of a training job; serving goes first."
+    )
+    train_dtype: Dtype | None = Field(
+        None,
+        description="Number format of the frozen weights in training. Left out: as they are "
+        "served. In the format they are stored in, they take no memory of their own.",
+    )
+    train_memory_mib: Count | None = Field(
+        None,
+        description="Private memory of a training job in MiB at most; a job that needs more "
+        "fails. Left out: no limit.",
+    )
     log_format: Literal["console", "json"] = Field(
         "console", description="Log lines for people (console) or machines (json)."
     )
@@ -115,3 +141,25 @@ class Settings(BaseSettings):
             kv_bytes=self.kv_mib * MIB,
             host_bytes=self.host_mib * MIB,
         )
+
+    def worker_config(self, base_name: str) -> WorkerConfig:
+        """The training workers' part; `base_name` is the base's name for clients."""
+        limit = self.train_memory_mib
+        return WorkerConfig(
+            data_dir=str(self.data_dir),
+            base=self.base,
+            base_name=base_name,
+            revision=self.revision,
+            dtype=self.train_dtype or self.dtype,
+            device=self.device,
+            threads=self.train_threads or max(1, _num_cores() // 2),
+            nice=self.train_nice,
+            memory_bytes=None if limit is None else limit * MIB,
+        )
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, where the system tells; else those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,93 @@
+"""An exception as the error of a job: a stable code and one sentence.
+
+The codes of refusals are those that the API answers with. What nobody foresaw is told without its
+words; the job's log has them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from adapters import errors as library
+
+INTERNAL_ERROR = "internal_error"
+OUT_OF_MEMORY = "out_of_memory"
+DISK_FULL = "disk_full"
+WORKER_LOST = "worker_lost"
+
+# A class covers those below it that are not named themselves.
+CODES: dict[type[library.AdapterError], str] = {
+    library.JobInvalid: "job_invalid",
+    library.DataInvalid: "data_invalid",
+    library.TemplateInvalid: "template_invalid",
+    library.TrainingDiverged: "training_diverged",
+    library.BaseMismatch: "base_mismatch",
+    library.BaseUnsupported: "base_unsupported",
+    library.ConfigInvalid: "config_invalid",
+    library.MethodUnsupported: "method_unsupported",
+    library.TensorMismatch: "tensor_mismatch",
+    library.TargetNotFound: "target_not_found",
+    library.NonFinite: "non_finite",
+    library.CheckpointError: "checkpoint_invalid",
+    library.NameInvalid: "name_invalid",
+    library.AdapterExists: "adapter_exists",
+}
+
+_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+# torch, safetensors and the C++ runtime raise plain errors; these words tell them apart.
+_MEMORY_WORDS = ("allocate memory", "out of memory", "not enough memory", "bad_alloc")
+_DISK_WORDS = ("no space left on device", "disk quota exceeded", "disk is full")
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """`{"code", "message"}` of what ended a job."""
+    causes = list(_causes(error))
+    if any(_is_full_disk(one) for one in causes):
+        return failed(DISK_FULL, "the disk is full; nothing was published")
+    if any(_is_out_of_memory(one) for one in causes):
+        return failed(
+            OUT_OF_MEMORY,
+            "the training process ran out of memory; nothing was published. A smaller batch_size "
+            "with more gradient_accumulation_steps needs less",
+        )
+    for kind in type(error).__mro__:
+        if kind in CODES:
+            return failed(CODES[kind], str(error))
+    return failed(INTERNAL_ERROR, "an unforeseen error; the job's log has it")
+
+
+def failed(code: str, message: str) -> dict[str, str]:
+    """The shape of a job's error."""
+    return {"code": code, "message": message}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from; a refusal may only wrap a full disk."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if isinstance(error, library.StorageFull):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in _FULL_DISK
+    return _says(error, _DISK_WORDS)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return _says(error, _MEMORY_WORDS)
+
+
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+    # A refusal's own words may quote the user's data.
+    if isinstance(error, library.AdapterError):
+        return False
+    text = str(error).lower()
+    return any(word in text for word in words)

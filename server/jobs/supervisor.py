@@ -1,0 +1,267 @@
+"""Claims jobs and runs a worker process for each, in a thread of the server or of `graftwork worker`.
+
+    tick: look after every run -> claim while there is room -> wait
+
+The supervisor holds the lease, not the worker: it renews it while the process lives, so a worker
+never outlives the lease of a supervisor that is gone (it ends with its parent, too). What becomes of
+a job whose process has ended is decided in one place, `_settle`, from what the jobs table and the
+registry say.
+
+Several supervisors may share a data directory: a claim gives a job to one of them. Nothing here
+knows torch, HTTP or asyncio.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+from adapters.registry import Registry
+from server.errors import JobNotFound, LeaseLost
+from server.jobs import failures
+from server.jobs.config import EXIT_DISK_FULL, WorkerConfig
+from server.jobs.publishing import published_by
+from server.jobs.store import Claim, JobRecord, JobStore
+from server.jobs.worker_process import WorkerProcess, describe_exit
+
+log = structlog.get_logger(__name__)
+
+LEASE_SECONDS = 10.0
+# Looked after this often; also the longest that a cancelled worker goes unnoticed.
+TICK_SECONDS = 0.25
+CLAIM_SECONDS = 1.0
+# What a cancelled worker is given to leave by itself.
+CANCEL_SECONDS = 2.0
+STOP_SECONDS = 10.0
+# A worker that dies so often without getting further will not get further.
+MAX_LOSSES = 3
+
+Ending = Literal["cancel", "leave"]
+
+
+@dataclass
+class _Run:
+    """A worker process and its claim; times are of the monotonic clock.
+
+    Attributes:
+        renew_at: when the lease is due.
+        ending: why it was asked to leave, if it was.
+        kill_at: when it is no longer asked.
+    """
+
+    claim: Claim
+    process: WorkerProcess
+    renew_at: float
+    ending: Ending | None = None
+    kill_at: float = float("inf")
+
+
+class Supervisor:
+    """Runs the jobs of one data directory.
+
+    Args:
+        store: the jobs.
+        registry: where their adapters go.
+        config: what workers are started with.
+        workers: jobs that run at once.
+        lease_seconds: a job whose supervisor was silent for so long is anybody's.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        registry: Registry,
+        config: WorkerConfig,
+        *,
+        workers: int,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._config = config
+        self._workers = workers
+        self._lease_seconds = lease_seconds
+        self._runs: list[_Run] = []
+        self._losses: dict[str, list[int]] = {}
+        self._claim_at = 0.0
+        self._stopping = False
+        self._stop_seconds = STOP_SECONDS
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers that run now, by job."""
+        return {run.claim.job_id: run.process.pid for run in list(self._runs)}
+
+    def start(self) -> None:
+        """Begin to claim jobs. Without workers nothing is started."""
+        if self._workers == 0 or self._thread is not None:
+            return
+        self._thread = threading.Thread(target=self._loop, name="graftwork-jobs", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look at the jobs now: one was added, or cancelled. Safe from any thread."""
+        self._claim_at = 0.0
+        self._wake.set()
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Claim no more, let workers write a checkpoint and leave, and put their jobs back.
+
+        Args:
+            seconds: what they are given; then they are killed, and lose what came after their last
+                checkpoint.
+        """
+        if self._thread is None:
+            return
+        self._stop_seconds = seconds
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+        self._thread = None
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            in_order = self._look_after_all()
+            # With a lease that could not be renewed, the job claimed might be one that runs here.
+            if in_order and time.monotonic() >= self._claim_at:
+                self._claim_more()
+            self._wake.wait(TICK_SECONDS if self._runs else CLAIM_SECONDS)
+            self._wake.clear()
+        self._end_all()
+
+    def _end_all(self) -> None:
+        give_up_at = time.monotonic() + self._stop_seconds + CANCEL_SECONDS
+        for run in self._runs:
+            self._ask_to_leave(run, "leave", self._stop_seconds)
+        while self._runs and time.monotonic() < give_up_at:
+            self._look_after_all()
+            time.sleep(TICK_SECONDS / 5)
+        for run in self._runs:
+            # Its end could not be written; the lease runs out by itself.
+            run.process.kill()
+            run.process.close()
+        self._runs.clear()
+
+    def _look_after_all(self) -> bool:
+        """Whether everything could be done that was due."""
+        in_order = True
+        for run in list(self._runs):
+            try:
+                ended = self._look_after(run)
+            except Exception:
+                # A full disk or a locked database: the next tick tries again.
+                log.exception("job_not_looked_after", job=run.claim.job_id)
+                in_order = False
+                continue
+            if ended:
+                self._runs.remove(run)
+        return in_order
+
+    def _look_after(self, run: _Run) -> bool:
+        """One tick of one run; whether it is over."""
+        code = run.process.poll()
+        if code is not None:
+            run.process.close()
+            self._settle(run, code)
+            return True
+        now = time.monotonic()
+        if now >= run.kill_at:
+            run.process.kill()
+            return False
+        try:
+            cancelled = self._is_cancelled(run, now)
+        except (LeaseLost, JobNotFound):
+            log.warning("lease_lost", job=run.claim.job_id, token=run.claim.token)
+            run.process.kill()
+            return False
+        if cancelled and run.ending != "cancel":
+            self._ask_to_leave(run, "cancel", CANCEL_SECONDS)
+        return False
+
+    def _is_cancelled(self, run: _Run, now: float) -> bool:
+        """Renew the lease when it is due, and learn whether somebody cancelled the job."""
+        if now < run.renew_at:
+            return self._store.get(run.claim.job_id).cancel_requested
+        cancelled = self._store.renew(run.claim, self._lease_seconds)
+        run.renew_at = now + self._lease_seconds / 4
+        return cancelled
+
+    def _ask_to_leave(self, run: _Run, ending: Ending, seconds: float) -> None:
+        run.ending = ending
+        run.kill_at = min(run.kill_at, time.monotonic() + seconds)
+        run.process.terminate()
+
+    def _claim_more(self) -> None:
+        try:
+            while len(self._runs) < self._workers:
+                claim = self._store.claim(self._lease_seconds)
+                if claim is None:
+                    break
+                self._run(claim)
+        except Exception:
+            log.exception("no_job_claimed")
+        self._claim_at = time.monotonic() + CLAIM_SECONDS
+
+    def _run(self, claim: Claim) -> None:
+        path = self._store.directory(claim.job_id) / "log.txt"
+        try:
+            process = WorkerProcess(self._config, claim.job_id, claim.token, path)
+        except Exception:
+            self._store.release(claim)
+            raise
+        log.info("job_started", job=claim.job_id, pid=process.pid)
+        self._runs.append(_Run(claim, process, time.monotonic() + self._lease_seconds / 4))
+
+    # --- what becomes of a job whose process has ended -----------------------------------------
+
+    def _settle(self, run: _Run, code: int) -> None:
+        """Write the job's state where the worker did not; a job that is another's is left alone."""
+        try:
+            record = self._store.get(run.claim.job_id)
+            if record.state == "running":
+                self._settle_unfinished(run, record, code)
+        except (LeaseLost, JobNotFound):
+            log.warning("lease_lost", job=run.claim.job_id, token=run.claim.token)
+        log.info("job_left", job=run.claim.job_id, how=describe_exit(code))
+
+    def _settle_unfinished(self, run: _Run, record: JobRecord, code: int) -> None:
+        claim = run.claim
+        done = published_by(self._registry, record)
+        if done is not None:
+            # It died between the two: what is served has succeeded.
+            self._store.finish(
+                claim, "succeeded", metrics=done.metrics, adapter_version=done.version
+            )
+        elif record.cancel_requested:
+            self._store.finish(claim, "cancelled")
+        elif run.ending == "leave":
+            self._store.release(claim)
+        elif code == EXIT_DISK_FULL:
+            error = failures.failed(failures.DISK_FULL, "the disk is full; nothing was published")
+            self._store.finish(claim, "failed", error=error)
+        elif self._is_stuck(record):
+            message = (
+                f"the training process died {MAX_LOSSES} times at the same place, at last by "
+                f"{describe_exit(code)}; where the machine ran out of memory, it was ended by that"
+            )
+            error = failures.failed(failures.WORKER_LOST, message)
+            self._store.finish(claim, "failed", error=error)
+        else:
+            self._store.add_event(claim, "worker_lost", {"how": describe_exit(code)})
+            self._store.release(claim)
+            self._claim_at = 0.0
+
+    def _is_stuck(self, record: JobRecord) -> bool:
+        """Note that a worker was lost; whether the last ones all got no further than before."""
+        steps = self._losses.setdefault(record.id, [])
+        steps.append(int(record.progress.get("step", 0)))
+        recent = steps[-MAX_LOSSES:]
+        return len(recent) == MAX_LOSSES and max(recent[1:]) <= recent[0]

@@ -1,0 +1,200 @@
+"""What a worker does with its job: load the base, make the examples, train, publish, say so.
+
+    load -> make_examples -> train -> publish -> finish
+
+A job ends in the jobs table by one write, after its adapter is published. A worker that is killed in
+between leaves a running job with a published adapter: who comes next finds that by the job's id and
+only writes the end. Nothing here knows the parent process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+
+from adapters.errors import BaseMismatch
+from adapters.registry import Registry
+from adapters.training.examples import make_examples
+from adapters.training.job import TrainingJob
+from adapters.training.loop import Stopped, TrainingEvent, train
+from server.base.load import LoadedBase, load_base, load_tokenizer
+from server.errors import LeaseLost
+from server.jobs import failures
+from server.jobs.config import (
+    EXIT_DISK_FULL,
+    EXIT_LEASE_LOST,
+    EXIT_STOPPED,
+    WorkerConfig,
+)
+from server.jobs.publishing import Outcome, publish, published_by
+from server.jobs.store import Claim, JobStore
+from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+
+log = structlog.get_logger(__name__)
+
+# Long enough to publish an adapter and to write the job's end.
+PUBLISH_LEASE_SECONDS = 30.0
+STEP_SECONDS = 0.25
+
+
+def run_job(config: WorkerConfig, claim: Claim) -> int:
+    """Do a claimed job and write its end.
+
+    Returns:
+        0, or one of `server.jobs.config.EXITS`.
+    """
+    store = JobStore(Path(config.data_dir))
+    try:
+        outcome = _work(config, store, claim)
+        store.finish(claim, "succeeded", metrics=outcome.metrics, adapter_version=outcome.version)
+    except Stopped:
+        log.info("stopped")
+        return EXIT_STOPPED
+    except LeaseLost:
+        log.warning("lease_lost", token=claim.token)
+        return EXIT_LEASE_LOST
+    except Exception as error:
+        log.exception("failed")
+        return _fail(store, claim, failures.describe(error))
+    log.info("succeeded", version=outcome.version)
+    return 0
+
+
+def load(config: WorkerConfig) -> tuple[LoadedBase, TextTokenizer]:
+    """The frozen base, mapped from the files that the server maps too, and its tokenizer.
+
+    Raises:
+        BaseUnsupported: it cannot be loaded, with the reason.
+    """
+    base = load_base(
+        config.base, dtype=config.dtype, device=config.device, revision=config.revision
+    )
+    directory = base.tokenizer_dir
+    return base, TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
+
+
+def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
+    record = store.get(claim.job_id)
+    job = record.job
+    log.info("claimed", job=claim.job_id, attempt=record.attempts, adapter=job.adapter)
+    registry = Registry(Path(config.data_dir), reserved=(config.base_name,))
+    try:
+        if (done := published_by(registry, record)) is not None:
+            log.info("published_before", version=done.version)
+            return done
+        base, tokenizer = load(config)
+        log.info("base_loaded", base=config.base_name, dtype=base.spec.dtype)
+        _require_base(job, base)
+        examples = make_examples(job, store.rows(claim.job_id), tokenizer)
+        events = EventWriter(lambda kind, data: store.add_event(claim, kind, data))
+        with _stop_after_step() as should_stop:
+            trained = train(
+                job,
+                examples,
+                base.model,
+                base.spec,
+                on_event=events,
+                state_dir=store.directory(claim.job_id) / "state",
+                should_stop=should_stop,
+            )
+        events.flush()
+        # The last word on whether this worker may publish. Should it stand still between here and
+        # the registry for longer than the lease, another one publishes the same bytes.
+        if store.renew(claim, PUBLISH_LEASE_SECONDS):
+            raise Stopped
+        return publish(registry, config, record, base.spec, trained)
+    finally:
+        registry.close()
+
+
+def _require_base(job: TrainingJob, base: LoadedBase) -> None:
+    if base.spec.digest != job.base_digest:
+        raise BaseMismatch(
+            f"the job was made for base {job.base_digest}, {base.spec.digest} is here now",
+            field="base_digest",
+            expected=job.base_digest,
+            came=base.spec.digest,
+        )
+
+
+def _fail(store: JobStore, claim: Claim, error: dict[str, str]) -> int:
+    # Its checkpoints are of no more use, and a full disk needs their room for the job's end.
+    shutil.rmtree(store.directory(claim.job_id) / "state", ignore_errors=True)
+    try:
+        store.finish(claim, "failed", error=error)
+    except LeaseLost:
+        return EXIT_LEASE_LOST
+    except Exception:
+        log.exception("finish_failed")
+        if error["code"] == failures.DISK_FULL:
+            return EXIT_DISK_FULL
+        raise
+    return 0
+
+
+@contextmanager
+def _stop_after_step() -> Iterator[Callable[[], bool]]:
+    """While the block runs, SIGTERM asks training to leave, and raises Stopped if it did not.
+
+    Before, it ends the process at once: nothing would be lost. Afterwards it is ignored: publishing
+    and writing the job's end take a moment, and belong together.
+    """
+    asked = False
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if asked:
+        raise Stopped
+
+
+class EventWriter:
+    """Passes training's events on: every one but steps, and of those a few a second.
+
+    The step before any other event, and the last one, are always told.
+
+    Args:
+        write: takes an event's kind and data.
+        seconds: between two steps that are told, at least.
+    """
+
+    def __init__(
+        self, write: Callable[[str, dict[str, Any]], object], seconds: float = STEP_SECONDS
+    ) -> None:
+        self._write = write
+        self._seconds = seconds
+        self._told_at = -seconds
+        self._held: TrainingEvent | None = None
+
+    def __call__(self, event: TrainingEvent) -> None:
+        """Take an event."""
+        if event.kind != "step":
+            self.flush()
+            log.info(event.kind, **event.data)
+            self._write(event.kind, event.data)
+            return
+        self._held = event
+        if time.monotonic() - self._told_at >= self._seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tell of the latest step, if that was not done yet."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        self._told_at = time.monotonic()
+        self._write(held.kind, held.data)
