@@ -1,0 +1,202 @@
+"""The PEFT fields of a request over those of the recipe, and what the trained rows start from.
+
+A client may set what shapes the method. What is made here instead (the base's name, CPT's context) and
+what cannot be trained (`modules_to_save`) is refused, so that nothing is dropped in silence; a null
+says nothing and passes, since PEFT writes nulls. Knows no rows and no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from adapters.errors import ConfigInvalid, JobInvalid
+from adapters.method import PeftConfig, parse_config
+from adapters.methods import METHODS
+from adapters.training.job import METHOD_NAMES, TrainingRequest
+from adapters.training.recipes import Recipe
+
+TASK_TYPE = "CAUSAL_LM"
+_SHOWN = 80
+# Networks and rows are counted before they are built, and these are counted by building their shapes.
+_LARGEST: dict[str, int] = {
+    "num_virtual_tokens": 1_000_000,
+    "encoder_hidden_size": 65_536,
+    "encoder_num_layers": 64,
+}
+_TAKES_TEXT = ("PREFIX_TUNING", "PROMPT_TUNING")
+
+# Field -> why it is not the client's; for every method, then for one.
+_NOT_YOURS: dict[str, str] = {
+    "auto_mapping": "it belongs to models that PEFT does not know",
+    "base_model_name_or_path": "the base is the one that is served",
+    "modules_to_save": "whole modules of the base are not trained, since every adapter shares it",
+    "peft_version": "the writer of the checkpoint sets it",
+    "revision": "the base is the one that is served",
+}
+_MADE_FROM_ROWS = "CPT's context is made from the rows; see context_examples and context_seed"
+_NOT_YOURS_IN: dict[str, dict[str, str]] = {
+    "CPT": {
+        "cpt_token_ids": _MADE_FROM_ROWS,
+        "cpt_mask": _MADE_FROM_ROWS,
+        "cpt_tokens_type_mask": _MADE_FROM_ROWS,
+        "num_virtual_tokens": _MADE_FROM_ROWS,
+        "tokenizer_name_or_path": "the tokenizer is the base's",
+    }
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a prefix or a prompt starts from.
+
+    Attributes:
+        kind: "text", "rows" (the text of training rows), "vocabulary" (random tokens), or "default"
+            (what the config says, such as random numbers).
+        text: with "text".
+    """
+
+    kind: Literal["text", "rows", "vocabulary", "default"]
+    text: str | None = None
+
+
+def resolve(request: TrainingRequest, recipe: Recipe) -> tuple[dict[str, Any], Start]:
+    """The config as plain fields, not parsed yet, and the start.
+
+    Raises:
+        JobInvalid: a field that is not the client's, or that does not go with `init_text`.
+    """
+    peft_type = METHOD_NAMES[request.method]
+    given = {name: value for name, value in request.config.items() if value is not None}
+    _check_fields(given, peft_type, request.method)
+    if request.init_text is not None and peft_type not in _TAKES_TEXT:
+        raise _wrong(
+            "init_text", f"{request.method} does not start from a text", "no init_text", "a text"
+        )
+    raw = {**recipe.config, **given, "peft_type": peft_type, "task_type": TASK_TYPE}
+    raw["inference_mode"] = True
+    if peft_type == "PROMPT_TUNING":
+        return _prompt_start(raw, request, recipe)
+    if peft_type == "PREFIX_TUNING":
+        return raw, _prefix_start(raw, request, recipe)
+    return raw, Start("default")
+
+
+def parse(raw: Mapping[str, Any], peft_type: str) -> PeftConfig:
+    """The fields as the method's config.
+
+    Raises:
+        JobInvalid: an unknown field, or one of the wrong kind or size.
+    """
+    try:
+        config = parse_config(METHODS[peft_type].config_class, raw)
+    except ConfigInvalid as error:
+        message = error.message.removeprefix("adapter_config.json: ")
+        field = f"config.{error.field}" if error.field else "config"
+        raise JobInvalid(
+            f"config: {message}", field=field, expected=error.expected, came=error.came
+        ) from error
+    for name, most in _LARGEST.items():
+        value = getattr(config, name, None)
+        if value is not None and not 1 <= value <= most:
+            raise _wrong(f"config.{name}", f"it is {value}", f"1 to {most}", str(value))
+    return config
+
+
+def _check_fields(given: Mapping[str, Any], peft_type: str, method: str) -> None:
+    refused = {**_NOT_YOURS, **_NOT_YOURS_IN.get(peft_type, {})}
+    for name, value in given.items():
+        if name in refused and value != []:
+            came = repr(value)[:_SHOWN]
+            raise _wrong(f"config.{name}", refused[name], "the field left out", came)
+    fixed = {"peft_type": peft_type, "task_type": TASK_TYPE, "inference_mode": False}
+    for name, want in fixed.items():
+        if given.get(name, want) != want:
+            came = repr(given[name])[:_SHOWN]
+            raise _wrong(f"config.{name}", f"{method} is trained with {want!r}", repr(want), came)
+
+
+def _prefix_start(raw: Mapping[str, Any], request: TrainingRequest, recipe: Recipe) -> Start:
+    for name in ("prefix_projection", "init_weights"):
+        if request.init_text is not None and raw.get(name):
+            raise _wrong(
+                "init_text",
+                f"with {name} a prefix does not start from a text",
+                f"no init_text, or no {name}",
+                "both",
+            )
+    if request.init_text is not None:
+        return Start("text", request.init_text)
+    # An explicit null asks for PEFT's own start, random numbers.
+    if (
+        recipe.init_from_rows
+        and not raw.get("prefix_projection")
+        and "init_weights"
+        not in (
+            *request.config,
+            *recipe.config,
+        )
+    ):
+        return Start("rows")
+    return Start("default")
+
+
+def _prompt_start(
+    raw: dict[str, Any], request: TrainingRequest, recipe: Recipe
+) -> tuple[dict[str, Any], Start]:
+    """The start that PEFT's own fields name is carried out here; PEFT then has nothing to prepare.
+
+    With TEXT it would read a tokenizer whenever it loads the adapter: RANDOM is what is written.
+    """
+    fields = {
+        name: raw.pop(name, None)
+        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    }
+    init = raw.get("prompt_tuning_init")
+    if init is not None and init not in ("TEXT", "SAMPLE_VOCAB", "RANDOM"):
+        return raw, Start("default")  # the config's own check says what is wrong
+    for name, value in fields.items():
+        if value is not None and (init != "TEXT" or name == "tokenizer_kwargs"):
+            expected = "it left out" if init == "TEXT" else "prompt_tuning_init 'TEXT' with it"
+            came = repr(value)[:_SHOWN]
+            raise _wrong(f"config.{name}", "it would change nothing", expected, came)
+    raw["prompt_tuning_init"] = "RANDOM"
+    text = _prompt_text(init, fields["prompt_tuning_init_text"], request.init_text)
+    if text is not None:
+        return raw, Start("text", text)
+    if init == "SAMPLE_VOCAB":
+        return raw, Start("vocabulary")
+    return raw, Start("rows" if init is None and recipe.init_from_rows else "default")
+
+
+def _prompt_text(init: str | None, in_config: Any, init_text: str | None) -> str | None:
+    if init in ("SAMPLE_VOCAB", "RANDOM") and init_text is not None:
+        raise _wrong(
+            "init_text",
+            f"config.prompt_tuning_init is {init!r}, which does not start from a text",
+            "one of the two",
+            "both",
+        )
+    if init != "TEXT":
+        return init_text
+    if in_config is not None and (not isinstance(in_config, str) or not in_config):
+        came = repr(in_config)[:_SHOWN]
+        raise _wrong("config.prompt_tuning_init_text", "it is no text", "a text", came)
+    if None not in (in_config, init_text) and in_config != init_text:
+        raise _wrong(
+            "init_text", "config.prompt_tuning_init_text says another text", "one text", "two"
+        )
+    text: str | None = in_config if init_text is None else init_text
+    if text is None:
+        raise _wrong("config.prompt_tuning_init", "TEXT needs a text", "init_text", "none")
+    return text
+
+
+def _wrong(field: str, fault: str, expected: str, came: str) -> JobInvalid:
+    return JobInvalid(
+        f"{field}: {fault}; expected {expected}, came {came}",
+        field=field,
+        expected=expected,
+        came=came,
+    )

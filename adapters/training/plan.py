@@ -1,0 +1,383 @@
+"""A request and its rows as a job with nothing left open, or a refusal.
+
+`make_plan` resolves every default, checks the fields against one another, the rows and the base, and
+fixes every token id. What it returns is what a dry run shows and what a worker carries out; nothing is
+trained and no weight is read here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.base_model import BaseModelSpec
+from adapters.errors import JobInvalid
+from adapters.methods import METHODS
+from adapters.template import Template
+from adapters.training import method_config
+from adapters.training.encoding import Encoder
+from adapters.training.examples import (
+    Example,
+    Examples,
+    Renderer,
+    alternating,
+    by_label,
+    context_of,
+    fit,
+    kept_tokens,
+    split,
+    without_context,
+)
+from adapters.training.job import METHOD_NAMES, Hyperparameters, TrainingJob, TrainingRequest
+from adapters.training.method_config import Start
+from adapters.training.recipes import RECIPES, Recipe
+from adapters.training.rows import Row
+
+DEFAULT_SEPARATOR = " "
+# Longer rows are seldom meant, and each costs memory for every one of its tokens.
+DEFAULT_MAX_LENGTH = 2048
+PREVIEW_ROWS = 3
+# In float32 with gradients and AdamW's two states: 4 GiB.
+MAX_TRAINABLE_PARAMS = 2**28
+_SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done.
+
+    Attributes:
+        job: every default resolved.
+        examples: the rows as it trains on them.
+        preview: the first rows of training as they are rendered: `row`; `text`, `prompt` and
+            `target` (with its separator); `tokens`, the characters of each token, None for one that
+            has none; their `ids`; `num_prompt_tokens`, `num_target_tokens`, and `truncated`.
+        lengths: `min`, `mean` and `max` tokens of prompt and target.
+    """
+
+    job: TrainingJob
+    examples: Examples
+    preview: list[dict[str, Any]]
+    lengths: dict[str, float]
+
+
+def make_plan(
+    request: TrainingRequest,
+    rows: Sequence[Row],
+    encoder: Encoder,
+    base: BaseModelSpec,
+    *,
+    base_name: str,
+) -> Plan:
+    """Resolve and check a request.
+
+    Whether the adapter's name may be used is the registry's business.
+
+    Args:
+        request: what was asked for.
+        rows: as `rows.check_rows` or `rows.read_rows` give them.
+        encoder: the base's tokenizer.
+        base: the base.
+        base_name: what it is called; recorded in the config.
+
+    Raises:
+        JobInvalid: a field is wrong, or two of them disagree.
+        DataInvalid: the rows cannot be trained on.
+        TemplateInvalid: the template does not parse.
+        CheckpointError: the config does not fit the base.
+    """
+    peft_type = METHOD_NAMES[request.method]
+    recipe = RECIPES[peft_type]
+    raw, start = method_config.resolve(request, recipe)
+    raw["base_model_name_or_path"] = base_name
+    job = _draft(request, recipe, base, base_name, len(rows), start)
+    renderer = Renderer(job, encoder)
+    label_ids = renderer.label_ids()
+    train, held_out = split(job, renderer.examples(rows))
+    if peft_type == "CPT":
+        raw |= _context_fields(job, train, renderer, base)
+    method = METHODS[peft_type]
+    config = method.complete_config(method_config.parse(raw, peft_type), base)
+    count = getattr(config, "num_virtual_tokens", None) or 0
+    job = job.model_copy(
+        update={
+            "config": config.model_dump(mode="json"),
+            "init_token_ids": _init_ids(start, count, job, train, rows, renderer, base),
+            "max_length": _max_length(request, base, count),
+            "trainable_params": _bounded(method.num_trainable(config, base)),
+        }
+    )
+    if job.train_on_context is False:
+        train = without_context(job, train)
+    examples = fit(job, Examples(train, held_out, label_ids))
+    preview = [_preview(example, rows, renderer) for example in examples.train[:PREVIEW_ROWS]]
+    return Plan(job, examples, preview, _lengths(examples))
+
+
+# --- defaults --------------------------------------------------------------------------------
+
+
+def _draft(
+    request: TrainingRequest,
+    recipe: Recipe,
+    base: BaseModelSpec,
+    base_name: str,
+    num_rows: int,
+    start: Start,
+) -> TrainingJob:
+    """The job but for what depends on the rows' tokens: config, ids, length, parameters."""
+    context = _context_settings(request, recipe)
+    labels = _labels(request)
+    return TrainingJob(
+        adapter=request.adapter,
+        method=METHODS[METHOD_NAMES[request.method]].name,
+        peft_type=METHOD_NAMES[request.method],
+        config={},
+        template=request.template,
+        target=request.target,
+        labels=labels,
+        label_names=request.label_names,
+        target_separator=_separator(request),
+        append_eos=request.append_eos,
+        tokenization=request.tokenization,
+        max_length=0,
+        on_too_long=request.on_too_long,
+        init_text=start.text,
+        init_token_ids=None,
+        **context,
+        if_exists=request.if_exists,
+        description=request.description,
+        hyperparameters=_hyperparameters(request, recipe),
+        base_digest=base.digest,
+        base_name=base_name,
+        num_rows=num_rows,
+        trainable_params=0,
+    )
+
+
+def _separator(request: TrainingRequest) -> str:
+    """What was asked for; else the template's own white space at its end moves to the target."""
+    if request.target_separator is not None:
+        return request.target_separator
+    if request.tokenization == "as_written":
+        return ""
+    return Template.parse(request.template).dropped or DEFAULT_SEPARATOR
+
+
+def _labels(request: TrainingRequest) -> list[str] | None:
+    labels, names = request.labels, request.label_names
+    if labels is not None and (twice := _first_twice(labels)) is not None:
+        raise _wrong(
+            "labels", f"{twice[:_SHOWN]!r} is given twice", "different labels", repr(twice)
+        )
+    if names is None:
+        return labels
+    words = list(dict.fromkeys(names.values()))
+    if not words:
+        raise _wrong("label_names", "it is empty", "a name for every value", "{}")
+    if labels is None:
+        return words if len(words) > 1 else None
+    for word in words:
+        if word not in labels:
+            listed = ", ".join(repr(label[:_SHOWN]) for label in labels[:10])
+            came = repr(word[:_SHOWN])
+            raise _wrong("label_names", "a name is no label", f"one of {listed}", came)
+    return labels
+
+
+def _first_twice(labels: Sequence[str]) -> str | None:
+    seen: set[str] = set()
+    for label in labels:
+        if label in seen:
+            return label
+        seen.add(label)
+    return None
+
+
+def _hyperparameters(request: TrainingRequest, recipe: Recipe) -> Hyperparameters:
+    given = request.hyperparameters.model_dump(exclude_none=True)
+    if "epochs" in given and "max_steps" in given:
+        raise _wrong(
+            "hyperparameters.max_steps",
+            "epochs and max_steps contradict each other",
+            "one of the two",
+            "both",
+        )
+    resolved = {**recipe.hyperparameters.model_dump(), **given}
+    if "max_steps" in given:
+        resolved["epochs"] = None
+    if "epochs" in given:
+        resolved["max_steps"] = None
+    if resolved["early_stopping_patience"] is not None and not resolved["validation_split"]:
+        raise _wrong(
+            "hyperparameters.early_stopping_patience",
+            "it watches held-out rows, and there are none",
+            "validation_split above 0",
+            str(resolved["validation_split"]),
+        )
+    return Hyperparameters(**resolved)
+
+
+def _context_settings(request: TrainingRequest, recipe: Recipe) -> dict[str, Any]:
+    names = ("context_examples", "context_seed", "train_on_context")
+    given = {name: getattr(request, name) for name in names}
+    if request.method == "cpt":
+        defaults = {
+            "context_examples": recipe.context_examples,
+            "context_seed": 0,
+            "train_on_context": recipe.train_on_context,
+        }
+        return {name: defaults[name] if given[name] is None else given[name] for name in names}
+    for name, value in given.items():
+        if value is not None:
+            raise _wrong(name, f"{request.method} has no context", f"no {name}", repr(value))
+    return given
+
+
+# --- what depends on the rows ----------------------------------------------------------------
+
+
+def _context_fields(
+    job: TrainingJob, train: Sequence[Example], renderer: Renderer, base: BaseModelSpec
+) -> dict[str, Any]:
+    """CPT's fields that hold the context."""
+    ids, types = renderer.context_ids(context_of(job, train))
+    if len(ids) >= base.max_positions:
+        raise _wrong(
+            "context_examples",
+            f"{job.context_examples} examples have {len(ids)} tokens, and the base has "
+            f"{base.max_positions} positions",
+            "fewer or shorter examples",
+            str(job.context_examples),
+        )
+    return {
+        "cpt_token_ids": ids,
+        "cpt_mask": [1] * len(ids),
+        "cpt_tokens_type_mask": types,
+        "num_virtual_tokens": len(ids),
+        "tokenizer_name_or_path": job.base_name,
+    }
+
+
+def _init_ids(
+    start: Start,
+    count: int,
+    job: TrainingJob,
+    train: Sequence[Example],
+    rows: Sequence[Row],
+    renderer: Renderer,
+    base: BaseModelSpec,
+) -> list[int] | None:
+    """As many tokens as there are virtual ones; None where it does not start from tokens."""
+    draw = random.Random(job.hyperparameters.seed)  # noqa: S311 (a draw, not a secret)
+    if start.kind == "default":
+        return None
+    if start.kind == "vocabulary":
+        return [draw.randrange(base.vocab_size) for _ in range(count)]
+    if start.kind == "rows":
+        return _last_tokens(_texts(train, rows, renderer, draw), count, renderer)
+    ids = renderer.text_ids(start.text or "")
+    if not ids:
+        raise _wrong("init_text", "it has no tokens", "at least one token", repr(start.text))
+    return list(itertools.islice(itertools.cycle(ids), count))
+
+
+def _texts(
+    train: Sequence[Example], rows: Sequence[Row], renderer: Renderer, draw: random.Random
+) -> Iterator[str]:
+    """Training rows as text, a line each, again and again: labels in turn, of each the short first."""
+    groups = list(by_label(train).values())
+    for group in groups:
+        draw.shuffle(group)
+        group.sort(key=lambda example: example.num_tokens)
+    for example in itertools.cycle(alternating(groups)):
+        yield renderer.text(rows[example.row - 1], example.row) + "\n"
+
+
+def _last_tokens(texts: Iterator[str], count: int, renderer: Renderer) -> list[int]:
+    """The last `count` tokens of as many texts as that takes.
+
+    The beginning is cut, so that whole examples stand next to the input.
+    """
+    text = ""
+    num_tokens = 0
+    while num_tokens < count:
+        for more in texts:
+            text += more
+            num_tokens += len(renderer.text_ids(more))
+            if num_tokens >= count:
+                break
+        # Pieces that are joined may have fewer tokens than they had alone.
+        num_tokens = len(renderer.text_ids(text))
+    return list(renderer.text_ids(text)[-count:])
+
+
+def _max_length(request: TrainingRequest, base: BaseModelSpec, num_virtual_tokens: int) -> int:
+    room = base.max_positions - num_virtual_tokens
+    if request.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, room)
+    if request.max_length > room:
+        raise _wrong(
+            "max_length",
+            f"the base has {base.max_positions} positions, {num_virtual_tokens} of them for virtual "
+            "tokens",
+            f"at most {room}",
+            str(request.max_length),
+        )
+    return request.max_length
+
+
+def _bounded(trainable_params: int) -> int:
+    if trainable_params > MAX_TRAINABLE_PARAMS:
+        raise _wrong(
+            "config",
+            "it has too many numbers to train",
+            f"at most {MAX_TRAINABLE_PARAMS}",
+            str(trainable_params),
+        )
+    return trainable_params
+
+
+# --- what a dry run shows --------------------------------------------------------------------
+
+
+def _preview(example: Example, rows: Sequence[Row], renderer: Renderer) -> dict[str, Any]:
+    row = rows[example.row - 1]
+    prompt, types = renderer.prompt(row, example.row)
+    target = renderer.target(renderer.target_text(row, example.row))
+    kept = [prompt.spans[index] for index in kept_tokens(types, len(example.prompt_ids))]
+    tokens = [prompt.text[start:stop] or None for start, stop in kept]
+    tokens += [target.text[start:stop] or None for start, stop in target.spans]
+    tokens += [None] * (len(example.target_ids) - len(target.ids))  # the end of sequence
+    return {
+        "row": example.row,
+        "text": prompt.text + target.text,
+        "prompt": prompt.text,
+        "target": target.text,
+        "tokens": tokens,
+        "ids": [*example.prompt_ids, *example.target_ids],
+        "num_prompt_tokens": len(example.prompt_ids),
+        "num_target_tokens": len(example.target_ids),
+        "truncated": len(example.prompt_ids) < len(prompt.ids),
+    }
+
+
+def _lengths(examples: Examples) -> dict[str, float]:
+    lengths = [example.num_tokens for example in (*examples.train, *examples.held_out)]
+    return {
+        "min": min(lengths),
+        "mean": round(sum(lengths) / len(lengths), 2),
+        "max": max(lengths),
+    }
+
+
+def _wrong(field: str, fault: str, expected: str, came: str) -> JobInvalid:
+    return JobInvalid(
+        f"{field}: {fault}; expected {expected}, came {came}",
+        field=field,
+        expected=expected,
+        came=came[:200],
+    )
