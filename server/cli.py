@@ -4,6 +4,7 @@
     graftwork demo             install the demo adapters and print how well they do
     graftwork adapters list    what a data directory holds
     graftwork adapters add     register a PEFT folder without a server
+    graftwork worker           run training jobs apart from a server
     graftwork settings         every setting with its default
 
 Options win over the environment, the environment over defaults. Knows no engine and no route.
@@ -17,11 +18,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
-from server.settings import DEFAULT_BASE, Dtype, Settings
+from server import cli_jobs
+from server.cli_options import (
+    Base,
+    DataDir,
+    Device,
+    DtypeOption,
+    LogFormat,
+    LogLevel,
+    Revision,
+    Threads,
+    TrainWorkers,
+    err,
+    fail,
+    option,
+    out,
+    prepare_base,
+    settings_from,
+)
+from server.settings import Settings
 
 app = typer.Typer(
     help="Serve many PEFT adapters on one frozen base model.",
@@ -32,46 +49,25 @@ app = typer.Typer(
 )
 adapters_app = typer.Typer(help="Look at and fill a data directory.", no_args_is_help=True)
 app.add_typer(adapters_app, name="adapters")
-
-err = Console(stderr=True)
-out = Console()
-
-
-def _help(name: str) -> str:
-    field = Settings.model_fields[name]
-    return f"{field.description} [dim]GRAFTWORK_{name.upper()}[/dim]"
-
-
-def _option(name: str, *flags: str) -> Any:
-    default = Settings.model_fields[name].default
-    return typer.Option(
-        *flags, help=_help(name), show_default=str(default) if default is not None else False
-    )
-
-
-Base = Annotated[str | None, _option("base", "--base", "-b")]
-Revision = Annotated[str | None, _option("revision", "--revision")]
-DataDir = Annotated[Path | None, _option("data_dir", "--data-dir", "-d")]
-DtypeOption = Annotated[Dtype | None, _option("dtype", "--dtype")]
-Device = Annotated[str | None, _option("device", "--device")]
-Threads = Annotated[int | None, _option("threads", "--threads")]
+cli_jobs.add_commands(app)
 
 
 @app.command()
 def serve(
     base: Base = None,
     revision: Revision = None,
-    base_name: Annotated[str | None, _option("base_name", "--base-name")] = None,
+    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
     data_dir: DataDir = None,
-    host: Annotated[str | None, _option("host", "--host")] = None,
-    port: Annotated[int | None, _option("port", "--port", "-p")] = None,
+    host: Annotated[str | None, option("host", "--host")] = None,
+    port: Annotated[int | None, option("port", "--port", "-p")] = None,
     dtype: DtypeOption = None,
     device: Device = None,
     threads: Threads = None,
-    max_running: Annotated[int | None, _option("max_running", "--max-running")] = None,
-    kv_mib: Annotated[int | None, _option("kv_mib", "--kv-mib")] = None,
-    log_format: Annotated[str | None, _option("log_format", "--log-format")] = None,
-    log_level: Annotated[str | None, _option("log_level", "--log-level")] = None,
+    train_workers: TrainWorkers = None,
+    max_running: Annotated[int | None, option("max_running", "--max-running")] = None,
+    kv_mib: Annotated[int | None, option("kv_mib", "--kv-mib")] = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
     demo: Annotated[
         bool,
         typer.Option(
@@ -92,7 +88,7 @@ def serve(
 
     and use it with POST /generate?adapter=NAME. More settings: graftwork settings.
     """
-    settings = _settings(
+    settings = settings_from(
         base=base,
         revision=revision,
         base_name=base_name,
@@ -102,12 +98,13 @@ def serve(
         dtype=dtype,
         device=device,
         threads=threads,
+        train_workers=train_workers,
         max_running=max_running,
         kv_mib=kv_mib,
         log_format=log_format,
         log_level=log_level,
     )
-    _prepare_base(settings)
+    prepare_base(settings)
     raise typer.Exit(_serve(settings, with_demo=demo))
 
 
@@ -120,13 +117,15 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Install the demo adapters and print their accuracy on the 20 held-out messages."""
-    settings = _settings(base=base, data_dir=data_dir, dtype=dtype, device=device, threads=threads)
-    _prepare_base(settings)
+    settings = settings_from(
+        base=base, data_dir=data_dir, dtype=dtype, device=device, threads=threads
+    )
+    prepare_base(settings)
     asyncio.run(_demo(settings))
 
 
 @app.command("settings")
-def show_settings() -> None:
+def showsettings_from() -> None:
     """Every setting, its environment variable, its default and what it does."""
     table = Table("variable", "default", "what it does", show_lines=False, expand=True)
     for name, field in Settings.model_fields.items():
@@ -140,9 +139,9 @@ def list_adapters(data_dir: DataDir = None) -> None:
     """List the adapters of a data directory."""
     from adapters.registry import Registry
 
-    settings = _settings(data_dir=data_dir)
+    settings = settings_from(data_dir=data_dir)
     if not settings.data_dir.is_dir():
-        raise _fail(f"there is no data directory {settings.data_dir}")
+        raise fail(f"there is no data directory {settings.data_dir}")
     registry = Registry(settings.data_dir)
     table = Table("name", "version", "method", "virtual tokens", "bytes", "status", "digest")
     for record in registry.list(limit=100_000):
@@ -173,47 +172,18 @@ def add_adapter(
     """Register a PEFT folder, with the checks of an upload; no server is needed."""
     from adapters.errors import AdapterError
 
-    settings = _settings(base=base, revision=revision, data_dir=data_dir)
-    _prepare_base(settings)
+    settings = settings_from(base=base, revision=revision, data_dir=data_dir)
+    prepare_base(settings)
     try:
         line = _add(settings, directory, name or directory.resolve().name, template)
     except AdapterError as error:
-        raise _fail(error.message) from error
+        raise fail(error.message) from error
     out.print(line)
 
 
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-def _settings(**given: Any) -> Settings:
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise _fail(
-            f"--{name.replace('_', '-')} (GRAFTWORK_{name.upper()}): {first['msg']}; "
-            f"came: {first['input']!r}"
-        ) from error
-
-
-def _fail(message: str) -> typer.Exit:
-    err.print(f"[red]graftwork:[/red] {message}", highlight=False)
-    return typer.Exit(2)
-
-
-def _prepare_base(settings: Settings) -> None:
-    if Path(settings.base) != DEFAULT_BASE:
-        return
-    from server.base.convert import TargetTaken, prepare_default_base
-    from server.base.fetch import FetchFailed
-
-    try:
-        prepare_default_base(DEFAULT_BASE)
-    except (FetchFailed, TargetTaken) as error:
-        raise _fail(str(error)) from error
 
 
 def _serve(settings: Settings, *, with_demo: bool) -> int:
@@ -263,7 +233,7 @@ def _bind(settings: Settings) -> socket.socket:
         bound.bind((settings.host, settings.port))
     except OSError as error:
         bound.close()
-        raise _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        raise fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     return bound
 
 
@@ -325,9 +295,9 @@ async def _demo(settings: Settings) -> None:
 def _add(settings: Settings, directory: Path, name: str, template: str | None) -> str:
     from adapters.archive import stage_upload
     from adapters.registry import Registry
+    from adapters.template import Template
     from server.app import base_name
     from server.base.load import load_base
-    from adapters.template import Template
 
     if template is not None:
         Template.parse(template)

@@ -35,6 +35,7 @@ class WorkerConfig:
         threads: threads within one operation.
         nice: added to the process's niceness, 0 to 19.
         memory_bytes: private memory of the process at most; None does not limit it.
+        checkpoint_seconds: between two checkpoints, about.
     """
 
     data_dir: str
@@ -46,6 +47,7 @@ class WorkerConfig:
     threads: int = 1
     nice: int = 10
     memory_bytes: int | None = None
+    checkpoint_seconds: float = 20.0
 
     def to_json(self) -> str:
         """One line; `from_json` is its inverse."""

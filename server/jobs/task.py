@@ -103,6 +103,7 @@ def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
                 base.spec,
                 on_event=events,
                 state_dir=store.directory(claim.job_id) / "state",
+                checkpoint_seconds=config.checkpoint_seconds,
                 should_stop=should_stop,
             )
         events.flush()
