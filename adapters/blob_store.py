@@ -1,7 +1,6 @@
 """Checkpoint folders on disk, named by what they hold.
 
     <root>/blobs/<digest>/adapter_config.json, adapter_model.safetensors
-    <root>/staging/<random>/   work in progress; locked while its owner lives
 
 A folder under `blobs/` appears by one rename, complete and synced, and is never written to again.
 This file knows no names, versions or database; when a blob may go is the registry's to decide.
@@ -9,11 +8,7 @@ This file knows no names, versions or database; when a blob may go is the regist
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,19 +25,23 @@ from adapters.checkpoint import (
 )
 from adapters.errors import AdapterError
 from adapters.limits import CheckpointLimits
+from adapters.staging import StagingArea
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class BlobStore:
-    """The folders under one root. Safe between threads and processes, see each method."""
+    """The folders under one root. Safe between threads and processes, see each method.
+
+    Attributes:
+        staging: where a folder is made before it becomes a blob.
+    """
 
     def __init__(self, root: Path, limits: CheckpointLimits) -> None:
         self._blobs = root / "blobs"
-        self._staging = root / "staging"
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self.staging = StagingArea(root)
         self._limits = limits
-        for directory in (self._blobs, self._staging):
-            directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
         """Where a digest's folder is or would be.
@@ -59,39 +58,16 @@ class BlobStore:
         return sorted(e.name for e in self._blobs.iterdir() if _DIGEST.fullmatch(e.name))
 
     @contextmanager
-    def staging_dir(self) -> Iterator[Path]:
-        """A fresh folder, locked against `sweep_staging` and removed on the way out."""
-        directory, lock = self._make_staging_dir()
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-            os.close(lock)
-
-    def _make_staging_dir(self) -> tuple[Path, int]:
-        while True:
-            directory = self._staging / uuid.uuid4().hex
-            directory.mkdir()
-            try:
-                lock = os.open(directory, os.O_RDONLY)
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:  # a sweep came between; it owns that folder now
-                continue
-            if directory.exists():
-                return directory, lock
-            os.close(lock)
-
-    @contextmanager
     def taken_in(self, directory: Path) -> Iterator[Path]:
         """A checkpoint folder in staging: the given one if it is there already, else a copy.
 
         Raises what `check_file_set` raises: nothing is copied but the two files.
         """
         check_file_set(directory)
-        if directory.parent == self._staging:
+        if directory.parent == self.staging.path:
             yield directory
             return
-        with self.staging_dir() as copy:
+        with self.staging.folder() as copy:
             for name in sorted(FILES):
                 durable.copy_file(directory / name, copy / name)
             yield copy
@@ -116,7 +92,7 @@ class BlobStore:
 
     def discard(self, digest: str) -> None:
         """Remove a blob; it leaves `blobs/` by one rename. Files already open stay readable."""
-        with self.staging_dir() as grave:
+        with self.staging.folder() as grave:
             try:
                 self.path(digest).rename(grave / digest)
             except FileNotFoundError:
@@ -139,30 +115,4 @@ class BlobStore:
             read_header(directory / TENSORS_FILE, self._limits)
         except (AdapterError, OSError):
             return False
-        return True
-
-    def sweep_staging(self) -> int:
-        """Remove what dead owners left in staging; the number of entries removed."""
-        removed = 0
-        for entry in self._staging.iterdir():
-            if not entry.is_dir() or entry.is_symlink():
-                entry.unlink(missing_ok=True)
-                removed += 1
-            elif self._lock_and_remove(entry):
-                removed += 1
-        return removed
-
-    @staticmethod
-    def _lock_and_remove(directory: Path) -> bool:
-        try:
-            lock = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory, ignore_errors=True)
-        except BlockingIOError:  # its owner is alive
-            return False
-        finally:
-            os.close(lock)
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,14 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a new file and wait until its bytes are on the disk."""
     with path.open("xb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a new UTF-8 file line by line and wait until its bytes are on the disk."""
+    with path.open("x", encoding="utf-8", newline="") as file:
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
 

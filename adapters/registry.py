@@ -177,7 +177,7 @@ class Registry:
 
     def staging_dir(self) -> AbstractContextManager[Path]:
         """A fresh folder on the store's own disk, removed on the way out."""
-        return self._blobs.staging_dir()
+        return self._blobs.staging.folder()
 
     def publish(
         self,
@@ -261,6 +261,16 @@ class Registry:
                         self._collect([checked.digest])
                 raise
         return Published(record, created)
+
+    def require_free(self, name: str, *, create_only: bool = False) -> None:
+        """Raise what `publish` would raise about a name, before there is anything to publish.
+
+        Raises:
+            NameInvalid, AdapterExists: as `publish`.
+        """
+        self._check_name(name)
+        with self._database.read() as session:
+            _check_free(session, name, create_only)
 
     # --- out --------------------------------------------------------------------------
 
@@ -445,7 +455,7 @@ class Registry:
             deep: hash every stored byte (about a second a gigabyte); otherwise files, header and
                 length only, which finds what was cut short but no changed weight.
         """
-        staging_removed = self._blobs.sweep_staging()
+        staging_removed = self._blobs.staging.sweep()
         removed = self.collect_garbage()
         with self._database.read() as session:
             digests = list(session.scalars(select(VersionRow.digest).distinct()))

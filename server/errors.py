@@ -7,7 +7,11 @@
     |   `-- TooLong          more tokens than the base or the engine can hold
     |-- BodyTooLarge         more bytes than the limit, counted while they arrive
     |-- WrongContentType     a body of another media type
-    `-- NotReady             the engine is still starting, or is gone
+    |-- NotReady             the engine is still starting, or is gone
+    |-- JobNotFound          no training job of that id
+    |-- JobActive            the job has to end first
+    `-- TooManyJobs          as many jobs wait already as may
+    LeaseLost                a worker's claim on its job is no longer good (never told to a client)
 
 Every error carries facts as plain attributes, as those of `adapters.errors` do; nothing here knows
 a status code: `server.api.errors` holds the one table.
@@ -67,3 +71,19 @@ class WrongContentType(RequestRefused):
 
 class NotReady(RequestRefused):
     """The engine is still starting, or is gone."""
+
+
+class JobNotFound(RequestRefused):
+    """No training job of that id."""
+
+
+class JobActive(RequestRefused):
+    """The training job has to end first."""
+
+
+class TooManyJobs(RequestRefused):
+    """As many training jobs wait already as may."""
+
+
+class LeaseLost(Exception):
+    """A worker's claim on its job is no longer good: another has it, or it has ended."""

@@ -2,7 +2,7 @@
 
     /v1/...        OpenAI's  {"error": {"message", "type", "param", "code"}}
     TGI's routes   TGI's     {"error", "error_type"}
-    the rest       ours      {"error", "error_type", "code"}, and field, expected, came if known
+    the rest       ours      {"error", "error_type", "code"}, and field, expected, came, row if known
 
 A test fails when a class of `adapters.errors`, `server.errors` or the engine's client is missing
 here. Every refusal gets a reply: unknown routes, methods and unforeseen errors included.
@@ -88,6 +88,10 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.BodyTooLarge: Refusal(413, "body_too_large"),
     ours.WrongContentType: Refusal(415, "wrong_content_type"),
     ours.NotReady: Refusal(503, "not_ready", "unavailable"),
+    ours.JobNotFound: Refusal(404, "job_not_found"),
+    ours.JobActive: Refusal(400, "job_active"),
+    ours.TooManyJobs: Refusal(429, "too_many_jobs", "overloaded"),
+    ours.LeaseLost: UNFORESEEN,
     # the engine
     engine.EngineError: UNFORESEEN,
     engine.EngineStartFailed: Refusal(503, "engine_start_failed", "unavailable"),
@@ -135,6 +139,7 @@ class Told:
     field: str | None = None
     expected: str | None = None
     came: str | None = None
+    row: int | None = None
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -154,6 +159,7 @@ def tell(error: Exception) -> Told:
                 field=getattr(error, "field", None),
                 expected=getattr(error, "expected", None),
                 came=getattr(error, "came", None),
+                row=getattr(error, "row", None),
                 headers=_retry_headers(error),
             )
     return Told(UNFORESEEN, "an unforeseen error; the server's log has it under this request id")
@@ -178,6 +184,8 @@ def body_of(told: Told, path: str) -> dict[str, Any]:
         body["code"] = refusal.code
         facts = {"field": told.field, "expected": told.expected, "came": told.came}
         body |= {name: _sendable(value) for name, value in facts.items() if value is not None}
+        if told.row is not None:
+            body["row"] = told.row
     return body
 
 
@@ -239,6 +247,8 @@ class CatchAll:
 def _retry_headers(error: Exception) -> dict[str, str]:
     if isinstance(error, engine.EngineOverloaded):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))}
+    if isinstance(error, ours.TooManyJobs):
+        return {"retry-after": "30"}
     if isinstance(error, (ours.NotReady, engine.EngineUnavailable)):
         return {"retry-after": "5"}
     return {}
