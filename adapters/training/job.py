@@ -110,11 +110,13 @@ class TrainingRequest(BaseModel):
         target: the column that holds what to answer.
         labels: all that may be answered, where the task is to choose; evaluation then ranks them.
         label_names: the target's value as text -> the label in words.
-        target_separator: stands between prompt and target; None takes the recipe's.
+        target_separator: stands between prompt and target; None takes the white space at the
+            template's end, or one space where there is none ("as_written": nothing).
         append_eos: end every target with the end-of-sequence token.
         tokenization: "boundary" moves white space at the template's end to the target;
             "as_written" leaves it, for recipes that were written so.
-        max_length: tokens of prompt, target and end of sequence; None takes what the base holds.
+        max_length: tokens of prompt, target and end of sequence; None takes what the base holds, at
+            most 2,048.
         on_too_long: refuse a longer row, or drop the beginning of its prompt.
         init_text: start a prefix or a prompt from this text.
         context_examples: CPT: examples in the context.

@@ -8,6 +8,7 @@ trained and no weight is read here.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def make_plan(
         TemplateInvalid: the template does not parse.
         CheckpointError: the config does not fit the base.
     """
+    _check_texts(request)
     peft_type = METHOD_NAMES[request.method]
     recipe = RECIPES[peft_type]
     raw, start = method_config.resolve(request, recipe)
@@ -115,6 +117,15 @@ def make_plan(
     examples = fit(job, Examples(train, held_out, label_ids))
     preview = [_preview(example, rows, renderer) for example in examples.train[:PREVIEW_ROWS]]
     return Plan(job, examples, preview, _lengths(examples))
+
+
+def _check_texts(request: TrainingRequest) -> None:
+    # JSON can say "\\ud800", which is no text: no tokenizer, database or reply could take it.
+    for name, value in request.model_dump().items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise _wrong(name, "it is no text", "text", "half a surrogate pair") from None
 
 
 # --- defaults --------------------------------------------------------------------------------

@@ -39,13 +39,15 @@ class DataLimits:
         max_rows: rows.
         max_bytes: UTF-8 bytes of all of them: of the file, or of the names and texts of inline rows.
         max_line_bytes: bytes of one line of JSON, or of one record of CSV.
-        max_columns: columns of one row.
+        max_columns: different columns, over all rows.
+        max_values: values, over all rows: a short one costs many times its bytes in memory.
     """
 
     max_rows: int = 100_000
     max_bytes: int = 64 * MIB
     max_line_bytes: int = 1 * MIB
     max_columns: int = 1_000
+    max_values: int = 2_000_000
 
 
 DEFAULT_DATA_LIMITS = DataLimits()
@@ -104,7 +106,9 @@ class _Checker:
     def __init__(self, limits: DataLimits) -> None:
         self._limits = limits
         self._kinds: dict[str, tuple[str, str]] = {}  # column -> kind, and the row that set it
+        self._names: dict[str, str] = {}
         self._bytes = 0
+        self._num_values = 0
 
     def all(self, sources: Iterable[_Source]) -> list[Row]:
         rows: list[Row] = []
@@ -131,14 +135,19 @@ class _Checker:
         row = source.row
         if not isinstance(row, Mapping):
             raise _refused(source.place, number, "an object of columns", _kind_of_value(row))
-        if len(row) > self._limits.max_columns:
-            expected = f"at most {self._limits.max_columns} columns"
-            raise _refused(source.place, number, expected, f"{len(row)} columns")
         for name, value in row.items():
             self._check(name, value, source.place, number)
-        if self._bytes > self._limits.max_bytes:
-            raise _too_much(source.place, number, self._limits)
-        return dict(row)
+        self._num_values += len(row)
+        self._check_totals(source.place, number)
+        # One object a column name, not one a row.
+        return {self._names[name]: value for name, value in row.items()}
+
+    def _check_totals(self, place: str, number: int) -> None:
+        limits = self._limits
+        if self._bytes > limits.max_bytes:
+            raise _too_much(place, number, limits)
+        if self._num_values > limits.max_values:
+            raise _refused(place, number, f"at most {limits.max_values} values in all rows", "more")
 
     def _check(self, name: object, value: object, place: str, number: int) -> None:
         if not isinstance(name, str) or not name.strip():
@@ -148,6 +157,10 @@ class _Checker:
         if kind not in ("a text", "a number", "a boolean"):
             expected = "a text, a number or a boolean"
             raise _refused(place, number, expected, kind, column=name)
+        self._names.setdefault(name, name)
+        if len(self._names) > self._limits.max_columns:
+            expected = f"at most {self._limits.max_columns} columns in all rows"
+            raise _refused(place, number, expected, "more")
         first, first_place = self._kinds.setdefault(name, (kind, place))
         if kind != first:
             raise DataInvalid(
@@ -168,11 +181,12 @@ def _kind_of_value(value: object) -> str:
         return "a number" if abs(value) <= _MAX_INT else "a number beyond 64 bits"
     if isinstance(value, float):
         return "a number" if math.isfinite(value) else "NaN or infinity"
+    if isinstance(value, str):
+        return "a text"
     return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 _KINDS: dict[type, str] = {
-    str: "a text",
     type(None): "null",
     list: "a list",
     dict: "an object",
@@ -311,6 +325,8 @@ def _csv_fault(error: csv.Error) -> str:
         return "a quotation mark that is never closed"
     if "new-line character" in fault:
         return "a carriage return without a line feed"
+    if "field limit" in fault:
+        return f"a cell of more than {csv.field_size_limit()} characters"
     return fault
 
 
