@@ -17,13 +17,15 @@ import structlog
 from fastapi import FastAPI
 
 from adapters.registry import Registry
-from server.api import adapters, classify, errors, generate, health, models, tokens
+from server.api import adapters, classify, errors, generate, health, models, tokens, train
 from server.api.access_log import AccessLog
 from server.api.headers import BodyLimit, ReplyHeaders
 from server.api.services import Services
 from server.base.convert import read_manifest
 from server.engine.client import EngineClient
 from server.generation import Generator
+from server.jobs.store import JobStore
+from server.jobs.supervisor import STOP_SECONDS, Supervisor
 from server.settings import MIB, Settings
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
@@ -33,7 +35,8 @@ log = structlog.get_logger(__name__)
 COLLECT_SECONDS = 60.0
 
 Hook = Callable[[Services], Awaitable[None]]
-UPLOAD_PATHS = frozenset({"/adapters"})
+# These count their bodies themselves.
+UPLOAD_PATHS = frozenset({"/adapters", "/train"})
 
 
 async def _nothing(_services: Services) -> None:
@@ -78,7 +81,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for module in (generate, classify, adapters, models, tokens, health):
+    for module in (generate, classify, adapters, models, tokens, train, health):
         app.include_router(module.router)
     errors.install(app)
     # The last one added is the outermost.
@@ -92,15 +95,20 @@ def create_app(
 
 
 def open_services(settings: Settings) -> Services:
-    """The registry, swept, and an engine that is not started yet."""
+    """The registry and the jobs, swept; an engine and a supervisor that are not started yet."""
     base_id = base_name(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     registry = Registry(settings.data_dir, reserved=(base_id,))
     report = registry.sweep(deep=False)
     if report.corrupt:
         log.warning("adapters_corrupt", digests=report.corrupt)
+    jobs = JobStore(settings.data_dir)
+    jobs.sweep()
+    supervisor = Supervisor(
+        jobs, registry, settings.worker_config(base_id), workers=settings.train_workers
+    )
     client = EngineClient(settings.engine_config())
-    return Services(settings, base_id, registry, client)
+    return Services(settings, base_id, registry, client, jobs=jobs, supervisor=supervisor)
 
 
 async def start_engine(services: Services) -> Generator:
@@ -116,9 +124,14 @@ async def start_engine(services: Services) -> Generator:
 
 
 async def close_services(services: Services) -> None:
-    """Stop the engine and close the registry."""
+    """Let training jobs write a checkpoint, stop the engine, close the registry."""
     services.generator = None
+    if services.supervisor is not None:
+        seconds = min(STOP_SECONDS, services.settings.shutdown_seconds)
+        await anyio.to_thread.run_sync(services.supervisor.stop, seconds)
     await services.client.stop()
+    if services.jobs is not None:
+        services.jobs.close()
     services.registry.close()
 
 
@@ -167,6 +180,9 @@ def load_text_tokenizer(settings: Settings) -> TextTokenizer:
 async def _start(services: Services, on_ready: Hook, on_failure: Hook) -> None:
     try:
         services.generator = await start_engine(services)
+        if services.supervisor is not None:
+            # Not before: two processes that load the base at once make both wait.
+            services.supervisor.start()
         await on_ready(services)
     except Exception as error:
         services.failure = str(error)

@@ -14,7 +14,6 @@ from adapters import errors as library
 INTERNAL_ERROR = "internal_error"
 OUT_OF_MEMORY = "out_of_memory"
 DISK_FULL = "disk_full"
-WORKER_LOST = "worker_lost"
 
 # A class covers those below it that are not named themselves.
 CODES: dict[type[library.AdapterError], str] = {

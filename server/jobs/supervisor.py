@@ -37,8 +37,6 @@ CLAIM_SECONDS = 1.0
 # What a cancelled worker is given to leave by itself.
 CANCEL_SECONDS = 2.0
 STOP_SECONDS = 10.0
-# A worker that dies so often without getting further will not get further.
-MAX_LOSSES = 3
 
 Ending = Literal["cancel", "leave"]
 
@@ -86,7 +84,6 @@ class Supervisor:
         self._workers = workers
         self._lease_seconds = lease_seconds
         self._runs: list[_Run] = []
-        self._losses: dict[str, list[int]] = {}
         self._claim_at = 0.0
         self._stopping = False
         self._stop_seconds = STOP_SECONDS
@@ -247,21 +244,8 @@ class Supervisor:
         elif code == EXIT_DISK_FULL:
             error = failures.failed(failures.DISK_FULL, "the disk is full; nothing was published")
             self._store.finish(claim, "failed", error=error)
-        elif self._is_stuck(record):
-            message = (
-                f"the training process died {MAX_LOSSES} times at the same place, at last by "
-                f"{describe_exit(code)}; where the machine ran out of memory, it was ended by that"
-            )
-            error = failures.failed(failures.WORKER_LOST, message)
-            self._store.finish(claim, "failed", error=error)
         else:
             self._store.add_event(claim, "worker_lost", {"how": describe_exit(code)})
-            self._store.release(claim)
+            # A lease that is over now: the next claim takes the job up, or the store gives it up.
+            self._store.renew(claim, 0.0)
             self._claim_at = 0.0
-
-    def _is_stuck(self, record: JobRecord) -> bool:
-        """Note that a worker was lost; whether the last ones all got no further than before."""
-        steps = self._losses.setdefault(record.id, [])
-        steps.append(int(record.progress.get("step", 0)))
-        recent = steps[-MAX_LOSSES:]
-        return len(recent) == MAX_LOSSES and max(recent[1:]) <= recent[0]

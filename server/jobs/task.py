@@ -34,6 +34,7 @@ from server.jobs.config import (
     EXIT_STOPPED,
     WorkerConfig,
 )
+from server.jobs.files import STATE_DIR
 from server.jobs.publishing import Outcome, publish, published_by
 from server.jobs.store import Claim, JobStore
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
@@ -102,7 +103,7 @@ def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
                 base.model,
                 base.spec,
                 on_event=events,
-                state_dir=store.directory(claim.job_id) / "state",
+                state_dir=store.directory(claim.job_id) / STATE_DIR,
                 checkpoint_seconds=config.checkpoint_seconds,
                 should_stop=should_stop,
             )
@@ -128,7 +129,7 @@ def _require_base(job: TrainingJob, base: LoadedBase) -> None:
 
 def _fail(store: JobStore, claim: Claim, error: dict[str, str]) -> int:
     # Its checkpoints are of no more use, and a full disk needs their room for the job's end.
-    shutil.rmtree(store.directory(claim.job_id) / "state", ignore_errors=True)
+    shutil.rmtree(store.directory(claim.job_id) / STATE_DIR, ignore_errors=True)
     try:
         store.finish(claim, "failed", error=error)
     except LeaseLost:
