@@ -3,7 +3,9 @@
     job            what was asked for, and the same with every default resolved
     recipes        the measured defaults of each method
     rows           JSON lines, CSV and inline rows as plain values, checked
-    examples       rows as token ids
+    rendering      one row as text and as token ids
+    selection      which examples are trained on, held out, or in CPT's context
+    examples       all rows as token ids, of a length that fits
     method_config  the PEFT fields of a request over those of its recipe
     plan           a request and its rows as a job that can run, or a refusal
     batches        which examples stand in which step

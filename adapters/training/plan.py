@@ -20,22 +20,13 @@ from adapters.methods import METHODS
 from adapters.template import Template
 from adapters.training import method_config
 from adapters.training.encoding import Encoder
-from adapters.training.examples import (
-    Example,
-    Examples,
-    Renderer,
-    alternating,
-    by_label,
-    context_of,
-    fit,
-    kept_tokens,
-    split,
-    without_context,
-)
+from adapters.training.examples import Example, Examples, fit, kept_tokens
 from adapters.training.job import METHOD_NAMES, Hyperparameters, TrainingJob, TrainingRequest
 from adapters.training.method_config import Start
 from adapters.training.recipes import RECIPES, Recipe
+from adapters.training.rendering import Renderer
 from adapters.training.rows import Row
+from adapters.training.selection import alternating, by_label, context_of, split, without_context
 
 DEFAULT_SEPARATOR = " "
 # Longer rows are seldom meant, and each costs memory for every one of its tokens.
@@ -120,7 +111,7 @@ def make_plan(
 
 
 def _check_texts(request: TrainingRequest) -> None:
-    # JSON can say "\\ud800", which is no text: no tokenizer, database or reply could take it.
+    # JSON can say "\ud800", which is no text: no tokenizer, database or reply could take it.
     for name, value in request.model_dump().items():
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()

@@ -1,0 +1,317 @@
+"""One row as text and as token ids: template, target, separator, end of sequence.
+
+The ids of an example are tokens(prompt) + tokens(separator + target) + end of sequence, the same here,
+in ranking and at inference with a stored template. Knows no lengths, no splits and no randomness.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from adapters.errors import DataInvalid, JobInvalid, TemplateInvalid
+from adapters.template import Template, text_of
+from adapters.training.encoding import Encoder
+from adapters.training.job import TrainingJob
+from adapters.training.rows import Row
+
+# Types of tokens, as CPT counts them; 0 is a token that the tokenizer added to the text.
+ADDED, TEMPLATE_BEFORE, INPUT, TEMPLATE_AFTER, LABEL = 0, 1, 2, 3, 4
+# Stands between the examples of a context.
+EXAMPLE_SEPARATOR = "\n"
+_SHOWN = 80
+_COMPARED = 200
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids.
+
+    Attributes:
+        prompt_ids: the rendered template, with what the tokenizer adds to a text.
+        target_ids: separator and target, then the end of sequence where the job appends it.
+        label: index into the job's labels; None without labels.
+        row: which row of the data it is, counted from 1.
+        types: of prompt and target, one a token: 1 template before the last column's value, 2 values,
+            3 template after it, 4 target and its end of sequence; 0 what the tokenizer added.
+    """
+
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+    label: int | None
+    row: int
+    types: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and target together."""
+        return len(self.prompt_ids) + len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A piece of text as tokens.
+
+    Attributes:
+        text: the piece.
+        ids: its tokens.
+        spans: the half-open range of characters of each.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+class Renderer:
+    """Renders and encodes rows by a job's template, labels and token boundaries.
+
+    Args:
+        job: max_length, config and seeds are not read.
+        encoder: the base's tokenizer.
+
+    Raises:
+        TemplateInvalid: the template does not parse.
+        JobInvalid: the target stands in the template, or the tokenizer has no end of sequence.
+    """
+
+    def __init__(self, job: TrainingJob, encoder: Encoder) -> None:
+        self._job = job
+        self._encoder = encoder
+        self._template = parse_template(job)
+        self._end = _end_ids(job, encoder)
+        self._indices = {label: index for index, label in enumerate(job.labels or ())}
+        self._targets: dict[str, tuple[int, ...]] = {}  # labels come again and again
+
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Every row, of any length, in order.
+
+        Raises:
+            DataInvalid: see `make_examples`; also one class only.
+        """
+        texts = [self.target_text(row, number) for number, row in enumerate(rows, start=1)]
+        if len(texts) > 1 and len(set(texts)) == 1:
+            raise DataInvalid(
+                f"all {len(texts)} rows have the same target, {texts[0][:_SHOWN]!r}: there is nothing "
+                "to learn from one class",
+                field=self._job.target,
+                expected="at least two different targets",
+                came=repr(texts[0][:_SHOWN]),
+            )
+        return [
+            self._example(row, text, number)
+            for number, (row, text) in enumerate(zip(rows, texts, strict=True), start=1)
+        ]
+
+    def target_text(self, row: Row, number: int) -> str:
+        """The target in words.
+
+        Raises:
+            DataInvalid: no target, a value without a name, or a word that is no label.
+        """
+        job = self._job
+        if job.target not in row:
+            raise _no_column(job.target, "the target column", row, number)
+        text = text_of(row[job.target])
+        if job.label_names is not None:
+            if text not in job.label_names:
+                raise _unknown(text, job.label_names, "a value that label_names has", job, number)
+            text = job.label_names[text]
+        if job.labels is not None and text not in self._indices:
+            raise _unknown(text, job.labels, "one of the labels", job, number)
+        return text
+
+    def prompt(self, row: Row, number: int) -> tuple[EncodedText, tuple[int, ...]]:
+        """A row's prompt, and the type of each of its tokens.
+
+        Raises:
+            DataInvalid: a column is missing, or the prompt has no tokens.
+        """
+        try:
+            filled = self._template.fill(row)
+        except TemplateInvalid:
+            missing = next(name for name in self._template.columns if name not in row)
+            raise _no_column(missing, "a column of the template", row, number) from None
+        encoded = self._encode(filled.text, add_special_tokens=True)
+        if all(start == stop for start, stop in encoded.spans):
+            raise DataInvalid(
+                f"row {number}: the prompt has no tokens",
+                row=number,
+                expected="a prompt of at least one token",
+                came=repr(filled.text[:_SHOWN]),
+            )
+        return encoded, _types(encoded, filled.ranges)
+
+    def target(self, text: str) -> EncodedText:
+        """The separator and a target, without the end of sequence."""
+        return self._encode(self._job.target_separator + text, add_special_tokens=False)
+
+    def target_ids(self, text: str) -> tuple[int, ...]:
+        """The ids of separator, target and end of sequence; only the last where there are no others."""
+        if text not in self._targets:
+            self._targets[text] = (*self.target(text).ids, *self._end)
+        return self._targets[text]
+
+    def label_ids(self) -> list[tuple[int, ...]] | None:
+        """See `Examples.label_ids`.
+
+        Raises:
+            JobInvalid: a label has no tokens, or two labels have the same.
+        """
+        if self._job.labels is None:
+            return None
+        found: dict[tuple[int, ...], str] = {}
+        for label in self._job.labels:
+            ids = self.target_ids(label)
+            if label == "" or len(ids) == len(self._end):
+                raise _bad_label(label, "has no tokens", "a label of at least one token")
+            if ids in found:
+                raise _bad_label(
+                    label, f"has the same tokens as {found[ids][:_SHOWN]!r}", "labels that differ"
+                )
+            found[ids] = label
+        return list(found)
+
+    def context_ids(self, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+        """Examples one after another, as a context: ids and CPT's types of them, (n,) each.
+
+        Example k adds 4k to its types; the end of sequence, the separators and what the tokenizer
+        adds have type 0. What it adds stands before the first example only.
+        """
+        separator = self._encode(EXAMPLE_SEPARATOR, add_special_tokens=False).ids
+        ids: list[int] = []
+        types: list[int] = []
+        for index, example in enumerate(examples):
+            own = list(zip((*example.prompt_ids, *example.target_ids), example.types, strict=True))
+            if self._end:
+                own[-1] = (own[-1][0], ADDED)
+            for position, (token, kind) in enumerate(own):
+                is_added = kind == ADDED and position < len(example.prompt_ids)
+                if index and is_added:
+                    continue
+                ids.append(token)
+                types.append(0 if kind == ADDED else kind + 4 * index)
+            ids += separator
+            types += [0] * len(separator)
+        return ids, types
+
+    def text(self, row: Row, number: int) -> str:
+        """Prompt, separator and target as one text."""
+        words = self.target_text(row, number)
+        return self.prompt(row, number)[0].text + self._job.target_separator + words
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """The ids of a text, nothing added."""
+        return self._encode(text, add_special_tokens=False).ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> EncodedText:
+        ids, spans = self._encoder.encode_with_offsets(text, add_special_tokens=add_special_tokens)
+        return EncodedText(text, tuple(ids), tuple(spans))
+
+    def _example(self, row: Row, target: str, number: int) -> Example:
+        prompt, types = self.prompt(row, number)
+        target_ids = self.target_ids(target)
+        if target == "" or len(target_ids) == len(self._end):
+            raise DataInvalid(
+                f"row {number}: the target in column {self._job.target!r} has no tokens",
+                row=number,
+                field=self._job.target,
+                expected="a target of at least one token",
+                came=repr(target[:_SHOWN]),
+            )
+        return Example(
+            prompt_ids=prompt.ids,
+            target_ids=target_ids,
+            label=self._indices.get(target),
+            row=number,
+            types=types + (LABEL,) * len(target_ids),
+        )
+
+
+def parse_template(job: TrainingJob) -> Template:
+    """The job's template; "as_written" keeps the white space at its end.
+
+    Raises:
+        TemplateInvalid: it does not parse.
+        JobInvalid: it has no column, or it has the target's.
+    """
+    template = Template.parse(job.template, keep_trailing_space=job.tokenization == "as_written")
+    if not template.columns:
+        raise JobInvalid(
+            "template: it names no column, so every prompt would be the same",
+            field="template",
+            expected="at least one {column}",
+            came=repr(job.template[:_SHOWN]),
+        )
+    if job.target in template.columns:
+        raise JobInvalid(
+            f"template: it holds the target column {job.target[:_SHOWN]!r}, which would give the "
+            "answer away",
+            field="template",
+            expected="columns other than the target",
+            came=repr(job.target[:_SHOWN]),
+        )
+    return template
+
+
+def _types(prompt: EncodedText, ranges: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """The type of every token of a prompt, by its last character.
+
+    A token that begins with the white space before a word belongs to the word.
+    """
+    kinds = bytearray([TEMPLATE_BEFORE]) * len(prompt.text)
+    for start, stop in ranges:
+        kinds[start:stop] = bytearray([INPUT]) * (stop - start)
+    last = ranges[-1][1]
+    kinds[last:] = bytearray([TEMPLATE_AFTER]) * (len(kinds) - last)
+    return tuple(kinds[stop - 1] if start < stop else ADDED for start, stop in prompt.spans)
+
+
+def _end_ids(job: TrainingJob, encoder: Encoder) -> tuple[int, ...]:
+    if not job.append_eos:
+        return ()
+    if encoder.eos_token_id is None:
+        raise JobInvalid(
+            "append_eos is true, but the base's tokenizer has no end-of-sequence token",
+            field="append_eos",
+            expected="false",
+            came="true",
+        )
+    return (encoder.eos_token_id,)
+
+
+def _no_column(name: str, what: str, row: Row, number: int) -> DataInvalid:
+    columns = ", ".join(repr(column[:_SHOWN]) for column in list(row)[:20]) or "none"
+    return DataInvalid(
+        f"row {number}: {what}, {name[:_SHOWN]!r}, is missing; the row has {columns}",
+        row=number,
+        field=name,
+        expected=f"a column {name[:_SHOWN]!r}",
+        came=columns,
+    )
+
+
+def _unknown(
+    text: str, known: Iterable[str], what: str, job: TrainingJob, number: int
+) -> DataInvalid:
+    names = list(known)
+    near = difflib.get_close_matches(text[:_COMPARED], names, n=3, cutoff=0.5)
+    listed = ", ".join(repr(name[:_SHOWN]) for name in (near or names[:10]))
+    return DataInvalid(
+        f"row {number}: column {job.target[:_SHOWN]!r} holds {text[:_SHOWN]!r}, expected {what}: "
+        f"{'near ones are ' if near else ''}{listed}",
+        row=number,
+        field=job.target,
+        expected=listed,
+        came=repr(text[:_SHOWN]),
+    )
+
+
+def _bad_label(label: str, fault: str, expected: str) -> JobInvalid:
+    return JobInvalid(
+        f"labels: {label[:_SHOWN]!r} {fault}",
+        field="labels",
+        expected=expected,
+        came=repr(label[:_SHOWN]),
+    )

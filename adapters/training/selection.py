@@ -1,0 +1,115 @@
+"""Which examples are trained on, held out, or shown in CPT's context.
+
+All draws follow the job's seeds, so that the server, the worker and the command line agree.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+
+from adapters.errors import JobInvalid
+from adapters.training.job import TrainingJob
+from adapters.training.rendering import Example
+
+
+def split(job: TrainingJob, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and examples held out, drawn by the job's seed, each in row order.
+
+    With labels every label gives its share, and keeps at least one example to train on.
+
+    Raises:
+        JobInvalid: the split is not 0 and would hold out nothing.
+    """
+    share = job.hyperparameters.validation_split
+    if share == 0.0:
+        return list(examples), []
+    groups = list(by_label(examples).values())
+    shuffled = random.Random(job.hyperparameters.seed)  # noqa: S311 (a draw, not a secret)
+    for group in groups:
+        shuffled.shuffle(group)
+    counts = _shares([len(group) for group in groups], share)
+    held_out = {
+        example.row
+        for group, count in zip(groups, counts, strict=True)
+        for example in group[:count]
+    }
+    if not held_out:
+        raise JobInvalid(
+            f"hyperparameters.validation_split: {share} of {len(examples)} rows holds out nothing "
+            "(every label keeps a row to train on)",
+            field="hyperparameters.validation_split",
+            expected="a share that holds out at least one row",
+            came=str(share),
+        )
+    return (
+        [example for example in examples if example.row not in held_out],
+        [example for example in examples if example.row in held_out],
+    )
+
+
+def by_label(examples: Iterable[Example]) -> dict[int | None, list[Example]]:
+    """Examples of each label, labels in order; all under None without labels."""
+    groups: dict[int | None, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.label, []).append(example)
+    return dict(sorted(groups.items(), key=lambda item: -1 if item[0] is None else item[0]))
+
+
+def alternating(groups: Iterable[Sequence[Example]]) -> list[Example]:
+    """One example of each group in turn, until all are used up."""
+    queues = [list(group) for group in groups]
+    longest = max((len(queue) for queue in queues), default=0)
+    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+
+
+def context_of(job: TrainingJob, train: Sequence[Example]) -> list[Example]:
+    """The examples of CPT's context: labels alternate, drawn by `context_seed`.
+
+    Raises:
+        JobInvalid: it wants more examples than there are.
+    """
+    count = job.context_examples or 0
+    if count > len(train):
+        raise JobInvalid(
+            f"context_examples is {count}, but there are {len(train)} rows to choose from",
+            field="context_examples",
+            expected=f"at most {len(train)}",
+            came=str(count),
+        )
+    draw = random.Random(job.context_seed or 0)  # noqa: S311
+    groups = list(by_label(train).values())
+    for group in groups:
+        draw.shuffle(group)
+    draw.shuffle(groups)
+    return alternating(groups)[:count]
+
+
+def without_context(job: TrainingJob, train: Sequence[Example]) -> list[Example]:
+    """The examples that are not in CPT's context.
+
+    Raises:
+        JobInvalid: none is left.
+    """
+    context = {example.row for example in context_of(job, train)}
+    left = [example for example in train if example.row not in context]
+    if not left:
+        raise JobInvalid(
+            f"train_on_context is false, and the context takes all {len(train)} rows",
+            field="train_on_context",
+            expected="true, or fewer context_examples than rows",
+            came="false",
+        )
+    return left
+
+
+def _shares(sizes: Sequence[int], share: float) -> list[int]:
+    """How many each group gives: its share, rounded so that the sum is right; each keeps one."""
+    exact = [size * share for size in sizes]
+    counts = [min(int(want), size - 1) for want, size in zip(exact, sizes, strict=True)]
+    wanted = round(sum(sizes) * share)
+    # The groups that lost most by rounding down give one more; the order of labels breaks ties.
+    for index in sorted(range(len(sizes)), key=lambda i: counts[i] - exact[i]):
+        if sum(counts) < wanted and counts[index] < sizes[index] - 1:
+            counts[index] += 1
+    return counts
