@@ -18,7 +18,7 @@ import anyio.to_thread
 import structlog
 
 from adapters.registry import AdapterRecord, Registry
-from adapters.template import Template
+from adapters.template import Template, Value
 from server.engine.client import EngineClient, RequestFailed, RequestStream
 from server.engine.request import (
     AdapterRef,
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 ResultT = TypeVar("ResultT")
-Row: TypeAlias = Mapping[str, str | int | float]
+Row: TypeAlias = Mapping[str, Value]
 
 DEFAULT_MAX_NEW_TOKENS = 64
 # Longer texts are tokenised off the event loop: a megabyte takes about a second.
@@ -247,7 +247,8 @@ class Generator:
                 expected="an adapter with a stored template",
                 came=whose,
             )
-        text = Template.parse(adapter.template).render(row)
+        as_written = adapter.tokenization == "as_written"
+        text = Template.parse(adapter.template, keep_trailing_space=as_written).render(row)
         return Prompt(text, await self._tokens(text, plain=True))
 
     async def encode_target(self, text: str, *, append_eos: bool) -> tuple[int, ...]:

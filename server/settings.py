@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     scale_slots: Count = Field(32, description="IA3 adapters resident at once.")
     max_best_of: Count = Field(8, description="Samples that one request may draw with best_of.")
     max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
+    max_data_mib: Count = Field(64, description="Size of a file of training rows in MiB at most.")
     max_upload_mib: Count = Field(1100, description="Size of an uploaded adapter in MiB at most.")
     shutdown_seconds: Count = Field(
         30, description="Time that running streams are given to end at shutdown."

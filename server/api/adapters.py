@@ -34,7 +34,7 @@ ResultT = TypeVar("ResultT")
 Version = Annotated[int | None, Query(ge=1, description="A version; left out, see the route.")]
 
 FORM_FIELDS = small_fields(
-    ("name", "description", "template", "labels", "target_separator", "append_eos")
+    ("name", "description", "template", "labels", "target_separator", "append_eos", "tokenization")
 )
 _CURL = "-F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors"
 _FORM = {
@@ -53,8 +53,17 @@ _FORM = {
                             "type": "string",
                             "description": "A JSON list of texts, or the field repeated.",
                         },
-                        "target_separator": {"type": "string", "default": " "},
+                        "target_separator": {
+                            "type": "string",
+                            "description": "Left out: white space that the template ends with, "
+                            "else one space.",
+                        },
                         "append_eos": {"type": "boolean"},
+                        "tokenization": {
+                            "type": "string",
+                            "enum": ["boundary", "as_written"],
+                            "default": "boundary",
+                        },
                         "files": {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
@@ -112,9 +121,12 @@ async def get_adapter(request: Request, services: UseServices, name: str) -> dic
     services.name_adapter(request, default)
     return {
         **_version(services, default),
+        "recipe": default.recipe,
         "config": config,
         "counters": {"requests": services.requests_by_adapter[name]},
-        "versions": [_version(services, record) for record in versions],
+        "versions": [
+            {**_version(services, record), "recipe": record.recipe} for record in versions
+        ],
     }
 
 
@@ -242,6 +254,9 @@ def _version(services: Services, record: AdapterRecord) -> dict[str, Any]:
         "labels": None if record.labels is None else list(record.labels),
         "target_separator": record.target_separator,
         "append_eos": record.append_eos,
+        "tokenization": record.tokenization,
+        "job_id": record.job_id,
+        "metrics": record.metrics,
         "base_model_name_or_path": record.base_name,
         "base_digest": record.base_digest,
         "created_at": record.created_at.isoformat(),
@@ -264,11 +279,10 @@ def _publish(
             came="nothing",
         )
     template = upload.one("template")
-    if template is not None:
-        Template.parse(template)
+    tokenization = upload.one("tokenization")
+    separator = _separator(upload.one("target_separator"), template, tokenization)
     labels = _labels(upload)
     append_eos = _flag(upload, "append_eos")
-    separator = upload.one("target_separator")
     if not upload.files:
         raise RequestInvalid(
             "files: expected adapter_config.json and adapter_model.safetensors, or one archive of "
@@ -285,8 +299,9 @@ def _publish(
         description=upload.one("description"),
         template=template,
         labels=labels,
-        target_separator=" " if separator is None else separator,
+        target_separator=separator,
         append_eos=append_eos,
+        tokenization=tokenization,
         create_only=create_only,
         base_names=(services.base_id, services.settings.base),
     )
@@ -305,6 +320,14 @@ def _create_only(request: Request) -> bool:
             came=shown(condition),
         )
     return True
+
+
+def _separator(given: str | None, template: str | None, tokenization: str | None) -> str:
+    """What stands between prompt and target; a template that does not parse is refused here."""
+    at_end = "" if template is None else Template.parse(template).dropped
+    if given is not None:
+        return given
+    return "" if tokenization == "as_written" else at_end or " "
 
 
 def _flag(upload: Upload, name: str) -> bool | None:

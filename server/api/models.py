@@ -10,6 +10,8 @@ from fastapi import APIRouter, Request
 
 from adapters.methods import METHODS
 from adapters.registry import AdapterRecord
+from adapters.training.job import METHOD_NAMES
+from adapters.training.recipes import RECIPES
 from server.api.adapter_choice import only_query
 from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS
 from server.api.services import Services, UseServices
@@ -70,20 +72,30 @@ async def info(request: Request, services: UseServices) -> dict[str, Any]:
     }
 
 
-@router.get("/methods", summary="Every method with its config fields")
+@router.get("/methods", summary="Every method with its config fields and how it is trained")
 async def methods(request: Request) -> dict[str, Any]:
-    """PEFT's field names and defaults, as a JSON schema a method."""
+    """PEFT's field names and defaults as a JSON schema a method; `training` is its recipe.
+
+    `POST /train` takes what is left out from the recipe, and then from the schema's defaults.
+    """
     only_query(request)
     return {
         "methods": [
             {
                 "name": method.name,
+                "aliases": _aliases(method.name, peft_type),
                 "peft_type": peft_type,
                 "config": method.config_class.model_json_schema(),
+                "training": RECIPES[peft_type].model_dump(mode="json"),
             }
             for peft_type, method in METHODS.items()
         ]
     }
+
+
+def _aliases(name: str, peft_type: str) -> list[str]:
+    """Other names under which `POST /train` knows a method."""
+    return [other for other, kind in METHOD_NAMES.items() if kind == peft_type and other != name]
 
 
 def _all_records(services: Services) -> list[AdapterRecord]:

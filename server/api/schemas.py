@@ -27,7 +27,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 StopString = Annotated[Text, StringConstraints(min_length=1, max_length=1_000)]
 LabelText = Annotated[Text, StringConstraints(min_length=1, max_length=10_000)]
-RowValue = Text | int | float
+RowValue = Text | bool | int | float
 Row = dict[Text, RowValue]
 
 

@@ -6,6 +6,7 @@ it is refused with `NotReady`. Knows no route.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Services:
         requests_by_adapter: generations asked of each name since the start.
         jobs: the training jobs; None in a server that has no table of them.
         supervisor: what runs them here; None where `graftwork worker` does.
+        planning: held while a job is planned: one at a time, since each may hold a whole file.
     """
 
     settings: Settings
@@ -54,6 +56,7 @@ class Services:
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     supervisor: Supervisor | None = None
+    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     @property
     def ready(self) -> bool:

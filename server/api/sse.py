@@ -28,6 +28,16 @@ def event(data: Any) -> bytes:
     return f"data:{text}\n\n".encode()
 
 
+def named_event(number: int, kind: str, data: Any) -> bytes:
+    """One frame with an id, from which a client that lost its connection can go on."""
+    return f"id:{number}\nevent:{kind}\n".encode() + event(data)
+
+
+def ping() -> bytes:
+    """A comment, which clients skip: it keeps a silent connection open."""
+    return b":\n\n"
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, ResultT]) -> ResultT:
     """Await `work`, and cancel it when the client disconnects.
 
