@@ -136,7 +136,7 @@ class JobRow(Base):
         number: grows with every job; the order in which they were asked for.
         job: a `TrainingJob` as JSON.
         progress: data of the newest step.
-        attempts: claims that were not handed back in order.
+        attempts: claims that were not handed back, from the last checkpoint's on.
         token: grows with every claim; only who holds the newest may write.
         lease_until: Unix time up to which the claim is good; NULL where nobody works on it.
         last_event: id of its newest event.

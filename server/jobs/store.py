@@ -12,8 +12,8 @@ Rules that callers may rely on:
 
 - States change as `server.jobs.states` says; a finished job never changes again.
 - Event ids of a job are 1, 2, 3, ...; what was read once is never different.
-- A job that loses its worker `max_attempts` times fails with code "worker_lost". A worker that hands
-  its job back does not count.
+- A job that loses its worker `max_attempts` times without a new checkpoint fails with code
+  "worker_lost". A worker that hands its job back does not count.
 - A cancel is not lost: a running job that was asked to end is cancelled even if its worker dies.
 
 Threads and processes may use one root at once: every change holds SQLite's write lock from its start
@@ -70,7 +70,7 @@ class JobRecord:
         error: {"code", "message"}, where it failed.
         adapter_version: version that it published.
         cancel_requested: somebody wants it to end.
-        attempts: claims that were not handed back.
+        attempts: claims that were not handed back, from the one on that made the last checkpoint.
     """
 
     id: str
@@ -122,7 +122,7 @@ class JobStore:
     Args:
         root: the data directory, made if it is not there.
         max_queued: jobs that may wait.
-        max_attempts: workers that a job may lose.
+        max_attempts: workers that a job may lose without a new checkpoint.
         max_events: about how many events of a job are kept, see `add_events`.
         clock: the Unix time; every process of one root must share it.
 
@@ -296,7 +296,8 @@ class JobStore:
     def add_events(self, claim: Claim, events: Iterable[tuple[str, Mapping[str, Any]]]) -> int:
         """Append events in one transaction; the id of the job's newest event.
 
-        The data of a "step" becomes the job's `progress` as well. Not every step becomes an event:
+        The data of a "step" becomes the job's `progress` as well; a "checkpoint" forgives the workers
+        that were lost before. Not every step becomes an event:
         the first tenth of `max_events` takes each, and every further tenth fills half as fast. From
         `max_events` on only changes of state are kept.
 
@@ -312,6 +313,8 @@ class JobStore:
             for kind, data in plain:
                 if kind == "step":
                     row.progress = data
+                if kind == "checkpoint":
+                    row.attempts = 1
                 if self._keeps(row, kind):
                     self._add(session, row, kind, data)
             return row.last_event
@@ -481,7 +484,10 @@ class JobStore:
         if row.cancel_requested:
             self._end(session, row, "cancelled")
         elif row.attempts >= self._max_attempts:
-            message = f"{row.attempts} workers were lost while they ran this job; see its log"
+            message = (
+                f"{row.attempts} workers were lost, one after another, before any of them got as far "
+                "as a checkpoint; the job's log may say why"
+            )
             self._end(session, row, "failed", {"code": "worker_lost", "message": message})
         else:
             return False

@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -76,6 +75,10 @@ def test_what_is_published_can_be_resolved(registry: Registry, root: Path, one: 
         target_separator="",
         append_eos=True,
         base_digest=BASE.digest,
+        recipe={"learning_rate": 0.1, "é😀": [1, None, (2, 3)]},
+        job_id="job-1",
+        metrics={"accuracy": 1 / 3},
+        tokenization="as_written",
         base_names=("somebody/base",),
     )
     record = published.record
@@ -89,6 +92,9 @@ def test_what_is_published_can_be_resolved(registry: Registry, root: Path, one: 
     )
     assert (record.description, record.template) == ("é😀", "Text : {t} Label :")
     assert (record.labels, record.target_separator, record.append_eos) == (("a", "b"), "", True)
+    assert record.recipe == {"learning_rate": 0.1, "é😀": [1, None, [2, 3]]}
+    assert (record.job_id, record.metrics) == ("job-1", {"accuracy": 1 / 3})
+    assert record.tokenization == "as_written"
     assert (record.base_digest, record.base_name) == (BASE.digest, "somebody/base")
     assert (record.status, record.aliases, record.is_default) == ("ok", (), True)
     assert record.warnings == ()
@@ -105,6 +111,8 @@ def test_defaults_say_nothing(registry: Registry, tmp_path: Path) -> None:
     assert (record.num_virtual_tokens, record.uses_scales) == (0, True)
     assert (record.description, record.template, record.labels) == (None, None, None)
     assert (record.target_separator, record.append_eos, record.base_digest) == (" ", None, None)
+    assert (record.recipe, record.job_id, record.metrics) == (None, None, None)
+    assert record.tokenization == "boundary"
 
 
 def test_the_given_folder_stays_unless_it_is_staged(
@@ -141,6 +149,10 @@ def test_the_same_again_is_the_same_version(registry: Registry, one: Path, two: 
         {"target_separator": ""},
         {"append_eos": False},
         {"base_digest": BASE.digest},
+        {"recipe": {"epochs": (8,)}},
+        {"job_id": "job-1"},
+        {"metrics": {}},
+        {"tokenization": "as_written"},
     ],
 )
 def test_other_words_are_a_new_version_of_one_digest(
@@ -209,9 +221,28 @@ def test_another_bases_name_is_a_warning_its_digest_a_refusal(
 
 
 def test_text_that_no_file_can_hold_is_refused(registry: Registry, one: Path) -> None:
-    for words in ({"template": "\ud800"}, {"labels": ["a", "\udfff"]}):
+    words = [
+        {"template": "\ud800"},
+        {"labels": ["a", "\udfff"]},
+        {"recipe": {"\udfff": 1}},
+        {"metrics": {"a": ["\udfff"]}},
+    ]
+    for said in words:
         with pytest.raises(errors.ConfigInvalid, match="surrogate"):
-            registry.publish("a", one, BASE, **words)
+            registry.publish("a", one, BASE, **said)
+
+
+def test_words_that_are_not_json_are_refused(registry: Registry, one: Path) -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (float("nan"), {1, 2}, deep):
+        with pytest.raises(errors.ConfigInvalid, match="metrics") as caught:
+            registry.publish("a", one, BASE, metrics={"a": value})
+        assert caught.value.field == "metrics"
+    with pytest.raises(errors.ConfigInvalid, match=r"boundary, as_written, came 'x'"):
+        registry.publish("a", one, BASE, tokenization="x")
+    assert registry.count() == 0
 
 
 # --- references -----------------------------------------------------------------------------
@@ -658,9 +689,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_full_database_is_told_apart(root: Path, registry: Registry) -> None:
     database = Database(root / "registry.db")
-    with pytest.raises(errors.StorageFull) as caught, database.write() as session:
-        session.connection().exec_driver_sql("PRAGMA max_page_count = 1")
-        session.add_all(AdapterRow(name=f"n{number}", last_version=0) for number in range(2_000))
+
+    def fill() -> None:
+        with database.write() as session:
+            session.connection().exec_driver_sql("PRAGMA max_page_count = 1")
+            session.add_all(AdapterRow(name=f"n{n}", last_version=0) for n in range(2_000))
+
+    with pytest.raises(errors.StorageFull) as caught:
+        fill()
     assert isinstance(caught.value.__cause__, OperationalError)
     assert is_full(caught.value.__cause__)
     with database.read() as session:
