@@ -1,0 +1,375 @@
+"""The steps of a training run: a job and its examples in, a checkpoint in PEFT's format out.
+
+    for each step: batches -> loss -> gradients -> clip -> optimiser -> event
+
+The base stays frozen and in eval mode; what is trained, and its optimiser, are float32. A run
+continues by itself from the state that it finds, see `state`. Knows no process, no jobs table and
+no file but its state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.checkpoint import write_checkpoint
+from adapters.errors import BaseMismatch, NonFinite, TrainingDiverged
+from adapters.method import parse_config
+from adapters.methods import METHODS
+from adapters.trainable import Trainable
+from adapters.training.batches import Plan, learning_rate
+from adapters.training.examples import Examples
+from adapters.training.job import Hyperparameters, TrainingJob
+from adapters.training.objective import num_targets, summed_loss
+from adapters.training.packed import PackedBase
+from adapters.training.ranking import mean_loss, rank, score
+from adapters.training.state import (
+    RunState,
+    load,
+    optimizer_tensors,
+    restore_optimizer,
+    save,
+)
+
+EventKind = Literal["started", "resumed", "step", "evaluation", "checkpoint"]
+
+
+class Stopped(Exception):
+    """`should_stop` said so; the state was saved where there is a place for it."""
+
+
+@dataclass(frozen=True)
+class TrainingEvent:
+    """Something that happened in a run.
+
+    Attributes:
+        kind: "started" and "resumed" open a run; "step" comes after each optimiser step,
+            "evaluation" after an epoch with held-out rows, "checkpoint" after a save.
+        data: JSON.
+            started: max_steps, num_rows, num_held_out, trainable_params; resumed: also step.
+            step: step, max_steps, epoch, loss, learning_rate, tokens_per_second, seconds_left.
+            evaluation: step, epoch, loss, num_rows, and with labels accuracy and macro_f1.
+            checkpoint: step.
+    """
+
+    kind: EventKind
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a run.
+
+    Attributes:
+        config: `adapter_config.json`.
+        tensors: the checkpoint, PEFT's names, float32.
+        metrics: loss (mean over the last epoch), steps, epochs, num_rows, and with held-out rows
+            `evaluation`, that of the parameters that are kept. The same for an interrupted run.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    metrics: dict[str, Any]
+
+    def write(self, directory: Path) -> None:
+        """Write the checkpoint folder. Raises as `checkpoint.write_checkpoint`."""
+        write_checkpoint(directory, self.config, self.tensors)
+
+
+def train(
+    job: TrainingJob,
+    examples: Examples,
+    model: nn.Module,
+    base: BaseModelSpec,
+    *,
+    on_event: Callable[[TrainingEvent], None],
+    state_dir: Path | None = None,
+    checkpoint_seconds: float = 20.0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Run a job to its end.
+
+    Args:
+        job: what to do.
+        examples: its rows.
+        model: the loaded base, frozen and in eval mode; its attention is replaced, and while the
+            run lasts IA3 wraps its modules.
+        base: its dimensions.
+        on_event: called in this thread.
+        state_dir: where checkpoints go and where an earlier run's is found; None keeps none.
+        checkpoint_seconds: time between two checkpoints; 0 saves after every step.
+        should_stop: asked before every forward pass.
+
+    Raises:
+        BaseMismatch: the job was planned for another base.
+        TrainingDiverged: the loss, or a parameter at the end, is no finite number.
+        Stopped: asked for by `should_stop`.
+        StorageFull: a checkpoint found no room.
+        TrainingError: the checkpoint that was found is damaged.
+    """
+    if job.base_digest != base.digest:
+        raise BaseMismatch(
+            f"the job was planned for the base {job.base_digest[:12]}, came {base.digest[:12]}",
+            field="base_digest",
+            expected=job.base_digest,
+            came=base.digest,
+        )
+    with torch.random.fork_rng(devices=[]):
+        run = _Run(job, examples, PackedBase(model, base), on_event, state_dir, should_stop)
+        try:
+            return run.to_the_end(checkpoint_seconds)
+        finally:
+            run.trainable.detach()
+
+
+class _Run:
+    """One run in progress."""
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        examples: Examples,
+        base: PackedBase,
+        on_event: Callable[[TrainingEvent], None],
+        state_dir: Path | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._job = job
+        self._options = job.hyperparameters
+        self._examples = examples
+        self._base = base
+        self._on_event = on_event
+        self._state_dir = state_dir
+        self._should_stop = should_stop
+        self._plan = Plan.of(len(examples.train), self._options)
+        torch.manual_seed(self._options.seed)
+        method = METHODS[job.peft_type]
+        config = parse_config(method.config_class, job.config)
+        self.trainable: Trainable = method.trainable(config, base, job.init_token_ids)
+        self._parameters = self.trainable.parameters()
+        self._optimizer = _optimizer(self._parameters, self._options)
+        self._step = 0
+        self._best: dict[str, torch.Tensor] = {}
+        # What the end depends on besides the tensors; stored with every checkpoint.
+        self._facts: dict[str, Any] = {"losses": [], "evaluations": [], "since_best": 0}
+        self._clock = _Clock(self._plan)
+
+    def to_the_end(self, checkpoint_seconds: float) -> Trained:
+        """Every step that is left."""
+        self._begin()
+        saved_at = time.monotonic()
+        while self._step < self._plan.max_steps and not self._is_over():
+            if self._should_stop():
+                self._save()
+                raise Stopped
+            loss, num_tokens = self._one_step()
+            self._note(loss, num_tokens)
+            if self._plan.ends_epoch(self._step - 1):
+                self._end_epoch()
+            if self._state_dir and time.monotonic() - saved_at >= checkpoint_seconds:
+                self._save()
+                saved_at = time.monotonic()
+        return self._trained()
+
+    # --- a step ------------------------------------------------------------------------
+
+    def _one_step(self) -> tuple[float, int]:
+        """Gradients of all forward passes of a step, then the optimiser; its loss and tokens."""
+        train, targets = self._examples.train, self.trainable.targets
+        batches = [[train[row] for row in rows] for rows in self._plan.batches(self._step)]
+        count = sum(num_targets(batch, targets) for batch in batches)
+        rate = learning_rate(self._step, self._plan.max_steps, self._options)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        self.trainable.set_training(True)
+        total = 0.0
+        for batch in batches:
+            self._stop_if_asked()
+            virtual = self.trainable.virtual()
+            loss = summed_loss(self._base, virtual, batch, targets) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        if not math.isfinite(total):
+            raise TrainingDiverged(
+                f"the loss of step {self._step + 1} is {total}; a learning rate below {rate:.3g} may help",
+                field="hyperparameters.learning_rate",
+                expected="a finite loss",
+                came=str(total),
+            )
+        if self._options.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._options.max_grad_norm)
+        self._optimizer.step()
+        self._step += 1
+        tokens = sum(len(e.prompt_ids) + len(e.target_ids) for batch in batches for e in batch)
+        return total, tokens
+
+    def _note(self, loss: float, num_tokens: int) -> None:
+        self._facts["losses"].append(loss)
+        del self._facts["losses"][: -self._plan.steps_per_epoch]
+        per_second, seconds_left = self._clock.after(self._step, num_tokens)
+        rate = learning_rate(self._step - 1, self._plan.max_steps, self._options)
+        self._tell(
+            "step",
+            step=self._step,
+            max_steps=self._plan.max_steps,
+            epoch=self._plan.epoch_of(self._step - 1),
+            loss=loss,
+            learning_rate=rate,
+            tokens_per_second=per_second,
+            seconds_left=seconds_left,
+        )
+
+    # --- evaluation --------------------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        if not self._examples.held_out:
+            return
+        self.trainable.set_training(False)
+        result = {
+            "step": self._step,
+            "epoch": self._plan.epoch_of(self._step - 1),
+            **self._evaluate(),
+        }
+        self._tell("evaluation", **result)
+        evaluations = self._facts["evaluations"]
+        if self._options.early_stopping_patience is not None:
+            if all(_goodness(result) > _goodness(earlier) for earlier in evaluations):
+                self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
+                self._facts["best"] = result
+                self._facts["since_best"] = 0
+            else:
+                self._facts["since_best"] += 1
+        evaluations.append(result)
+
+    def _evaluate(self) -> dict[str, Any]:
+        held_out, label_ids = self._examples.held_out, self._examples.label_ids
+        with torch.no_grad():
+            virtual = self._base.fold(self.trainable.virtual())
+        loss = mean_loss(self._base, virtual, held_out, self._stop_if_asked)
+        result: dict[str, Any] = {"loss": loss, "num_rows": len(held_out)}
+        if label_ids is not None:
+            prompts = [example.prompt_ids for example in held_out]
+            scores = rank(self._base, virtual, prompts, label_ids, self._stop_if_asked)
+            chosen = scores.argmax(dim=1).tolist()
+            right = [example.label for example in held_out if example.label is not None]
+            found = score(chosen, right)
+            result |= {"accuracy": found.accuracy, "macro_f1": found.macro_f1}
+        return result
+
+    def _is_over(self) -> bool:
+        patience = self._options.early_stopping_patience
+        return patience is not None and self._facts["since_best"] >= patience
+
+    # --- beginning and end -------------------------------------------------------------
+
+    def _begin(self) -> None:
+        facts = {
+            "max_steps": self._plan.max_steps,
+            "num_rows": len(self._examples.train),
+            "num_held_out": len(self._examples.held_out),
+            "trainable_params": sum(p.numel() for p in self._parameters.values()),
+        }
+        state = load(self._state_dir) if self._state_dir else None
+        if state is None:
+            self._tell("started", **facts)
+            return
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state.parameters[name])
+        restore_optimizer(self._optimizer, state.optimizer)
+        torch.set_rng_state(state.generator)
+        self._step, self._best, self._facts = state.step, state.best, state.facts
+        self._clock.begin(self._step)
+        self._tell("resumed", step=self._step, **facts)
+
+    def _stop_if_asked(self) -> None:
+        # In the middle of a step or an evaluation: nothing is saved, the run goes on from the last
+        # checkpoint.
+        if self._should_stop():
+            raise Stopped
+
+    def _save(self) -> None:
+        if self._state_dir is None:
+            return
+        state = RunState(
+            step=self._step,
+            parameters={name: p.detach() for name, p in self._parameters.items()},
+            optimizer=optimizer_tensors(self._optimizer),
+            generator=torch.get_rng_state(),
+            best=self._best,
+            facts=self._facts,
+        )
+        save(self._state_dir, state)
+        self._tell("checkpoint", step=self._step)
+
+    def _trained(self) -> Trained:
+        if self._best:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(self._best[name])
+        try:
+            tensors = self.trainable.tensors()
+        except NonFinite as error:
+            raise TrainingDiverged(f"training ended without finite numbers: {error}") from error
+        losses = self._facts["losses"]
+        metrics: dict[str, Any] = {
+            "loss": sum(losses) / len(losses),
+            "steps": self._step,
+            "epochs": self._plan.epoch_of(self._step - 1),
+            "num_rows": len(self._examples.train),
+        }
+        evaluations = self._facts["evaluations"]
+        if evaluations:
+            metrics["evaluation"] = self._facts.get("best", evaluations[-1])
+        return Trained(dict(self._job.config), tensors, metrics)
+
+    def _tell(self, kind: EventKind, **data: Any) -> None:
+        self._on_event(TrainingEvent(kind, data))
+
+
+class _Clock:
+    """Pace of a run: tokens a second since it began or went on, and what that leaves."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        self._first = step
+        self._tokens = 0
+        self._started = time.monotonic()
+
+    def after(self, step: int, num_tokens: int) -> tuple[float, float]:
+        """(tokens a second, seconds left) after this step, counted from 1."""
+        self._tokens += num_tokens
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        left = (self._plan.max_steps - step) * seconds / (step - self._first)
+        return self._tokens / seconds, left
+
+
+def _optimizer(
+    parameters: dict[str, nn.Parameter], options: Hyperparameters
+) -> torch.optim.Optimizer:
+    values = list(parameters.values())
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(values, lr=options.learning_rate)
+    return torch.optim.AdamW(
+        values,
+        lr=options.learning_rate,
+        eps=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+    )
+
+
+def _goodness(evaluation: dict[str, Any]) -> tuple[float, float]:
+    """Higher is better: accuracy first, where there are labels, then the loss."""
+    return evaluation.get("accuracy", 0.0), -evaluation["loss"]

@@ -1,0 +1,136 @@
+"""Checkpoints of a run: everything that the steps to come depend on, in one file.
+
+Parameters, the optimiser's moments, torch's generator, the step, and the best parameters so far. Not
+stored, because they follow from the step: the order of rows and the learning rate. A run that is
+killed and goes on from here ends in the same bits, at the same number of threads.
+
+The file is safetensors with JSON in its metadata; it replaces the one before in a rename, so that
+there is always a whole one. Knows no model and no method.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from adapters import durable
+from adapters.errors import TrainingError
+
+STATE_FILE = "state.safetensors"
+
+_PARAMETER = "parameter/"
+_BEST = "best/"
+_OPTIMIZER = "optimizer/"
+_GENERATOR = "generator"
+_FACTS = "facts"
+
+
+@dataclass
+class RunState:
+    """Where a run stands between two steps.
+
+    Attributes:
+        step: steps done.
+        parameters: name -> values, float32.
+        optimizer: "<parameter's number>/<torch's name of the moment>" -> values.
+        generator: state of torch's global generator.
+        best: the parameters of the best evaluation so far, where they are kept.
+        facts: what the loop notes down; JSON.
+    """
+
+    step: int
+    parameters: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    generator: torch.Tensor
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def save(directory: Path, state: RunState) -> None:
+    """Write a checkpoint in place of the one before.
+
+    Raises:
+        StorageFull: the disk took no more; the one before is still there.
+    """
+    tensors = {_GENERATOR: state.generator}
+    groups = (
+        (_PARAMETER, state.parameters),
+        (_BEST, state.best),
+        (_OPTIMIZER, state.optimizer),
+    )
+    for prefix, group in groups:
+        for name, tensor in group.items():
+            tensors[prefix + name] = tensor.detach().cpu().contiguous()
+    facts = json.dumps({"step": state.step, "facts": state.facts})
+    data = safetensors.torch.save(tensors, metadata={_FACTS: facts})
+    with durable.full_disk_is_storage_full("the training checkpoint"):
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / f".{STATE_FILE}"
+        temporary.unlink(missing_ok=True)
+        try:
+            durable.write_file(temporary, data)
+            temporary.rename(directory / STATE_FILE)
+            durable.sync(directory)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def load(directory: Path) -> RunState | None:
+    """The last checkpoint, or None where there is none.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    path = directory / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            said = json.loads(file.metadata()[_FACTS])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return RunState(
+            step=said["step"],
+            parameters=_under(_PARAMETER, tensors),
+            optimizer=_under(_OPTIMIZER, tensors),
+            generator=tensors[_GENERATOR],
+            best=_under(_BEST, tensors),
+            facts=said["facts"],
+        )
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"the training checkpoint {path.name} is damaged: {error}") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The moments of an optimiser, by parameter number and torch's name."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}/{name}": torch.as_tensor(value)
+        for number, moments in state.items()
+        for name, value in moments.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put moments back."""
+    whole = optimizer.state_dict()
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition("/")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({**whole, "state": state})
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
