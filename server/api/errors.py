@@ -148,7 +148,7 @@ def tell(error: Exception) -> Told:
     if isinstance(error, engine.RequestFailed):
         return Told(FAILED.get(error.code, UNFORESEEN), error.message)
     if isinstance(error, RequestValidationError):
-        return _tell_validation(error.errors())
+        return tell_validation(error.errors())
     if isinstance(error, HTTPException):
         return _tell_http(error)
     for kind in type(error).__mro__:
@@ -264,7 +264,7 @@ def _tell_http(error: HTTPException) -> Told:
     )
 
 
-def _tell_validation(errors: Sequence[Any]) -> Told:
+def tell_validation(errors: Sequence[Any]) -> Told:
     """The first of pydantic's findings, with where it is, what was expected and what came."""
     first = errors[0]
     where = _place(first["loc"])

@@ -30,7 +30,8 @@ def event(data: Any) -> bytes:
 
 def named_event(number: int, kind: str, data: Any) -> bytes:
     """One frame with an id, from which a client that lost its connection can go on."""
-    return f"id:{number}\nevent:{kind}\n".encode() + event(data)
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"id: {number}\nevent: {kind}\ndata: {text}\n\n".encode()
 
 
 def ping() -> bytes:

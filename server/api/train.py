@@ -105,7 +105,9 @@ async def job_events(
     request: Request,
     services: UseServices,
     job_id: str,
-    after: Annotated[int | None, Query(ge=0, description="Only events after this id.")] = None,
+    after: Annotated[
+        int | None, Query(ge=0, lt=2**63, description="Only events after this id.")
+    ] = None,
 ) -> Response:
     """From the first event on, or from after `Last-Event-ID`, else `after`; ends with the job.
 
@@ -121,7 +123,7 @@ async def job_events(
     # EventSource comes back whenever a stream ends, until it hears 204.
     if over and not await _off_loop(lambda: jobs.events(job_id, start, 1)):
         return Response(status_code=204)
-    return EventStream(_frames(jobs, job_id, start), lambda: None)
+    return EventStream(event_frames(jobs, job_id, start), lambda: None)
 
 
 @router.get("/{job_id}/log", summary="A job's log", response_class=PlainTextResponse)
@@ -245,8 +247,17 @@ def _last_event_id(request: Request) -> int | None:
     return int(given)
 
 
-async def _frames(jobs: JobStore, job_id: str, after: int) -> AsyncGenerator[bytes, None]:
-    """Every event after an id, then what comes, until the job has ended."""
+async def event_frames(
+    jobs: JobStore, job_id: str, after: int, *, ping_seconds: float = PING_SECONDS
+) -> AsyncGenerator[bytes, None]:
+    """Every event after an id, then what comes, until the job has ended or is deleted.
+
+    Args:
+        jobs: where the events are; asked again and again.
+        job_id: the job.
+        after: the last event that the client has; 0 for none.
+        ping_seconds: a comment is sent after so long a silence.
+    """
     last = after
     silent_since = time.monotonic()
     while True:
@@ -264,7 +275,7 @@ async def _frames(jobs: JobStore, job_id: str, after: int) -> AsyncGenerator[byt
         elif ended:
             return
         else:
-            if time.monotonic() - silent_since >= PING_SECONDS:
+            if time.monotonic() - silent_since >= ping_seconds:
                 yield ping()
                 silent_since = time.monotonic()
             await asyncio.sleep(POLL_SECONDS)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 from starlette.requests import Request
 
@@ -19,7 +18,7 @@ from adapters.errors import UnsupportedFile
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import TrainingRequest
 from adapters.training.rows import DataLimits, Kind, Row, check_rows, kind_of, read_rows
-from server.api.errors import shown
+from server.api.errors import shown, tell_validation
 from server.api.headers import body_too_large
 from server.api.upload import Form, Upload, UploadedFile, receive_upload
 from server.errors import Contradiction, RequestInvalid, WrongContentType
@@ -71,7 +70,7 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
     Raises:
         WrongContentType: neither JSON nor a form.
         BodyTooLarge: more bytes than the limit, noticed while they arrive.
-        RequestInvalid, RequestValidationError: a field is unknown, missing, or not what it must be.
+        RequestInvalid: a field is unknown, missing, or not what it must be.
         Contradiction: rows in the body and in a file.
         UnsupportedFile: a file that is neither JSON lines nor CSV.
     """
@@ -145,7 +144,10 @@ def _validated(raw: dict[str, Any]) -> TrainingRequest:
     try:
         return TrainingRequest.model_validate(raw)
     except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False)) from error
+        told = tell_validation(error.errors(include_url=False))
+        raise RequestInvalid(
+            told.message, field=told.field, expected=told.expected, came=told.came
+        ) from error
 
 
 def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:
