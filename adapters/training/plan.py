@@ -91,6 +91,10 @@ def make_plan(
     label_ids = renderer.label_ids()
     train, held_out = split(job, renderer.examples(rows))
     if peft_type == "CPT":
+        if request.context_examples is None:
+            # The recipe's number is for data that has as many rows.
+            fewer = min(job.context_examples or 0, len(train))
+            job = job.model_copy(update={"context_examples": fewer})
         raw |= _context_fields(job, train, renderer, base)
     method = METHODS[peft_type]
     config = method.complete_config(method_config.parse(raw, peft_type), base)
@@ -112,9 +116,9 @@ def make_plan(
 
 def _check_texts(request: TrainingRequest) -> None:
     # JSON can say "\ud800", which is no text: no tokenizer, database or reply could take it.
-    for name, value in request.model_dump().items():
+    for name in TrainingRequest.model_fields:
         try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
+            json.dumps(getattr(request, name), ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
             raise _wrong(name, "it is no text", "text", "half a surrogate pair") from None
 

@@ -88,8 +88,15 @@ class Renderer:
         """Every row, of any length, in order.
 
         Raises:
-            DataInvalid: see `make_examples`; also one class only.
+            DataInvalid: no rows, one class only, a column is missing, or a target that is no label.
         """
+        if not rows:
+            raise DataInvalid(
+                "there are no rows: expected at least one",
+                field="rows",
+                expected="at least one row",
+                came="none",
+            )
         texts = [self.target_text(row, number) for number, row in enumerate(rows, start=1)]
         if len(texts) > 1 and len(set(texts)) == 1:
             raise DataInvalid(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import TemplateInvalid
-from adapters.template import MAX_TEMPLATE_CHARACTERS, Template
+from adapters.template import MAX_TEMPLATE_CHARACTERS, Template, text_of
 
 plain = st.text(alphabet=st.characters(exclude_characters="{}", exclude_categories=["Cs"]))
 names = plain.filter(str.strip)
@@ -40,6 +40,31 @@ def test_numbers_are_written_plainly_and_odd_names_are_only_names():
 def test_white_space_at_the_end_belongs_to_the_target():
     assert Template.parse("{Tweet text} Label : \n").render({"Tweet text": "a "}) == "a  Label :"
     assert Template.parse("{a}").render({"a": "kept "}) == "kept "
+
+
+def test_white_space_at_the_end_is_kept_where_the_recipe_was_written_so():
+    text = "{a} Label : \n"
+    template = Template.parse(text, keep_trailing_space=True)
+    assert (template.render({"a": "x"}), template.dropped) == ("x Label : \n", "")
+    assert Template.parse(text).dropped == " \n"
+
+
+def test_filling_says_where_the_values_stand_and_leaves_other_columns_alone():
+    filled = Template.parse("a {x}{y} b {x}").fill({"x": "漢字", "y": 7, "ID": "other"})
+    assert filled.text == "a 漢字7 b 漢字"
+    assert [filled.text[start:stop] for start, stop in filled.ranges] == ["漢字", "7", "漢字"]
+    with pytest.raises(TemplateInvalid, match="missing: 'y'"):
+        Template.parse("{x}{y}").fill({"x": "1"})
+
+
+def test_booleans_are_written_as_in_json():
+    assert [text_of(value) for value in (True, False, 1, 1.0, "True")] == [
+        "true",
+        "false",
+        "1",
+        "1.0",
+        "True",
+    ]
 
 
 @pytest.mark.parametrize(
