@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -86,6 +86,7 @@ plain = st.text(alphabet=st.characters(exclude_characters="{}", exclude_categori
 values = plain | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.booleans()
 
 
+@settings(deadline=None)
 @given(
     plain,
     plain,
@@ -213,6 +214,12 @@ def test_types_of_several_columns():
     ]
 
 
+def test_a_token_that_begins_with_the_space_before_a_value_is_the_values():
+    rows = [{"a": "complaint", "label": "x"}]
+    example = plan(rows, template="the {a} Label").examples.train[0]
+    assert types_as_text(example, tokenizer())[:3] == [(1, "the"), (2, " complaint"), (3, " Label")]
+
+
 # --- length ----------------------------------------------------------------------------------
 
 
@@ -321,6 +328,7 @@ def test_a_split_that_holds_out_nothing():
         assert error.field == "hyperparameters.validation_split"
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=4),
     st.floats(0.01, 0.99),

@@ -8,7 +8,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import DataInvalid
@@ -196,6 +196,7 @@ def tables(draw, *kinds):
     return draw(st.lists(row, min_size=1, max_size=5))
 
 
+@settings(deadline=None)
 @given(tables(texts, numbers, st.booleans()), st.booleans())
 def test_json_lines_come_back_as_they_were_written(tmp_path_factory, rows, ascii_only):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
@@ -204,6 +205,7 @@ def test_json_lines_come_back_as_they_were_written(tmp_path_factory, rows, ascii
     assert read_rows(path, "jsonl") == rows == check_rows(rows)
 
 
+@settings(deadline=None)
 @given(tables(texts.filter(lambda text: "\0" not in text)))
 def test_csv_comes_back_as_it_was_written(tmp_path_factory, rows):
     columns = list(rows[0])
@@ -217,6 +219,7 @@ def test_csv_comes_back_as_it_was_written(tmp_path_factory, rows):
     assert read_rows(path, "csv") == rows
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["jsonl", "csv"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, data, kind):
     path = tmp_path_factory.getbasetemp() / "data"
