@@ -199,6 +199,7 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
     port = bound.getsockname()[1]
 
     async def on_ready(services: Services) -> None:
+        services.stopping = lambda: server.should_exit
         if with_demo:
             await _install_and_measure(services)
         _greet(services, port)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,7 @@ class Services:
         requests_by_adapter: generations asked of each name since the start.
         jobs: the training jobs; None in a server that has no table of them.
         supervisor: what runs them here; None where `graftwork worker` does.
+        stopping: whether the server is about to go; streams without an end of their own end then.
         planning: held while a job is planned: one at a time, since each may hold a whole file.
     """
 
@@ -56,6 +58,7 @@ class Services:
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     supervisor: Supervisor | None = None
+    stopping: Callable[[], bool] = field(default=lambda: False)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     @property

@@ -123,7 +123,8 @@ async def job_events(
     # EventSource comes back whenever a stream ends, until it hears 204.
     if over and not await _off_loop(lambda: jobs.events(job_id, start, 1)):
         return Response(status_code=204)
-    return EventStream(event_frames(jobs, job_id, start), lambda: None)
+    frames = event_frames(jobs, job_id, start, stopping=services.stopping)
+    return EventStream(frames, lambda: None)
 
 
 @router.get("/{job_id}/log", summary="A job's log", response_class=PlainTextResponse)
@@ -248,7 +249,12 @@ def _last_event_id(request: Request) -> int | None:
 
 
 async def event_frames(
-    jobs: JobStore, job_id: str, after: int, *, ping_seconds: float = PING_SECONDS
+    jobs: JobStore,
+    job_id: str,
+    after: int,
+    *,
+    ping_seconds: float = PING_SECONDS,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[bytes, None]:
     """Every event after an id, then what comes, until the job has ended or is deleted.
 
@@ -257,10 +263,11 @@ async def event_frames(
         job_id: the job.
         after: the last event that the client has; 0 for none.
         ping_seconds: a comment is sent after so long a silence.
+        stopping: whether to end early; the client goes on at the next server.
     """
     last = after
     silent_since = time.monotonic()
-    while True:
+    while not stopping():
         # The state first: what is read after it ended is all there will be.
         try:
             ended = await _off_loop(lambda: jobs.get(job_id).state in FINISHED)

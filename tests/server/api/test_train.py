@@ -417,6 +417,14 @@ async def test_a_silent_stream_is_kept_open(waiting, job):
     assert events_of(b"".join(rest).decode())[-1][2]["state"] == "cancelled"
 
 
+async def test_a_server_that_stops_does_not_wait_for_its_followers(waiting, job):
+    stop = threading.Event()
+    frames = event_frames(waiting.app_services().jobs, job, 0, stopping=stop.is_set)
+    await anext(frames)
+    stop.set()
+    assert [frame async for frame in frames] == []
+
+
 def test_a_job_that_is_deleted_ends_its_streams(waiting, job):
     with waiting.stream("GET", f"/train/{job}/events") as reply:
         lines = reply.iter_lines()
