@@ -84,6 +84,34 @@ def test_upload_look_download_and_delete(server, tmp_path):
     assert server.delete("/adapters/life").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("fields", "separator", "prompt"),
+    [
+        ({"template": "{x} :"}, " ", "a :"),
+        ({"template": "{x} :\n"}, "\n", "a :"),
+        ({"template": "{x} : ", "target_separator": ""}, "", "a :"),
+        ({"template": "{x} : ", "tokenization": "as_written"}, "", "a : "),
+        (
+            {"template": "{x} :", "tokenization": "as_written", "target_separator": "->"},
+            "->",
+            "a :",
+        ),
+    ],
+)
+def test_white_space_at_the_end_of_a_template(server, tmp_path, fields, separator, prompt):
+    folder = save_prefix_adapter(tmp_path / "w", seed=14)
+    uploaded = upload(server, folder, "white", **fields).json()
+    assert uploaded["target_separator"] == separator
+    assert uploaded["tokenization"] == fields.get("tokenization", "boundary")
+    assert uploaded["job_id"] is uploaded["metrics"] is None
+    assert server.get("/adapters/white").json()["recipe"] is None
+    parameters = {"max_new_tokens": 1, "decoder_input_details": True}
+    body = {"row": {"x": "a"}, "parameters": parameters}
+    details = server.post("/generate?adapter=white", json=body).json()["details"]
+    assert "".join(token["text"] for token in details["prefill"]) == prompt
+    server.delete("/adapters/white")
+
+
 def test_a_zip_one_folder_down(server, tmp_path):
     data = zipped(save_prefix_adapter(tmp_path / "z", seed=13), "checkpoint-7/")
     files = {"files": ("adapter.zip", data)}
@@ -117,6 +145,7 @@ def test_create_only(server, tmp_path):
         ({"name": "x", "labels": "[oops"}, 422, "invalid"),
         ({"name": "x", "labels": "[]"}, 422, "invalid"),
         ({"name": "x", "append_eos": "yes"}, 422, "invalid"),
+        ({"name": "x", "tokenization": "other"}, 422, "config_invalid"),
         ({"name": "x", "adapter": "y"}, 422, "invalid"),
         ({"name": ["x", "y"]}, 422, "invalid"),
     ],

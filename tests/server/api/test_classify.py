@@ -90,8 +90,8 @@ def test_scores_are_those_of_peft(server, with_eos, oracle, adapter, separator, 
 
 
 def test_a_row_is_the_text_of_the_stored_template(server, with_eos):
-    rows = [{"a": "the tweet", "b": 5}, {"a": "late </s>", "b": "x"}]
-    texts = ["the tweet and 5 :", "late </s> and x :"]
+    rows = [{"a": "the tweet", "b": 5}, {"a": "late </s>", "b": True}]
+    texts = ["the tweet and 5 :", "late </s> and true :"]
     by_row = server.post("/classify?adapter=ranked", json={"rows": rows}).json()
     by_text = server.post("/classify?adapter=ranked", json={"inputs": texts}).json()
     assert by_row[0] == by_text[0]

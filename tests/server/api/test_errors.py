@@ -64,6 +64,12 @@ def test_the_three_shapes():
     }
 
 
+def test_a_refusal_of_data_names_its_row():
+    told = tell(library.DataInvalid("wrong", row=3, field="text"))
+    assert body_of(told, "/train")["row"] == 3
+    assert "row" not in body_of(tell(library.DataInvalid("none")), "/train")
+
+
 def test_a_full_queue_says_when_to_come_back():
     reply = reply_to(engine.EngineOverloaded(3), "/generate")
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "3")
