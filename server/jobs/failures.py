@@ -21,6 +21,7 @@ CODES: dict[type[library.AdapterError], str] = {
     library.DataInvalid: "data_invalid",
     library.TemplateInvalid: "template_invalid",
     library.TrainingDiverged: "training_diverged",
+    library.TrainingError: "training_refused",
     library.BaseMismatch: "base_mismatch",
     library.BaseUnsupported: "base_unsupported",
     library.ConfigInvalid: "config_invalid",

@@ -174,22 +174,20 @@ class Supervisor:
             run.process.kill()
             return False
         try:
-            cancelled = self._is_cancelled(run, now)
+            record = self._store.get(run.claim.job_id)
+            if record.state == "running" and now >= run.renew_at:
+                self._store.renew(run.claim, self._lease_seconds)
+                run.renew_at = now + self._lease_seconds / 4
         except (LeaseLost, JobNotFound):
             log.warning("lease_lost", job=run.claim.job_id, token=run.claim.token)
             run.process.kill()
             return False
-        if cancelled and run.ending != "cancel":
+        if record.state != "running":
+            # It has written its job's end, and has only to go.
+            run.kill_at = min(run.kill_at, now + CANCEL_SECONDS)
+        elif record.cancel_requested and run.ending != "cancel":
             self._ask_to_leave(run, "cancel", CANCEL_SECONDS)
         return False
-
-    def _is_cancelled(self, run: _Run, now: float) -> bool:
-        """Renew the lease when it is due, and learn whether somebody cancelled the job."""
-        if now < run.renew_at:
-            return self._store.get(run.claim.job_id).cancel_requested
-        cancelled = self._store.renew(run.claim, self._lease_seconds)
-        run.renew_at = now + self._lease_seconds / 4
-        return cancelled
 
     def _ask_to_leave(self, run: _Run, ending: Ending, seconds: float) -> None:
         run.ending = ending

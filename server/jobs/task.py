@@ -9,6 +9,7 @@ only writes the end. Nothing here knows the parent process.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -85,7 +86,7 @@ def load(config: WorkerConfig) -> tuple[LoadedBase, TextTokenizer]:
 def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
     record = store.get(claim.job_id)
     job = record.job
-    log.info("claimed", job=claim.job_id, attempt=record.attempts, adapter=job.adapter)
+    log.info("claimed", job=claim.job_id, attempt=record.attempts, pid=os.getpid())
     registry = Registry(Path(config.data_dir), reserved=(config.base_name,))
     try:
         if (done := published_by(registry, record)) is not None:
