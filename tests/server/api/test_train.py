@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from server.api.train import event_frames
-from server.jobs.store import Claim
+from server.jobs.store import Claim, JobStore
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server, save_prefix_adapter, upload
 
@@ -297,6 +297,21 @@ def test_rows_nowhere_and_other_media_types(waiting):
     assert (odd.status_code, odd.json()["code"]) == (400, "unknown_parameter")
     odd = waiting.post("/train?dry_run=maybe", json={**JOB, "rows": ROWS})
     assert (odd.status_code, odd.json()["field"]) == (422, "dry_run")
+
+
+def test_as_many_jobs_as_may_wait(waiting, job):
+    services = waiting.app_services()
+    store = services.jobs
+    services.jobs = JobStore(services.settings.data_dir, max_queued=1)
+    try:
+        reply = waiting.post("/train", json={**JOB, "rows": ROWS})
+        assert (reply.status_code, reply.json()["code"]) == (429, "too_many_jobs")
+        assert int(reply.headers["retry-after"]) > 0
+        dry = waiting.post("/train?dry_run=true", json={**JOB, "rows": ROWS})
+        assert dry.status_code == 200
+    finally:
+        services.jobs.close()
+        services.jobs = store
 
 
 def test_nothing_of_an_upload_stays(waiting):
