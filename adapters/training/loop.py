@@ -155,7 +155,7 @@ class _Run:
         config = parse_config(method.config_class, job.config)
         self.trainable: Trainable = method.trainable(config, base, job.init_token_ids)
         self._parameters = self.trainable.parameters()
-        self._optimizer = _optimizer(self._parameters, self._options)
+        self._optimizer = make_optimizer(self._parameters, self._options)
         self._step = 0
         self._best: dict[str, torch.Tensor] = {}
         # What the end depends on besides the tensors; stored with every checkpoint.
@@ -356,9 +356,10 @@ class _Clock:
         return self._tokens / seconds, left
 
 
-def _optimizer(
+def make_optimizer(
     parameters: dict[str, nn.Parameter], options: Hyperparameters
 ) -> torch.optim.Optimizer:
+    """The optimiser of these parameters as the options say."""
     values = list(parameters.values())
     if options.optimizer == "sgd":
         return torch.optim.SGD(values, lr=options.learning_rate)
