@@ -14,6 +14,8 @@ from adapters import errors as library
 INTERNAL_ERROR = "internal_error"
 OUT_OF_MEMORY = "out_of_memory"
 DISK_FULL = "disk_full"
+# What a job can fail of besides the refusals below; the last one is the store's word.
+OTHER_CODES = frozenset({INTERNAL_ERROR, OUT_OF_MEMORY, DISK_FULL, "worker_lost"})
 
 # A class covers those below it that are not named themselves.
 CODES: dict[type[library.AdapterError], str] = {
