@@ -117,20 +117,25 @@ def _rank_pass(
     # A label's last token is predicted and never read.
     branches = [ids[:-1] for ids in label_ids]
     packed = pack([Row(prompt, branches) for prompt in prompts])
+    # A prompt's end is read once, however many labels follow it: a row of logits is a vocabulary.
     at: list[int] = []
     ids: list[int] = []
+    read_at: list[int] = []  # a label's token -> where in `at` it is predicted
     label_of: list[int] = []
     for number, (start, prompt) in enumerate(zip(packed.starts, prompts, strict=False)):
+        end = len(at)
+        at.append(start + len(prompt) - 1)
         branch_start = start + len(prompt)
         for label, tokens in enumerate(label_ids):
             rest = len(tokens) - 1
-            at += [start + len(prompt) - 1, *range(branch_start, branch_start + rest)]
+            read_at += [end, *range(len(at), len(at) + rest)]
+            at += range(branch_start, branch_start + rest)
             ids += tokens
             label_of += [number * len(label_ids) + label] * len(tokens)
             branch_start += rest
     logits = base.logits(packed, virtual, torch.tensor(at)).float().cpu()
-    wanted = torch.tensor(ids)[:, None]
-    log_likelihoods = logits.gather(1, wanted)[:, 0] - torch.logsumexp(logits, dim=1)
+    rows = torch.tensor(read_at)
+    log_likelihoods = logits[rows, torch.tensor(ids)] - torch.logsumexp(logits, dim=1)[rows]
     sums = torch.zeros(len(prompts) * len(label_ids))
     sums.index_add_(0, torch.tensor(label_of), log_likelihoods)
     return sums.view(len(prompts), len(label_ids))
