@@ -102,8 +102,11 @@ def _serving(made: Home) -> Iterator[tuple[subprocess.Popen, str]]:
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         try:
-            lines = iter(process.stderr.readline, "")
-            address = next(found for line in lines if (found := re.search(r" on (http\S+),", line)))
+            said = ""
+            while (address := re.search(r" on (http\S+),", said)) is None:
+                line = process.stderr.readline()
+                assert line, f"the server ended: {said}"
+                said += line
             yield process, address.group(1)
         finally:
             process.kill()
