@@ -4,6 +4,8 @@
     graftwork demo             install the demo adapters and print how well they do
     graftwork adapters list    what a data directory holds
     graftwork adapters add     register a PEFT folder without a server
+    graftwork train            rows of a file become an adapter, without a server
+    graftwork eval             accuracy of adapters and the base, side by side
     graftwork worker           run training jobs apart from a server
     graftwork settings         every setting with its default
 
@@ -20,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from server import cli_jobs
+from server import cli_eval, cli_jobs, cli_train
 from server.cli_options import (
     Base,
     DataDir,
@@ -49,6 +51,8 @@ app = typer.Typer(
 )
 adapters_app = typer.Typer(help="Look at and fill a data directory.", no_args_is_help=True)
 app.add_typer(adapters_app, name="adapters")
+cli_train.add_commands(app)
+cli_eval.add_commands(app)
 cli_jobs.add_commands(app)
 
 
@@ -169,7 +173,10 @@ def add_adapter(
     data_dir: DataDir = None,
     template: Annotated[str | None, typer.Option(help="Template of its prompts.")] = None,
 ) -> None:
-    """Register a PEFT folder, with the checks of an upload; no server is needed."""
+    """Register a PEFT folder, with the checks of an upload; no server is needed.
+
+    Template, labels and recipe of a folder that graftwork train made are taken from it.
+    """
     from adapters.errors import AdapterError
 
     settings = settings_from(base=base, revision=revision, data_dir=data_dir)
@@ -299,9 +306,13 @@ def _add(settings: Settings, directory: Path, name: str, template: str | None) -
     from adapters.template import Template
     from server.app import base_name
     from server.base.load import load_base
+    from server.provenance import read_provenance
 
+    provenance = read_provenance(directory)
+    words = {} if provenance is None else provenance.words()
     if template is not None:
         Template.parse(template)
+        words["template"] = template
     loaded = load_base(settings.base, revision=settings.revision, device="cpu")
     base_id = base_name(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -311,7 +322,7 @@ def _add(settings: Settings, directory: Path, name: str, template: str | None) -
             files = [(path.name, path) for path in sorted(directory.iterdir()) if path.is_file()]
             stage_upload(files, staged)
             published = registry.publish(
-                name, staged, loaded.spec, template=template, base_names=(base_id, settings.base)
+                name, staged, loaded.spec, base_names=(base_id, settings.base), **words
             )
     finally:
         registry.close()

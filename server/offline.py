@@ -7,8 +7,9 @@ engine in a process of its own.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ from server.engine.request import (
     SamplingParams,
     TokenEvent,
 )
+
+# A target to be scored: the adapter's name (None: the base), the ids of a prompt, those of the target.
+Target = tuple[str | None, Sequence[int], Sequence[int]]
+
+# Enough that the scheduler always finds company for a row; each holds log-probabilities meanwhile.
+_IN_FLIGHT = 256
+# One token is generated and thrown away: the engine reports a prompt's log-probabilities with it.
+_SCORING = SamplingParams(max_new_tokens=1, ignore_eos=True, prompt_logprobs=True)
 
 
 class GenerationFailed(Exception):
@@ -65,6 +74,7 @@ class OfflineEngine:
         loaded = load_base(str(base), dtype=dtype, device=device, revision=revision)
         config = EngineConfig(base=str(base), blobs_dir="", device=device, **options)
         self.spec = loaded.spec
+        self.tokenizer_dir = loaded.tokenizer_dir
         self.tokenizer = load_tokenizer(loaded.tokenizer_dir)
         self._eos = tuple(loaded.eos_token_ids)
         self._limits = CheckpointLimits()
@@ -110,23 +120,65 @@ class OfflineEngine:
             GenerationFailed: a prompt is too long, or its adapter cannot be read.
         """
         params = dataclasses.replace(sampling or SamplingParams(eos_token_ids=self._eos), **options)
-        ids = [self._submit(name, prompt, params) for name, prompt in prompts]
+        ids = [
+            self._submit(name, self.tokenizer(prompt)["input_ids"], params)
+            for name, prompt in prompts
+        ]
         tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
         while self._engine.has_work:
             for event in self._engine.step():
                 self._take(event, tokens)
         return [str(self.tokenizer.decode(tokens[i], skip_special_tokens=True)) for i in ids]
 
+    def score(
+        self, targets: Sequence[Target], on_done: Callable[[int], None] = lambda _: None
+    ) -> list[float]:
+        """Log-likelihood of every target after its prompt, all of them in one mixed batch.
+
+        Args:
+            targets: see `Target`; a prompt and a target have at least one token each.
+            on_done: called with the number of targets that are done, whenever it grows.
+
+        Raises:
+            KeyError: an adapter that was not added.
+            ValueError: an empty prompt or target.
+            GenerationFailed: prompt and target are too long, or an adapter cannot be read.
+        """
+        if any(not prompt or not target for _, prompt, target in targets):
+            raise ValueError("expected a prompt and a target of at least one token each, came none")
+        scores = [0.0] * len(targets)
+        in_flight: dict[str, int] = {}
+        waiting = 0  # the first target that was not submitted
+        done = 0
+        try:
+            while done < len(targets):
+                while waiting < len(targets) and len(in_flight) < _IN_FLIGHT:
+                    name, prompt, target = targets[waiting]
+                    in_flight[self._submit(name, (*prompt, *target), _SCORING)] = waiting
+                    waiting += 1
+                for event in self._engine.step():
+                    if isinstance(event, FailedEvent):
+                        raise GenerationFailed(event.message)
+                    if isinstance(event, TokenEvent):
+                        index = in_flight.pop(event.request_id)
+                        scores[index] = _last(event, len(targets[index][2]))
+                        done += 1
+                        on_done(done)
+        finally:
+            for request_id in in_flight:
+                self._engine.abort(request_id)
+        return scores
+
     def close(self) -> None:
         """Stop the thread that reads adapters, and remove the copies of what was added."""
         self._engine.close()
         self._staging.cleanup()
 
-    def _submit(self, name: str | None, prompt: str, params: SamplingParams) -> str:
+    def _submit(self, name: str | None, ids: Sequence[int], params: SamplingParams) -> str:
         self._count += 1
         request = GenerationRequest(
             str(self._count),
-            tuple(self.tokenizer(prompt)["input_ids"]),
+            tuple(ids),
             params,
             None if name is None else self._adapters[name],
         )
@@ -144,3 +196,9 @@ class OfflineEngine:
 
     def _read(self, digest: str) -> ServingForm:
         return load_serving_form(self._directories[digest], self.spec, self._limits)
+
+
+def _last(event: TokenEvent, num_tokens: int) -> float:
+    """Sum of the last log-probabilities of a prompt."""
+    prompt = event.prompt_logprobs or ()
+    return math.fsum(entry.logprob for entry in prompt[-num_tokens:] if entry is not None)

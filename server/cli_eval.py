@@ -1,0 +1,406 @@
+"""`graftwork eval`: accuracy and macro-F1 of several adapters and the base, side by side.
+
+Finds the adapters and the words that were stored with them, and prints. The ranking is
+`server.evaluation`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from adapters.errors import AdapterNotFound, JobInvalid
+from adapters.training.job import Tokenization
+from server.cli_data import (
+    AppendEos,
+    Data,
+    DataFile,
+    LabelName,
+    Labels,
+    Target,
+    TargetSeparator,
+    TemplateOption,
+    Where,
+    errors_as_lines,
+    labels_from,
+    number,
+    pairs_from,
+)
+from server.cli_options import (
+    Base,
+    DataDir,
+    Device,
+    DtypeOption,
+    Revision,
+    Threads,
+    err,
+    fail,
+    out,
+    prepare_base,
+    settings_from,
+)
+from server.settings import MIB, Settings
+
+if TYPE_CHECKING:
+    from adapters.registry import Registry
+    from server.evaluation import Contestant, Evaluation, Normalization
+    from server.offline import OfflineEngine
+
+_NORMALIZATIONS = ("sum", "mean")
+# The names of an adapter's words, of which each may be given as an option instead.
+_WORDS = (
+    "template",
+    "target",
+    "labels",
+    "label_names",
+    "target_separator",
+    "append_eos",
+    "tokenization",
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Hang this file's command into the command line."""
+    app.command("eval")(evaluate)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An adapter that is to be evaluated.
+
+    Attributes:
+        given: what the command line says.
+        name: what it is called in the output, NAME@VERSION or the folder.
+        directory: where its two files are.
+        words: what is stored with it, of `_WORDS`, `max_length` and `on_too_long`.
+        base_digest: of the base that it was trained on here.
+    """
+
+    given: str
+    name: str
+    directory: Path
+    words: dict[str, Any]
+    base_digest: str | None
+
+
+def evaluate(
+    data: Data,
+    adapters: Annotated[
+        str,
+        typer.Option(
+            "--adapters",
+            metavar="A,B",
+            help="Names in the data directory (NAME, NAME@VERSION), or PEFT folders. The base is "
+            "always there.",
+        ),
+    ] = "",
+    template: TemplateOption = None,
+    target: Target = None,
+    labels: Labels = None,
+    label_name: LabelName = None,
+    where: Where = None,
+    target_separator: TargetSeparator = None,
+    append_eos: AppendEos = None,
+    tokenization: Annotated[
+        str | None,
+        typer.Option("--tokenization", help="boundary or as_written.", show_default=False),
+    ] = None,
+    normalization: Annotated[
+        str,
+        typer.Option(
+            "--normalization",
+            help="A label's score: the sum of its tokens' log-likelihoods, or their mean.",
+        ),
+    ] = "sum",
+    base: Base = None,
+    revision: Revision = None,
+    data_dir: DataDir = None,
+    dtype: DtypeOption = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Measure adapters and the base on the rows of a file, all in one mixed batch.
+
+    Template, labels and target column are those that were stored with each adapter; options take
+    their place. The base gets those of the first adapter, without an end of sequence. A label's score
+    is the log-likelihood of separator, label and, where the adapter learned it, end of sequence.
+
+        graftwork eval --adapters complaints,./mine --data rows.jsonl
+
+    """
+    if normalization not in _NORMALIZATIONS:
+        raise fail(f"--normalization: expected sum or mean, came {normalization!r}")
+    if tokenization not in (None, *get_args(Tokenization)):
+        raise fail(f"--tokenization: expected boundary or as_written, came {tokenization!r}")
+    values = (
+        template,
+        target,
+        labels_from(labels),
+        pairs_from("--label-name", label_name),
+        target_separator,
+        append_eos,
+        tokenization,
+    )
+    given = {name: value for name, value in zip(_WORDS, values, strict=True) if value is not None}
+    with errors_as_lines():
+        given |= _separator(given)
+    settings = settings_from(
+        base=base, revision=revision, data_dir=data_dir, dtype=dtype, device=device, threads=threads
+    )
+    names = [name.strip() for name in adapters.split(",") if name.strip()]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise fail(f"--adapters: {', '.join(sorted(twice))} given twice")
+    with errors_as_lines():
+        rows = DataFile(data, pairs_from("--where", where))
+        found = _find(names, settings)
+    with errors_as_lines(rows):
+        prepare_base(settings)
+        _evaluate(found, given, rows, settings, cast("Normalization", normalization), as_json)
+
+
+# --- the adapters ----------------------------------------------------------------------------
+
+
+def _find(names: Sequence[str], settings: Settings) -> list[_Found]:
+    from adapters.registry import Registry
+
+    with ExitStack() as stack:
+        registry = None
+        if (settings.data_dir / "registry.db").is_file():
+            registry = Registry(settings.data_dir)
+            stack.callback(registry.close)
+        return [_find_one(name, registry, settings) for name in names]
+
+
+def _find_one(given: str, registry: Registry | None, settings: Settings) -> _Found:
+    """A name of the data directory first; what has a slash is a folder."""
+    if registry is not None and "/" not in given:
+        try:
+            return _stored(given, registry)
+        except AdapterNotFound:
+            if not Path(given).is_dir():
+                raise
+    directory = Path(given)
+    if not directory.is_dir():
+        raise fail(
+            f"{given}: expected an adapter in {settings.data_dir} or a PEFT folder; there is neither"
+        )
+    return _folder(given, directory)
+
+
+def _stored(given: str, registry: Registry) -> _Found:
+    record = registry.resolve(given)
+    from_recipe = ("target", "label_names", "max_length", "on_too_long")
+    words: dict[str, Any] = {name: (record.recipe or {}).get(name) for name in from_recipe}
+    words |= {
+        "template": record.template,
+        "labels": None if record.labels is None else list(record.labels),
+        "target_separator": record.target_separator,
+        "append_eos": bool(record.append_eos),
+        "tokenization": record.tokenization,
+    }
+    return _Found(
+        given,
+        f"{record.name}@{record.version}",
+        registry.blob_path(record.digest),
+        words,
+        record.base_digest,
+    )
+
+
+def _folder(given: str, directory: Path) -> _Found:
+    from server.provenance import read_provenance
+
+    provenance = read_provenance(directory)
+    if provenance is None:
+        return _Found(given, given, directory, {}, None)
+    job = provenance.job.model_dump()
+    words = {name: job[name] for name in (*_WORDS, "max_length", "on_too_long")}
+    return _Found(given, given, directory, words, job["base_digest"])
+
+
+def _separator(given: dict[str, Any]) -> dict[str, str]:
+    """White space at the end of a template that was given is its separator, as in training."""
+    from adapters.template import Template
+
+    if "template" not in given or "target_separator" in given:
+        return {}
+    if given.get("tokenization") == "as_written":
+        return {"target_separator": ""}
+    dropped = Template.parse(given["template"]).dropped
+    return {"target_separator": dropped} if dropped else {}
+
+
+# --- the evaluation --------------------------------------------------------------------------
+
+
+def _evaluate(
+    found: Sequence[_Found],
+    given: dict[str, Any],
+    rows: DataFile,
+    settings: Settings,
+    normalization: Normalization,
+    as_json: bool,
+) -> None:
+    from server.evaluation import evaluate as evaluate_rows
+    from server.offline import GenerationFailed
+    from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+
+    words = [{**one.words, **given} for one in found]
+    # What a base was pretrained for does not end after a label.
+    of_base = {**(words[0] if words else {}), "append_eos": False, **given}
+    with _engine(settings, len(found)) as engine:
+        methods = ["base"]
+        contestants = [_contestant(None, "the base", of_base)]
+        for one, own in zip(found, words, strict=True):
+            _require_base(one, engine)
+            checked = engine.add_adapter(one.given, one.directory)
+            methods.append(checked.method)
+            count = checked.facts.num_virtual_tokens
+            contestants.append(_contestant(one.given, one.name, own, count))
+        directory = engine.tokenizer_dir
+        encoder = TextTokenizer(engine.tokenizer, read_eos_token_ids(directory))
+        with _progress() as tell:
+            try:
+                evaluation = evaluate_rows(
+                    engine,
+                    encoder,
+                    contestants,
+                    rows.rows,
+                    normalization=normalization,
+                    on_progress=tell,
+                )
+            except GenerationFailed as error:
+                raise fail(str(error)) from error
+    names = ["base", *(one.name for one in found)]
+    report = _report(evaluation, names, methods, contestants, normalization)
+    _print(report, as_json=as_json)
+
+
+@contextmanager
+def _engine(settings: Settings, num_adapters: int) -> Iterator[OfflineEngine]:
+    from server.offline import OfflineEngine
+
+    engine = OfflineEngine(
+        settings.base,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        max_running=settings.max_running,
+        max_step_tokens=settings.max_step_tokens,
+        kv_bytes=settings.kv_mib * MIB,
+        host_bytes=settings.host_mib * MIB,
+        scale_slots=max(settings.scale_slots, num_adapters),
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _require_base(found: _Found, engine: OfflineEngine) -> None:
+    from adapters.errors import BaseMismatch
+
+    if found.base_digest not in (None, engine.spec.digest):
+        raise BaseMismatch(
+            f"{found.name} was trained on the base {found.base_digest}, this is {engine.spec.digest}",
+            field="base_digest",
+            expected=found.base_digest,
+            came=engine.spec.digest,
+        )
+
+
+def _contestant(
+    engine_name: str | None, name: str, words: dict[str, Any], num_virtual_tokens: int = 0
+) -> Contestant:
+    from server.evaluation import Contestant, Wording
+
+    for field in ("template", "target", "labels"):
+        if not words.get(field):
+            raise JobInvalid(
+                f"{name} has no stored {field}; give --{field}",
+                field=field,
+                expected=f"--{field}",
+                came="none",
+            )
+    known = {key: value for key, value in words.items() if value is not None}
+    return Contestant(engine_name, Wording(**known), num_virtual_tokens)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on standard error, if that is a terminal."""
+    if not err.is_terminal:
+        yield lambda _done, _all: None
+        return
+    columns = (TextColumn("ranking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("ranking", total=None)
+        yield lambda done, everything: bar.update(task, completed=done, total=everything)
+
+
+# --- what is printed -------------------------------------------------------------------------
+
+
+def _report(
+    evaluation: Evaluation,
+    names: Sequence[str],
+    methods: Sequence[str],
+    contestants: Sequence[Contestant],
+    normalization: str,
+) -> dict[str, Any]:
+    results = [
+        {
+            "adapter": None if result.name is None else name,
+            "method": method,
+            "accuracy": result.scores.accuracy,
+            "macro_f1": result.scores.macro_f1,
+            "num_right": round(result.scores.accuracy * evaluation.num_rows),
+            "labels": contestant.wording.labels,
+        }
+        for name, method, contestant, result in zip(
+            names, methods, contestants, evaluation.results, strict=True
+        )
+    ]
+    return {
+        "num_rows": evaluation.num_rows,
+        "normalization": normalization,
+        "seconds": round(evaluation.seconds, 3),
+        "rows_per_second": round(evaluation.rows_per_second, 2),
+        "results": results,
+    }
+
+
+def _print(report: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+        return
+    table = Table("adapter", "method", "accuracy", "macro-F1", "right")
+    for one in report["results"]:
+        table.add_row(
+            one["adapter"] or "(the base)",
+            one["method"],
+            number(one["accuracy"]),
+            number(one["macro_f1"]),
+            f"{one['num_right']} of {report['num_rows']}",
+        )
+    out.print(table)
+    count = len(report["results"])
+    out.print(
+        f"{report['num_rows']} rows, {count} at once, in {report['seconds']:.1f} s: "
+        f"{report['rows_per_second']:.1f} rows/s (a row counts for each of the {count})",
+        highlight=False,
+        soft_wrap=True,
+    )
