@@ -4,31 +4,34 @@ Parameters, the optimiser's moments, torch's generator, the step, and the best p
 stored, because they follow from the step: the order of rows and the learning rate. A run that is
 killed and goes on from here ends in the same bits, at the same number of threads.
 
-The file is safetensors with JSON in its metadata; it replaces the one before in a rename, so that
-there is always a whole one. Knows no model and no method.
+    [ SHA-256 of the rest | safetensors, the facts among them as JSON ]
+
+A file replaces the one before in a rename, so that there is always a whole one; the digest tells one
+whose bytes have changed since. Knows no model and no method.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
 from adapters import durable
 from adapters.errors import TrainingError
 
-STATE_FILE = "state.safetensors"
+STATE_FILE = "state.bin"
 
 _PARAMETER = "parameter/"
 _BEST = "best/"
 _OPTIMIZER = "optimizer/"
 _GENERATOR = "generator"
 _FACTS = "facts"
+_DIGEST_BYTES = 32
 
 
 @dataclass
@@ -58,7 +61,11 @@ def save(directory: Path, state: RunState) -> None:
     Raises:
         StorageFull: the disk took no more; the one before is still there.
     """
-    tensors = {_GENERATOR: state.generator}
+    facts = json.dumps({"step": state.step, "facts": state.facts}).encode()
+    tensors = {
+        _GENERATOR: state.generator,
+        _FACTS: torch.frombuffer(bytearray(facts), dtype=torch.uint8),
+    }
     groups = (
         (_PARAMETER, state.parameters),
         (_BEST, state.best),
@@ -67,8 +74,8 @@ def save(directory: Path, state: RunState) -> None:
     for prefix, group in groups:
         for name, tensor in group.items():
             tensors[prefix + name] = tensor.detach().cpu().contiguous()
-    facts = json.dumps({"step": state.step, "facts": state.facts})
-    data = safetensors.torch.save(tensors, metadata={_FACTS: facts})
+    data = safetensors.torch.save(tensors)
+    data = hashlib.sha256(data).digest() + data
     with durable.full_disk_is_storage_full("the training checkpoint"):
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f".{STATE_FILE}"
@@ -91,20 +98,22 @@ def load(directory: Path) -> RunState | None:
     path = directory / STATE_FILE
     if not path.is_file():
         return None
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            said = json.loads(file.metadata()[_FACTS])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return RunState(
-            step=said["step"],
-            parameters=_under(_PARAMETER, tensors),
-            optimizer=_under(_OPTIMIZER, tensors),
-            generator=tensors[_GENERATOR],
-            best=_under(_BEST, tensors),
-            facts=said["facts"],
+    data = path.read_bytes()
+    digest, data = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    if hashlib.sha256(data).digest() != digest:
+        raise TrainingError(
+            f"the training checkpoint {path.name} is damaged: its bytes are not those written"
         )
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise TrainingError(f"the training checkpoint {path.name} is damaged: {error}") from error
+    tensors = safetensors.torch.load(data)
+    said = json.loads(bytes(tensors[_FACTS].tolist()))
+    return RunState(
+        step=said["step"],
+        parameters=_under(_PARAMETER, tensors),
+        optimizer=_under(_OPTIMIZER, tensors),
+        generator=tensors[_GENERATOR],
+        best=_under(_BEST, tensors),
+        facts=said["facts"],
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
