@@ -110,7 +110,8 @@ def train(
 
     Raises:
         BaseMismatch: the job was planned for another base.
-        TrainingDiverged: the loss, or a parameter at the end, is no finite number.
+        TrainingDiverged: a loss, in training or after it, or a parameter at the end, is no finite
+            number.
         Stopped: asked for by `should_stop`.
         StorageFull: a checkpoint found no room.
         TrainingError: the checkpoint that was found is damaged.
@@ -198,19 +199,24 @@ class _Run:
             loss = summed_loss(self._base, virtual, batch, targets) / count
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        if not math.isfinite(total):
-            raise TrainingDiverged(
-                f"the loss of step {self._step + 1} is {total}; a learning rate below {rate:.3g} may help",
-                field="hyperparameters.learning_rate",
-                expected="a finite loss",
-                came=str(total),
-            )
+        self._check_finite(total, f"step {self._step + 1}")
         if self._options.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._parameters.values(), self._options.max_grad_norm)
         self._optimizer.step()
         self._step += 1
         tokens = sum(len(e.prompt_ids) + len(e.target_ids) for batch in batches for e in batch)
         return total, tokens
+
+    def _check_finite(self, loss: float, where: str) -> None:
+        if math.isfinite(loss):
+            return
+        rate = self._options.learning_rate
+        raise TrainingDiverged(
+            f"the loss of {where} is {loss}; a learning rate below {rate:.3g} may help",
+            field="hyperparameters.learning_rate",
+            expected="a finite loss",
+            came=str(loss),
+        )
 
     def _note(self, loss: float, num_tokens: int) -> None:
         self._facts["losses"].append(loss)
@@ -255,6 +261,7 @@ class _Run:
         with torch.no_grad():
             virtual = self._base.fold(self.trainable.virtual())
         loss = mean_loss(self._base, virtual, held_out, self._stop_if_asked)
+        self._check_finite(loss, f"the evaluation after step {self._step}")
         result: dict[str, Any] = {"loss": loss, "num_rows": len(held_out)}
         if label_ids is not None:
             prompts = [example.prompt_ids for example in held_out]
@@ -320,6 +327,9 @@ class _Run:
             tensors = self.trainable.tensors()
         except NonFinite as error:
             raise TrainingDiverged(f"training ended without finite numbers: {error}") from error
+        evaluations = self._facts["evaluations"]
+        if not evaluations:
+            self._check_last_step()
         losses = self._facts["losses"]
         metrics: dict[str, Any] = {
             "loss": sum(losses) / len(losses),
@@ -327,10 +337,17 @@ class _Run:
             "epochs": self._plan.epoch_of(self._step - 1),
             "num_rows": len(self._examples.train),
         }
-        evaluations = self._facts["evaluations"]
         if evaluations:
             metrics["evaluation"] = self._facts.get("best", evaluations[-1])
         return Trained(dict(self._job.config), tensors, metrics)
+
+    def _check_last_step(self) -> None:
+        """Run what is handed out once: the last loss was computed before the last step."""
+        rows = self._examples.train[: self._plan.batch_size]
+        self.trainable.set_training(False)
+        with torch.no_grad():
+            loss = mean_loss(self._base, self.trainable.virtual(), rows)
+        self._check_finite(loss, "the trained adapter")
 
     def _tell(self, kind: EventKind, **data: Any) -> None:
         self._on_event(TrainingEvent(kind, data))
