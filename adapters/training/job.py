@@ -32,6 +32,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+# Far above any that trains; a rate that float32 cannot hold would end in an error of torch's.
+LearningRate = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -43,7 +45,7 @@ class HyperparameterRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    learning_rate: Positive | None = None
+    learning_rate: LearningRate | None = None
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -83,7 +85,7 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    learning_rate: Positive
+    learning_rate: LearningRate
     epochs: Count | None
     max_steps: Count | None = None
     batch_size: Count = 8
