@@ -7,6 +7,7 @@
     graftwork train            rows of a file become an adapter, without a server
     graftwork eval             accuracy of adapters and the base, side by side
     graftwork worker           run training jobs apart from a server
+    graftwork jobs             look at training jobs, and cancel them
     graftwork settings         every setting with its default
 
 Options win over the environment, the environment over defaults. Knows no engine and no route.
