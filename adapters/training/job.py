@@ -85,7 +85,7 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    learning_rate: LearningRate
+    learning_rate: Positive
     epochs: Count | None
     max_steps: Count | None = None
     batch_size: Count = 8
