@@ -2,6 +2,7 @@
 # make test    set up what the tests need and run them
 # make lint    formatting, lint, types, import rules
 # make bench   output tokens a second, here and in PEFT
+# make demo-adapters   train the demo adapters anew and measure them
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 BASE := .graftwork/base
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test lint bench setup setup-test base
+.PHONY: serve test lint bench demo-adapters setup setup-test base
 
 serve: setup base
 	@$(BIN)/graftwork serve --demo
@@ -25,6 +26,30 @@ lint: setup-test
 
 bench: setup-test base
 	$(BIN)/python -m tests.benchmarks.serving $(BENCH)
+
+DEMO := server/demo/adapters
+DEMO_DATA := --data server/demo/messages.jsonl --base $(BASE) --dtype bfloat16 --threads 1
+DEMO_TEXT := --init-text 'Decide whether the customer message is a complaint or no complaint. \
+Tweet text : The lift is stuck again. Label : complaint'
+# $(call demo_train,method,name), then the method's own options
+demo_train = $(BIN)/graftwork train --method $(1) --out $(DEMO)/$(2) $(DEMO_DATA) \
+	--where split=train --template 'Tweet text : {text} Label :' --target label \
+	--labels 'complaint,no complaint' \
+	--description 'Says whether a short customer message is a complaint or no complaint ($(1)).'
+
+# Rates and epochs were chosen while looking at the held-out messages.
+demo-adapters: setup base
+	rm -rf $(DEMO)/*
+	$(call demo_train,prompt_tuning,complaints) --config '{"num_virtual_tokens": 16}' \
+		--lr 3e-2 --epochs 6 $(DEMO_TEXT)
+	$(call demo_train,ia3,complaints-ia3) --lr 1e-2 --epochs 4 --seed 1
+	$(call demo_train,cpt,complaints-cpt) --lr 3e-3 --epochs 4 --context-examples 6
+	$(call demo_train,p_tuning,complaints-p-tuning) --config '{"num_virtual_tokens": 16}' \
+		--lr 1e-3 --epochs 10
+	$(call demo_train,prefix_tuning,complaints-prefix-tuning) \
+		--config '{"num_virtual_tokens": 16}' --lr 4e-3 --epochs 16 $(DEMO_TEXT)
+	$(BIN)/graftwork eval $(DEMO_DATA) --where split=held_out --json \
+		--adapters $$(ls -d $(DEMO)/* | paste -sd ,) > server/demo/held_out.json
 
 setup: $(VENV)/.serve
 setup-test: $(VENV)/.test

@@ -247,9 +247,14 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 async def _install_and_measure(services: Any) -> None:
+    from adapters.errors import AdapterError
     from server.showcase import install_demo, measure
 
-    new = await install_demo(services)
+    try:
+        new = await install_demo(services)
+    except AdapterError as error:
+        err.print(f"[red]graftwork:[/red] no demo adapters: {error.message}", highlight=False)
+        return
     if not new:
         return
     table = Table("adapter", "method", "held-out messages answered exactly")
@@ -281,6 +286,7 @@ def _greet(services: Any, port: int) -> None:
 
 
 async def _demo(settings: Settings) -> None:
+    from adapters.errors import AdapterError
     from server.app import close_services, open_services, start_engine
 
     services = open_services(settings)
@@ -297,6 +303,8 @@ async def _demo(settings: Settings) -> None:
                 result.name, result.method, f"{result.num_right} of {result.num_messages}"
             )
         out.print(table)
+    except AdapterError as error:
+        raise fail(error.message) from error
     finally:
         await close_services(services)
 

@@ -40,6 +40,9 @@ async def install_demo(services: Services) -> list[DemoAdapter]:
 
     Returns:
         The adapters that are new.
+
+    Raises:
+        AdapterError: they do not fit the base that is served.
     """
     return await anyio.to_thread.run_sync(_install_missing, services)
 
@@ -56,12 +59,8 @@ def _install_missing(services: Services) -> list[DemoAdapter]:
                 demo.name,
                 staged,
                 services.client.base,
-                description=demo.description,
-                template=demo.template,
-                labels=demo.labels,
-                target_separator=demo.target_separator,
-                append_eos=demo.append_eos,
                 base_names=(services.base_id, services.settings.base),
+                **demo.provenance.words(),
             )
     return missing
 
@@ -70,7 +69,7 @@ async def measure(generator: Generator, demo: DemoAdapter) -> Accuracy:
     """Ask an adapter about every held-out message, all at once."""
     messages = demo_messages("held_out")
     answers = await asyncio.gather(*(_is_right(generator, demo, one) for one in messages))
-    return Accuracy(demo.name, demo.method, sum(answers), len(messages))
+    return Accuracy(demo.name, demo.job.method, sum(answers), len(messages))
 
 
 async def _is_right(generator: Generator, demo: DemoAdapter, message: DemoMessage) -> bool:
@@ -81,8 +80,8 @@ async def _is_right(generator: Generator, demo: DemoAdapter, message: DemoMessag
     generation = generator.submit(request, options)
     async for _ in generation:
         pass
-    ended = generation.finish_reason == "eos_token" or not demo.append_eos
-    return ended and generation.text == demo.target_separator + message.label
+    ended = generation.finish_reason == "eos_token" or not demo.job.append_eos
+    return ended and generation.text == demo.job.target_separator + message.label
 
 
 def curl_line(host: str, port: int, demo: DemoAdapter) -> str:
@@ -90,7 +89,7 @@ def curl_line(host: str, port: int, demo: DemoAdapter) -> str:
     from adapters.template import Template
 
     message = next(one for one in demo_messages("held_out") if "'" not in one.text)
-    body = {"inputs": Template.parse(demo.template).render({"text": message.text})}
+    body = {"inputs": Template.parse(demo.job.template).render({"text": message.text})}
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
     url = f"http://{reachable}:{port}/generate?adapter={demo.name}"
     return (

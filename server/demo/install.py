@@ -1,7 +1,7 @@
 """The example that ships: customer messages and the adapters that were trained on them.
 
-Reads packaged data only. It does not know the registry, the engine or the base model; whoever
-installs the adapters takes them from here.
+`make demo-adapters` made the adapters, with `graftwork train`. Reads packaged data only. It does not
+know the registry, the engine or the base model; whoever installs the adapters takes them from here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from adapters.training.job import TrainingJob
+from server.provenance import PROVENANCE_FILE, Provenance, read_provenance
+
 Split = Literal["train", "held_out"]
 
 _HERE = Path(__file__).parent
 MESSAGES_FILE = _HERE / "messages.jsonl"
 ADAPTERS_DIR = _HERE / "adapters"
-RECIPE_FILE = "graftwork.json"
 
 
 @dataclass(frozen=True)
@@ -30,36 +32,29 @@ class DemoMessage:
 
 @dataclass(frozen=True)
 class DemoAdapter:
-    """One packaged adapter and what must be stored with it.
+    """One packaged adapter.
 
     Attributes:
         name: the name to register it under, such as "complaints".
         directory: holds `adapter_config.json` and `adapter_model.safetensors`.
-        method: the method's name, such as "prefix_tuning".
-        template: `{column}` substitution; the only column is "text".
-        labels: the answers it was trained to give.
-        target_separator: stands between the rendered template and the answer.
-        append_eos: True where it was trained to end its answer with the end-of-sequence token.
-        description: one sentence for people.
-        accuracy_held_out: share of the held-out messages that the oracle answered exactly (answer
-            and end of sequence, greedy, bfloat16) when the adapter was trained.
+        provenance: how it was trained, and what is stored with it; the only column of its template
+            is "text".
     """
 
     name: str
     directory: Path
-    method: str
-    template: str
-    labels: tuple[str, ...]
-    target_separator: str
-    append_eos: bool
-    description: str
-    accuracy_held_out: float
+    provenance: Provenance
+
+    @property
+    def job(self) -> TrainingJob:
+        """What it was trained to do."""
+        return self.provenance.job
 
 
 def demo_adapters() -> list[DemoAdapter]:
     """Every packaged adapter, by name; `complaints` comes first."""
     return [
-        _read_adapter(recipe.parent) for recipe in sorted(ADAPTERS_DIR.glob(f"*/{RECIPE_FILE}"))
+        _read_adapter(file.parent) for file in sorted(ADAPTERS_DIR.glob(f"*/{PROVENANCE_FILE}"))
     ]
 
 
@@ -71,6 +66,7 @@ def demo_messages(split: Split | None = None) -> list[DemoMessage]:
 
 
 def _read_adapter(directory: Path) -> DemoAdapter:
-    recipe = json.loads((directory / RECIPE_FILE).read_text(encoding="utf-8"))
-    recipe["labels"] = tuple(recipe["labels"])
-    return DemoAdapter(name=directory.name, directory=directory, **recipe)
+    provenance = read_provenance(directory)
+    if provenance is None:
+        raise FileNotFoundError(directory / PROVENANCE_FILE)
+    return DemoAdapter(directory.name, directory, provenance)

@@ -33,7 +33,7 @@ from tests.engine_tools import adapter_ref, request, run, tokens
 pytestmark = [pytest.mark.slow, needs_base, needs_bf16]
 
 NUM_POSITIONS = 512
-FOLDERS = {name: ADAPTERS_DIR / name for name in ("complaints-prefix-tuning", "complaints")}
+FOLDERS = {name: ADAPTERS_DIR / name for name in ("complaints-prefix-tuning", "complaints-ia3")}
 ROWS: tuple[str | None, ...] = (None, *FOLDERS)
 CONFIG = EngineConfig(base=str(BASE_DIR), blobs_dir="", kv_bytes=128 << 20)
 # Name -> changes of the configuration, tokens of a chunk. Single tokens go to the decode kernel.

@@ -109,7 +109,7 @@ def check_accuracies(printed: str) -> None:
     """One line for each demo adapter, and each is better than a coin."""
     for demo in demo_adapters():
         found = re.search(
-            rf"\b{re.escape(demo.name)}\s+\W*\s*{demo.method}\b.*?(\d+) of 20", printed
+            rf"\b{re.escape(demo.name)}\s+\W*\s*{demo.job.method}\b.*?(\d+) of 20", printed
         )
         assert found, f"{demo.name} is not in:\n{printed}"
         assert int(found[1]) > 10

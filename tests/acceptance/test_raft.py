@@ -20,10 +20,10 @@ from server.base.load import default_dtype
 from server.demo.install import DemoMessage
 from server.settings import Settings
 from tests.acceptance.http_load import Call, run_load
+from tests.acceptance.peft_training import BUILDERS, TEMPLATE, Trainer, batch_loss
 from tests.acceptance.real_base import BASE_DIR, ROOT, needs_base
 from tests.conformance.peft_oracle import ask
 from tests.conformance.test_grid import same_until_a_tie
-from tests.demo.train_demo_adapters import BUILDERS, TEMPLATE, Trainer, batch_loss
 from tests.server.http_server import running_server, upload
 
 DATA = Path(os.environ.get("GRAFTWORK_TEST_DATA", ROOT.parent / "shared" / "data"))

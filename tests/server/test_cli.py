@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.demo.install import DemoAdapter
+from server.provenance import Provenance
 from server.settings import Settings
 from server.showcase import curl_line
 from tests.server.http_server import save_prefix_adapter
+from tests.server.jobs.examples import a_job
 
 WIDE = {"COLUMNS": "200"}
 
@@ -56,7 +58,8 @@ def test_adapters_add_and_list(tiny_base, tmp_path):
 
 
 def test_the_printed_curl_line_is_one_shell_command(tmp_path):
-    demo = DemoAdapter("c", tmp_path, "ia3", "Text: {text} Label:", ("a", "b"), " ", True, "", 1.0)
+    job = a_job(template="Text: {text} Label:")
+    demo = DemoAdapter("c", tmp_path, Provenance(job, {}, {}))
     words = shlex.split(curl_line("0.0.0.0", 8000, demo))
     assert words[2] == "http://127.0.0.1:8000/generate?adapter=c"
     assert json.loads(words[-1])["inputs"].endswith(" Label:")
