@@ -79,9 +79,9 @@ class TrainingProgress:
         elif event.kind == "evaluation":
             self._print(f"epoch {data['epoch']}, step {data['step']}: {evaluation_text(data)}")
         elif event.kind in ("started", "resumed"):
-            at = f"from step {data['step']} on " if event.kind == "resumed" else ""
+            again = f"going on from step {data['step']}: " if event.kind == "resumed" else ""
             self._print(
-                f"training {data['trainable_params']:,} parameters {at}on {data['num_rows']} rows, "
+                f"{again}training {data['trainable_params']:,} parameters on {data['num_rows']} rows, "
                 f"{data['num_held_out']} held out, {data['max_steps']} steps"
             )
             if self._bar:

@@ -52,4 +52,4 @@ def test_what_matters_is_shown(terminal):
 def test_a_resumed_run_says_from_where():
     console = Console(file=io.StringIO(), width=120)
     text = shown(console, TrainingEvent("resumed", {**STARTED, "step": 2}))
-    assert "from step 2 on 8 rows" in text
+    assert "going on from step 2: training 12,345 parameters on 8 rows" in text
