@@ -308,7 +308,7 @@ def test_an_empty_folder_is_filled(command, tmp_path):
 
 
 def test_a_run_that_diverges_says_so_and_leaves_nothing(command, tmp_path):
-    options = ["--method", "prefix_tuning", "--lr", "1e37", "--max-steps", "20"]
+    options = ["--method", "prefix_tuning", "--lr", "1e30", "--max-steps", "20"]
     failed = run(*command, *options, "--out", tmp_path / "mine")
     assert failed.exit_code == 2
     assert "a learning rate below" in failed.output
