@@ -25,7 +25,8 @@ _IGNORED_KWARGS = frozenset(
 )  # fmt: skip
 
 
-# Every connection registers under a name of its own.
+# Every connected model has a name of its own among transformers' attention functions.
+_NAME = "graftwork_"
 _NUMBERS = itertools.count()
 
 
@@ -74,7 +75,10 @@ def connect(model: nn.Module, path: Attention) -> None:
     """
     from transformers import AttentionInterface
 
-    name = f"graftwork_{next(_NUMBERS)}"
+    # A model keeps its name: transformers never forgets one, nor what is registered under it.
+    name = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    if not name.startswith(_NAME):
+        name = f"{_NAME}{next(_NUMBERS)}"
 
     def attention(
         module: nn.Module,

@@ -32,8 +32,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-# Far above any that trains; a rate that float32 cannot hold would end in an error of torch's.
-LearningRate = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
+# Far above any that trains; beyond, a rate that float32 cannot hold would end in an error of torch's.
+LearningRate = Annotated[float, Field(gt=0.0, le=1e30, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
