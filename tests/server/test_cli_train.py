@@ -20,7 +20,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from adapters.checkpoint import load_serving_form
@@ -38,7 +38,7 @@ from server.provenance import read_provenance
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 from tests.adapters.training.jobs import request
 from tests.server.api.test_train_to_serve import LABELS, ROWS
-from tests.server.http_server import save_prefix_adapter, save_tiny_base
+from tests.server.http_server import byte_level_tokenizer, save_prefix_adapter, save_tiny_base
 
 TEMPLATE = "Tweet text : {tweet} Label :"
 WORDS = ["--template", TEMPLATE, "--target", "Label", "--labels", ",".join(LABELS)]
@@ -308,11 +308,16 @@ def test_an_empty_folder_is_filled(command, tmp_path):
 
 
 def test_a_run_that_diverges_says_so_and_leaves_nothing(command, tmp_path):
-    options = ["--method", "prefix_tuning", "--lr", "1e30", "--max-steps", "20"]
-    failed = run(*command, *options, "--out", tmp_path / "mine")
+    # GPT-2's norms make NaN of what is too large; those of Llama make 0 of it.
+    base, out = tmp_path / "base", tmp_path / "out"
+    tokenizer = byte_level_tokenizer()
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    failed = run(*command, "--base", base, "--lr", "1e30", "--max-steps", "20", "--out", out)
     assert failed.exit_code == 2
     assert "a learning rate below" in failed.output
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize("split", ["0.0", "0.25"])
