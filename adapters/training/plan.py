@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from adapters.errors import JobInvalid
 from adapters.methods import METHODS
 from adapters.template import Template
 from adapters.training import method_config
+from adapters.training.batches import Plan as Steps
 from adapters.training.encoding import Encoder
 from adapters.training.examples import Example, Examples, fit, kept_tokens
 from adapters.training.job import METHOD_NAMES, Hyperparameters, TrainingJob, TrainingRequest
@@ -110,6 +112,9 @@ def make_plan(
     if job.train_on_context is False:
         train = without_context(job, train)
     examples = fit(job, Examples(train, held_out, label_ids))
+    job = job.model_copy(
+        update={"hyperparameters": _long_enough(job.hyperparameters, request, recipe, len(train))}
+    )
     preview = [_preview(example, rows, renderer) for example in examples.train[:PREVIEW_ROWS]]
     return Plan(job, examples, preview, _lengths(examples))
 
@@ -225,6 +230,18 @@ def _hyperparameters(request: TrainingRequest, recipe: Recipe) -> Hyperparameter
             str(resolved["validation_split"]),
         )
     return Hyperparameters(**resolved)
+
+
+def _long_enough(
+    options: Hyperparameters, request: TrainingRequest, recipe: Recipe, num_train: int
+) -> Hyperparameters:
+    """The same, with more epochs where nobody said how long and the recipe's are too few steps."""
+    given = request.hyperparameters
+    if given.epochs is not None or given.max_steps is not None:
+        return options
+    steps = Steps.of(num_train, options)
+    epochs = math.ceil(recipe.min_steps / steps.steps_per_epoch)
+    return options.model_copy(update={"epochs": max(options.epochs or 1, epochs)})
 
 
 def _context_settings(request: TrainingRequest, recipe: Recipe) -> dict[str, Any]:

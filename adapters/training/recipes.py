@@ -19,6 +19,8 @@ class Recipe(BaseModel):
     Attributes:
         config: fields of the method's PEFT config.
         hyperparameters: the optimisation.
+        min_steps: where nobody says how long to train, a few rows are seen more often than
+            `hyperparameters.epochs` times, until there are so many steps.
         init_from_rows: without `init_text`, start from the rendered text of training rows (a prefix
             without projection and prompt tuning).
         context_examples: CPT: examples in the context.
@@ -29,6 +31,7 @@ class Recipe(BaseModel):
 
     config: dict[str, Any]
     hyperparameters: Hyperparameters
+    min_steps: int = 100
     init_from_rows: bool = False
     context_examples: int | None = None
     train_on_context: bool | None = None

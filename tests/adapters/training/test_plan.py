@@ -47,7 +47,9 @@ def refusal(**fields):
 def test_data_and_a_method_name_are_enough(method):
     made = plan(method=method)
     job, recipe = made.job, RECIPES[METHOD_NAMES[method]]
-    assert job.hyperparameters == recipe.hyperparameters
+    # Six rows are a step an epoch here: they are seen until the recipe's least steps are done.
+    often = recipe.hyperparameters.model_copy(update={"epochs": recipe.min_steps})
+    assert job.hyperparameters == often
     assert (job.method, job.peft_type) == (METHODS[job.peft_type].name, METHOD_NAMES[method])
     assert job.num_rows == len(ROWS)
     assert job.trainable_params > 0
@@ -74,6 +76,17 @@ def test_peft_reads_the_config_without_a_warning(method, tmp_path):
     assert config.base_model_name_or_path == "tiny"
     assert config.task_type == "CAUSAL_LM"
     assert config.inference_mode is True
+
+
+def test_many_rows_are_seen_as_often_as_the_recipe_says_and_few_rows_oftener():
+    recipe = RECIPES["IA3"]
+    many = [{**ROWS[n % 2], "ID": n} for n in range(8 * recipe.min_steps)]
+    assert plan(many).job.hyperparameters.epochs == recipe.hyperparameters.epochs
+    few = plan(many[:80]).job.hyperparameters  # ten steps an epoch
+    assert few.epochs == recipe.min_steps // 10
+    assert plan(many[:80], hyperparameters={"epochs": 2}).job.hyperparameters.epochs == 2
+    stepped = plan(many[:80], hyperparameters={"max_steps": 3}).job.hyperparameters
+    assert (stepped.epochs, stepped.max_steps) == (None, 3)
 
 
 def test_what_was_asked_for_goes_before_the_recipe():
