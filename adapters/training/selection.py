@@ -104,7 +104,10 @@ def without_context(job: TrainingJob, train: Sequence[Example]) -> list[Example]
 
 
 def _shares(sizes: Sequence[int], share: float) -> list[int]:
-    """How many each group gives: its share, rounded so that the sum is right; each keeps one."""
+    """How many each group gives: its share rounded up or down, and less where it must keep one.
+
+    The sum is that of all rows' share unless groups that are too small fall short of theirs.
+    """
     exact = [size * share for size in sizes]
     counts = [min(int(want), size - 1) for want, size in zip(exact, sizes, strict=True)]
     wanted = round(sum(sizes) * share)
