@@ -85,7 +85,11 @@ class Settings(BaseSettings):
         description="Threads within one operation of a training job. Left out: half the cores.",
     )
     train_nice: int = Field(
-        10, ge=0, le=19, description="Niceness of a training job; serving goes first."
+        19,
+        ge=0,
+        le=19,
+        description="Niceness of a training job. At 19 it takes what serving leaves; at 10 it was "
+        "three times as fast beside eight streams, and their tokens took 1.7 times as long.",
     )
     train_dtype: Dtype | None = Field(
         None,

@@ -126,7 +126,8 @@ class _Group:
 class PackedAttention:
     """Attention of the step that is running; see `adapters.attention_hook.Attention`.
 
-    Written out in float32 products over rows padded to a similar neighbour's length. torch's flash
+    Written out as products over rows padded to a similar neighbour's length: scores and softmax in
+    float32, weighted values in the base's dtype, as flash attention does it. torch's own flash
     kernel was tried on the CPU: its backward pass with a mask takes four times as long at 30 tokens
     a row, and a mask over several rows at once makes it pass over all their keys.
     """
@@ -141,7 +142,8 @@ class PackedAttention:
 
         Args:
             packed: the rows.
-            virtual: what stands before each; a prefix's tensors are float32.
+            virtual: what stands before each; a prefix's keys are float32, its values have the
+                base's dtype.
         """
         num_virtual = 0 if virtual is None else virtual.num_virtual_tokens
         self._prefix = virtual if isinstance(virtual, KVPrefix) else None
@@ -177,7 +179,7 @@ class PackedAttention:
             self._kept.append((new_keys.detach(), new_values.detach()))
         queries = _to_rows(query.float() * scale, self._groups)
         keys = _to_rows(new_keys.float(), self._groups)
-        values = _to_rows(new_values.float(), self._groups)
+        values = _to_rows(new_values, self._groups)
         shared: tuple[torch.Tensor, torch.Tensor] | None = None
         if self._prefix is not None:
             # (H_kv, n, D) -> (n, H_kv, D)
@@ -281,9 +283,8 @@ class PackedBase:
 
     def _cast(self, virtual: KVPrefix | SoftPrompt | None) -> KVPrefix | SoftPrompt | None:
         if isinstance(virtual, KVPrefix):
-            # Rounded to what serving stores, then float32 for the products of attention.
-            keys, values = virtual.keys.to(self.dtype), virtual.values.to(self.dtype)
-            return KVPrefix(keys.float(), values.float())
+            # Rounded to what serving stores; the scores are computed in float32.
+            return KVPrefix(virtual.keys.to(self.dtype).float(), virtual.values.to(self.dtype))
         if isinstance(virtual, SoftPrompt):
             return SoftPrompt(virtual.embeddings.to(self.dtype))
         return None
@@ -422,7 +423,7 @@ def _attend(
         # Keys that a query does not see need no slope.
         distances = group.distances[:, None, None].clamp(min=0).float()
         scores = scores - alibi_slopes.view(num_kv_heads, repeats, 1, 1) * distances
-    weights = torch.softmax(scores + group.mask(window), dim=-1).flatten(2, 3)
+    weights = torch.softmax(scores + group.mask(window), dim=-1).flatten(2, 3).to(values.dtype)
     out = torch.matmul(weights, values.permute(0, 2, 1, 3))
     out = out.view(count, num_kv_heads, repeats, num_queries, head_dim)
     return out.permute(0, 3, 1, 2, 4).reshape(count, num_queries, num_heads, head_dim)

@@ -45,7 +45,7 @@ class WorkerConfig:
     dtype: str | None = None
     device: str = "cpu"
     threads: int = 1
-    nice: int = 10
+    nice: int = 19
     memory_bytes: int | None = None
     checkpoint_seconds: float = 20.0
 

@@ -27,7 +27,7 @@ import httpx
 
 STREAMS = 8
 NEW_TOKENS = 256
-NICE = 10
+NICE = 19
 BUSY = "import os; os.nice({nice})\nwhile True: pass"
 
 

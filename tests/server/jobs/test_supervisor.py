@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,18 @@ def test_workers_is_how_many_run_at_once(at_home):
         wait_for(lambda: len(supervisor.pids) == 2)
         wait_for(lambda: has_trained(at_home, records[0]) and has_trained(at_home, records[1]))
         assert [at_home.state(record) for record in records] == ["running", "running", "queued"]
+
+
+def test_a_worker_yields_to_the_server(at_home):
+    record = at_home.add(steps=ENDLESS)
+    with supervised(at_home) as supervisor:
+        wait_for(lambda: has_trained(at_home, record))
+        pid = supervisor.pids[record.id]
+        assert os.getpriority(os.PRIO_PROCESS, pid) == at_home.config.nice > 0
+        autogroup = Path(f"/proc/{pid}/autogroup")
+        if autogroup.exists():
+            # Niceness alone counts only among the processes of one session.
+            assert autogroup.read_text().split()[-1] == str(at_home.config.nice)
 
 
 def test_a_queued_job_is_cancelled_at_once(at_home):
