@@ -24,7 +24,7 @@ from typing import Any
 
 from adapters import durable
 from adapters.errors import TrainingError
-from adapters.training import batches
+from adapters.training.batches import Steps
 from adapters.training.job import TrainingJob
 from adapters.training.loop import Trained, TrainingEvent, train
 from adapters.training.plan import Plan
@@ -182,7 +182,7 @@ class _LeaveAfterStep:
 
     def __init__(self, plan: Plan, asked: Callable[[], bool]) -> None:
         options = plan.job.hyperparameters
-        self._steps = batches.Plan.of(len(plan.examples.train), options)
+        self._steps = Steps.of(len(plan.examples.train), options)
         self._evaluates = bool(plan.examples.held_out)
         self._asked = asked
         self._between = False

@@ -59,19 +59,8 @@ class Provenance:
         return cls(job, metrics, {"python": platform.python_version(), **versions})
 
     def words(self) -> dict[str, Any]:
-        """What `Registry.publish` stores with the adapter, by its names."""
-        job = self.job
-        return {
-            "description": job.description,
-            "template": job.template,
-            "labels": job.labels,
-            "target_separator": job.target_separator,
-            "append_eos": job.append_eos,
-            "tokenization": job.tokenization,
-            "base_digest": job.base_digest,
-            "recipe": job.model_dump(mode="json"),
-            "metrics": self.metrics,
-        }
+        """See `words_of`."""
+        return words_of(self.job, self.metrics)
 
     def write(self, directory: Path) -> None:
         """Write the file into a folder that has none.
@@ -87,6 +76,21 @@ class Provenance:
         text = json.dumps(said, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         with durable.full_disk_is_storage_full(PROVENANCE_FILE):
             durable.write_file(directory / PROVENANCE_FILE, text.encode())
+
+
+def words_of(job: TrainingJob, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `Registry.publish` stores with an adapter that was trained here, by its names."""
+    return {
+        "description": job.description,
+        "template": job.template,
+        "labels": job.labels,
+        "target_separator": job.target_separator,
+        "append_eos": job.append_eos,
+        "tokenization": job.tokenization,
+        "base_digest": job.base_digest,
+        "recipe": job.model_dump(mode="json"),
+        "metrics": metrics,
+    }
 
 
 def read_provenance(directory: Path) -> Provenance | None:

@@ -269,14 +269,10 @@ def context_targets(config: CPTConfig) -> VirtualTargets:
     types = torch.tensor(config.type_mask())
     counts = is_label_type(types)
     counts[0] = False  # nothing stands before it
-    weights = torch.zeros(len(types))
+    weights = torch.ones(len(types))
     if config.opt_weighted_loss_type == "decay":
-        # One group is taken by the row itself.
-        groups = torch.unique(types[is_label_type(types)]).flip(0)
-        for age, group in enumerate(groups, start=1):
-            weights[types == group] = config.opt_loss_decay_factor**age
-    else:
-        weights[counts] = 1.0
+        _decay(types, weights, config.opt_loss_decay_factor)
+        weights *= config.opt_loss_decay_factor  # the row's own label is newer than all of these
     return VirtualTargets(torch.tensor(config.token_ids()), weights * counts, counts)
 
 

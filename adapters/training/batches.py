@@ -15,7 +15,7 @@ from adapters.training.job import Hyperparameters
 
 
 @dataclass(frozen=True)
-class Plan:
+class Steps:
     """The steps of a run.
 
     Attributes:
@@ -33,7 +33,7 @@ class Plan:
     seed: int
 
     @classmethod
-    def of(cls, num_examples: int, options: Hyperparameters) -> Plan:
+    def of(cls, num_examples: int, options: Hyperparameters) -> Steps:
         """The plan for so many rows.
 
         Raises:

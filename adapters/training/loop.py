@@ -25,7 +25,7 @@ from adapters.errors import BaseMismatch, NonFinite, TrainingDiverged
 from adapters.method import parse_config
 from adapters.methods import METHODS
 from adapters.trainable import Trainable
-from adapters.training.batches import Plan, learning_rate
+from adapters.training.batches import Steps, learning_rate
 from adapters.training.examples import Examples
 from adapters.training.job import Hyperparameters, TrainingJob
 from adapters.training.objective import num_targets, summed_loss
@@ -150,7 +150,7 @@ class _Run:
         self._on_event = on_event
         self._state_dir = state_dir
         self._should_stop = should_stop
-        self._plan = Plan.of(len(examples.train), self._options)
+        self._plan = Steps.of(len(examples.train), self._options)
         torch.manual_seed(self._options.seed)
         method = METHODS[job.peft_type]
         config = parse_config(method.config_class, job.config)
@@ -356,7 +356,7 @@ class _Run:
 class _Clock:
     """Pace of a run: tokens a second since it began or went on, and what that leaves."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Steps) -> None:
         self._plan = plan
         self.begin(0)
 

@@ -20,7 +20,7 @@ from adapters.errors import JobInvalid
 from adapters.methods import METHODS
 from adapters.template import Template
 from adapters.training import method_config
-from adapters.training.batches import Plan as Steps
+from adapters.training.batches import Steps
 from adapters.training.encoding import Encoder
 from adapters.training.examples import Example, Examples, fit, kept_tokens
 from adapters.training.job import METHOD_NAMES, Hyperparameters, TrainingJob, TrainingRequest

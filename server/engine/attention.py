@@ -72,17 +72,7 @@ class AttentionPath:
     ) -> torch.Tensor:
         """Put the step's keys and values in place, then attend from every token over its sequence.
 
-        Args:
-            layer: whose blocks to write and read.
-            query: (T, H, D).
-            new_keys, new_values: (T, H_kv, D), of the step's own tokens.
-            scale: factor on the scores.
-            window: keys further back than this are hidden; None sees all.
-            softcap: scores become softcap * tanh(score / softcap).
-            alibi_slopes: (H,) float32.
-
-        Returns:
-            (T, H, D), in the dtype of `query`.
+        See `adapters.attention_hook.Attention`.
         """
         # Not empty_like: that would keep the strides of a transposed query.
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

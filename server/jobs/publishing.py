@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRecord, Registry
+from server.provenance import words_of
 
 if TYPE_CHECKING:
     from adapters.base_model import BaseModelSpec
@@ -61,17 +62,9 @@ def publish(
             job.adapter,
             staged,
             base,
-            description=job.description,
-            template=job.template,
-            labels=job.labels,
-            target_separator=job.target_separator,
-            append_eos=job.append_eos,
-            base_digest=job.base_digest,
             create_only=job.if_exists == "error",
             base_names=(config.base_name, config.base, job.base_name),
-            recipe=job.model_dump(mode="json"),
             job_id=record.id,
-            metrics=trained.metrics,
-            tokenization=job.tokenization,
+            **words_of(job, trained.metrics),
         )
     return Outcome(published.record.version, trained.metrics)

@@ -26,6 +26,7 @@ from adapters.registry import Registry
 from adapters.tables import AdapterRow
 from tests.adapters import checkpoints
 from tests.adapters.checkpoints import BASE, soft_prompt
+from tests.full_disk import run_on_a_small_disk
 
 OTHER_BASE = BASE.from_dict({**BASE.to_dict(), "digest": "c" * 64})
 
@@ -670,21 +671,7 @@ _ON_A_FULL_DISK = """
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size=1m tmpfs '{disk}'"
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(
-            ["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("no private mounts here")
-    script = textwrap.dedent(_ON_A_FULL_DISK)
-    python = [sys.executable, "-c", script, str(disk), str(tmp_path)]
-    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.stdout == "held\n", result.stderr
+    run_on_a_small_disk(_ON_A_FULL_DISK, tmp_path, "1m", str(tmp_path))
 
 
 def test_a_full_database_is_told_apart(root: Path, registry: Registry) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from adapters.training.batches import Plan, learning_rate
+from adapters.training.batches import Steps, learning_rate
 from adapters.training.examples import Example
 from adapters.training.job import TrainingJob
 
@@ -63,7 +63,7 @@ class PlainLoop:
 
     def __init__(self, model: peft.PeftModel, job: TrainingJob, examples: list[Example]) -> None:
         self.model = model
-        self.plan = Plan.of(len(examples), job.hyperparameters)
+        self.plan = Steps.of(len(examples), job.hyperparameters)
         self._job = job
         self._examples = examples
         self._parameters = [p for p in model.parameters() if p.requires_grad]

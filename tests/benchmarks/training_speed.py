@@ -26,7 +26,7 @@ from rich.table import Table
 
 from adapters.method import parse_config
 from adapters.methods import METHODS
-from adapters.training.batches import Plan as Steps
+from adapters.training.batches import Steps
 from adapters.training.job import TrainingRequest
 from adapters.training.loop import make_optimizer
 from adapters.training.objective import num_targets, summed_loss

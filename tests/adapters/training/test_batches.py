@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from adapters.training.batches import Plan, learning_rate
+from adapters.training.batches import Steps, learning_rate
 from adapters.training.job import Hyperparameters
 
 
@@ -24,7 +24,7 @@ def rows_of(plan, step):
 @pytest.mark.parametrize("num_examples", [1, 4, 10, 16, 17])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (4, 1), (2, 2), (3, 4), (64, 1)])
 def test_an_epoch_is_every_row_once(num_examples, batch_size, accumulation):
-    plan = Plan.of(
+    plan = Steps.of(
         num_examples, options(batch_size=batch_size, gradient_accumulation_steps=accumulation)
     )
     an_epoch = math.ceil(num_examples / (batch_size * accumulation))
@@ -45,12 +45,12 @@ def test_an_epoch_is_every_row_once(num_examples, batch_size, accumulation):
 
 def test_the_order_follows_from_seed_and_step_alone():
     def order(seed):
-        plan = Plan.of(30, options(batch_size=4, seed=seed))
+        plan = Steps.of(30, options(batch_size=4, seed=seed))
         return [plan.batches(step) for step in range(plan.max_steps)]
 
     first = order(0)
     assert order(0) == first
-    plan = Plan.of(30, options(batch_size=4, seed=0))
+    plan = Steps.of(30, options(batch_size=4, seed=0))
     backwards = [plan.batches(step) for step in reversed(range(plan.max_steps))]
     assert backwards[::-1] == first
     assert order(1) != first
@@ -59,8 +59,8 @@ def test_the_order_follows_from_seed_and_step_alone():
 
 
 def test_splitting_a_step_into_forward_passes_changes_no_row():
-    whole = Plan.of(21, options(batch_size=8))
-    split = Plan.of(21, options(batch_size=2, gradient_accumulation_steps=4))
+    whole = Steps.of(21, options(batch_size=8))
+    split = Steps.of(21, options(batch_size=2, gradient_accumulation_steps=4))
     assert whole.max_steps == split.max_steps
     for step in range(whole.max_steps):
         assert rows_of(whole, step) == rows_of(split, step)
@@ -68,7 +68,7 @@ def test_splitting_a_step_into_forward_passes_changes_no_row():
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 7])
 def test_steps_may_end_amid_an_epoch(max_steps):
-    plan = Plan.of(10, options(epochs=None, max_steps=max_steps, batch_size=4))
+    plan = Steps.of(10, options(epochs=None, max_steps=max_steps, batch_size=4))
     assert plan.max_steps == max_steps
     assert [step for step in range(max_steps) if plan.ends_epoch(step)] == sorted(
         {step for step in range(max_steps) if (step + 1) % 3 == 0} | {max_steps - 1}
@@ -76,12 +76,12 @@ def test_steps_may_end_amid_an_epoch(max_steps):
 
 
 def test_max_steps_goes_before_epochs():
-    assert Plan.of(10, options(epochs=3, max_steps=2, batch_size=4)).max_steps == 2
+    assert Steps.of(10, options(epochs=3, max_steps=2, batch_size=4)).max_steps == 2
 
 
 def test_no_row_is_an_error():
     with pytest.raises(ValueError, match="no row"):
-        Plan.of(0, options())
+        Steps.of(0, options())
 
 
 # transformers calls ours "constant_with_warmup"; its "constant" ignores the warm-up.

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from adapters.training.state import (
     restore_optimizer,
     save,
 )
+from tests.full_disk import run_on_a_small_disk
 
 
 def a_state(step=3, seed=0):
@@ -163,17 +160,4 @@ _ON_A_FULL_DISK = """
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size=1m tmpfs '{disk}'"
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(
-            ["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("no private mounts here")
-    python = [sys.executable, "-c", textwrap.dedent(_ON_A_FULL_DISK), str(disk)]
-    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.stdout == "held\n", result.stderr
+    run_on_a_small_disk(_ON_A_FULL_DISK, tmp_path, "1m")

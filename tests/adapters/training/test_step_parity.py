@@ -15,20 +15,14 @@ import torch
 
 from adapters.method import parse_config
 from adapters.methods import METHODS
-from adapters.training.batches import Plan
+from adapters.training.batches import Steps
 from adapters.training.loop import train
 from adapters.training.packed import PackedBase
 from tests.adapters.training.tiny_jobs import VARIANTS, tiny_examples, tiny_job
+from tests.benchmarks.peft_training import CONFIGS, padded
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_spec
 
 STEPS = 10
-PEFT_CONFIGS = {
-    "PREFIX_TUNING": peft.PrefixTuningConfig,
-    "P_TUNING": peft.PromptEncoderConfig,
-    "IA3": peft.IA3Config,
-    "CPT": peft.CPTConfig,
-    "PROMPT_TUNING": peft.PromptTuningConfig,
-}
 
 
 def our_losses(architecture, job, examples):
@@ -59,7 +53,7 @@ def starting_weights(architecture, job):
 def peft_model(architecture, job):
     """PEFT around a fresh base, with our starting weights, and its trained parameters."""
     given = {k: v for k, v in job.config.items() if k not in ("peft_type", "peft_version")}
-    config = PEFT_CONFIGS[job.peft_type](**{**given, "inference_mode": False})
+    config = CONFIGS[job.peft_type](**{**given, "inference_mode": False})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(tiny_model(architecture), config).eval()
@@ -87,7 +81,7 @@ def peft_losses(architecture, job, examples):
         optimizer = torch.optim.AdamW(
             parameters, lr=options.learning_rate, eps=options.adam_epsilon, weight_decay=0.0
         )
-    plan = Plan.of(len(examples.train), options)
+    plan = Steps.of(len(examples.train), options)
     losses = []
     for step in range(plan.max_steps):
         (rows,) = plan.batches(step)
@@ -102,25 +96,6 @@ def peft_losses(architecture, job, examples):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def padded(batch):
-    longest = max(example.num_tokens for example in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
-    labels = torch.full_like(ids, -100)
-    for row, example in enumerate(batch):
-        length = example.num_tokens
-        ids[row, :length] = torch.tensor(example.prompt_ids + example.target_ids)
-        mask[row, :length] = 1
-        types[row, :length] = torch.tensor(example.types)
-        labels[row, len(example.prompt_ids) : length] = torch.tensor(example.target_ids)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "input_type_mask": types,
-    }
 
 
 def options(optimizer):

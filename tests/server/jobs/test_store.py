@@ -26,6 +26,7 @@ from adapters.registry import Registry
 from server import errors
 from server.jobs.states import FINISHED
 from server.jobs.store import Claim, JobStore
+from tests.full_disk import run_on_a_small_disk
 from tests.server.jobs.clock import Clock
 from tests.server.jobs.examples import ROWS, a_job
 
@@ -632,20 +633,7 @@ _ON_A_FULL_DISK = """
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size=6m tmpfs '{disk}'"
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(
-            ["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("no private mounts here")
-    python = [sys.executable, "-c", textwrap.dedent(_ON_A_FULL_DISK), str(disk)]
-    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.stdout == "held\n", result.stderr
+    run_on_a_small_disk(_ON_A_FULL_DISK, tmp_path, "6m")
 
 
 def test_a_full_database_is_storage_full_and_changes_nothing(store: JobStore, root: Path) -> None:
