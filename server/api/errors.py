@@ -105,6 +105,7 @@ FAILED: dict[str, Refusal] = {
     "adapter_corrupt": Refusal(424, "adapter_corrupt", "generation"),
     "adapter_not_loaded": Refusal(424, "adapter_not_loaded", "generation"),
     "too_long": Refusal(422, "too_long"),
+    "grammar_invalid": Refusal(422, "grammar_invalid"),
     "non_finite": Refusal(424, "non_finite", "generation"),
     "aborted": Refusal(503, "aborted", "incomplete_generation"),
     "engine_error": Refusal(500, "engine_error", "generation"),

@@ -14,6 +14,20 @@ FinishReason = Literal["length", "eos", "aborted", "error"]
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an output must look like.
+
+    Attributes:
+        kind: "json_schema" (`text` is a JSON Schema), "regex" (a regular expression that the whole
+            output must match) or "choice" (a JSON list of texts, one of which is the output).
+        text: see `kind`.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How the next tokens of one sequence are chosen.
 
@@ -37,6 +51,11 @@ class SamplingParams:
         num_logprobs: how many most likely tokens to report with each token; 0 reports the
             chosen one's log-probability alone, None reports nothing.
         prompt_logprobs: also report the log-probability of every prompt token.
+        prompt_logprobs_from: with `prompt_logprobs`, the first prompt token that is wanted; what
+            stands before it is reported as None, and its keys and values may come from the cache.
+        logit_bias: (token id, number to add to its logit), before everything else but `grammar`;
+            reported log-probabilities do not contain it.
+        grammar: only tokens that it allows are drawn, and the end of sequence once it is complete.
     """
 
     max_new_tokens: int = 64
@@ -54,6 +73,9 @@ class SamplingParams:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     prompt_logprobs: bool = False
+    prompt_logprobs_from: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +188,8 @@ class TokenEvent:
 class FailedEvent:
     """A request that ends without more tokens.
 
-    `code` is one of "adapter_corrupt", "adapter_not_loaded", "too_long", "non_finite", "aborted",
-    "engine_error"; `message` is for a person.
+    `code` is one of "adapter_corrupt", "adapter_not_loaded", "too_long", "grammar_invalid",
+    "non_finite", "aborted", "engine_error"; `message` is for a person.
     """
 
     request_id: str

@@ -1,7 +1,7 @@
 """Logits to tokens, row by row.
 
-The filters apply in transformers' order: repetition, presence and frequency penalties, temperature,
-top_k, top_p, min_p, typical_p. Each row is worked out by itself, so the token does not depend on who else
+A logit bias comes first; the filters apply in transformers' order: repetition, presence and frequency
+penalties, temperature, top_k, top_p, min_p, typical_p. Each row is worked out by itself, so the token does not depend on who else
 is in the batch; rows that take the plain argmax are done together.
 
 A draw is the inverse of the cumulative distribution at one uniform number, a hash of (seed, index of
@@ -94,12 +94,14 @@ def logprobs_of(
 
 
 def _is_plain(params: SamplingParams) -> bool:
-    return not params.do_sample and not _has_penalty(params)
+    return not params.do_sample and not _is_shifted(params)
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def _is_shifted(params: SamplingParams) -> bool:
+    """Whether its logits are changed before anything else."""
     return (
-        params.repetition_penalty != 1.0
+        bool(params.logit_bias)
+        or params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
     )
@@ -118,8 +120,8 @@ def _logprob(logits: torch.Tensor, token: int, num_top: int | None) -> TokenLogp
 
 
 def _choose(logits: torch.Tensor, row: SampleRow) -> int:
-    if _has_penalty(row.params):
-        logits = _penalise(logits.clone(), row)
+    if _is_shifted(row.params):
+        logits = _penalise(_biased(logits.clone(), row.params), row)
     if not row.params.do_sample:
         return int(logits.argmax())
     scores, ids = _filter(_tempered(logits, row.params.temperature), row.params)
@@ -130,6 +132,15 @@ def _choose(logits: torch.Tensor, row: SampleRow) -> int:
 def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits over temperature, less their maximum: whatever the temperature, the best stays at 0."""
     return (logits - logits.max()) / max(temperature, _COLDEST)
+
+
+def _biased(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Add OpenAI's logit_bias, in place."""
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        places = torch.tensor(ids, device=logits.device)
+        logits[places] += torch.tensor(biases, device=logits.device, dtype=logits.dtype)
+    return logits
 
 
 def _penalise(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
