@@ -5,12 +5,14 @@ An option left out is None, so that the environment and the defaults have their 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from server.settings import DEFAULT_BASE, Dtype, Settings
 
@@ -38,6 +40,8 @@ DtypeOption = Annotated[Dtype | None, option("dtype", "--dtype")]
 Device = Annotated[str | None, option("device", "--device")]
 Threads = Annotated[int | None, option("threads", "--threads")]
 TrainWorkers = Annotated[int | None, option("train_workers", "--train-workers")]
+Url = Annotated[str | None, option("url", "--url")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 LogFormat = Annotated[str | None, option("log_format", "--log-format")]
 LogLevel = Annotated[str | None, option("log_level", "--log-level")]
 
@@ -55,10 +59,43 @@ def settings_from(**given: Any) -> Settings:
         ) from error
 
 
+def place_from(url: str | None, data_dir: Path | None, **given: Any) -> tuple[Settings, str | None]:
+    """Where a command works: the settings, and the server's URL or None for the data directory.
+
+    An option wins over the environment; where neither says anything, the data directory's default
+    does. Exits with a sentence where both are named in the same place.
+    """
+    settings = settings_from(url=url, data_dir=data_dir, **given)
+    if url is not None and data_dir is not None:
+        raise fail("--url and --data-dir are both given; a command talks to one of them")
+    if data_dir is not None or settings.url is None:
+        return settings, None
+    if url is None and "data_dir" in settings.model_fields_set:
+        raise fail(
+            "GRAFTWORK_URL and GRAFTWORK_DATA_DIR are both set; say which with --url or --data-dir"
+        )
+    return settings, settings.url
+
+
 def fail(message: str) -> typer.Exit:
     """What to raise to end with a sentence on standard error and status 2."""
-    err.print(f"[red]graftwork:[/red] {message}", highlight=False)
+    say(f"[red]graftwork:[/red] {escape(message)}")
     return typer.Exit(2)
+
+
+def say(line: str) -> None:
+    """Print a line of rich's markup on standard error; never wrapped, so that it can be searched."""
+    err.print(line, highlight=False, soft_wrap=True)
+
+
+def tell(line: str) -> None:
+    """Print a line as it is on standard output; never wrapped, so that it can be copied."""
+    out.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def prepare_base(settings: Settings) -> None:

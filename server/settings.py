@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         HOME / "data", description="Where adapters and their database live; survives restarts."
     )
+    url: str | None = Field(
+        None,
+        description="Running server that commands talk to, such as http://127.0.0.1:8000. Left "
+        "out, they work on the data directory.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; there is no authentication.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     dtype: Dtype | None = Field(

@@ -31,6 +31,7 @@ from server.settings import MIB
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 ResultT = TypeVar("ResultT")
+Residency = Literal["disk", "host", "device"]
 Version = Annotated[int | None, Query(ge=1, description="A version; left out, see the route.")]
 
 FORM_FIELDS = small_fields(
@@ -234,10 +235,15 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
 
 
 def _version(services: Services, record: AdapterRecord) -> dict[str, Any]:
-    """A record as JSON."""
-    residency: Literal["disk", "host", "device"] = "disk"
+    """A record as JSON, with where it is now."""
+    residency: Residency = "disk"
     if services.ready:
         residency = services.client.residency(record.digest)
+    return record_json(record, residency)
+
+
+def record_json(record: AdapterRecord, residency: Residency = "disk") -> dict[str, Any]:
+    """A record as JSON; also what the command line prints."""
     return {
         "name": record.name,
         "version": record.version,

@@ -1,0 +1,237 @@
+"""A running server, asked over HTTP by the command line.
+
+A small wrapper around httpx: every refusal becomes one `ServerRefused` with the server's own
+sentence, whatever the shape of its body; files are streamed in both directions. Knows no command, and
+of the API only how errors and streams of events look.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+# A generation or an upload may keep silent for long; connecting must not.
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+_MOST_CHARACTERS = 300
+
+
+class ServerRefused(Exception):
+    """The server did not do what it was asked.
+
+    Attributes:
+        message: one sentence for a person.
+        status: HTTP status; None where there was no reply at all.
+        code: the server's name for it, where its body has one.
+    """
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+
+
+class RemoteServer:
+    """A server at a URL; close it, or use it as a context.
+
+    Args:
+        url: http://HOST:PORT, perhaps with a path before the routes.
+
+    Raises:
+        ServerRefused: not such a URL. Every method raises it too: no reply, or a refusal.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = checked_url(url)
+        self._client = httpx.Client(
+            base_url=self.url, timeout=_TIMEOUT, trust_env=uses_proxy(self.url)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def get(self, path: str, **query: Any) -> Any:
+        """GET; the reply's JSON."""
+        return self._call("GET", path, params=_known(query))
+
+    def post(self, path: str, body: Any = None, **query: Any) -> Any:
+        """POST a JSON body, or none; the reply's JSON."""
+        return self._call("POST", path, json=body, params=_known(query))
+
+    def put(self, path: str, body: Any) -> Any:
+        """PUT a JSON body; the reply's JSON."""
+        return self._call("PUT", path, json=body)
+
+    def delete(self, path: str, **query: Any) -> Any:
+        """DELETE; the reply's JSON."""
+        return self._call("DELETE", path, params=_known(query))
+
+    def text(self, path: str, **query: Any) -> str:
+        """GET; the reply's text."""
+        with self._reply("GET", path, params=_known(query)) as reply:
+            reply.read()
+            return reply.text
+
+    def upload(
+        self,
+        path: str,
+        fields: Mapping[str, str],
+        files: Sequence[tuple[str, str, Path]],
+        **query: Any,
+    ) -> tuple[int, Any]:
+        """POST a form; files are read while they are sent.
+
+        Args:
+            path: the route.
+            fields: the form's plain fields.
+            files: (field, file name, where its bytes are).
+            query: query parameters.
+
+        Returns:
+            The reply's status and JSON.
+        """
+        with ExitStack() as stack:
+            parts = [
+                (field, (name, stack.enter_context(place.open("rb"))))
+                for field, name, place in files
+            ]
+            params = _known(query)
+            with self._reply("POST", path, data=fields, files=parts, params=params) as reply:
+                return reply.status_code, _json(reply)
+
+    def download(self, path: str, target: Path, **query: Any) -> None:
+        """GET into a new file, block by block.
+
+        Raises:
+            OSError: the file is there already, or cannot be written.
+        """
+        with (
+            self._reply("GET", path, params=_known(query)) as reply,
+            target.open("xb") as file,
+        ):
+            for block in reply.iter_bytes(1 << 16):
+                file.write(block)
+
+    def events(
+        self, method: str, path: str, body: Any = None, **query: Any
+    ) -> Iterator[tuple[dict[str, str], Any]]:
+        """The server-sent events of a stream: their fields but for `data`, and that as JSON."""
+        with self._reply(method, path, json=body, params=_known(query)) as reply:
+            fields: dict[str, str] = {}
+            for line in reply.iter_lines():
+                name, _, value = line.partition(":")
+                if name == "data":
+                    if value.strip() == "[DONE]":
+                        return
+                    yield fields, _parsed(value)
+                    fields = {}
+                elif name:
+                    fields[name] = value.strip()
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        with self._reply(method, path, **options) as reply:
+            return _json(reply)
+
+    @contextmanager
+    def _reply(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """A reply whose body is unread; a refusal is raised."""
+        if options.get("json", ...) is None:
+            del options["json"]
+        try:
+            with self._client.stream(method, path, **options) as reply:
+                if not reply.is_success:
+                    reply.read()
+                    raise refusal_of(reply, self.url)
+                yield reply
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from error
+
+
+def checked_url(url: str) -> str:
+    """The URL, if it can be a server's.
+
+    Raises:
+        ServerRefused: it cannot.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ServerRefused(f"--url: {error}; expected http://HOST:PORT, came {url!r}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ServerRefused(f"--url: expected http://HOST:PORT, came {url!r}")
+    return url.rstrip("/")
+
+
+def uses_proxy(url: str) -> bool:
+    """Whether the environment's proxy settings hold for a URL: not on this machine itself."""
+    host = httpx.URL(url).host
+    if host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True
+
+
+def unreachable(url: str, error: httpx.HTTPError) -> ServerRefused:
+    """What to say of a server that gave no reply."""
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return ServerRefused(
+            f"nothing answers at {url}: {error}; start it with graftwork serve, or name the data "
+            "directory with --data-dir"
+        )
+    return ServerRefused(f"{url}: {type(error).__name__}: {error}")
+
+
+def refusal_of(reply: httpx.Response, url: str) -> ServerRefused:
+    """A reply that is no success, in the server's own words; its body has been read."""
+    try:
+        body = reply.json()
+    except ValueError:
+        body = None
+    message, code = told_by(body)
+    if message is None:
+        said = " ".join(reply.text.split())[:_MOST_CHARACTERS]
+        message = f"{url} answered {reply.status_code} {said}; is it a Graftwork server?"
+    return ServerRefused(message, reply.status_code, code)
+
+
+def told_by(body: Any) -> tuple[str | None, str | None]:
+    """Message and code of an error's body in any of the three shapes; None where there is none."""
+    if not isinstance(body, dict) or "error" not in body:
+        return None, None
+    told = body["error"]
+    if isinstance(told, dict):  # OpenAI's
+        return str(told.get("message")), told.get("code")
+    return str(told), body.get("code")
+
+
+def _known(query: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in query.items() if value is not None}
+
+
+def _json(reply: httpx.Response) -> Any:
+    reply.read()
+    return _parsed(reply.text) if reply.text else None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ServerRefused(
+            f"expected JSON, came {text[:80]!r}; is it a Graftwork server?"
+        ) from error
