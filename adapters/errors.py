@@ -15,6 +15,8 @@
     |-- BaseMismatch             the adapter was trained on another base (recorded digest differs)
     |-- BaseUnsupported          the base model cannot be served, with the reason
     |-- TemplateInvalid          a template that does not parse, or a row that does not fit it
+    |-- CombineInvalid           adapters that cannot be added up, or weights that cannot weigh them
+    |-- MergeInvalid             an adapter that cannot become part of a base
     |-- TrainingError            a training job cannot be done
     |   |-- JobInvalid           a field of the job is wrong, or two of them disagree
     |   |-- DataInvalid          the rows cannot be trained on; `row` counts from 1 where one is at fault
@@ -112,6 +114,14 @@ class BaseUnsupported(AdapterError):
 
 class TemplateInvalid(AdapterError):
     """A template that does not parse, or a row that does not fit it."""
+
+
+class CombineInvalid(AdapterError):
+    """Adapters that cannot be added up, or weights that cannot weigh them."""
+
+
+class MergeInvalid(AdapterError):
+    """An adapter that cannot become part of a base, or a place where the result cannot go."""
 
 
 class TrainingError(AdapterError):
