@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,15 @@ from server.api.headers import set_headers
 from server.api.schemas import GenerateBody, GenerateParameters, set_extras
 from server.api.services import Services, UseServices
 from server.api.sse import EventStream, event, unless_gone
-from server.engine.request import GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.request import GenerationRequest, SamplingParams
 from server.errors import Contradiction, RequestInvalid
 from server.generation import Generation, Generator, Options, Piece, Prompt, mean_logprob
 from server.text.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["generation"])
 
+# lorax-client sends every parameter that it knows, these as nulls where nobody asked for them.
+_LORAX = frozenset({"adapter_source", "merged_adapters"})
 _ADAPTER = Query(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.")
 
 
@@ -109,8 +111,9 @@ async def _prepare(
 
 
 def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParameters) -> None:
-    outside = [*(body.model_extra or {})]
-    refuse_stray_adapters([*outside, *(parameters.model_extra or {})], also=("model",))
+    inside = parameters.model_extra or {}
+    named = [name for name, value in inside.items() if value is not None or name not in _LORAX]
+    refuse_stray_adapters([*(body.model_extra or {}), *named], also=("model",))
     ignored = sorted({*set_extras(body), *set_extras(parameters)})
     if ignored:
         printable = ("".join(c if c.isascii() and c.isalnum() else "_" for c in n) for n in ignored)
@@ -163,8 +166,8 @@ def _options(parameters: GenerateParameters, max_best_of: int) -> Options:
             presence_penalty=_or(parameters.presence_penalty, 0.0),
             frequency_penalty=_or(parameters.frequency_penalty, 0.0),
             seed=seed,
-            ignore_eos=bool(parameters.ignore_eos),
-            num_logprobs=parameters.top_n_tokens or 0,
+            ignore_eos=bool(parameters.ignore_eos or parameters.ignore_eos_token),
+            num_logprobs=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
             prompt_logprobs=bool(parameters.decoder_input_details),
         ),
         max_new_tokens=parameters.max_new_tokens,
@@ -252,13 +255,14 @@ def _details(job: _Job, output: _Output) -> dict[str, Any]:
     generation = output.generation
     details: dict[str, Any] = {
         "finish_reason": generation.finish_reason,
+        "prompt_tokens": len(generation.request.prompt_token_ids),
         "generated_tokens": generation.num_tokens,
         "seed": output.seed,
         "prefill": _prefill(job, generation),
-        "tokens": [_token(piece) for piece in output.pieces],
+        "tokens": [_token(job, piece) for piece in output.pieces],
     }
-    if job.parameters.top_n_tokens:
-        details["top_tokens"] = [_top(job.tokenizer, piece.logprob) for piece in output.pieces]
+    if count := job.parameters.top_n_tokens:
+        details["top_tokens"] = [_top(job, piece, count) for piece in output.pieces]
     return details
 
 
@@ -277,23 +281,26 @@ def _prefill(job: _Job, generation: Generation) -> list[dict[str, Any]]:
     ]
 
 
-def _token(piece: Piece) -> dict[str, Any]:
-    return {
+def _token(job: _Job, piece: Piece) -> dict[str, Any]:
+    token: dict[str, Any] = {
         "id": piece.token_id,
         "text": piece.text,
         "logprob": None if piece.logprob is None else piece.logprob.logprob,
         "special": piece.special,
     }
+    if count := job.parameters.return_k_alternatives:
+        token["alternative_tokens"] = _top(job, piece, count)
+    return token
 
 
-def _top(tokenizer: TextTokenizer, logprob: TokenLogprob | None) -> list[dict[str, Any]]:
-    entries: Sequence[tuple[int, float]] = () if logprob is None else logprob.top
+def _top(job: _Job, piece: Piece, count: int) -> list[dict[str, Any]]:
+    entries = () if piece.logprob is None else piece.logprob.top[:count]
     return [
         {
             "id": token_id,
-            "text": tokenizer.token_text(token_id),
+            "text": job.tokenizer.token_text(token_id),
             "logprob": value,
-            "special": token_id in tokenizer.special_ids,
+            "special": token_id in job.tokenizer.special_ids,
         }
         for token_id, value in entries
     ]
@@ -342,9 +349,9 @@ async def _frames(
 
 def _frame(job: _Job, generation: Generation, index: int, piece: Piece) -> dict[str, Any]:
     last = piece.finish_reason is not None
-    frame: dict[str, Any] = {"index": index, "token": _token(piece)}
-    if job.parameters.top_n_tokens:
-        frame["top_tokens"] = _top(job.tokenizer, piece.logprob)
+    frame: dict[str, Any] = {"index": index, "token": _token(job, piece)}
+    if count := job.parameters.top_n_tokens:
+        frame["top_tokens"] = _top(job, piece, count)
     frame["generated_text"] = job.prefix + generation.text if last else None
     frame["details"] = None
     if last and job.parameters.details:
@@ -352,7 +359,9 @@ def _frame(job: _Job, generation: Generation, index: int, piece: Piece) -> dict[
             "finish_reason": piece.finish_reason,
             "generated_tokens": generation.num_tokens,
             "seed": job.seed,
+            # TGI's name of it, and LoRAX's
             "input_length": len(job.request.prompt_token_ids),
+            "prompt_tokens": len(job.request.prompt_token_ids),
         }
     return frame
 

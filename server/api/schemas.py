@@ -40,7 +40,7 @@ class _Closed(BaseModel):
 
 
 class GenerateParameters(_Open):
-    """TGI's `parameters`. A null means the same as a field left out."""
+    """TGI's `parameters`, and LoRAX's. A null means the same as a field left out."""
 
     adapter_id: Text | None = Field(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS.")
     best_of: int | None = Field(
@@ -55,11 +55,18 @@ class GenerateParameters(_Open):
     )
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     ignore_eos: bool | None = Field(None, description="Go on to max_new_tokens regardless.")
+    ignore_eos_token: bool | None = Field(None, description="LoRAX's name of ignore_eos.")
     max_new_tokens: int | None = Field(None, ge=1, description="64 if left out.")
     min_p: float | None = Field(None, ge=0, lt=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0)
     return_full_text: bool | None = Field(None, description="Put the prompt before the output.")
+    return_k_alternatives: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TOP_TOKENS,
+        description="LoRAX's name of top_n_tokens; each token carries its alternative_tokens.",
+    )
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: list[StopString] | None = Field(None, max_length=MAX_STOPS)
     temperature: float | None = Field(None, gt=0)

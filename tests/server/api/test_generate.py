@@ -62,6 +62,7 @@ def test_a_stream_says_what_the_whole_reply_says(server):
         "generated_tokens": 12,
         "seed": None,
         "input_length": last["details"]["input_length"],
+        "prompt_tokens": whole["details"]["prompt_tokens"],
     }
 
 
