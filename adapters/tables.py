@@ -1,7 +1,8 @@
 """The tables of a data directory's database.
 
-Rows only: what they mean together is `adapters.registry`'s to keep, and for the last two
-`server.jobs.store`'s. A change here needs a new file in `adapters/migrations/versions`.
+Rows only: what they mean together is `adapters.registry`'s to keep, for the jobs
+`server.jobs.store`'s, and for the files `server.uploads`'. A change here needs a new file in
+`adapters/migrations/versions`.
 
 meta        one row: the schema's version, for code from before migrations
 adapters    a name; its last version number (never used again) and the version it is pinned to
@@ -10,6 +11,7 @@ versions    (name, version) -> digest, with what was said about it
 aliases     (name, alias) -> version
 jobs        a training job, its state, and who may work on it
 job_events  (job, event) -> what happened, in order
+files       a file that somebody uploaded, to train on
 """
 
 from __future__ import annotations
@@ -141,6 +143,7 @@ class JobRow(Base):
         lease_until: Unix time up to which the claim is good; NULL where nobody works on it.
         last_event: id of its newest event.
         skipped_steps: steps since the last one that became an event.
+        tuning: what `/v1/fine_tuning/jobs` was asked for, beside the job; NULL for other jobs.
     """
 
     __tablename__ = "jobs"
@@ -163,6 +166,7 @@ class JobRow(Base):
     lease_until: Mapped[float | None] = mapped_column(Float)
     last_event: Mapped[int] = mapped_column(Integer)
     skipped_steps: Mapped[int] = mapped_column(Integer)
+    tuning: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class JobEventRow(Base):
@@ -177,3 +181,23 @@ class JobEventRow(Base):
     kind: Mapped[str] = mapped_column(String)
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class FileRow(Base):
+    """One uploaded file; its bytes lie under files/<id>.
+
+    Attributes:
+        number: grows with every file; the order in which they came.
+        filename: as the client called it; never part of a path.
+        purpose: what it is for, in OpenAI's words.
+        num_bytes: how long it is.
+    """
+
+    __tablename__ = "files"
+
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(String, unique=True)
+    filename: Mapped[str] = mapped_column(Text)
+    purpose: Mapped[str] = mapped_column(String)
+    num_bytes: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)

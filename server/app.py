@@ -28,6 +28,7 @@ from server.jobs.store import JobStore
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
 from server.settings import MIB, Settings
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+from server.uploads import FileStore
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +37,7 @@ COLLECT_SECONDS = 60.0
 
 Hook = Callable[[Services], Awaitable[None]]
 # These count their bodies themselves.
-UPLOAD_PATHS = frozenset({"/adapters", "/train"})
+UPLOAD_PATHS = frozenset({"/adapters", "/train", "/v1/files"})
 
 
 async def _nothing(_services: Services) -> None:
@@ -104,11 +105,19 @@ def open_services(settings: Settings) -> Services:
         log.warning("adapters_corrupt", digests=report.corrupt)
     jobs = JobStore(settings.data_dir)
     jobs.sweep()
+    files = FileStore(
+        settings.data_dir,
+        max_files=settings.max_files,
+        max_bytes=settings.max_files_mib * MIB,
+    )
+    files.sweep()
     supervisor = Supervisor(
         jobs, registry, settings.worker_config(base_id), workers=settings.train_workers
     )
     client = EngineClient(settings.engine_config())
-    return Services(settings, base_id, registry, client, jobs=jobs, supervisor=supervisor)
+    return Services(
+        settings, base_id, registry, client, jobs=jobs, files=files, supervisor=supervisor
+    )
 
 
 async def start_engine(services: Services) -> Generator:
@@ -132,6 +141,8 @@ async def close_services(services: Services) -> None:
     await services.client.stop()
     if services.jobs is not None:
         services.jobs.close()
+    if services.files is not None:
+        services.files.close()
     services.registry.close()
 
 

@@ -9,6 +9,8 @@
     |-- WrongContentType     a body of another media type
     |-- NotReady             the engine is still starting, or is gone
     |-- JobNotFound          no training job of that id
+    |-- UploadNotFound       no uploaded file of that id
+    |-- FilesFull            as many uploaded files, or bytes of them, are kept as may
     |-- JobActive            the job has to end first
     `-- TooManyJobs          as many jobs wait already as may
     LeaseLost                a worker's claim on its job is no longer good (never told to a client)
@@ -75,6 +77,14 @@ class NotReady(RequestRefused):
 
 class JobNotFound(RequestRefused):
     """No training job of that id."""
+
+
+class UploadNotFound(RequestRefused):
+    """No uploaded file of that id."""
+
+
+class FilesFull(RequestRefused):
+    """As many uploaded files, or bytes of them, are kept as may."""
 
 
 class JobActive(RequestRefused):

@@ -25,6 +25,7 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from server.jobs.store import JobStore
     from server.jobs.supervisor import Supervisor
+    from server.uploads import FileStore
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Services:
         started_at: Unix time, seconds.
         requests_by_adapter: generations asked of each name since the start.
         jobs: the training jobs; None in a server that has no table of them.
+        files: the files that were uploaded to train on; None likewise.
         supervisor: what runs them here; None where `graftwork worker` does.
         stopping: whether the server is about to go; streams without an end of their own end then.
         planning: held while a job is planned: one at a time, since each may hold a whole file.
@@ -57,6 +59,7 @@ class Services:
     started_at: float = field(default_factory=time.time)
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
+    files: FileStore | None = None
     supervisor: Supervisor | None = None
     stopping: Callable[[], bool] = field(default=lambda: False)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))

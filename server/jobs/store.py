@@ -71,6 +71,7 @@ class JobRecord:
         adapter_version: version that it published.
         cancel_requested: somebody wants it to end.
         attempts: claims that were not handed back, from the one on that made the last checkpoint.
+        tuning: what its asker said beside the job; None for a job that was asked for in our words.
     """
 
     id: str
@@ -87,6 +88,7 @@ class JobRecord:
     adapter_version: int | None
     cancel_requested: bool
     attempts: int
+    tuning: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,22 @@ class JobStore:
 
     # --- in ---------------------------------------------------------------------------
 
-    def create(self, job: TrainingJob, rows: Sequence[Row]) -> JobRecord:
+    def create(
+        self, job: TrainingJob, rows: Sequence[Row], tuning: Mapping[str, Any] | None = None
+    ) -> JobRecord:
         """Queue a job.
+
+        Args:
+            job: everything about it but the rows.
+            rows: its rows.
+            tuning: what its asker said beside the job, kept as it is; JSON.
 
         Raises:
             TooManyJobs: as many wait as may.
             StorageFull: nothing of it was kept.
-            ValueError: a number among the rows is not finite.
+            ValueError: a number among the rows is not finite, or `tuning` is not plain JSON.
         """
+        said = None if tuning is None else _plain(tuning)
         with self._database.read() as session:  # before a large file is written for nothing
             self._check_queue(session)
         job_id = f"job-{secrets.token_hex(12)}"
@@ -171,7 +181,7 @@ class JobStore:
             try:
                 with self._database.write() as session:
                     self._check_queue(session)
-                    row = self._insert(session, job_id, job)
+                    row = self._insert(session, job_id, job, said)
                     self._files.place(staged, job_id)
                     # Read before the commit: afterwards it may change at any moment.
                     return _record(row)
@@ -196,6 +206,36 @@ class JobStore:
         """Jobs, the newest first."""
         statement = select(JobRow).order_by(JobRow.number.desc()).offset(offset).limit(limit)
         with self._database.read() as session:
+            return [_record(row) for row in session.scalars(statement)]
+
+    def list_after(
+        self,
+        after: str | None,
+        limit: int,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        without_metadata: bool = False,
+    ) -> builtins.list[JobRecord]:
+        """Jobs that are older than the one with the id `after`, the newest first.
+
+        Args:
+            after: a job's id; None begins with the newest.
+            limit: how many at most.
+            metadata: only jobs whose `tuning["metadata"]` has these texts under these names.
+            without_metadata: only jobs that have no `tuning["metadata"]`.
+
+        Raises:
+            JobNotFound: no job `after`.
+        """
+        said = JobRow.tuning["metadata"]
+        statement = select(JobRow).order_by(JobRow.number.desc()).limit(limit)
+        for name, value in (metadata or {}).items():
+            statement = statement.where(said[name].as_string() == value)
+        if without_metadata:
+            statement = statement.where(said.as_string().is_(None))
+        with self._database.read() as session:
+            if after is not None:
+                statement = statement.where(JobRow.number < _row(session, after).number)
             return [_record(row) for row in session.scalars(statement)]
 
     def count(self) -> int:
@@ -239,6 +279,22 @@ class JobStore:
                 JobEvent(event.id, event.kind, event.data, event.at)
                 for event in session.scalars(statement)
             ]
+
+    def events_before(
+        self, job_id: str, before: int | None = None, limit: int = 1000
+    ) -> builtins.list[JobEvent]:
+        """Events with an id below `before` (None: all), the newest first.
+
+        Raises:
+            JobNotFound: no such job.
+        """
+        with self._database.read() as session:
+            number = _row(session, job_id).number
+            statement = select(JobEventRow).where(JobEventRow.job == number)
+            if before is not None:
+                statement = statement.where(JobEventRow.id < before)
+            newest = session.scalars(statement.order_by(JobEventRow.id.desc()).limit(limit))
+            return [JobEvent(event.id, event.kind, event.data, event.at) for event in newest]
 
     def running(self) -> builtins.list[tuple[JobRecord, int, float]]:
         """Running jobs, the oldest first: each with its token and the Unix time its lease ends."""
@@ -432,7 +488,9 @@ class JobStore:
                 expected=f"fewer than {self._max_queued} waiting jobs",
             )
 
-    def _insert(self, session: Session, job_id: str, job: TrainingJob) -> JobRow:
+    def _insert(
+        self, session: Session, job_id: str, job: TrainingJob, tuning: dict[str, Any] | None
+    ) -> JobRow:
         row = JobRow(
             id=job_id,
             state="queued",
@@ -444,6 +502,7 @@ class JobStore:
             token=0,
             last_event=0,
             skipped_steps=0,
+            tuning=tuning,
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
@@ -561,4 +620,5 @@ def _record(row: JobRow) -> JobRecord:
         adapter_version=row.adapter_version,
         cancel_requested=row.cancel_requested,
         attempts=row.attempts,
+        tuning=row.tuning,
     )
