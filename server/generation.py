@@ -51,15 +51,23 @@ class Options:
 
     Attributes:
         sampling: `max_new_tokens` and `eos_token_ids` in it are filled in here.
-        max_new_tokens: None takes the default, or what fits if that is less.
-        stop: strings that end the output; the one that ended it stays in the text.
+        max_new_tokens: None takes `default_new_tokens`, or what fits if that is less.
+        default_new_tokens: None is all that fits.
+        stop: strings that end the output.
+        include_stop: whether the one that ended it stays in the text.
         truncate: keep only the last so many prompt tokens.
+        prompt_field: what the caller calls the prompt, for refusals.
+        length_field: what the caller calls `max_new_tokens`, likewise.
     """
 
     sampling: SamplingParams
     max_new_tokens: int | None = None
+    default_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
+    include_stop: bool = True
     truncate: int | None = None
+    prompt_field: str = "inputs"
+    length_field: str = "max_new_tokens"
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,10 @@ class Piece:
 
     Attributes:
         token_id: the token.
-        text: what it adds to the output; empty while a character is incomplete. A special token
-            shows its name here, which is not part of the output.
+        text: what it adds to the output; empty while a character is incomplete, or while it may
+            begin a stop string that is left out. A special token shows its name here, which is not
+            part of the output.
+        offset: characters of the output before it, those held back among them.
         special: whether it is a special token.
         logprob: None unless asked for.
         finish_reason: None while the sequence goes on.
@@ -85,6 +95,7 @@ class Piece:
 
     token_id: int
     text: str
+    offset: int
     special: bool
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
@@ -119,6 +130,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._mark_corrupt = mark_corrupt
         self._submitted_at = time.monotonic()
+        self._num_characters = 0
 
     def abort(self) -> None:
         """Give the row back; what was read so far stays."""
@@ -158,24 +170,27 @@ class Generation:
         self.num_tokens += 1
         if event.token_id in self._tokenizer.special_ids:
             return self._take_special(event)
+        offset = self._num_characters
         text = self._detokenizer.feed(event.token_id)
         if event.finish_reason is not None:
             text += self._detokenizer.flush()
-        kept = self._stops.feed(text)
-        reason: FinishReason | None = _finish_reason(event)
-        if kept is not None:
-            text, reason = text[:kept], "stop_sequence"
+        self._num_characters += len(text)
+        text, stopped = self._stops.feed(text)
+        self.finish_reason = "stop_sequence" if stopped else _finish_reason(event)
+        if self.finish_reason is not None:
+            text += self._stops.flush()
         self.text += text
-        self.finish_reason = reason
-        return Piece(event.token_id, text, False, event.logprob, reason)
+        return Piece(event.token_id, text, offset, False, event.logprob, self.finish_reason)
 
     def _take_special(self, event: TokenEvent) -> Piece:
         self.finish_reason = _finish_reason(event)
         if self.finish_reason is not None:
             # An output that ends inside a character keeps a replacement for it.
-            self.text += self._detokenizer.flush()
+            text, _ = self._stops.feed(self._detokenizer.flush())
+            self.text += text + self._stops.flush()
         name = self._tokenizer.token_text(event.token_id)
-        return Piece(event.token_id, name, True, event.logprob, self.finish_reason)
+        offset = self._num_characters
+        return Piece(event.token_id, name, offset, True, event.logprob, self.finish_reason)
 
 
 class Generator:
@@ -290,13 +305,13 @@ class Generator:
             ids = ids[-options.truncate :]
         if not ids:
             raise RequestInvalid(
-                "inputs: expected at least one token, came an empty text",
-                field="inputs",
+                f"{options.prompt_field}: expected at least one token, came an empty text",
+                field=options.prompt_field,
                 expected="at least one token",
                 came="none",
             )
         virtual = 0 if adapter is None else adapter.num_virtual_tokens
-        max_new_tokens = self._max_new_tokens(len(ids), virtual, options.max_new_tokens)
+        max_new_tokens = self._max_new_tokens(len(ids), virtual, options)
         sampling = replace(
             options.sampling,
             max_new_tokens=max_new_tokens,
@@ -317,7 +332,7 @@ class Generator:
             self._client.submit(request),
             request,
             detokenizer,
-            StopStrings(options.stop),
+            StopStrings(options.stop, include=options.include_stop),
             self.tokenizer,
             self._registry.mark_corrupt,
         )
@@ -330,7 +345,8 @@ class Generator:
             return work()
         return await anyio.to_thread.run_sync(work)
 
-    def _max_new_tokens(self, prompt: int, virtual: int, asked: int | None) -> int:
+    def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
+        asked = options.max_new_tokens
         room = self.max_sequence_tokens - virtual - prompt
         wanted = 1 if asked is None else asked
         if wanted > room:
@@ -338,13 +354,15 @@ class Generator:
             if virtual:
                 taken += f" + {virtual} virtual tokens of the adapter"
             raise TooLong(
-                f"inputs and max_new_tokens take {taken}, "
+                f"{options.prompt_field} and {options.length_field} take {taken}, "
                 f"at most {self.max_sequence_tokens} fit in all",
-                field="inputs" if room < 1 else "max_new_tokens",
+                field=options.prompt_field if room < 1 else options.length_field,
                 expected=f"at most {self.max_sequence_tokens} tokens in all",
                 came=str(prompt + wanted + virtual),
             )
-        return min(DEFAULT_MAX_NEW_TOKENS, room) if asked is None else asked
+        if asked is not None:
+            return asked
+        return room if options.default_new_tokens is None else min(options.default_new_tokens, room)
 
 
 def adapter_ref(record: AdapterRecord) -> AdapterRef:
