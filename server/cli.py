@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from server import cli_eval, cli_jobs, cli_train
+from server import cli_adapters, cli_eval, cli_jobs, cli_train
 from server.cli_options import (
     Base,
     DataDir,
@@ -50,8 +49,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-adapters_app = typer.Typer(help="Look at and fill a data directory.", no_args_is_help=True)
-app.add_typer(adapters_app, name="adapters")
+app.add_typer(cli_adapters.adapters_app, name="adapters")
 cli_train.add_commands(app)
 cli_eval.add_commands(app)
 cli_jobs.add_commands(app)
@@ -137,56 +135,6 @@ def showsettings_from() -> None:
         default = "" if field.default is None else str(field.default)
         table.add_row(f"GRAFTWORK_{name.upper()}", default, field.description)
     out.print(table)
-
-
-@adapters_app.command("list")
-def list_adapters(data_dir: DataDir = None) -> None:
-    """List the adapters of a data directory."""
-    from adapters.registry import Registry
-
-    settings = settings_from(data_dir=data_dir)
-    if not settings.data_dir.is_dir():
-        raise fail(f"there is no data directory {settings.data_dir}")
-    registry = Registry(settings.data_dir)
-    table = Table("name", "version", "method", "virtual tokens", "bytes", "status", "digest")
-    for record in registry.list(limit=100_000):
-        numbers = (record.version, record.num_virtual_tokens, record.num_bytes)
-        version, virtual, size = (str(number) for number in numbers)
-        table.add_row(
-            record.name,
-            version,
-            record.peft_type,
-            virtual,
-            size,
-            record.status,
-            record.digest[:12],
-        )
-    registry.close()
-    out.print(table)
-
-
-@adapters_app.command("add")
-def add_adapter(
-    directory: Annotated[Path, typer.Argument(help="A folder that PEFT saved.", exists=True)],
-    name: Annotated[str | None, typer.Option(help="Its name; left out, the folder's.")] = None,
-    base: Base = None,
-    revision: Revision = None,
-    data_dir: DataDir = None,
-    template: Annotated[str | None, typer.Option(help="Template of its prompts.")] = None,
-) -> None:
-    """Register a PEFT folder, with the checks of an upload; no server is needed.
-
-    Template, labels and recipe of a folder that graftwork train made are taken from it.
-    """
-    from adapters.errors import AdapterError
-
-    settings = settings_from(base=base, revision=revision, data_dir=data_dir)
-    prepare_base(settings)
-    try:
-        line = _add(settings, directory, name or directory.resolve().name, template)
-    except AdapterError as error:
-        raise fail(error.message) from error
-    out.print(line)
 
 
 def main() -> None:
@@ -307,34 +255,3 @@ async def _demo(settings: Settings) -> None:
         raise fail(error.message) from error
     finally:
         await close_services(services)
-
-
-def _add(settings: Settings, directory: Path, name: str, template: str | None) -> str:
-    from adapters.archive import stage_upload
-    from adapters.registry import Registry
-    from adapters.template import Template
-    from server.app import base_name
-    from server.base.load import load_base
-    from server.provenance import read_provenance
-
-    provenance = read_provenance(directory)
-    words = {} if provenance is None else provenance.words()
-    if template is not None:
-        Template.parse(template)
-        words["template"] = template
-    loaded = load_base(settings.base, revision=settings.revision, device="cpu")
-    base_id = base_name(settings)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    registry = Registry(settings.data_dir, reserved=(base_id,))
-    try:
-        with registry.staging_dir() as staged:
-            files = [(path.name, path) for path in sorted(directory.iterdir()) if path.is_file()]
-            stage_upload(files, staged)
-            published = registry.publish(
-                name, staged, loaded.spec, base_names=(base_id, settings.base), **words
-            )
-    finally:
-        registry.close()
-    record = published.record
-    what = "registered" if published.created else "was there already"
-    return f"{record.name}@{record.version} {what} ({record.peft_type}, {record.digest[:12]})"

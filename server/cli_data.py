@@ -147,13 +147,15 @@ class DataFile:
 @contextmanager
 def errors_as_lines(data: DataFile | None = None) -> Iterator[None]:
     """Let every refusal end the command with one line and status 2; faults of ours pass."""
+    from server.errors import RequestRefused
     from server.jobs import failures
+    from server.remote import ServerRefused
 
     try:
         yield
     except DataInvalid as error:
         raise fail(data.told(error) if data else error.message) from error
-    except AdapterError as error:
+    except (AdapterError, RequestRefused, ServerRefused) as error:
         raise fail(error.message) from error
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

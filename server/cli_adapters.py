@@ -1,0 +1,457 @@
+"""`graftwork adapters`: look at adapters, add and remove them, in a data directory or a server.
+
+What is done is `server.adapter_places`'s; here are the options, and what is printed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from server.cli_data import errors_as_lines, labels_from
+from server.cli_options import (
+    AsJson,
+    Base,
+    DataDir,
+    Revision,
+    Url,
+    err,
+    fail,
+    place_from,
+    prepare_base,
+    print_json,
+    say,
+    tell,
+)
+from server.cli_options import out as standard_out
+
+if TYPE_CHECKING:
+    from server.adapter_places import AdapterPlace, Source
+    from server.settings import Settings
+
+EXIT_FOUND_FAILURE = 1
+
+adapters_app = typer.Typer(
+    help="Look at adapters, add and remove them: in a data directory, or in a running server.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter.")]
+Reference = Annotated[
+    str, typer.Argument(metavar="NAME[@VERSION]", help="An adapter; NAME@ALIAS works as well.")
+]
+Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="One of its versions.")]
+CombinationType = Literal["linear", "delta"]
+
+
+@adapters_app.command("list")
+def list_adapters(url: Url = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """List adapters, each at the version that its bare name means.
+
+    graftwork adapters list --url http://127.0.0.1:8000
+    """
+    with _place(url, data_dir) as place:
+        records = place.list()
+    if as_json:
+        print_json(records)
+        return
+    columns = ("name", "version", "method", "tokens", "bytes", "status", "residency", "digest")
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for one in records:
+        numbers = (one["num_virtual_tokens"], one["bytes"])
+        facts = (one["status"], one["residency"], one["digest"][:8])
+        words = (one["name"], one["version"], one["peft_type"], *numbers, *facts)
+        table.add_row(*(Text(str(word)) for word in words))
+    standard_out.print(table)
+
+
+@adapters_app.command("show")
+def show_adapter(
+    reference: Reference, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Show an adapter: method, template, recipe, metrics, versions and aliases.
+
+    graftwork adapters show complaints@2
+    """
+    with _place(url, data_dir) as place:
+        shown = place.show(reference)
+    if as_json:
+        print_json(shown)
+    else:
+        _show(shown)
+
+
+@adapters_app.command("add")
+def add_adapters(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders that PEFT saved, or a .zip or .tar of one."),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Its name, of one folder; left out, the folder's."),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Template of its prompts.")
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels",
+            metavar="A,B",
+            help="What it may answer: once with commas, or once for each label.",
+        ),
+    ] = None,
+    description: Annotated[str | None, typer.Option("--description")] = None,
+    url: Url = None,
+    base: Base = None,
+    revision: Revision = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register PEFT folders, with the checks of an upload.
+
+    A folder that is refused does not stop the others; the exit status is 1 then, and 2 where there was
+    only one. Template, labels and recipe of a folder that graftwork train made are taken from it; a
+    server is not told the recipe, for which an upload has no place.
+
+    graftwork adapters add out/complaints
+    graftwork adapters add adapters/* --url http://127.0.0.1:8000
+    """
+    if name is not None and len(paths) > 1:
+        raise fail(f"--name is for one folder; came {len(paths)}, which are named by their own")
+    said = {"template": template, "labels": labels_from(labels), "description": description}
+    given = {key: value for key, value in said.items() if value is not None}
+    with _place(url, data_dir, base=base, revision=revision, fills=True) as place:
+        if len(paths) == 1:
+            results = [_added(place, paths[0], name, given)]
+        else:
+            results = [_added_or_not(place, path, given) for path in paths]
+    if as_json:
+        print_json(results)
+    else:
+        for one in results:
+            _tell_added(one)
+    if any("error" in one for one in results):
+        raise typer.Exit(EXIT_FOUND_FAILURE)
+
+
+@adapters_app.command("remove")
+def remove_adapter(
+    reference: Reference,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove an adapter, or one version of it. Requests that run keep theirs to the end.
+
+    graftwork adapters remove complaints@1 --yes
+    """
+    with _place(url, data_dir) as place:
+        shown = place.show(reference)
+        whole = "@" not in reference
+        count = len(shown["versions"])
+        what = f"{shown['name']} with its {count} version{'s' * (count != 1)}"
+        if not whole:
+            what = f"{shown['name']}@{shown['version']}"
+        _confirm(f"Remove {what}?", yes=yes)
+        gone = place.remove(shown["name"], None if whole else shown["version"])
+    if as_json:
+        print_json(gone)
+    else:
+        listed = ", ".join(f"{gone['name']}@{one}" for one in gone["deleted_versions"])
+        tell(f"removed {listed}")
+
+
+@adapters_app.command("rollback")
+def rollback_adapter(
+    name: Name,
+    version: Version,
+    url: Url = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a bare name mean an older version, until the next new one is published.
+
+    graftwork adapters rollback complaints 1
+    """
+    with _place(url, data_dir) as place:
+        record = place.rollback(name, version)
+    _tell_record(record, "is what a bare name means now", as_json=as_json)
+
+
+@adapters_app.command("alias")
+def set_alias(
+    name: Name,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The new name, such as stable.")],
+    version: Version,
+    url: Url = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name a version, so that NAME@ALIAS means it; or move an alias to another version.
+
+    graftwork adapters alias complaints stable 2
+    """
+    with _place(url, data_dir) as place:
+        record = place.set_alias(name, alias, version)
+    _tell_record(record, f"is {name}@{alias} now", as_json=as_json)
+
+
+@adapters_app.command("download")
+def download_adapter(
+    reference: Reference,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="A folder that is not there or empty, or a new .zip."),
+    ],
+    url: Url = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the PEFT folder of an adapter, or a zip of it.
+
+    graftwork adapters download complaints@2 --out complaints
+    """
+    with _place(url, data_dir) as place:
+        record = _download(place, reference, out)
+    if as_json:
+        print_json({**record, "out": str(out)})
+    else:
+        tell(f"{record['name']}@{record['version']} written to {out}")
+
+
+@adapters_app.command("preload")
+def preload_adapter(reference: Reference, url: Url = None, as_json: AsJson = False) -> None:
+    """Bring an adapter to the device of a running server before it is asked for.
+
+    graftwork adapters preload complaints --url http://127.0.0.1:8000
+    """
+    _move(reference, "preload", "is on its way to the device", url, as_json=as_json)
+
+
+@adapters_app.command("unload")
+def unload_adapter(reference: Reference, url: Url = None, as_json: AsJson = False) -> None:
+    """Let an adapter leave the device of a running server; it stays, and loads again when asked for.
+
+    graftwork adapters unload complaints --url http://127.0.0.1:8000
+    """
+    _move(reference, "unload", "leaves the device once no request uses it", url, as_json=as_json)
+
+
+# --- where ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _place(
+    url: str | None, data_dir: Path | None, *, fills: bool = False, **given: Any
+) -> Iterator[AdapterPlace]:
+    """The data directory or the server that is meant; refusals end the command with one line.
+
+    Args:
+        url: the option.
+        data_dir: the option.
+        fills: whether something may be added: makes the directory and the default base.
+        given: other options that are settings.
+    """
+    settings, chosen = place_from(url, data_dir, **given)
+    if chosen is None and fills:
+        prepare_base(settings)
+    with errors_as_lines():
+        place = _open(settings, chosen, fills=fills)
+        try:
+            yield place
+        finally:
+            place.close()
+
+
+def _open(settings: Settings, url: str | None, *, fills: bool) -> AdapterPlace:
+    from server.adapter_places import DataDirectory, RunningServer
+    from server.remote import RemoteServer
+
+    if url is None:
+        return DataDirectory(settings, create=fills)
+    return RunningServer(RemoteServer(url))
+
+
+def _move(reference: str, where: str, said: str, url: str | None, *, as_json: bool) -> None:
+    from server.adapter_places import RunningServer
+    from server.remote import RemoteServer
+
+    _, chosen = place_from(url, None)
+    if chosen is None:
+        raise fail(
+            f"{where} needs a running server: --url http://127.0.0.1:8000, or GRAFTWORK_URL; a data "
+            "directory has no device"
+        )
+    with errors_as_lines(), RemoteServer(chosen) as server:
+        record = RunningServer(server).move(reference, where)
+    _tell_record(record, said, as_json=as_json)
+
+
+# --- add --------------------------------------------------------------------------------------
+
+
+def _source(path: Path, name: str | None, given: Mapping[str, Any]) -> Source:
+    from adapters.template import Template
+    from server.adapter_places import Source, read_words
+
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "expected a folder that PEFT saved", str(path))
+    provenance = read_words(path)
+    words = {} if provenance is None else provenance.words()
+    if "template" in given:
+        # White space at a template's end is its separator, as in an upload and in training.
+        dropped = Template.parse(given["template"]).dropped
+        words |= {"target_separator": dropped} if dropped else {}
+    own = path.resolve().name if path.is_dir() else path.name.split(".")[0]
+    return Source(path, name or own, {**words, **given})
+
+
+def _added(
+    place: AdapterPlace, path: Path, name: str | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {"path": str(path), **place.add(_source(path, name, given))}
+
+
+def _added_or_not(place: AdapterPlace, path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    from adapters.errors import AdapterError
+    from server.remote import ServerRefused
+
+    try:
+        return _added(place, path, None, given)
+    except (AdapterError, ServerRefused) as error:
+        return {"path": str(path), "error": error.message}
+    except OSError as error:
+        return {"path": str(path), "error": error.strerror or str(error)}
+
+
+def _tell_added(one: Mapping[str, Any]) -> None:
+    if "error" in one:
+        say(f"[red]graftwork:[/red] {escape(one['path'])}: {escape(one['error'])}")
+        return
+    what = "registered" if one["created"] else "was there already"
+    facts = f"({one['peft_type']}, {one['digest'][:12]})"
+    tell(f"{one['name']}@{one['version']} {what} {facts}")
+    for warning in one["warnings"]:
+        say(f"[yellow]graftwork:[/yellow] {escape(warning)}")
+
+
+# --- download ---------------------------------------------------------------------------------
+
+
+def _download(place: AdapterPlace, reference: str, out: Path) -> dict[str, Any]:
+    """The file or folder appears whole or not at all."""
+    from server.adapter_places import stage
+
+    _require_new(out)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place: a rename is atomic only within one file system.
+    with tempfile.TemporaryDirectory(prefix=".graftwork-", dir=out.absolute().parent) as work:
+        archive = Path(work) / "adapter.zip"
+        record = place.download(reference, archive)
+        if out.suffix == ".zip":
+            os.replace(archive, out)
+        else:
+            folder = Path(work) / "folder"
+            folder.mkdir()
+            stage(archive, folder)
+            os.replace(folder, out)
+    return record
+
+
+def _require_new(out: Path) -> None:
+    empty = out.is_dir() and not any(out.iterdir())
+    if (out.suffix == ".zip" and out.exists()) or (out.exists() and not empty):
+        raise fail(f"--out {out} is there already; name a new one, or an empty folder")
+
+
+# --- what is printed --------------------------------------------------------------------------
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    if yes:
+        return
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        raise fail("nobody answered; say --yes to remove without a question") from None
+    if not agreed:
+        err.print("nothing was removed")
+        raise typer.Exit(EXIT_FOUND_FAILURE)
+
+
+def _tell_record(record: Mapping[str, Any], said: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(record)
+    else:
+        tell(f"{record['name']}@{record['version']} {said}")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# What a person wants to know first, in this order; --json has all of it.
+_SHOWN = (
+    ("digest", "digest"),
+    ("method", "peft_type"),
+    ("virtual tokens", "num_virtual_tokens"),
+    ("bytes", "bytes"),
+    ("status", "status"),
+    ("residency", "residency"),
+    ("created", "created_at"),
+    ("description", "description"),
+    ("template", "template"),
+    ("labels", "labels"),
+    ("target separator", "target_separator"),
+    ("ends with eos", "append_eos"),
+    ("base", "base_model_name_or_path"),
+    ("base digest", "base_digest"),
+    ("job", "job_id"),
+    ("metrics", "metrics"),
+    ("requests", "counters"),
+    ("warnings", "warnings"),
+)
+_RECIPE = ("method", "num_rows", "trainable_params", "config", "hyperparameters")
+_MOST_CHARACTERS = 400
+_NOTHING: tuple[Any, ...] = (None, [], {})
+
+
+def _show(shown: Mapping[str, Any]) -> None:
+    rows: list[tuple[str, Any]] = [("name", f"{shown['name']}@{shown['version']}")]
+    rows += [(label, shown.get(key)) for label, key in _SHOWN]
+    recipe = shown["recipe"] or {}
+    rows += [(f"recipe: {key}", recipe.get(key)) for key in _RECIPE if recipe]
+    rows += _versions(shown["versions"])
+    table = Table("what", Column("value", overflow="fold"), show_header=False, box=None)
+    for label, value in rows:
+        if value not in _NOTHING:
+            table.add_row(label, Text(_shortened(_text(value))))
+    standard_out.print(table)
+
+
+def _versions(versions: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    told: list[tuple[str, str]] = []
+    for one in versions:
+        facts = [one["created_at"][:19], one["digest"][:12], one["status"], *one["aliases"]]
+        facts += ["default"] if one["is_default"] else []
+        told.append((f"version {one['version']}", " ".join(facts)))
+    return told
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
