@@ -79,10 +79,13 @@ class Provenance:
 
 
 def words_of(job: TrainingJob, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What `Registry.publish` stores with an adapter that was trained here, by its names."""
+    """What `Registry.publish` stores with an adapter that was trained here, by its names.
+
+    An adapter for prompts of the base's chat template gets that of the base, so it has none itself.
+    """
     return {
         "description": job.description,
-        "template": job.template,
+        "template": None if job.prompts == "chat" else job.template,
         "labels": job.labels,
         "target_separator": job.target_separator,
         "append_eos": job.append_eos,

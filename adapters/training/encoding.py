@@ -15,13 +15,15 @@ class Encoder(Protocol):
     eos_token_id: int | None
 
     def encode_with_offsets(
-        self, text: str, *, add_special_tokens: bool
+        self, text: str, *, add_special_tokens: bool, plain: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids (n,) and half-open character ranges (n,); names of special tokens are plain text.
+        """Ids (n,) and half-open character ranges (n,).
 
         Args:
             text: any string.
             add_special_tokens: add what the tokenizer adds to a text (a BOS token, for some), with an
                 empty range.
+            plain: take names of special tokens inside `text` as plain text, as data is; else they are
+                those tokens, as in a prompt that a chat template made.
         """
         ...

@@ -25,6 +25,7 @@ MethodName = Literal["prefix_tuning", "p_tuning_v2", "p_tuning", "ia3", "cpt", "
 Tokenization = Literal["boundary", "as_written"]
 OnTooLong = Literal["error", "truncate"]
 IfExists = Literal["new_version", "error"]
+Prompts = Literal["template", "chat"]
 Schedule = Literal["linear", "cosine", "constant"]
 Optimizer = Literal["adamw", "sgd"]
 
@@ -165,6 +166,10 @@ class TrainingJob(BaseModel):
         base_digest: the base it is for.
         base_name: what that base is called.
         num_rows: rows, held-out ones included.
+        num_validation_rows: the last so many rows are held out, whatever `validation_split` says.
+        prompts: "template": the template makes prompts of data, in which the names of special tokens
+            are plain text. "chat": the one column that the template names holds what the base's chat
+            template made, its special tokens included; the adapter keeps no template of its own.
         trainable_params: numbers that are trained (of the encoder too, where there is one).
     """
 
@@ -194,4 +199,6 @@ class TrainingJob(BaseModel):
     base_digest: str
     base_name: str
     num_rows: int
+    num_validation_rows: Annotated[int, Field(ge=0)] = 0
+    prompts: Prompts = "template"
     trainable_params: int

@@ -71,8 +71,9 @@ class Trained:
     Attributes:
         config: `adapter_config.json`.
         tensors: the checkpoint, PEFT's names, float32.
-        metrics: loss (mean over the last epoch), steps, epochs, num_rows, and with held-out rows
-            `evaluation`, that of the parameters that are kept. The same for an interrupted run.
+        metrics: loss (mean over the last epoch), steps, epochs, num_rows, num_tokens (of prompts and
+            targets, over all steps), and with held-out rows `evaluation`, that of the parameters that
+            are kept. The same for an interrupted run.
     """
 
     config: dict[str, Any]
@@ -160,7 +161,12 @@ class _Run:
         self._step = 0
         self._best: dict[str, torch.Tensor] = {}
         # What the end depends on besides the tensors; stored with every checkpoint.
-        self._facts: dict[str, Any] = {"losses": [], "evaluations": [], "since_best": 0}
+        self._facts: dict[str, Any] = {
+            "losses": [],
+            "evaluations": [],
+            "since_best": 0,
+            "num_tokens": 0,
+        }
         self._clock = _Clock(self._plan)
 
     def to_the_end(self, checkpoint_seconds: float) -> Trained:
@@ -219,6 +225,7 @@ class _Run:
         )
 
     def _note(self, loss: float, num_tokens: int) -> None:
+        self._facts["num_tokens"] += num_tokens
         self._facts["losses"].append(loss)
         del self._facts["losses"][: -self._plan.steps_per_epoch]
         per_second, seconds_left = self._clock.after(self._step, num_tokens)
@@ -294,7 +301,8 @@ class _Run:
                 parameter.copy_(state.parameters[name])
         restore_optimizer(self._optimizer, state.optimizer)
         torch.set_rng_state(state.generator)
-        self._step, self._best, self._facts = state.step, state.best, state.facts
+        self._step, self._best = state.step, state.best
+        self._facts |= state.facts
         self._clock.begin(self._step)
         self._tell("resumed", step=self._step, **facts)
 
@@ -336,6 +344,7 @@ class _Run:
             "steps": self._step,
             "epochs": self._plan.epoch_of(self._step - 1),
             "num_rows": len(self._examples.train),
+            "num_tokens": self._facts["num_tokens"],
         }
         if evaluations:
             metrics["evaluation"] = self._facts.get("best", evaluations[-1])

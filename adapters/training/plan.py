@@ -23,7 +23,13 @@ from adapters.training import method_config
 from adapters.training.batches import Steps
 from adapters.training.encoding import Encoder
 from adapters.training.examples import Example, Examples, fit, kept_tokens
-from adapters.training.job import METHOD_NAMES, Hyperparameters, TrainingJob, TrainingRequest
+from adapters.training.job import (
+    METHOD_NAMES,
+    Hyperparameters,
+    Prompts,
+    TrainingJob,
+    TrainingRequest,
+)
 from adapters.training.method_config import Start
 from adapters.training.recipes import RECIPES, Recipe
 from adapters.training.rendering import Renderer
@@ -65,6 +71,8 @@ def make_plan(
     base: BaseModelSpec,
     *,
     base_name: str,
+    num_validation_rows: int = 0,
+    prompts: Prompts = "template",
 ) -> Plan:
     """Resolve and check a request.
 
@@ -76,6 +84,8 @@ def make_plan(
         encoder: the base's tokenizer.
         base: the base.
         base_name: what it is called; recorded in the config.
+        num_validation_rows: the last so many rows came to be held out; fewer than there are rows.
+        prompts: see `TrainingJob.prompts`.
 
     Raises:
         JobInvalid: a field is wrong, or two of them disagree.
@@ -88,7 +98,8 @@ def make_plan(
     recipe = RECIPES[peft_type]
     raw, start = method_config.resolve(request, recipe)
     raw["base_model_name_or_path"] = base_name
-    job = _draft(request, recipe, base, base_name, len(rows), start)
+    job = _draft(request, recipe, base, base_name, len(rows), start, num_validation_rows)
+    job = job.model_copy(update={"prompts": prompts})
     renderer = Renderer(job, encoder)
     label_ids = renderer.label_ids()
     train, held_out = split(job, renderer.examples(rows))
@@ -138,6 +149,7 @@ def _draft(
     base_name: str,
     num_rows: int,
     start: Start,
+    num_validation_rows: int,
 ) -> TrainingJob:
     """The job but for what depends on the rows' tokens: config, ids, length, parameters."""
     context = _context_settings(request, recipe)
@@ -161,10 +173,11 @@ def _draft(
         **context,
         if_exists=request.if_exists,
         description=request.description,
-        hyperparameters=_hyperparameters(request, recipe),
+        hyperparameters=_hyperparameters(request, recipe, num_validation_rows),
         base_digest=base.digest,
         base_name=base_name,
         num_rows=num_rows,
+        num_validation_rows=num_validation_rows,
         trainable_params=0,
     )
 
@@ -208,7 +221,9 @@ def _first_twice(labels: Sequence[str]) -> str | None:
     return None
 
 
-def _hyperparameters(request: TrainingRequest, recipe: Recipe) -> Hyperparameters:
+def _hyperparameters(
+    request: TrainingRequest, recipe: Recipe, num_validation_rows: int
+) -> Hyperparameters:
     given = request.hyperparameters.model_dump(exclude_none=True)
     if "epochs" in given and "max_steps" in given:
         raise _wrong(
@@ -222,7 +237,15 @@ def _hyperparameters(request: TrainingRequest, recipe: Recipe) -> Hyperparameter
         resolved["epochs"] = None
     if "epochs" in given:
         resolved["max_steps"] = None
-    if resolved["early_stopping_patience"] is not None and not resolved["validation_split"]:
+    if num_validation_rows and resolved["validation_split"]:
+        raise _wrong(
+            "hyperparameters.validation_split",
+            "rows to hold out came with the job",
+            "0",
+            str(resolved["validation_split"]),
+        )
+    held_out = num_validation_rows or resolved["validation_split"]
+    if resolved["early_stopping_patience"] is not None and not held_out:
         raise _wrong(
             "hyperparameters.early_stopping_patience",
             "it watches held-out rows, and there are none",
@@ -330,12 +353,12 @@ def _last_tokens(texts: Iterator[str], count: int, renderer: Renderer) -> list[i
     while num_tokens < count:
         for more in texts:
             text += more
-            num_tokens += len(renderer.text_ids(more))
+            num_tokens += len(renderer.text_ids(more, rendered=True))
             if num_tokens >= count:
                 break
         # Pieces that are joined may have fewer tokens than they had alone.
-        num_tokens = len(renderer.text_ids(text))
-    return list(renderer.text_ids(text)[-count:])
+        num_tokens = len(renderer.text_ids(text, rendered=True))
+    return list(renderer.text_ids(text, rendered=True)[-count:])
 
 
 def _max_length(request: TrainingRequest, base: BaseModelSpec, num_virtual_tokens: int) -> int:

@@ -140,7 +140,7 @@ class Renderer:
         except TemplateInvalid:
             missing = next(name for name in self._template.columns if name not in row)
             raise _no_column(missing, "a column of the template", row, number) from None
-        encoded = self._encode(filled.text, add_special_tokens=True)
+        encoded = self._encode_prompt(filled.text)
         if all(start == stop for start, stop in encoded.spans):
             raise DataInvalid(
                 f"row {number}: the prompt has no tokens",
@@ -208,12 +208,25 @@ class Renderer:
         words = self.target_text(row, number)
         return self.prompt(row, number)[0].text + self._job.target_separator + words
 
-    def text_ids(self, text: str) -> tuple[int, ...]:
-        """The ids of a text, nothing added."""
-        return self._encode(text, add_special_tokens=False).ids
+    def text_ids(self, text: str, *, rendered: bool = False) -> tuple[int, ...]:
+        """The ids of a text, nothing added.
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> EncodedText:
-        ids, spans = self._encoder.encode_with_offsets(text, add_special_tokens=add_special_tokens)
+        Args:
+            text: any text.
+            rendered: it is made of what `text` returns.
+        """
+        plain = not rendered or self._job.prompts == "template"
+        return self._encode(text, add_special_tokens=False, plain=plain).ids
+
+    def _encode_prompt(self, text: str) -> EncodedText:
+        # A chat template writes the special tokens itself, the first one too.
+        is_chat = self._job.prompts == "chat"
+        return self._encode(text, add_special_tokens=not is_chat, plain=not is_chat)
+
+    def _encode(self, text: str, *, add_special_tokens: bool, plain: bool = True) -> EncodedText:
+        ids, spans = self._encoder.encode_with_offsets(
+            text, add_special_tokens=add_special_tokens, plain=plain
+        )
         return EncodedText(text, tuple(ids), tuple(spans))
 
     def _example(self, row: Row, target: str, number: int) -> Example:

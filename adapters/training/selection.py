@@ -16,11 +16,15 @@ from adapters.training.rendering import Example
 def split(job: TrainingJob, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """Examples to train on and examples held out, drawn by the job's seed, each in row order.
 
-    With labels every label gives its share, and keeps at least one example to train on.
+    With labels every label gives its share, and keeps at least one example to train on. Rows that came
+    to be held out are, and nothing is drawn.
 
     Raises:
         JobInvalid: the split is not 0 and would hold out nothing.
     """
+    if job.num_validation_rows:
+        first = len(examples) - job.num_validation_rows
+        return list(examples[:first]), list(examples[first:])
     share = job.hyperparameters.validation_split
     if share == 0.0:
         return list(examples), []

@@ -66,10 +66,11 @@ class TextTokenizer:
         return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_with_offsets(
-        self, text: str, *, add_special_tokens: bool
+        self, text: str, *, add_special_tokens: bool, plain: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """See `adapters.training.encoding.Encoder`."""
-        encoding = self._plain.encode(text, add_special_tokens=add_special_tokens)
+        backend = self._plain if plain else self._backend
+        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
         return list(encoding.ids), list(encoding.offsets)
 
     def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:

@@ -227,6 +227,7 @@ def test_events_and_metrics_say_what_happened():
         "steps": 6,
         "epochs": 2,
         "num_rows": 10,
+        "num_tokens": 2 * sum(example.num_tokens for example in tiny_examples().train),
         "evaluation": last,
     }
 
