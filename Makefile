@@ -61,9 +61,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve
+$(VENV)/.test: $(VENV)/.serve tests/clients/standalone.txt
 	@echo "== installing the test dependencies (once)"
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/clients -r tests/clients/standalone.txt
 	@touch $@
 
 $(BASE)/graftwork_base.json: | $(VENV)/.serve
