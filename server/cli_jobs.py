@@ -1,7 +1,7 @@
-"""The training jobs of a data directory without a server: `graftwork worker` and `graftwork jobs`.
+"""Training jobs: `graftwork worker` and `graftwork jobs`.
 
-The worker runs them; its servers are started with `--train-workers 0`, or share the work with it.
-`jobs` looks at them and cancels them. Knows no engine.
+The worker runs those of a data directory; its servers are started with `--train-workers 0`, or share
+the work with it. `jobs` looks at them and cancels them, there or in a running server. Knows no engine.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from server.cli_data import errors_as_lines
 from server.cli_options import (
+    AsJson,
     Base,
     DataDir,
     Device,
@@ -27,27 +28,30 @@ from server.cli_options import (
     LogLevel,
     Revision,
     TrainWorkers,
+    Url,
     err,
     fail,
     option,
     out,
+    place_from,
     prepare_base,
+    print_json,
     settings_from,
+    tell,
 )
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from server.jobs.store import JobEvent, JobRecord, JobStore
-
-# Between two looks at the events of a job that runs.
-_POLL_SECONDS = 0.5
+    from server.job_places import JobPlace
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, such as job-a1ab28fe4d34….")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-jobs_app = typer.Typer(help="Look at training jobs, and cancel them.", no_args_is_help=True)
+jobs_app = typer.Typer(
+    help="Look at training jobs, and cancel them: in a data directory, or a running server.",
+    no_args_is_help=True,
+)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -75,6 +79,8 @@ def worker(
 
     Jobs that run then write a checkpoint and go back to the queue. For servers that are started
     with --train-workers 0; a job is done once, however many look for jobs.
+
+    graftwork worker --data-dir /var/lib/graftwork --train-workers 2
     """
     settings = settings_from(
         base=base,
@@ -131,32 +137,41 @@ def _supervise(settings: Settings) -> None:
 
 @jobs_app.command("list")
 def list_jobs(
+    url: Url = None,
     data_dir: DataDir = None,
     offset: Annotated[int, typer.Option(min=0, help="Leave out so many of the newest.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Jobs to show at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """List training jobs, the newest first."""
-    with _store(data_dir) as store:
-        records = store.list(offset, limit)
+    """List training jobs, the newest first.
+
+    graftwork jobs list --url http://127.0.0.1:8000
+    """
+    with _place(url, data_dir) as place:
+        jobs = place.list(offset, limit)
     if as_json:
-        typer.echo(json.dumps([_as_json(record) for record in records], ensure_ascii=False))
+        print_json(jobs)
         return
     table = Table("id", "state", "adapter", "method", "step", "created")
-    for record in records:
-        created = f"{record.created_at:%Y-%m-%d %H:%M:%S} UTC"
-        words = (record.id, record.state, record.adapter, record.method, _step(record), created)
+    for job in jobs:
+        created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
+        words = (job["id"], job["state"], job["adapter"], job["method"], _step(job), created)
         table.add_row(*(Text(word) for word in words))
     out.print(table)
 
 
 @jobs_app.command("show")
-def show_job(job_id: JobId, data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """Show a job: how it stands, what it is asked to do, what it measured."""
-    with _store(data_dir) as store:
-        shown = _as_json(store.get(job_id))
+def show_job(
+    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Show a job: how it stands, what it is asked to do, what it measured.
+
+    graftwork jobs show job-a1ab28fe4d34fda420b6c479
+    """
+    with _place(url, data_dir) as place:
+        shown = place.show(job_id)
     if as_json:
-        typer.echo(json.dumps(shown, ensure_ascii=False))
+        print_json(shown)
         return
     table = Table(show_header=False, box=None)
     for name, value in shown.items():
@@ -167,33 +182,62 @@ def show_job(job_id: JobId, data_dir: DataDir = None, as_json: AsJson = False) -
 
 
 @jobs_app.command("cancel")
-def cancel_job(job_id: JobId, data_dir: DataDir = None) -> None:
-    """End a job: one that waits at once, one that runs within seconds."""
-    with _store(data_dir) as store:
-        record = store.cancel(job_id)
-    asked = record.cancel_requested and record.state == "running"
-    text = f"{job_id} is about to stop" if asked else f"{job_id} is {record.state}"
-    out.print(text, highlight=False)
+def cancel_job(
+    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """End a job: one that waits at once, one that runs within seconds.
+
+    graftwork jobs cancel job-a1ab28fe4d34fda420b6c479
+    """
+    with _place(url, data_dir) as place:
+        job = place.cancel(job_id)
+    if as_json:
+        print_json(job)
+        return
+    asked = job["cancel_requested"] and job["state"] == "running"
+    tell(f"{job_id} is about to stop" if asked else f"{job_id} is {job['state']}")
+
+
+@jobs_app.command("remove")
+def remove_job(
+    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Remove a job that has ended, with its rows and log; its adapter stays.
+
+    graftwork jobs remove job-a1ab28fe4d34fda420b6c479
+    """
+    with _place(url, data_dir) as place:
+        place.remove(job_id)
+    if as_json:
+        print_json({"id": job_id, "deleted": True})
+    else:
+        tell(f"removed {job_id}")
 
 
 @jobs_app.command("log")
 def job_log(
     job_id: JobId,
+    url: Url = None,
     data_dir: DataDir = None,
     tail: Annotated[int | None, typer.Option(min=1, help="Only the last so many lines.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print what the job's worker printed."""
-    with _store(data_dir) as store:
-        store.get(job_id)
-        path = store.directory(job_id) / "log.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    lines = text.splitlines(keepends=True)
-    typer.echo("".join(lines if tail is None else lines[-tail:]), nl=False)
+    """Print what the job's worker printed.
+
+    graftwork jobs log job-a1ab28fe4d34fda420b6c479 --tail 20
+    """
+    with _place(url, data_dir) as place:
+        text = place.log(job_id, tail)
+    if as_json:
+        print_json({"id": job_id, "log": text})
+    else:
+        typer.echo(text, nl=False)
 
 
 @jobs_app.command("events")
 def job_events(
     job_id: JobId,
+    url: Url = None,
     data_dir: DataDir = None,
     after: Annotated[int, typer.Option(min=0, help="Only events after this id.")] = 0,
     follow: Annotated[
@@ -201,62 +245,45 @@ def job_events(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what happened to a job, an event a line."""
-    with _store(data_dir) as store:
-        for event in _events(store, job_id, after, follow=follow):
+    """Print what happened to a job, an event a line; with --json a JSON object a line.
+
+    graftwork jobs events job-a1ab28fe4d34fda420b6c479 --follow
+    """
+    with _place(url, data_dir) as place:
+        for event in place.events(job_id, after, follow=follow):
             if as_json:
-                said = {"id": event.id, "kind": event.kind, "data": event.data}
-                line = json.dumps({**said, "at": event.at.isoformat()}, ensure_ascii=False)
+                print_json(event)
             else:
-                facts = "  ".join(f"{name} {_figure(value)}" for name, value in event.data.items())
-                line = f"{event.id:>5}  {event.at:%H:%M:%S}  {event.kind:<10}  {facts}"
-            typer.echo(line)
+                tell(event_line(event))
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """An event of a job for people."""
+    facts = "  ".join(f"{name} {_figure(value)}" for name, value in event["data"].items())
+    return f"{event['id']:>5}  {event['at'][11:19]}  {event['kind']:<10}  {facts}"
 
 
 @contextmanager
-def _store(data_dir: Path | None) -> Iterator[JobStore]:
-    """The jobs of a data directory that is there; refusals end the command with one line."""
-    from adapters.errors import AdapterError
-    from server.errors import RequestRefused
-    from server.jobs.store import JobStore
-
-    settings = settings_from(data_dir=data_dir)
-    if not settings.data_dir.is_dir():
-        raise fail(f"there is no data directory {settings.data_dir}")
-    try:
-        store = JobStore(settings.data_dir)
+def _place(url: str | None, data_dir: Path | None) -> Iterator[JobPlace]:
+    """The jobs that are meant; refusals end the command with one line."""
+    settings, chosen = place_from(url, data_dir)
+    with errors_as_lines():
+        place = _open(settings.data_dir, chosen)
         try:
-            yield store
+            yield place
         finally:
-            store.close()
-    except (AdapterError, RequestRefused) as error:
-        raise fail(error.message) from error
+            place.close()
 
 
-def _events(store: JobStore, job_id: str, after: int, *, follow: bool) -> Iterator[JobEvent]:
-    from server.jobs.states import FINISHED
+def _open(data_dir: Path, url: str | None) -> JobPlace:
+    from server.job_places import RemoteJobs, StoredJobs
+    from server.remote import RemoteServer
 
-    while True:
-        # The state first: what is read after it ended is all there will be.
-        ended = store.get(job_id).state in FINISHED
-        found = store.events(job_id, after)
-        yield from found
-        if found:
-            after = found[-1].id
-        elif ended or not follow:
-            return
-        else:
-            time.sleep(_POLL_SECONDS)
+    return StoredJobs(data_dir) if url is None else RemoteJobs(RemoteServer(url))
 
 
-def _as_json(record: JobRecord) -> dict[str, object]:
-    from server.api.train import job_json
-
-    return job_json(record)
-
-
-def _step(record: JobRecord) -> str:
-    progress = record.progress
+def _step(job: Mapping[str, Any]) -> str:
+    progress = job["progress"]
     return f"{progress['step']} of {progress['max_steps']}" if progress else ""
 
 

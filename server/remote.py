@@ -126,12 +126,28 @@ class RemoteServer:
                 file.write(block)
 
     def events(
-        self, method: str, path: str, body: Any = None, **query: Any
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        quiet_seconds: float | None = None,
+        **query: Any,
     ) -> Iterator[tuple[dict[str, str], Any]]:
-        """The server-sent events of a stream: their fields but for `data`, and that as JSON."""
-        with self._reply(method, path, json=body, params=_known(query)) as reply:
+        """The server-sent events of a stream: their fields but for `data`, and that as JSON.
+
+        Args:
+            method: of the request.
+            path: the route.
+            body: JSON.
+            quiet_seconds: stop after so long a silence; None waits for the stream's end.
+            query: query parameters.
+        """
+        timeout = _TIMEOUT if quiet_seconds is None else httpx.Timeout(10.0, read=quiet_seconds)
+        options = {"json": body, "params": _known(query), "timeout": timeout}
+        with self._reply(method, path, **options) as reply:
             fields: dict[str, str] = {}
-            for line in reply.iter_lines():
+            for line in _lines(reply, until_quiet=quiet_seconds is not None):
                 name, _, value = line.partition(":")
                 if name == "data":
                     if value.strip() == "[DONE]":
@@ -217,6 +233,14 @@ def told_by(body: Any) -> tuple[str | None, str | None]:
     if isinstance(told, dict):  # OpenAI's
         return str(told.get("message")), told.get("code")
     return str(told), body.get("code")
+
+
+def _lines(reply: httpx.Response, *, until_quiet: bool) -> Iterator[str]:
+    try:
+        yield from reply.iter_lines()
+    except httpx.ReadTimeout:
+        if not until_quiet:
+            raise
 
 
 def _known(query: Mapping[str, Any]) -> dict[str, Any]:
