@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from adapters.registry import AdapterRecord
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.errors import body_of, tell
-from server.api.headers import set_headers
+from server.api.headers import set_headers, timing_headers
 from server.api.schemas import GenerateBody, GenerateParameters, set_extras
 from server.api.services import Services, UseServices
 from server.api.sse import EventStream, event, unless_gone
@@ -214,7 +214,7 @@ async def _whole(request: Request, job: _Job) -> dict[str, Any]:
     outputs = await unless_gone(request.receive, _run_all(job, parameters.best_of or 1))
     outputs.sort(key=lambda output: mean_logprob(output.pieces), reverse=True)
     best = outputs[0]
-    set_headers(request, _timing(best.generation))
+    set_headers(request, timing_headers(best.generation))
     reply: dict[str, Any] = {"generated_text": job.prefix + best.generation.text}
     if parameters.details or parameters.decoder_input_details:
         reply["details"] = _details(job, best)
@@ -325,7 +325,7 @@ async def _stream(request: Request, job: _Job) -> Response:
     except BaseException:
         generation.abort()
         raise
-    set_headers(request, _timing(generation))
+    set_headers(request, timing_headers(generation))
     return EventStream(_frames(request, job, generation, first, pieces), generation.abort)
 
 
@@ -364,12 +364,3 @@ def _frame(job: _Job, generation: Generation, index: int, piece: Piece) -> dict[
             "prompt_tokens": len(job.request.prompt_token_ids),
         }
     return frame
-
-
-def _timing(generation: Generation) -> dict[str, str]:
-    """Milliseconds, as TGI's headers are."""
-    known = {
-        "x-queue-time": generation.queue_seconds,
-        "x-time-to-first-token": generation.first_token_seconds,
-    }
-    return {name: str(round(s * 1000)) for name, s in known.items() if s is not None}

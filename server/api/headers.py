@@ -15,6 +15,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge
+from server.generation import Generation
 
 # What may be echoed into a header and a log line without a second thought.
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -99,6 +100,23 @@ def reply_headers(connection: HTTPConnection) -> dict[str, str]:
     """The headers that this request's reply will carry, as far as they are known."""
     reply: dict[str, str] = getattr(connection.state, _STATE)
     return reply
+
+
+def timing_headers(*generations: Generation) -> dict[str, str]:
+    """`x-queue-time` and `x-time-to-first-token`, in milliseconds as TGI's are.
+
+    Of several generations the one whose first token came first; both times begin when the engine was
+    asked. Nothing is told that is not known yet.
+    """
+    begun = [one for one in generations if one.first_token_seconds is not None]
+    if not begun:
+        return {}
+    first = min(begun, key=lambda one: one.first_token_seconds or 0.0)
+    known = {
+        "x-queue-time": first.queue_seconds,
+        "x-time-to-first-token": first.first_token_seconds,
+    }
+    return {name: str(round(s * 1000)) for name, s in known.items() if s is not None}
 
 
 def _request_id(given: str | None) -> str:
