@@ -37,7 +37,6 @@ Target = tuple[str | None, Sequence[int], Sequence[int]]
 # Enough that the scheduler always finds company for a row; each holds log-probabilities meanwhile.
 _IN_FLIGHT = 256
 # One token is generated and thrown away: the engine reports a prompt's log-probabilities with it.
-_SCORING = SamplingParams(max_new_tokens=1, ignore_eos=True, prompt_logprobs=True)
 
 
 class GenerationFailed(Exception):
@@ -154,7 +153,13 @@ class OfflineEngine:
             while done < len(targets):
                 while waiting < len(targets) and len(in_flight) < _IN_FLIGHT:
                     name, prompt, target = targets[waiting]
-                    in_flight[self._submit(name, (*prompt, *target), _SCORING)] = waiting
+                    scoring = SamplingParams(
+                        max_new_tokens=1,
+                        ignore_eos=True,
+                        prompt_logprobs=True,
+                        prompt_logprobs_from=len(prompt),
+                    )
+                    in_flight[self._submit(name, (*prompt, *target), scoring)] = waiting
                     waiting += 1
                 for event in self._engine.step():
                     if isinstance(event, FailedEvent):

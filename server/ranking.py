@@ -2,8 +2,8 @@
 
 A label's score is the log-likelihood of its tokens: the separator, the label, and the
 end-of-sequence token where the adapter learned one. Every label is a request of its own in the
-engine, all of them at once, so that they share its steps with whatever else runs. Knows neither
-HTTP nor JSON.
+engine, all of them at once, so that they share its steps with whatever else runs; the engine computes
+the prompt that they share once. Knows neither HTTP nor JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ Normalization = Literal["sum", "token_mean"]
 Target = tuple[int, ...]
 
 _DEFAULT_SEPARATOR = " "
-# One token is generated and thrown away: the engine reports a prompt's logprobs with it.
-_OPTIONS = Options(SamplingParams(prompt_logprobs=True, ignore_eos=True), max_new_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,10 @@ async def _score_all(
     batch = uuid.uuid4().hex
     requests = [
         generator.prepare(
-            Prompt(prompt.text, prompt.token_ids + target), adapter, _OPTIONS, f"{batch}-{index}"
+            Prompt(prompt.text, prompt.token_ids + target),
+            adapter,
+            _options(len(prompt.token_ids)),
+            f"{batch}-{index}",
         )
         for index, (prompt, target) in enumerate(wanted)
     ]
@@ -129,7 +130,7 @@ async def _score_all(
 
     async def score(index: int) -> float:
         async with slots:
-            generation = generator.submit(requests[index], _OPTIONS)
+            generation = generator.submit(requests[index], _options(0))
             try:
                 async for _ in generation:
                     pass
@@ -144,6 +145,14 @@ async def _score_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _options(num_prompt_tokens: int) -> Options:
+    # One token is generated and thrown away: the engine reports a prompt's logprobs with it.
+    sampling = SamplingParams(
+        prompt_logprobs=True, prompt_logprobs_from=num_prompt_tokens, ignore_eos=True
+    )
+    return Options(sampling, max_new_tokens=1)
 
 
 def _target_logprob(prompt: Sequence[TokenLogprob | None], num_tokens: int) -> float:

@@ -71,6 +71,9 @@ class Settings(BaseSettings):
         1024, description="Memory in MiB for adapters that were read but are not on the device."
     )
     scale_slots: Count = Field(32, description="IA3 adapters resident at once.")
+    prefix_caching: bool = Field(
+        True, description="Reuse the keys and values of prompts that begin the same."
+    )
     max_best_of: Count = Field(8, description="Samples that one request may draw with best_of.")
     max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
     max_data_mib: Count = Field(64, description="Size of a file of training rows in MiB at most.")
@@ -146,6 +149,7 @@ class Settings(BaseSettings):
                 "max_queued",
                 "max_step_tokens",
                 "scale_slots",
+                "prefix_caching",
             )
         }
         return EngineConfig(

@@ -30,6 +30,8 @@ class EngineConfig:
         adapter_kv_share: share of the KV blocks that adapters' prefixes may take.
         scale_slots: IA3 adapters resident at once.
         host_bytes: memory for adapters that were read and are not on the device.
+        prefix_caching: keep the keys and values of prompts while there is room, for requests that
+            begin the same.
         fast_kernels: use the decode kernel where it fits; False runs the plain torch path.
         packed_linears: prepack bf16 linear weights for the CPU.
     """
@@ -50,6 +52,7 @@ class EngineConfig:
     adapter_kv_share: float = 0.5
     scale_slots: int = 32
     host_bytes: int = 1 << 30
+    prefix_caching: bool = True
     fast_kernels: bool = True
     packed_linears: bool = True
 

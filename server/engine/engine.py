@@ -80,6 +80,7 @@ class Engine:
             prefill_chunk=config.prefill_chunk,
             max_adapter_blocks=max(1, int(num_blocks * config.adapter_kv_share)),
             num_scale_slots=config.scale_slots,
+            prefix_caching=config.prefix_caching,
         )
         self.scheduler = Scheduler(self.limits)
         expected = reference_logits(model, spec)
@@ -154,6 +155,7 @@ class Engine:
         self._hold_soft_rows(events)
         for digest in plan.loads:
             self._start_load(digest)
+        self.runner.copy_blocks(plan.copies)
         self._install(plan, events)
         if plan.chunks:
             self._compute(plan, events)
@@ -229,7 +231,7 @@ class Engine:
             return StepRows(chunk, None, soft_rows=self._soft_rows(sequence.fold_digest))
         digest = sequence.adapter_digest
         entry = None if digest is None else self.scheduler.slots.entries[digest]
-        return StepRows(chunk, entry, all_logits=not sequence.prompt_logprobs_done)
+        return StepRows(chunk, entry, num_logits=_num_logits(chunk))
 
     def _hold_soft_rows(self, events: list[Event]) -> None:
         # Right after the fold was planned, and until it ends: its first rows are computed a step later,
@@ -253,7 +255,7 @@ class Engine:
         request = sequence.request
         assert request is not None  # noqa: S101 - folds do not sample
         if drawn.token_id is None:
-            self.scheduler.finish(sequence)
+            self.scheduler.discard(sequence)
             self._forget(request.request_id)
             return FailedEvent(
                 request.request_id, "non_finite", "the model's logits were not finite for this row"
@@ -286,17 +288,19 @@ class Engine:
     def _collect_prompt_logprobs(self, rows: list[StepRows], logits: list[torch.Tensor]) -> None:
         for row, out in zip(rows, logits, strict=True):
             sequence = row.chunk.sequence
-            if not row.all_logits or sequence.request is None:
+            if sequence.prompt_logprobs_done or sequence.request is None:
                 continue
-            collected = self._prompt_logprobs.setdefault(sequence.request.request_id, [None])
+            sampling = sequence.request.sampling
+            unwanted: list[TokenLogprob | None] = [None] * max(1, sampling.prompt_logprobs_from)
+            collected = self._prompt_logprobs.setdefault(sequence.request.request_id, unwanted)
             # A preempted prompt starts again: what was collected already stands.
-            known = len(collected) - 1 - row.chunk.start
-            targets = sequence.token_ids[row.chunk.start + 1 : row.chunk.start + len(out) + 1]
-            targets = targets[: sequence.num_prompt_tokens - row.chunk.start - 1]
+            first = row.chunk.start + row.chunk.num_tokens - len(out) + 1
+            targets = sequence.token_ids[first : first + len(out)]
+            targets = targets[: max(0, sequence.num_prompt_tokens - first)]
+            known = len(collected) - first
             if known < len(targets):
-                num_top = sequence.request.sampling.num_logprobs or 0
                 part = out[known : len(targets)]
-                collected += logprobs_of(part, targets[known:], num_top)
+                collected += logprobs_of(part, targets[known:], sampling.num_logprobs or 0)
             if row.chunk.samples:
                 sequence.prompt_logprobs_done = True
 
@@ -407,6 +411,8 @@ class Engine:
             num_waiting=self.scheduler.num_waiting,
             kv_blocks_used=self.scheduler.pool.num_used,
             kv_blocks_total=self.scheduler.pool.num_blocks,
+            prefix_query_tokens=self.scheduler.prefix_query_tokens,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
         )
 
 
@@ -424,6 +430,16 @@ def _num_blocks(spec: BaseModelSpec, config: EngineConfig, dtype: torch.dtype) -
 
 def _kind(num_virtual_tokens: int, uses_scales: bool) -> str:
     return "scales" if uses_scales else f"{num_virtual_tokens} virtual tokens"
+
+
+def _num_logits(chunk: Chunk) -> int:
+    """Of how many of its last tokens the logits are needed."""
+    sequence = chunk.sequence
+    if sequence.prompt_logprobs_done or sequence.request is None:
+        return int(chunk.samples)
+    wanted = max(0, sequence.request.sampling.prompt_logprobs_from - 1)
+    end = chunk.start + chunk.num_tokens
+    return max(int(chunk.samples), end - max(chunk.start, wanted))
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:

@@ -78,6 +78,12 @@ class KVBlocks:
                 self.keys[layer][block, :, :count] = part_k[layer]
                 self.values[layer][block, :, :count] = part_v[layer]
 
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to), one after the other, in all layers."""
+        for source, target in pairs:
+            for layer in (*self.keys, *self.values):
+                layer[target] = layer[source]
+
     def read_prefix(
         self, block_ids: list[int], num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

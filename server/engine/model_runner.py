@@ -35,13 +35,13 @@ class StepRows:
         chunk: what to compute.
         entry: the adapter that its sequence runs with, or None.
         soft_rows: for a fold, the rows (n, d) that stand in for token embeddings.
-        all_logits: keep the logits of every token of the chunk, not of the last alone.
+        num_logits: of how many of the chunk's last tokens logits are wanted.
     """
 
     chunk: Chunk
     entry: AdapterEntry | None
     soft_rows: torch.Tensor | None = None
-    all_logits: bool = False
+    num_logits: int = 0
 
 
 class ModelRunner:
@@ -89,6 +89,10 @@ class ModelRunner:
         elif isinstance(form, SoftPrompt):
             raise TypeError("a soft prompt is folded before it is installed")
 
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks, (from, to), one after the other."""
+        self._blocks.copy(pairs)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
         return blocks_for(num_tokens, self._blocks.block_size)
@@ -102,8 +106,7 @@ class ModelRunner:
         """One forward pass.
 
         Returns:
-            For each of `rows` its logits: (num_tokens, V) with `all_logits`, (1, V) where the chunk
-            samples, else (0, V).
+            For each of `rows` its logits, (num_logits, V).
         """
         sizes = [row.chunk.num_tokens for row in rows]
         offsets = np.concatenate(([0], np.cumsum(sizes)))
@@ -112,7 +115,7 @@ class ModelRunner:
             [slot for row in rows for slot in [_scale_slot(row)] * row.chunk.num_tokens]
         )
         self._plan_attention(rows, offsets, positions)
-        counts = [_num_logits(row) for row in rows]
+        counts = [row.num_logits for row in rows]
         keep = [np.arange(end - n, end) for n, end in zip(counts, offsets[1:], strict=True)]
         output = self._model(
             inputs_embeds=self._embed(rows)[None],
@@ -230,9 +233,3 @@ def _positions(row: StepRows) -> np.ndarray:
 
 def _scale_slot(row: StepRows) -> int:
     return 0 if row.entry is None else row.entry.scale_slot
-
-
-def _num_logits(row: StepRows) -> int:
-    if row.all_logits:
-        return row.chunk.num_tokens
-    return int(row.chunk.samples)

@@ -207,12 +207,21 @@ class ResidencyEvent:
 
 @dataclass(frozen=True)
 class StatsEvent:
-    """A snapshot after a step; counts of now, not totals."""
+    """A snapshot after a step: counts of now, and totals since the start.
+
+    Attributes:
+        num_running, num_waiting: sequences.
+        kv_blocks_used, kv_blocks_total: blocks; what is only kept for reuse counts as free.
+        prefix_query_tokens: total of tokens that started sequences had.
+        prefix_hit_tokens: of those, how many had their keys and values in the prefix cache.
+    """
 
     num_running: int
     num_waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 Event: TypeAlias = TokenEvent | FailedEvent | ResidencyEvent | StatsEvent

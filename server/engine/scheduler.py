@@ -15,17 +15,21 @@ The rules, in the order in which `schedule` applies them:
    that does not fit is passed by too, but only MAX_PASSED_OVER times: then nobody else is admitted
    until it fits.
 
+A sequence starts from the longest beginning that the prefix cache knows. While a running sequence is
+still computing a longer part of the same beginning, it waits: that part is computed once, for all.
+
 A prompt's chunks end at multiples of `prefill_chunk` from the start of its own tokens. A step's token
 budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any company.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 
 from server.engine.adapter_slots import AdapterEntry, AdapterSlots, Residency
 from server.engine.blocks import BlockPool, blocks_for
+from server.engine.prefix_cache import Match, PrefixCache, num_common
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.sequence import Sequence, SequenceState
 
@@ -45,6 +49,7 @@ class SchedulerLimits:
     prefill_chunk: int
     max_adapter_blocks: int
     num_scale_slots: int
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,14 @@ class StepPlan:
 
     Attributes:
         loads: digests to read from disk, asked for once.
+        copies: (from, to) blocks to copy before anything else is written, in this order.
         installs: adapters whose slot must be filled before the forward pass.
         chunks: what the forward pass computes; rows of one adapter stand together.
         preempted: sequences that lost their blocks in this step.
     """
 
     loads: list[str] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     installs: list[AdapterEntry] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
@@ -95,11 +102,14 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
+        self.prefixes = PrefixCache(self.pool, limits.block_size)
         self.slots = AdapterSlots(
             self.pool, limits.block_size, limits.max_adapter_blocks, limits.num_scale_slots
         )
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
         self._preempted: list[Sequence] = []
         self._queues: OrderedDict[str | None, deque[Sequence]] = OrderedDict()
         self._passed_over: dict[str | None, int] = {}
@@ -234,6 +244,11 @@ class Scheduler:
         if sequence.request is not None:
             self._sequences.pop(sequence.request.request_id, None)
 
+    def discard(self, sequence: Sequence) -> None:
+        """As `finish`, for a sequence whose keys and values are not to be trusted."""
+        self.prefixes.forget(sequence.block_ids)
+        self.finish(sequence)
+
     def append_token(self, sequence: Sequence, token_id: int) -> None:
         """Commit a drawn token."""
         sequence.token_ids.append(token_id)
@@ -268,6 +283,8 @@ class Scheduler:
         """The step's KV is in place."""
         for chunk in plan.chunks:
             chunk.sequence.num_computed += chunk.num_tokens
+            if self.limits.prefix_caching and chunk.sequence.request is not None:
+                self._note_prefix(chunk.sequence)
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         for sequence in self._in_order():
@@ -329,7 +346,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self._leave_running(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_noted = 0
         sequence.to(SequenceState.PREEMPTED)
         self._preempted.append(sequence)
         self._preempted.sort(key=lambda s: s.arrival)
@@ -369,19 +386,86 @@ class Scheduler:
 
         True leaves the blocks of the sequence's first chunk free for the taking.
         """
-        size = sequence.next_chunk(self.limits.prefill_chunk)
-        if len(self.running) >= self.limits.max_running or size > budget:
+        if len(self.running) >= self.limits.max_running or budget <= 0:
             return False
         entry = self._entry_of(sequence)
         away = entry is not None and entry.residency is not Residency.DEVICE
         if entry is not None and away and not self._make_resident(plan, entry, sequence):
             return False
+        if not self._reuse_prefix(plan, sequence, entry):
+            return False
+        if sequence.next_chunk(self.limits.prefill_chunk) > budget:
+            self._leave_prefix(plan, sequence)
+            return False
+        return True
+
+    def _reuse_prefix(self, plan: StepPlan, sequence: Sequence, entry: AdapterEntry | None) -> bool:
+        """Give `sequence` what is known of its beginning, and see that there is room for the rest."""
+        limit = sequence.num_reusable if self.limits.prefix_caching else 0
+        match = self.prefixes.match(sequence.adapter_digest, sequence.token_ids, limit)
+        if self._is_under_way(sequence, limit, match.num_tokens):
+            return False
+        # Held at once: what is made room for may not be what was found.
+        self.pool.hold(match.block_ids)
+        sequence.block_ids = list(match.block_ids)
+        sequence.num_computed = len(match.block_ids) * self.limits.block_size
+        sequence.num_noted, sequence.node = len(match.block_ids), match.node
         # Room for the whole of what is known, so that admission does not cause preemption at once.
-        need = blocks_for(sequence.num_tokens, self.limits.block_size)
+        need = blocks_for(sequence.num_tokens, self.limits.block_size) - len(match.block_ids)
+        if match.partial is not None:
+            self._copy_partial(plan, sequence, match, need)
+            need = blocks_for(sequence.num_tokens, self.limits.block_size) - len(sequence.block_ids)
         if self.slots.make_room(need, keep=entry):
             return True
+        self._leave_prefix(plan, sequence)
         self._note_blocked(sequence)
         return False
+
+    def _copy_partial(self, plan: StepPlan, sequence: Sequence, match: Match, need: int) -> None:
+        """Start the next block with what another one begins with, if the two fit side by side."""
+        assert match.partial is not None  # noqa: S101 - the caller has looked
+        self.pool.hold([match.partial])
+        if self.pool.num_free >= need:
+            target = self.pool.allocate(1) or []
+            sequence.block_ids += target
+            sequence.num_computed = match.num_tokens
+            plan.copies.append((match.partial, target[0]))
+        self.pool.free([match.partial])
+
+    def _leave_prefix(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Undo `_reuse_prefix`."""
+        plan.copies = [pair for pair in plan.copies if pair[1] not in sequence.block_ids]
+        self.pool.free(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed = sequence.num_noted = 0
+
+    def _is_under_way(self, sequence: Sequence, limit: int, known: int) -> bool:
+        """Whether a running prompt will soon have computed a block more of the same beginning."""
+        least = known + self.limits.block_size
+        if least > limit:
+            return False
+        return any(
+            other.num_computed < len(other.token_ids) - 1
+            and other.adapter_digest == sequence.adapter_digest
+            and min(limit, num_common(other.token_ids, sequence.token_ids)) >= least
+            for other in self.running
+            if other.request is not None
+        )
+
+    def _note_prefix(self, sequence: Sequence) -> None:
+        """Tell the prefix cache of the blocks that a step has filled, and where a prompt ends."""
+        size = self.limits.block_size
+        while (sequence.num_noted + 1) * size <= sequence.num_computed:
+            at = sequence.num_noted * size
+            tokens = tuple(sequence.token_ids[at : at + size])
+            sequence.node = self.prefixes.add(
+                sequence.node, tokens, sequence.block_ids[sequence.num_noted]
+            )
+            sequence.num_noted += 1
+        if sequence.num_computed == sequence.num_prompt_tokens:
+            tail = tuple(sequence.token_ids[sequence.num_noted * size : sequence.num_computed])
+            if tail:
+                self.prefixes.add(sequence.node, tail, sequence.block_ids[sequence.num_noted])
 
     def _make_resident(
         self, plan: StepPlan, entry: AdapterEntry, sequence: Sequence | None
@@ -423,7 +507,9 @@ class Scheduler:
     def _start(self, plan: StepPlan, sequence: Sequence) -> int:
         size = sequence.next_chunk(self.limits.prefill_chunk)
         need = blocks_for(sequence.num_computed + size, self.limits.block_size)
-        sequence.block_ids = self.pool.allocate(need) or []
+        sequence.block_ids += self.pool.allocate(need - len(sequence.block_ids)) or []
+        self.prefix_query_tokens += sequence.num_tokens
+        self.prefix_hit_tokens += sequence.num_computed
         sequence.to(SequenceState.RUNNING)
         self.running.append(sequence)
         entry = self._entry_of(sequence)
@@ -467,13 +553,14 @@ class Scheduler:
 
         Cheap enough to run whenever the engine is idle and after every step of a test.
         """
-        held = self.pool.free_ids()
+        holders: Counter[int] = Counter()
         for sequence in self.running:
             if sequence.request is not None:  # a fold's blocks are its adapter's
-                held += sequence.block_ids
+                holders.update(sequence.block_ids)
         for entry in self.slots.entries.values():
-            held += entry.block_ids
-        if sorted(held) != list(range(self.limits.num_blocks)):
+            holders.update(entry.block_ids)
+        everything = sorted([*self.pool.free_ids(), *holders])
+        if holders != self.pool.holders() or everything != list(range(self.limits.num_blocks)):
             raise RuntimeError("KV blocks are lost or held twice")
         self._check_slots()
         for sequence in self._preempted + [s for q in self._queues.values() for s in q]:

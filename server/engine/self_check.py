@@ -73,5 +73,5 @@ def _probe(runner: ModelRunner, spec: BaseModelSpec) -> torch.Tensor:
     middle = 2 * len(tokens) // 3
     for start, end in ((0, middle), (middle, last), (last, last + 1)):
         chunk = Chunk(sequence, start, end - start, samples=end == last + 1)
-        (out,) = runner.run([StepRows(chunk, None)])
+        (out,) = runner.run([StepRows(chunk, None, num_logits=int(chunk.samples))])
     return out[-1].float().cpu()

@@ -46,6 +46,8 @@ class Sequence:
         num_computed: tokens whose KV is in place.
         block_ids: the private tail.
         fold_digest: the adapter that this fold is for.
+        num_noted: full blocks of the tail that the prefix cache was told of.
+        node: the beginning that they make up there.
     """
 
     request: GenerationRequest | None
@@ -57,6 +59,8 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     fold_digest: str | None = None
     prompt_logprobs_done: bool = False
+    num_noted: int = 0
+    node: int = 0
 
     @classmethod
     def of(cls, request: GenerationRequest, arrival: int) -> Sequence:
@@ -101,6 +105,13 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens whose keys and values may come from elsewhere; what follows needs logits."""
+        if self.prompt_logprobs_done or self.request is None:
+            return self.num_tokens - 1
+        return max(0, min(self.num_tokens, self.request.sampling.prompt_logprobs_from) - 1)
 
     def next_chunk(self, prefill_chunk: int) -> int:
         """Tokens to compute next: 1 when decoding, else up to the next multiple of `prefill_chunk`."""

@@ -145,7 +145,7 @@ def our_logits(
     for start in range(0, len(ids), chunk_size):
         size = min(chunk_size, len(ids) - start)
         steps = [
-            StepRows(Chunk(sequences[row], start, size, True), entries[row], all_logits=True)
+            StepRows(Chunk(sequences[row], start, size, True), entries[row], num_logits=size)
             for row in ROWS
         ]
         for row, logits in zip(ROWS, engine.runner.run(steps), strict=True):

@@ -1,6 +1,6 @@
 """What the engine does around a scheduler, on plain numbers: loads, host memory, KV cells, tokens.
 
-KV memory is simulated cell by cell: every cell says whose it is and which of the owner's tokens it holds.
+KV memory is simulated cell by cell: every cell says which adapter's it is and all tokens that it depends on.
 A step writes its cells and then checks that each row finds exactly its adapter's prefix and its own tokens
 there, which is what the forward pass would read. No torch here.
 """
@@ -8,6 +8,7 @@ there, which is what the forward pass would read. No torch here.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.engine.adapter_slots import AdapterEntry, Residency
@@ -15,6 +16,9 @@ from server.engine.blocks import blocks_for
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
 from server.engine.sequence import Sequence, SequenceState
+
+# What stands in the cell of a token.
+Contents = Callable[[int], tuple[str, int | tuple[int, ...]]]
 
 LIMITS = SchedulerLimits(
     num_blocks=12,
@@ -68,21 +72,27 @@ class Simulation:
         self.scheduler = Scheduler(self.limits)
         self._host: OrderedDict[str, bool] = OrderedDict()  # digest -> needs fold
         self._folded: set[str] = set()
-        self._cells: dict[tuple[int, int], tuple[str, int]] = {}
+        self._cells: dict[tuple[int, int], tuple[str, int | tuple[int, ...]]] = {}
         self._scale_rows: dict[int, str] = {}
         self._num_requests = 0
 
     # --- what comes in ---------------------------------------------------------------------
 
     def add(
-        self, adapter: AdapterRef | None = None, num_prompt: int = 3, max_new_tokens: int = 3
+        self,
+        adapter: AdapterRef | None = None,
+        num_prompt: int = 3,
+        max_new_tokens: int = 3,
+        *,
+        num_shared: int = 0,
     ) -> str | None:
-        """Queue a request; None when it is refused."""
+        """Queue a request whose first tokens all requests share; None when it is refused."""
         self._num_requests += 1
         request_id = f"r{self._num_requests}"
+        own = 1000 * self._num_requests
         request = GenerationRequest(
             request_id,
-            tuple(range(num_prompt)),
+            tuple(i if i < num_shared else own + i for i in range(num_prompt)),
             SamplingParams(max_new_tokens=max_new_tokens),
             adapter,
         )
@@ -132,6 +142,10 @@ class Simulation:
         self._check_order(plan, before)
         for digest in plan.loads:
             self._start_load(digest)
+        for source, target in plan.copies:
+            for place in range(self.limits.block_size):
+                if (source, place) in self._cells:
+                    self._cells[target, place] = self._cells[source, place]
         for entry in plan.installs:
             if entry.residency is Residency.DEVICE:
                 self._install(entry)
@@ -164,12 +178,12 @@ class Simulation:
         self._host.move_to_end(digest)
         if entry.ref.uses_scales:
             self._scale_rows[entry.scale_slot] = digest
-        self._write(entry.block_ids, 0, entry.ref.num_virtual_tokens, digest)
+        self._write(entry.block_ids, 0, entry.ref.num_virtual_tokens, _prefix(digest))
 
     def _compute(self, plan: StepPlan) -> None:
         for chunk in plan.chunks:
-            owner = _owner(chunk.sequence)
-            self._write(chunk.sequence.block_ids, chunk.start, chunk.num_tokens, owner)
+            contents = _contents(chunk.sequence)
+            self._write(chunk.sequence.block_ids, chunk.start, chunk.num_tokens, contents)
         for chunk in plan.chunks:
             self._check_reads(chunk)
         self.scheduler.complete(plan)
@@ -211,29 +225,30 @@ class Simulation:
 
     # --- KV cells --------------------------------------------------------------------------
 
-    def _write(self, block_ids: list[int], start: int, count: int, owner: str) -> None:
+    def _write(self, block_ids: list[int], start: int, count: int, contents: Contents) -> None:
         size = self.limits.block_size
         for index in range(start, start + count):
-            self._cells[block_ids[index // size], index % size] = (owner, index)
+            self._cells[block_ids[index // size], index % size] = contents(index)
 
     def _check_reads(self, chunk: Chunk) -> None:
         """The chunk sees its adapter's whole prefix and its own tokens, nobody else's."""
         sequence = chunk.sequence
         end = chunk.start + chunk.num_tokens
-        self._check_cells(sequence.block_ids, end, _owner(sequence))
+        self._check_cells(sequence.block_ids, end, _contents(sequence))
         if sequence.adapter_digest is None:
             return
         entry = self.scheduler.slots.entries[sequence.adapter_digest]
         assert entry.residency is Residency.DEVICE, "computed without its adapter"
-        self._check_cells(entry.block_ids, entry.ref.num_virtual_tokens, entry.ref.digest)
+        contents = _prefix(entry.ref.digest)
+        self._check_cells(entry.block_ids, entry.ref.num_virtual_tokens, contents)
         if entry.ref.uses_scales:
             assert self._scale_rows[entry.scale_slot] == entry.ref.digest
 
-    def _check_cells(self, block_ids: list[int], count: int, owner: str) -> None:
+    def _check_cells(self, block_ids: list[int], count: int, contents: Contents) -> None:
         size = self.limits.block_size
         for index in range(count):
             cell = self._cells.get((block_ids[index // size], index % size))
-            assert cell == (owner, index), f"{owner}: token {index} reads {cell}"
+            assert cell == contents(index), f"expected {contents(index)}, reads {cell}"
 
     # --- what a plan must keep -------------------------------------------------------------
 
@@ -281,9 +296,15 @@ class Simulation:
         assert len(sequence.block_ids) >= blocks_for(end, self.limits.block_size)
 
 
-def _owner(sequence: Sequence) -> str:
-    """Who the cells belong to; a fold writes its adapter's own."""
+def _prefix(digest: str) -> Contents:
+    """What an adapter's own cells hold: its virtual tokens."""
+    return lambda index: (digest, index)
+
+
+def _contents(sequence: Sequence) -> Contents:
+    """What a sequence's cells hold: its tokens up to there, with its adapter; a fold writes the adapter's."""
     if sequence.request is None:
         assert sequence.fold_digest is not None
-        return sequence.fold_digest
-    return sequence.request.request_id
+        return _prefix(sequence.fold_digest)
+    digest = sequence.adapter_digest or "base"
+    return lambda index: (digest, tuple(sequence.token_ids[: index + 1]))

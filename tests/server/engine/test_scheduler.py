@@ -69,9 +69,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapter=st.sampled_from(ADAPTERS),
         num_prompt=st.integers(1, 24),
         max_new_tokens=st.integers(1, 12),
+        num_shared=st.integers(0, 24),
     )
-    def add(self, adapter, num_prompt, max_new_tokens):
-        self.sim.add(adapter, num_prompt, max_new_tokens)
+    def add(self, adapter, num_prompt, max_new_tokens, num_shared):
+        self.sim.add(adapter, num_prompt, max_new_tokens, num_shared=num_shared)
 
     @precondition(lambda self: self.sim.live)
     @rule(data=st.data())

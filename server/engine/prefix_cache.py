@@ -1,0 +1,146 @@
+"""Which blocks hold the keys and values of which beginnings.
+
+A beginning is an adapter (or the base) and the token ids from the first prompt token on. It is kept as a
+tree: a full block is found under the beginning before it by its own token ids, and so on down.
+
+    root of adapter a --(Tweet text : The ...)--> block 7 --(fridge you ...)--> block 2
+                                                         `--(parcel is ...)---> block 5
+
+Another adapter has another root, since its keys and values of the same tokens are others. A full block is
+shared as it is. A block that is only partly the same, or only partly filled, is copied and goes on
+from where the tokens part. Pure: tensors are copied by somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass
+
+from server.engine.blocks import BlockPool
+
+# Blocks under one beginning that are looked at for one that starts the same, latest first.
+_MAX_SIBLINGS = 32
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest known beginning of a sequence.
+
+    Attributes:
+        block_ids: full blocks, in order.
+        node: the beginning that they make up, for `PrefixCache.add`.
+        partial: a block whose first `num_partial` tokens come next, to be copied; None if there is none.
+        num_tokens: tokens whose keys and values are known, those of `partial` included.
+    """
+
+    block_ids: list[int]
+    node: int
+    partial: int | None
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    parent: int
+    tokens: Tokens
+
+
+class PrefixCache:
+    """The tree of known beginnings over the blocks of a pool.
+
+    Args:
+        pool: where the blocks are counted; this becomes its `on_reuse`.
+        block_size: tokens a block holds.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._roots: dict[str | None, int] = {}
+        self._children: dict[int, dict[Tokens, int]] = {}  # beginning -> its next tokens -> block
+        self._places: dict[int, _Place] = {}  # block -> where it stands
+        self._nodes: dict[int, int] = {}  # full block -> the beginning that ends with it
+        self._num_nodes = 0
+        pool.on_reuse = self._drop
+
+    def root(self, digest: str | None) -> int:
+        """The empty beginning of an adapter; None is the base."""
+        if digest not in self._roots:
+            self._roots[digest] = self._new_node()
+        return self._roots[digest]
+
+    def match(self, digest: str | None, token_ids: SequenceType[int], limit: int) -> Match:
+        """The longest known beginning of `token_ids`, at most `limit` tokens of it."""
+        size = self._block_size
+        node, found = self.root(digest), []
+        while (len(found) + 1) * size <= limit:
+            at = len(found) * size
+            block_id = self._children.get(node, {}).get(tuple(token_ids[at : at + size]))
+            if block_id is None:
+                break
+            found.append(block_id)
+            node = self._nodes[block_id]
+        num_tokens = len(found) * size
+        rest = tuple(token_ids[num_tokens : min(num_tokens + size, limit)])
+        partial, common = self._closest(node, rest)
+        return Match(found, node, partial, num_tokens + common)
+
+    def add(self, node: int, tokens: Tokens, block_id: int) -> int:
+        """Note that a block holds `tokens` after the beginning `node`.
+
+        Returns:
+            The beginning with those tokens, for a full block; `node` for one that is not full.
+        """
+        full = len(tokens) == self._block_size
+        known = self._children.get(node, {}).get(tokens)
+        if known is not None:  # somebody computed the same: the first one stays
+            return self._nodes[known] if full else node
+        self._drop(block_id)  # it was known for fewer tokens
+        self._children.setdefault(node, {})[tokens] = block_id
+        self._places[block_id] = _Place(node, tokens)
+        self._pool.keep(block_id)
+        if full:
+            self._nodes[block_id] = node = self._new_node()
+        return node
+
+    def forget(self, block_ids: SequenceType[int]) -> None:
+        """Drop what is known of blocks: their contents are not to be used again."""
+        for block_id in block_ids:
+            if block_id in self._places:
+                self._drop(block_id)
+                self._pool.forget(block_id)
+
+    def _closest(self, node: int, tokens: Tokens) -> tuple[int | None, int]:
+        """The block under `node` that shares the most first tokens, and how many."""
+        best, longest = None, 0
+        siblings = list(self._children.get(node, {}).items())[-_MAX_SIBLINGS:]
+        for theirs, block_id in siblings:
+            common = num_common(theirs, tokens)
+            if common > longest:
+                best, longest = block_id, common
+        # A copy costs about as much as a few tokens do.
+        return (best, longest) if longest * 4 >= self._block_size else (None, 0)
+
+    def _drop(self, block_id: int) -> None:
+        place = self._places.pop(block_id, None)
+        if place is None:
+            return
+        siblings = self._children[place.parent]
+        del siblings[place.tokens]
+        if not siblings:
+            del self._children[place.parent]
+        self._nodes.pop(block_id, None)
+
+    def _new_node(self) -> int:
+        self._num_nodes += 1
+        return self._num_nodes
+
+
+def num_common(left: SequenceType[int], right: SequenceType[int]) -> int:
+    """Tokens that two lists share from their first one on."""
+    for index, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return index
+    return min(len(left), len(right))
