@@ -101,7 +101,7 @@ async def _prepare(
     generator = services.need_generator()
     record = await generator.resolve(name)
     services.name_adapter(request, record)
-    options = _options(parameters, services.settings.max_best_of)
+    options = options_from(parameters, services.settings.max_best_of)
     prompt = await _prompt(generator, body, record)
     # The engine's ids are ours: two requests in flight may carry the same x-request-id.
     prepared = generator.prepare(prompt, record, options, uuid.uuid4().hex)
@@ -143,7 +143,12 @@ async def _prompt(generator: Generator, body: GenerateBody, record: AdapterRecor
     return await generator.encode(body.inputs or "")
 
 
-def _options(parameters: GenerateParameters, max_best_of: int) -> Options:
+def options_from(parameters: GenerateParameters, max_best_of: int) -> Options:
+    """TGI's parameters as options; the command line generates with them as well.
+
+    Raises:
+        RequestInvalid: more samples than may be drawn, or more than one of a greedy output.
+    """
     sampled = _samples(parameters)
     best_of = parameters.best_of or 1
     if best_of > max_best_of:
