@@ -62,9 +62,12 @@ from adapters.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62} without '..'"
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+# What does not make the same bytes another version: the first follows from the rest.
+_NOT_COMPARED = frozenset({"warnings", "source", "source_path"})
 
 Status = Literal["ok", "corrupt"]
 Tokenization = Literal["boundary", "as_written"]
+Source = Literal["uploaded", "trained", "combined", "loaded", "watched"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class AdapterRecord:
         metrics: what its training measured (JSON).
         tokenization: where its template's trailing white space goes: "boundary" moves it to the
             target, "as_written" leaves it.
+        source: how it came here: an upload, a training job, a sum of adapters, a client that named
+            one of the operator's folders, or the operator's watched directory.
+        source_path: the operator's folder, for the last two.
         created_at: aware UTC time.
         status: "corrupt" where the stored bytes no longer match the digest.
         aliases: aliases of this version, sorted.
@@ -117,6 +123,8 @@ class AdapterRecord:
     job_id: str | None
     metrics: dict[str, Any] | None
     tokenization: Tokenization
+    source: Source
+    source_path: str | None
     created_at: datetime
     status: Status
     aliases: tuple[str, ...]
@@ -195,6 +203,9 @@ class Registry:
         job_id: str | None = None,
         metrics: dict[str, Any] | None = None,
         tokenization: str | None = None,
+        source: Source | None = None,
+        source_path: Path | None = None,
+        warnings: Sequence[str] = (),
         create_only: bool = False,
         base_names: Collection[str] = (),
     ) -> Published:
@@ -214,6 +225,9 @@ class Registry:
             job_id: the same.
             metrics: the same.
             tokenization: the same; None is "boundary".
+            source: the same; None is "trained" with a job's id, else "uploaded".
+            source_path: the same.
+            warnings: sentences to stand before those of the checks.
             create_only: refuse a name that is in use.
             base_names: names of `base`; a config that names another base gets a warning.
 
@@ -245,7 +259,13 @@ class Registry:
             self._blobs.taken_in(directory) as staged,
         ):
             checked = check_checkpoint(staged, base, self._limits)
-            said["warnings"] = [*checked.warnings, *_base_warnings(checked, base_names)]
+            said["warnings"] = [
+                *warnings,
+                *checked.warnings,
+                *_base_warnings(checked, base_names),
+            ]
+            said["source"] = source or ("uploaded" if job_id is None else "trained")
+            said["source_path"] = None if source_path is None else str(source_path)
             placed = False
             try:
                 with self._database.write() as session:
@@ -600,8 +620,10 @@ def _insert(
 
 
 def _says(row: VersionRow, said: dict[str, Any]) -> bool:
-    """Whether a version carries the same words; warnings follow from the rest."""
-    return all(getattr(row, key) == value for key, value in said.items() if key != "warnings")
+    """Whether a version carries the same words; whence it came does not make it another."""
+    return all(
+        getattr(row, key) == value for key, value in said.items() if key not in _NOT_COMPARED
+    )
 
 
 def _used(session: Session, digests: Collection[str]) -> set[str]:
@@ -661,6 +683,8 @@ def _record(
         job_id=row.job_id,
         metrics=row.metrics,
         tokenization="as_written" if row.tokenization == "as_written" else "boundary",
+        source=_source(row.source),
+        source_path=row.source_path,
         created_at=row.created_at,
         status="ok" if blob.status == "ok" else "corrupt",
         aliases=aliases,
@@ -701,6 +725,11 @@ def _plain(key: str, value: Any) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigInvalid(f"{key}: expected plain JSON; {error}", field=key) from error
     return json.loads(text)
+
+
+def _source(stored: str) -> Source:
+    known: tuple[Source, ...] = get_args(Source)
+    return stored if stored in known else "uploaded"
 
 
 def _check_tokenization(came: Any) -> None:

@@ -114,6 +114,8 @@ class VersionRow(Base):
     job_id: Mapped[str | None] = mapped_column(String)
     metrics: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     tokenization: Mapped[str] = mapped_column(String, server_default="boundary")
+    source: Mapped[str] = mapped_column(String, server_default="uploaded")
+    source_path: Mapped[str | None] = mapped_column(Text)
 
 
 class AliasRow(Base):

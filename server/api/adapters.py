@@ -261,6 +261,7 @@ def record_json(record: AdapterRecord, residency: Residency = "disk") -> dict[st
         "target_separator": record.target_separator,
         "append_eos": record.append_eos,
         "tokenization": record.tokenization,
+        "source": record.source,
         "job_id": record.job_id,
         "metrics": record.metrics,
         "base_model_name_or_path": record.base_name,

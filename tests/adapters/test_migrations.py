@@ -132,6 +132,23 @@ def test_code_from_before_migrations_refuses_what_it_cannot_read(root: Path) -> 
     assert fetch(root, "SELECT version_num FROM alembic_version") == [(HEAD,)]
 
 
+def test_versions_from_before_sources_say_whether_they_were_trained(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    for number, job in enumerate((None, "job-1"), 1):
+        registry.publish("a", soft_prompt(tmp_path / str(number), seed=number), BASE, job_id=job)
+    registry.close()
+    columns = (
+        "ALTER TABLE versions DROP COLUMN source; ALTER TABLE versions DROP COLUMN source_path;"
+    )
+    execute(tmp_path, f"{columns} UPDATE alembic_version SET version_num = '0003';")
+    again = Registry(tmp_path)
+    assert [(one.source, one.source_path) for one in again.versions("a")] == [
+        ("uploaded", None),
+        ("trained", None),
+    ]
+    again.close()
+
+
 def shape(path: Path) -> dict:
     """Everything that SQLite knows about the tables of a file, apart from how it was written."""
     engine = create_engine(f"sqlite:///{path}")

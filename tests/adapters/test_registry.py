@@ -167,6 +167,19 @@ def test_other_words_are_a_new_version_of_one_digest(
     assert not registry.publish("a", one, BASE, **change).created
 
 
+def test_where_a_version_came_from_is_kept_and_makes_it_no_other(
+    registry: Registry, one: Path, two: Path
+) -> None:
+    assert registry.publish("a", one, BASE).record.source == "uploaded"
+    trained = registry.publish("a", two, BASE, job_id="job-1").record
+    assert (trained.source, trained.source_path) == ("trained", None)
+    said = registry.publish("a", one, BASE, source="watched", source_path=one, warnings=["w"])
+    assert (said.record.source, said.record.source_path) == ("watched", str(one))
+    assert said.record.warnings[0] == "w"
+    again = registry.publish("a", one, BASE, source="loaded")
+    assert (again.created, again.record) == (False, said.record)
+
+
 def test_create_only(registry: Registry, root: Path, one: Path, two: Path) -> None:
     assert registry.publish("a", one, BASE, create_only=True).created
     for directory in (one, two):
