@@ -17,9 +17,10 @@ import structlog
 from fastapi import FastAPI
 
 from adapters.registry import Registry
-from server.api import adapters, classify, errors, generate, health, models, tokens, train
+from server.api import adapters, classify, combine, errors, generate, health, models, tokens, train
 from server.api.access_log import AccessLog
 from server.api.headers import BodyLimit, ReplyHeaders
+from server.api.openai import completions
 from server.api.services import Services
 from server.base.convert import read_manifest
 from server.engine.client import EngineClient
@@ -82,7 +83,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for module in (generate, classify, adapters, models, tokens, train, health):
+    for module in (generate, completions, classify, adapters, combine, models, tokens, train, health):
         app.include_router(module.router)
     errors.install(app)
     # The last one added is the outermost.
