@@ -13,10 +13,12 @@ from where the tokens part. Pure: tensors are copied by somebody else.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
 
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockPool, blocks_for
+from server.engine.sequence import Sequence
 
 # Blocks under one beginning that are looked at for one that starts the same, latest first.
 _MAX_SIBLINGS = 32
@@ -30,7 +32,7 @@ class Match:
 
     Attributes:
         block_ids: full blocks, in order.
-        node: the beginning that they make up, for `PrefixCache.add`.
+        node: the beginning that they make up.
         partial: a block whose first `num_partial` tokens come next, to be copied; None if there is none.
         num_tokens: tokens whose keys and values are known, those of `partial` included.
     """
@@ -39,6 +41,9 @@ class Match:
     node: int
     partial: int | None
     num_tokens: int
+
+
+NOTHING = Match([], 0, None, 0)
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,11 @@ class PrefixCache:
             self._roots[digest] = self._new_node()
         return self._roots[digest]
 
-    def match(self, digest: str | None, token_ids: SequenceType[int], limit: int) -> Match:
-        """The longest known beginning of `token_ids`, at most `limit` tokens of it."""
-        size = self._block_size
-        node, found = self.root(digest), []
+    def match(self, sequence: Sequence) -> Match:
+        """The longest known beginning of `sequence` that it may reuse."""
+        size, limit, token_ids = self._block_size, sequence.num_reusable, sequence.token_ids
+        node = self.root(sequence.adapter_digest)
+        found: list[int] = []
         while (len(found) + 1) * size <= limit:
             at = len(found) * size
             block_id = self._children.get(node, {}).get(tuple(token_ids[at : at + size]))
@@ -86,6 +92,64 @@ class PrefixCache:
         rest = tuple(token_ids[num_tokens : min(num_tokens + size, limit)])
         partial, common = self._closest(node, rest)
         return Match(found, node, partial, num_tokens + common)
+
+    def is_under_way(self, sequence: Sequence, match: Match, running: Iterable[Sequence]) -> bool:
+        """Whether a running prompt will soon have computed a block more of the same beginning."""
+        limit, least = sequence.num_reusable, match.num_tokens + self._block_size
+        if least > limit:
+            return False
+        return any(
+            other.num_computed < len(other.token_ids) - 1
+            and other.adapter_digest == sequence.adapter_digest
+            and min(limit, num_common(other.token_ids, sequence.token_ids)) >= least
+            for other in running
+            if other.request is not None
+        )
+
+    def attach(self, sequence: Sequence, match: Match) -> tuple[int, int] | None:
+        """Make `sequence` hold the blocks of a match, as computed.
+
+        Returns:
+            (from, to): a block to copy for tokens that it shares only in part, or None.
+        """
+        size = self._block_size
+        self._pool.hold(match.block_ids)
+        sequence.block_ids = list(match.block_ids)
+        sequence.num_computed = len(match.block_ids) * size
+        sequence.num_noted, sequence.node = len(match.block_ids), match.node
+        if match.partial is None:
+            return None
+        copy = None
+        # Held at once: what is taken next may not be what was found. The two stand side by side for a
+        # moment; where there is no room for that, the tokens are computed again.
+        self._pool.hold([match.partial])
+        if self._pool.num_free >= blocks_for(sequence.num_tokens, size) - len(match.block_ids):
+            target = self._pool.allocate(1) or []
+            sequence.block_ids += target
+            sequence.num_computed = match.num_tokens
+            copy = (match.partial, target[0])
+        self._pool.free([match.partial])
+        return copy
+
+    def detach(self, sequence: Sequence) -> None:
+        """Undo `attach`."""
+        self._pool.free(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed = sequence.num_noted = 0
+
+    def note(self, sequence: Sequence) -> None:
+        """Take in the blocks that `sequence` has filled since the last time, and where its prompt ends."""
+        size = self._block_size
+        while (sequence.num_noted + 1) * size <= sequence.num_computed:
+            at = sequence.num_noted * size
+            tokens = tuple(sequence.token_ids[at : at + size])
+            block_id = sequence.block_ids[sequence.num_noted]
+            sequence.node = self.add(sequence.node, tokens, block_id)
+            sequence.num_noted += 1
+        if sequence.num_computed == sequence.num_prompt_tokens:
+            tail = tuple(sequence.token_ids[sequence.num_noted * size : sequence.num_computed])
+            if tail:
+                self.add(sequence.node, tail, sequence.block_ids[sequence.num_noted])
 
     def add(self, node: int, tokens: Tokens, block_id: int) -> int:
         """Note that a block holds `tokens` after the beginning `node`.

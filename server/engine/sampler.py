@@ -1,8 +1,8 @@
 """Logits to tokens, row by row.
 
 A logit bias comes first; the filters apply in transformers' order: repetition, presence and frequency
-penalties, temperature, top_k, top_p, min_p, typical_p. Each row is worked out by itself, so the token does not depend on who else
-is in the batch; rows that take the plain argmax are done together.
+penalties, temperature, top_k, top_p, min_p, typical_p. Each row is worked out by itself, so the token does
+not depend on who else is in the batch; rows that take the plain argmax are done together.
 
 A draw is the inverse of the cumulative distribution at one uniform number, a hash of (seed, index of
 the output token). So there is no generator to keep, a preempted sequence draws the same tokens again,

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from server.engine.adapter_slots import AdapterEntry, AdapterSlots, Residency
 from server.engine.blocks import BlockPool, blocks_for
-from server.engine.prefix_cache import Match, PrefixCache, num_common
+from server.engine.prefix_cache import NOTHING, PrefixCache
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.sequence import Sequence, SequenceState
 
@@ -284,7 +284,7 @@ class Scheduler:
         for chunk in plan.chunks:
             chunk.sequence.num_computed += chunk.num_tokens
             if self.limits.prefix_caching and chunk.sequence.request is not None:
-                self._note_prefix(chunk.sequence)
+                self.prefixes.note(chunk.sequence)
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         for sequence in self._in_order():
@@ -392,80 +392,36 @@ class Scheduler:
         away = entry is not None and entry.residency is not Residency.DEVICE
         if entry is not None and away and not self._make_resident(plan, entry, sequence):
             return False
-        if not self._reuse_prefix(plan, sequence, entry):
+        if not self._take_prefix(plan, sequence, entry):
             return False
         if sequence.next_chunk(self.limits.prefill_chunk) > budget:
             self._leave_prefix(plan, sequence)
             return False
         return True
 
-    def _reuse_prefix(self, plan: StepPlan, sequence: Sequence, entry: AdapterEntry | None) -> bool:
+    def _take_prefix(self, plan: StepPlan, sequence: Sequence, entry: AdapterEntry | None) -> bool:
         """Give `sequence` what is known of its beginning, and see that there is room for the rest."""
-        limit = sequence.num_reusable if self.limits.prefix_caching else 0
-        match = self.prefixes.match(sequence.adapter_digest, sequence.token_ids, limit)
-        if self._is_under_way(sequence, limit, match.num_tokens):
-            return False
-        # Held at once: what is made room for may not be what was found.
-        self.pool.hold(match.block_ids)
-        sequence.block_ids = list(match.block_ids)
-        sequence.num_computed = len(match.block_ids) * self.limits.block_size
-        sequence.num_noted, sequence.node = len(match.block_ids), match.node
+        if not self.limits.prefix_caching:
+            match = NOTHING
+        else:
+            match = self.prefixes.match(sequence)
+            if self.prefixes.is_under_way(sequence, match, self.running):
+                return False
+        copy = self.prefixes.attach(sequence, match)
+        if copy is not None:
+            plan.copies.append(copy)
         # Room for the whole of what is known, so that admission does not cause preemption at once.
-        need = blocks_for(sequence.num_tokens, self.limits.block_size) - len(match.block_ids)
-        if match.partial is not None:
-            self._copy_partial(plan, sequence, match, need)
-            need = blocks_for(sequence.num_tokens, self.limits.block_size) - len(sequence.block_ids)
-        if self.slots.make_room(need, keep=entry):
+        total = blocks_for(sequence.num_tokens, self.limits.block_size)
+        if self.slots.make_room(total - len(sequence.block_ids), keep=entry):
             return True
         self._leave_prefix(plan, sequence)
         self._note_blocked(sequence)
         return False
 
-    def _copy_partial(self, plan: StepPlan, sequence: Sequence, match: Match, need: int) -> None:
-        """Start the next block with what another one begins with, if the two fit side by side."""
-        assert match.partial is not None  # noqa: S101 - the caller has looked
-        self.pool.hold([match.partial])
-        if self.pool.num_free >= need:
-            target = self.pool.allocate(1) or []
-            sequence.block_ids += target
-            sequence.num_computed = match.num_tokens
-            plan.copies.append((match.partial, target[0]))
-        self.pool.free([match.partial])
-
     def _leave_prefix(self, plan: StepPlan, sequence: Sequence) -> None:
-        """Undo `_reuse_prefix`."""
+        """Undo `_take_prefix`."""
         plan.copies = [pair for pair in plan.copies if pair[1] not in sequence.block_ids]
-        self.pool.free(sequence.block_ids)
-        sequence.block_ids = []
-        sequence.num_computed = sequence.num_noted = 0
-
-    def _is_under_way(self, sequence: Sequence, limit: int, known: int) -> bool:
-        """Whether a running prompt will soon have computed a block more of the same beginning."""
-        least = known + self.limits.block_size
-        if least > limit:
-            return False
-        return any(
-            other.num_computed < len(other.token_ids) - 1
-            and other.adapter_digest == sequence.adapter_digest
-            and min(limit, num_common(other.token_ids, sequence.token_ids)) >= least
-            for other in self.running
-            if other.request is not None
-        )
-
-    def _note_prefix(self, sequence: Sequence) -> None:
-        """Tell the prefix cache of the blocks that a step has filled, and where a prompt ends."""
-        size = self.limits.block_size
-        while (sequence.num_noted + 1) * size <= sequence.num_computed:
-            at = sequence.num_noted * size
-            tokens = tuple(sequence.token_ids[at : at + size])
-            sequence.node = self.prefixes.add(
-                sequence.node, tokens, sequence.block_ids[sequence.num_noted]
-            )
-            sequence.num_noted += 1
-        if sequence.num_computed == sequence.num_prompt_tokens:
-            tail = tuple(sequence.token_ids[sequence.num_noted * size : sequence.num_computed])
-            if tail:
-                self.prefixes.add(sequence.node, tail, sequence.block_ids[sequence.num_noted])
+        self.prefixes.detach(sequence)
 
     def _make_resident(
         self, plan: StepPlan, entry: AdapterEntry, sequence: Sequence | None

@@ -1,8 +1,8 @@
 """What the engine does around a scheduler, on plain numbers: loads, host memory, KV cells, tokens.
 
-KV memory is simulated cell by cell: every cell says which adapter's it is and all tokens that it depends on.
-A step writes its cells and then checks that each row finds exactly its adapter's prefix and its own tokens
-there, which is what the forward pass would read. No torch here.
+KV memory is simulated cell by cell: every cell says which adapter's it is and all the tokens that it
+depends on. A step writes its cells and then checks that each row finds exactly its adapter's prefix and its
+own tokens there, which is what the forward pass would read. No torch here.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def _prefix(digest: str) -> Contents:
 
 
 def _contents(sequence: Sequence) -> Contents:
-    """What a sequence's cells hold: its tokens up to there, with its adapter; a fold writes the adapter's."""
+    """What a sequence's cells hold: its tokens up to there and its adapter; a fold's, the adapter's own."""
     if sequence.request is None:
         assert sequence.fold_digest is not None
         return _prefix(sequence.fold_digest)
