@@ -39,6 +39,8 @@ class AdapterEntry:
         on_host: its host form is in memory.
         pins: running sequences that use it.
         last_used: a counter, higher is later.
+        num_loads: times its host form was read.
+        num_evictions: times it had to leave the device for another.
     """
 
     ref: AdapterRef
@@ -49,6 +51,8 @@ class AdapterEntry:
     on_host: bool = False
     pins: int = 0
     last_used: int = 0
+    num_loads: int = 0
+    num_evictions: int = 0
 
 
 class AdapterSlots:
@@ -136,6 +140,8 @@ class AdapterSlots:
         ]
         if not idle:
             return False
-        self.release(min(idle, key=lambda entry: entry.last_used))
+        victim = min(idle, key=lambda entry: entry.last_used)
+        self.release(victim)
+        victim.num_evictions += 1
         self.num_evictions += 1
         return True

@@ -11,7 +11,7 @@ import multiprocessing
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -86,24 +86,26 @@ class RequestFailed(EngineError):
 class RequestStream:
     """The tokens of one request, as an async iterator that ends with the finish reason.
 
-    Raises RequestFailed from the iteration when the engine gives up on the request.
+    Raises RequestFailed from the iteration when the engine gives up on the request. `heard_at` is when
+    the token last read had come from the engine (`time.monotonic`), however late it is read.
     """
 
     def __init__(self, client: EngineClient, request_id: str, adapter: AdapterRef | None) -> None:
         self.request_id = request_id
         self.adapter = adapter
         self._client = client
-        self._events: asyncio.Queue[TokenEvent | FailedEvent] = asyncio.Queue()
+        self.heard_at = 0.0
+        self._events: asyncio.Queue[tuple[TokenEvent | FailedEvent, float]] = asyncio.Queue()
         self._ended = False
 
-    def put(self, event: TokenEvent | FailedEvent) -> None:
+    def put(self, event: TokenEvent | FailedEvent, heard_at: float) -> None:
         """Called by the client on the event loop."""
-        self._events.put_nowait(event)
+        self._events.put_nowait((event, heard_at))
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         try:
             while not self._ended:
-                event = await self._events.get()
+                event, self.heard_at = await self._events.get()
                 if isinstance(event, FailedEvent):
                     self._ended = True
                     raise RequestFailed(event.code, event.message)
@@ -126,6 +128,7 @@ class EngineClient:
         notes: remarks on its weights.
         max_sequence_tokens: virtual, prompt and new tokens of one sequence together.
         stats: the engine's latest counts.
+        on_residency: called on the event loop for every adapter that moved.
     """
 
     base: BaseModelSpec
@@ -136,6 +139,7 @@ class EngineClient:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.stats = StatsEvent(0, 0, 0, 0)
+        self.on_residency: Callable[[ResidencyEvent], None] = lambda _event: None
         self._streams: dict[str, RequestStream] = {}
         self._residency: dict[str, Literal["disk", "host", "device"]] = {}
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -201,6 +205,11 @@ class EngineClient:
     def _running(self) -> bool:
         # The pipe ends before the process does: what is sent in between nobody would answer.
         return self._process is not None and not self._gone and self._process.is_alive()
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process; None while there is none."""
+        return None if self._process is None else self._process.pid
 
     @property
     def num_in_flight(self) -> int:
@@ -284,6 +293,7 @@ class EngineClient:
                 self.stats = event
             elif isinstance(event, ResidencyEvent):
                 self._residency[event.digest] = event.residency
+                self.on_residency(event)
             else:
                 self._deliver(event)
 
@@ -292,7 +302,7 @@ class EngineClient:
         take = self._streams.pop if ended else self._streams.get
         stream = take(event.request_id, None)
         if stream is not None:
-            stream.put(event)
+            stream.put(event, self._heard_at)
 
     def _lost(self, code: str, message: str) -> None:
         """Take no more requests, and end those in flight. The first reason stands."""

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _LOAD_WAIT_SECONDS = 0.05
 _FOLD_ATTEMPTS = 2
+_NEVER_TOLD = ("disk", 0, 0)
 # Fewer tokens than this fit no request worth serving, nor the self-check's probe.
 _MIN_TOKENS = 32
 
@@ -101,7 +102,8 @@ class Engine:
         self._submitted_at: dict[str, float] = {}
         self._queue_seconds: dict[str, float] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
-        self._residency: dict[str, str] = {}
+        # (residency, loads, evictions) as last told
+        self._told: dict[str, tuple[str, int, int]] = {}
         self._fold_rows: dict[str, torch.Tensor] = {}
         self._failed_folds: Counter[str] = Counter()
         self._loads_under_way = 0
@@ -334,6 +336,7 @@ class Engine:
             message = f"the adapter is not what its record says: expected {expected}, came {came}"
             self._give_up_adapter(loaded.digest, "adapter_corrupt", message, events)
         else:
+            self.scheduler.slots.entries[loaded.digest].num_loads += 1
             self._keep(loaded.digest, loaded.form)
             needs_fold = isinstance(loaded.form, SoftPrompt)
             self.scheduler.adapter_loaded(loaded.digest, needs_fold=needs_fold)
@@ -399,9 +402,14 @@ class Engine:
         changes: list[Event] = []
         for digest, entry in self.scheduler.slots.entries.items():
             now = names.get(entry.residency, "disk")
-            if self._residency.get(digest, "disk") != now:
-                self._residency[digest] = now
-                changes.append(ResidencyEvent(digest, now))  # type: ignore[arg-type]
+            before = self._told.get(digest, _NEVER_TOLD)
+            after = (now, entry.num_loads, entry.num_evictions)
+            if before != after:
+                self._told[digest] = after
+                loads, evictions = after[1] - before[1], after[2] - before[2]
+                changes.append(
+                    ResidencyEvent(digest, now, entry.ref.name, loads, evictions)  # type: ignore[arg-type]
+                )
         return changes
 
     def stats(self) -> StatsEvent:
@@ -413,6 +421,7 @@ class Engine:
             kv_blocks_total=self.scheduler.pool.num_blocks,
             prefix_query_tokens=self.scheduler.prefix_query_tokens,
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            num_preemptions=self.scheduler.num_preemptions,
         )
 
 

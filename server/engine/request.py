@@ -86,11 +86,15 @@ class AdapterRef:
         digest: content digest (hex); the engine finds the stored bytes by it.
         num_virtual_tokens: n, positions taken before the prompt (0 for IA3).
         uses_scales: True for IA3, which needs a row of the scale tables.
+        name: what people call it, for books and traces; the engine only says it again.
+        version: of that name.
     """
 
     digest: str
     num_virtual_tokens: int
     uses_scales: bool
+    name: str = field(default="", compare=False)
+    version: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,21 @@ class FailedEvent:
 
 @dataclass(frozen=True)
 class ResidencyEvent:
-    """Where an adapter is now: "disk", "host" or "device" (`None` digest never occurs)."""
+    """Where an adapter is now: "disk", "host" or "device" (`None` digest never occurs).
+
+    Attributes:
+        digest: of the adapter.
+        residency: where it is.
+        name: by which the engine first heard of it.
+        loads: times it was read from disk since the event before.
+        evictions: times it gave its place on the device to another since the event before.
+    """
 
     digest: str
     residency: Literal["disk", "host", "device"]
+    name: str = field(default="", compare=False)
+    loads: int = field(default=0, compare=False)
+    evictions: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -214,6 +229,7 @@ class StatsEvent:
         kv_blocks_used, kv_blocks_total: blocks; what is only kept for reuse counts as free.
         prefix_query_tokens: total of tokens that started sequences had.
         prefix_hit_tokens: of those, how many had their keys and values in the prefix cache.
+        num_preemptions: total of sequences that had to give their blocks back.
     """
 
     num_running: int
@@ -222,6 +238,7 @@ class StatsEvent:
     kv_blocks_total: int
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    num_preemptions: int = 0
 
 
 Event: TypeAlias = TokenEvent | FailedEvent | ResidencyEvent | StatsEvent
