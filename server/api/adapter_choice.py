@@ -66,8 +66,18 @@ def chosen_adapter(query: str | None, parameter: str | None) -> str | None:
     return query if query is not None else parameter
 
 
-def refuse_stray_adapters(fields: Iterable[str], *, also: Sequence[str] = ()) -> None:
+def refuse_stray_adapters(
+    fields: Iterable[str],
+    *,
+    also: Sequence[str] = (),
+    place: str = "?adapter= or in parameters.adapter_id",
+) -> None:
     """Refuse unknown body fields that look as if they named an adapter.
+
+    Args:
+        fields: names of unknown fields.
+        also: other names that are refused.
+        place: where this route expects an adapter.
 
     Raises:
         Contradiction: naming the field and where the adapter belongs.
@@ -76,9 +86,9 @@ def refuse_stray_adapters(fields: Iterable[str], *, also: Sequence[str] = ()) ->
         if name in also or _LOOKS_LIKE_ADAPTER.search(name):
             raise Contradiction(
                 f"the field {name!r} looks like an adapter, and is not where one belongs; "
-                "name it in ?adapter= or in parameters.adapter_id",
+                f"name it in {place}",
                 field=name,
-                expected="?adapter=NAME",
+                expected=f"an adapter in {place}",
                 came=name,
             )
 

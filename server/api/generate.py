@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from adapters.registry import AdapterRecord
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.errors import body_of, tell
-from server.api.headers import set_headers, timing_headers
+from server.api.headers import note_ignored, set_headers, timing_headers
 from server.api.schemas import GenerateBody, GenerateParameters, set_extras
 from server.api.services import Services, UseServices
 from server.api.sse import EventStream, event, unless_gone
@@ -114,10 +114,7 @@ def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParam
     inside = parameters.model_extra or {}
     named = [name for name, value in inside.items() if value is not None or name not in _LORAX]
     refuse_stray_adapters([*(body.model_extra or {}), *named], also=("model",))
-    ignored = sorted({*set_extras(body), *set_extras(parameters)})
-    if ignored:
-        printable = ("".join(c if c.isascii() and c.isalnum() else "_" for c in n) for n in ignored)
-        set_headers(request, {"x-ignored-parameters": ", ".join(n[:64] for n in printable)[:1000]})
+    note_ignored(request, {*set_extras(body), *set_extras(parameters)})
 
 
 def _check_inputs(body: GenerateBody) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
@@ -94,6 +94,15 @@ def body_too_large(max_bytes: int) -> BodyTooLarge:
 def set_headers(connection: HTTPConnection, headers: Mapping[str, str]) -> None:
     """Add headers to the reply of this request; the values must be ASCII."""
     reply_headers(connection).update(headers)
+
+
+def note_ignored(connection: HTTPConnection, names: Iterable[str]) -> None:
+    """Say in `x-ignored-parameters` which fields of the body had no effect."""
+    printable = (
+        "".join(c if c.isascii() and c.isalnum() else "_" for c in n) for n in sorted(names)
+    )
+    if told := ", ".join(name[:64] for name in printable)[:1000]:
+        set_headers(connection, {"x-ignored-parameters": told})
 
 
 def reply_headers(connection: HTTPConnection) -> dict[str, str]:

@@ -31,15 +31,19 @@ RowValue = Text | bool | int | float
 Row = dict[Text, RowValue]
 
 
-class _Open(BaseModel):
+class OpenBody(BaseModel):
+    """A body of other people's protocol: unknown fields are taken."""
+
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class _Closed(BaseModel):
+class ClosedBody(BaseModel):
+    """A body of our own: unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class GenerateParameters(_Open):
+class GenerateParameters(OpenBody):
     """TGI's `parameters`, and LoRAX's. A null means the same as a field left out."""
 
     adapter_id: Text | None = Field(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS.")
@@ -77,7 +81,7 @@ class GenerateParameters(_Open):
     typical_p: float | None = Field(None, gt=0, le=1)
 
 
-class GenerateBody(_Open):
+class GenerateBody(OpenBody):
     """Body of `/generate`, `/generate_stream` and `/`: `inputs`, or a `row` for the template."""
 
     inputs: Text | None = Field(None, description="The prompt.")
@@ -86,7 +90,7 @@ class GenerateBody(_Open):
     stream: bool | None = None
 
 
-class ClassifyBody(_Open):
+class ClassifyBody(OpenBody):
     """Body of `/classify`: texts as they are, or rows for the adapter's stored template."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
@@ -105,7 +109,7 @@ class ClassifyBody(_Open):
     )
 
 
-class TokenizeBody(_Open):
+class TokenizeBody(OpenBody):
     """TGI's `{"inputs"}`, answered with a list, or vLLM's `{"prompt"}`, answered with an object."""
 
     inputs: Text | None = None
@@ -113,19 +117,19 @@ class TokenizeBody(_Open):
     add_special_tokens: bool | None = Field(None, description="true if left out.")
 
 
-class DetokenizeBody(_Open):
+class DetokenizeBody(OpenBody):
     """vLLM's `{"tokens"}`."""
 
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-class RollbackBody(_Closed):
+class RollbackBody(ClosedBody):
     """Body of `POST /adapters/{name}/rollback`."""
 
     version: int = Field(ge=1)
 
 
-class AliasBody(_Closed):
+class AliasBody(ClosedBody):
     """Body of `PUT /adapters/{name}/aliases/{alias}`."""
 
     version: int = Field(ge=1)

@@ -8,12 +8,26 @@ Knows nothing of requests or templates.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+
+def _letters_of_bytes() -> Iterator[tuple[int, str]]:
+    """GPT-2's table: printable bytes stand for themselves, the others for letters from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    yield from ((byte, chr(byte)) for byte in printable)
+    yield from ((byte, chr(256 + place)) for place, byte in enumerate(others))
+
+
+# How byte-level tokenizers write bytes (GPT-2's table), and those that fall back to bytes.
+_BYTE_OF_LETTER = {letter: byte for byte, letter in _letters_of_bytes()}
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,10 @@ class TextTokenizer:
         ) | frozenset(self.eos_token_ids)
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.info: dict[str, Any] = _info(fast)
+        # What stands before a token that is decoded to learn its bytes.
+        self._anchor = self.encode("a", add_special_tokens=False)[-1:]
+        self._anchor_text = self.decode(self._anchor)
+        self._bytes: dict[int, bytes] = {}
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, plain: bool = False
@@ -84,6 +102,29 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids to text; invalid UTF-8 becomes U+FFFD, ids that the vocabulary lacks nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, in bytes; special tokens by their name.
+
+        It may begin or end inside a character. A space at its front is kept, which some tokenizers
+        drop from a token that is decoded alone.
+        """
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._read_bytes(token_id)
+        return known
+
+    def _read_bytes(self, token_id: int) -> bytes:
+        after = self.decode((*self._anchor, token_id))
+        text = after.removeprefix(self._anchor_text)
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = self._backend.id_to_token(token_id) or ""
+        if fallback := _BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(fallback.group(1))
+        if piece and all(letter in _BYTE_OF_LETTER for letter in piece):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+        return text.encode()
 
     def token_text(self, token_id: int) -> str:
         """One token decoded alone, special tokens by their name."""

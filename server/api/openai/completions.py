@@ -1,0 +1,153 @@
+"""`POST /v1/completions`: prompts go on as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from server.api.openai.logprobs import CompletionLogprobs
+from server.api.openai.model import chosen_model, note_extras
+from server.api.openai.prompts import encode_all, from_row, require_one, token_offsets
+from server.api.openai.reply import Job, Output, make_job, stream, whole
+from server.api.openai.sampling import invalid, options_of, samples_of
+from server.api.openai.schemas import DEFAULT_MAX_TOKENS, CompletionBody
+from server.api.services import Services, UseServices
+from server.errors import Contradiction
+from server.generation import Generator, Piece
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post("/v1/completions", summary="Complete prompts, in OpenAI's protocol")
+async def completions(request: Request, services: UseServices, body: CompletionBody) -> Response:
+    """A choice, or `n` of them, for every prompt; a stream where the body says `stream`."""
+    job = await _prepare(request, services, body)
+    if body.stream:
+        return await stream(request, job, body.stream_options)
+    return await whole(request, job)
+
+
+async def _prepare(request: Request, services: Services, body: CompletionBody) -> Job:
+    note_extras(request, body)
+    _check(body)
+    generator = services.need_generator()
+    record = await chosen_model(request, services, body.model)
+    samples = samples_of(body.n, body.best_of, services.settings.max_best_of)
+    vocab_size = min(generator.tokenizer.vocab_size, services.client.base.vocab_size)
+    # A choice among samples needs log-probabilities whether they are reported or not.
+    num_logprobs = 0 if samples[0] < samples[1] else None
+    prompt_only = body.max_tokens == 0
+    options = options_of(
+        body,
+        # The engine makes one token at least.
+        max_tokens=1 if prompt_only else body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        num_logprobs=num_logprobs if body.logprobs is None else body.logprobs,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        prompt_field="prompt",
+        vocab_size=vocab_size,
+    )
+    if body.row is not None:
+        prompts = [await from_row(generator, body.row, record)]
+    else:
+        prompts = await encode_all(generator, body.prompt, vocab_size)
+    return make_job(
+        services,
+        generator,
+        record,
+        body.model,
+        prompts,
+        options,
+        samples,
+        CompletionShape(generator, bool(body.echo), body.logprobs is not None),
+        streamed=bool(body.stream),
+        prompt_only=prompt_only,
+        logprobs=body.logprobs is not None,
+    )
+
+
+def _check(body: CompletionBody) -> None:
+    require_one(body.prompt, body.row, "prompt")
+    if body.suffix:
+        raise invalid("suffix", "none: the base only goes forward", "one")
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid("max_tokens", "at least 1, or 0 together with echo", 0)
+    if body.stream_options is not None and not body.stream:
+        raise Contradiction(
+            "stream_options is given without stream",
+            field="stream_options",
+            expected="stream: true",
+            came="no stream",
+        )
+
+
+@dataclass(frozen=True)
+class CompletionShape:
+    """Choices with `text`.
+
+    Attributes:
+        generator: for offsets and names of tokens.
+        echo: the text begins with the prompt.
+        with_logprobs: whether choices carry log-probabilities.
+    """
+
+    generator: Generator
+    echo: bool
+    with_logprobs: bool
+    id_prefix: str = "cmpl-"
+    object_name: str = "text_completion"
+    chunk_name: str = "text_completion"
+
+    async def choice(self, output: Output, index: int) -> dict[str, Any]:
+        """A whole choice."""
+        text, logprobs = await self._echoed(output)
+        if logprobs is not None:
+            logprobs.add_output(self.generator.tokenizer, output.pieces, len(text))
+        return _choice(index, text + output.text, logprobs, output.finish_reason)
+
+    async def opening(self, output: Output, index: int) -> dict[str, Any] | None:
+        """The echoed prompt."""
+        if not self.echo:
+            return None
+        text, logprobs = await self._echoed(output)
+        return _choice(index, text, logprobs, None)
+
+    def delta(
+        self, output: Output, index: int, text: str, pieces: Sequence[Piece]
+    ) -> dict[str, Any]:
+        """New text and the tokens it came from."""
+        logprobs = CompletionLogprobs() if self.with_logprobs else None
+        if logprobs is not None:
+            start = len(output.given.prompt.text) if self.echo else 0
+            logprobs.add_output(self.generator.tokenizer, pieces, start)
+        return _choice(index, text, logprobs, output.finish_reason)
+
+    async def _echoed(self, output: Output) -> tuple[str, CompletionLogprobs | None]:
+        given = output.given
+        logprobs = CompletionLogprobs() if self.with_logprobs else None
+        if not self.echo:
+            return "", logprobs
+        if logprobs is not None:
+            offsets = await token_offsets(self.generator, given)
+            logprobs.add_prompt(
+                self.generator.tokenizer,
+                given.prompt.token_ids,
+                output.prompt_logprobs,
+                offsets,
+            )
+        return given.prompt.text, logprobs
+
+
+def _choice(
+    index: int, text: str, logprobs: CompletionLogprobs | None, reason: str | None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None if logprobs is None else logprobs.as_json(),
+        "finish_reason": reason,
+    }

@@ -1,0 +1,196 @@
+"""Bodies of OpenAI's generation routes, with vLLM's extensions where the engine has the same.
+
+Unknown fields are taken, and named in `x-ignored-parameters`. A null means the same as a field left
+out. Nothing here knows the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, PlainValidator
+
+from server.api.errors import shown
+from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS, OpenBody, Row, StopString, Text
+
+DEFAULT_MAX_TOKENS = 16
+MAX_LOGIT_BIASES = 1_024
+# Each is a request in the engine.
+MAX_SEQUENCES = 1_024
+MAX_MESSAGES = 10_000
+
+PromptInput: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+_PROMPTS = "a text, a list of texts, a list of token ids or a list of such lists"
+
+
+def _check_prompt(value: Any) -> Any:
+    """Told in one sentence, where a union of types would tell of each of its members."""
+    if value is None or _is_text(value) or _is_ids(value):
+        return value
+    if (
+        isinstance(value, list)
+        and value
+        and (all(map(_is_text, value)) or all(map(_is_ids, value)))
+    ):
+        return value
+    raise ValueError(f"expected {_PROMPTS}")
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected text, came a lone surrogate") from None
+    return True
+
+
+def _is_ids(value: Any) -> bool:
+    # A bool is an int to Python, and no token.
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _as_list(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value]
+    return [one for one in value if one is not None] if isinstance(value, list) else value
+
+
+_Prompt = Annotated[
+    Any,
+    PlainValidator(
+        _check_prompt,
+        json_schema_input_type=str | list[str] | list[int] | list[list[int]] | None,
+    ),
+]
+_Stops = Annotated[
+    list[StopString] | None,
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str | None] | None),
+]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class StreamOptions(OpenBody):
+    """What a stream carries besides the output."""
+
+    include_usage: bool | None = Field(
+        None, description="Count tokens in a last chunk of its own, without choices."
+    )
+    continuous_usage_stats: bool | None = Field(
+        None, description="vLLM's: with include_usage, count in every chunk."
+    )
+
+
+class OpenAIBody(OpenBody):
+    """What both routes take."""
+
+    model: Text = Field(description="The base, or an adapter: NAME, NAME@VERSION or NAME@ALIAS.")
+    row: Row | None = Field(
+        None, description="Columns for the adapter's stored template, in place of a prompt."
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    guided_choice: list[str] | None = Field(None, description="vLLM's: one of these texts.")
+    guided_json: Any = Field(None, description="vLLM's: a JSON Schema, or the text of one.")
+    guided_regex: str | None = Field(None, description="vLLM's: the whole output matches it.")
+    ignore_eos: bool | None = Field(None, description="vLLM's: go on to the limit regardless.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="vLLM's: leave the stop string that ended the output in it."
+    )
+    logit_bias: dict[Text, _Bias] | None = Field(
+        None,
+        max_length=MAX_LOGIT_BIASES,
+        description="Token ids, as texts, with what is added to their logits.",
+    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="Newer name of max_tokens.")
+    min_p: float | None = Field(None, ge=0, lt=1, description="vLLM's.")
+    n: int | None = Field(None, ge=1, description="Outputs a prompt; 1 if left out.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, description="vLLM's.")
+    response_format: Any = Field(
+        None, description="OpenAI's object: text, json_object or json_schema."
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: _Stops = Field(None, description="Texts that end the output; they are not part of it.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    structured_outputs: Any = Field(
+        None, description="vLLM's object with json, json_object, regex or choice."
+    )
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="0 takes the likeliest token; 1 if left out."
+    )
+    top_k: int | None = Field(None, ge=-1, description="vLLM's; 0 and -1 keep every token.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+
+
+class CompletionBody(OpenAIBody):
+    """Body of `/v1/completions`."""
+
+    prompt: _Prompt = Field(None, description=f"{_PROMPTS[0].upper()}{_PROMPTS[1:]}.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        description="Sample so many a prompt and return the n with the best mean logprob.",
+    )
+    echo: bool | None = Field(None, description="Begin the text with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_TOKENS, description="Likeliest tokens to report with each token."
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        description=f"{DEFAULT_MAX_TOKENS} if left out; 0 together with echo reports the prompt alone.",
+    )
+    suffix: Text | None = Field(None, description="Not supported: the base only goes forward.")
+
+
+class TextPart(OpenBody):
+    """A part of a message; only texts are understood."""
+
+    type: str
+    text: Text | None = None
+
+
+def _check_parts(value: Any) -> Any:
+    if value is None or isinstance(value, (str, list)):
+        return value
+    raise ValueError(f"expected a text or a list of text parts; came {shown(value)}")
+
+
+class Message(OpenBody):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text | list[TextPart] | None, BeforeValidator(_check_parts)] = Field(
+        None, description="A text, or a list of text parts."
+    )
+    name: Text | None = None
+
+
+class ChatBody(OpenAIBody):
+    """Body of `/v1/chat/completions`."""
+
+    messages: list[Message] | None = Field(None, max_length=MAX_MESSAGES)
+    add_generation_prompt: bool | None = Field(
+        None, description="vLLM's: end the prompt where the assistant begins; true if left out."
+    )
+    chat_template: Any = Field(None, description="Refused: templates come with the base only.")
+    continue_final_message: bool | None = Field(
+        None, description="vLLM's: the output goes on with the last message."
+    )
+    logprobs: bool | None = Field(None, description="Report the tokens' log-probabilities.")
+    max_tokens: int | None = Field(None, ge=1, description="What fits, if left out.")
+    tool_choice: Any = Field(None, description='Tools are not supported: "none" or left out.')
+    tools: list[Any] | None = Field(None, description="Not supported: empty or left out.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_TOKENS, description="Likeliest tokens to report; needs logprobs."
+    )
+    use_adapter_template: bool | None = Field(
+        None,
+        description="Whether the adapter's own template makes the prompt, and not the base's chat "
+        "template. Left out: where it has one.",
+    )
