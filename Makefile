@@ -16,7 +16,7 @@ serve: setup base
 	@$(BIN)/graftwork serve --demo
 
 test: setup-test base
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup-test
 	$(BIN)/ruff format --check .
