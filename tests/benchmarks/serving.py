@@ -52,7 +52,13 @@ class Ours:
     def __init__(self, base: str, dtype: str, adapters: list[BenchAdapter], fast: bool) -> None:
         loaded = load_base(base, dtype=dtype, device="cpu")
         folders = {adapter.name: adapter.directory for adapter in adapters}
-        config = EngineConfig(base=base, blobs_dir="", fast_kernels=fast, packed_linears=fast)
+        config = EngineConfig(
+            base=base,
+            blobs_dir="",
+            fast_kernels=fast,
+            packed_linears=fast,
+            prefix_caching=False,  # every round sends the same prompts
+        )
         self.engine = Engine(
             loaded.model,
             loaded.spec,
