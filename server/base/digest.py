@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from adapters.base_files import weight_files
 from adapters.errors import BaseUnsupported
 
 CONFIG_FILE = "config.json"
@@ -65,18 +66,6 @@ def compute_digest(directory: Path) -> str:
     for name in sorted(tensors):
         total.update(f"{name} {tensors[name]}\n".encode())
     return total.hexdigest()
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold the weights, as transformers would choose them, by name."""
-    index = directory / "model.safetensors.index.json"
-    whole = directory / "model.safetensors"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [directory / shard for shard in sorted(shards)]
-    return []
 
 
 def _tensor_digests(file: Path) -> dict[str, str]:

@@ -25,10 +25,11 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from adapters.base_files import weight_files
 from adapters.base_model import BaseModelSpec, describe
 from adapters.errors import BaseUnsupported
 from server.base.convert import quiet_progress_bars, read_manifest
-from server.base.digest import CONFIG_FILE, base_digest, weight_files
+from server.base.digest import CONFIG_FILE, base_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

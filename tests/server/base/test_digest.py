@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from adapters.base_files import weight_files
 from adapters.errors import BaseUnsupported
-from server.base.digest import DIGEST_CACHE_FILE, base_digest, compute_digest, weight_files
+from server.base.digest import DIGEST_CACHE_FILE, base_digest, compute_digest
 from tests.server.base.tiny import edit_config, save_tiny
 
 
