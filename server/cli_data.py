@@ -91,6 +91,18 @@ def pairs_from(flag: str, given: Sequence[str] | None) -> dict[str, str] | None:
     return pairs
 
 
+def object_from(flag: str, text: str | None) -> dict[str, Any] | None:
+    """An option that is a JSON object; exits with a sentence on anything else."""
+    from adapters.strict_json import StrictJsonError, parse_object
+
+    if text is None:
+        return None
+    try:
+        return parse_object(text.encode("utf-8", "surrogatepass"), 8)
+    except StrictJsonError as error:
+        raise fail(f"{flag}: expected a JSON object; {error}") from error
+
+
 class DataFile:
     """The rows of a file, perhaps not all of them, and what they are called in messages.
 

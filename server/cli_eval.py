@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from adapters.errors import AdapterNotFound, JobInvalid
+from adapters.errors import JobInvalid
 from adapters.training.job import Tokenization
 from server.cli_data import (
     AppendEos,
@@ -34,6 +32,7 @@ from server.cli_data import (
     number,
     pairs_from,
 )
+from server.cli_found import WORDS, FoundAdapter, find_adapters, require_base
 from server.cli_options import (
     Base,
     DataDir,
@@ -50,45 +49,15 @@ from server.cli_options import (
 from server.settings import MIB, Settings
 
 if TYPE_CHECKING:
-    from adapters.registry import Registry
     from server.evaluation import Contestant, Evaluation, Normalization
     from server.offline import OfflineEngine
 
 _NORMALIZATIONS = ("sum", "mean")
-# The names of an adapter's words, of which each may be given as an option instead.
-_WORDS = (
-    "template",
-    "target",
-    "labels",
-    "label_names",
-    "target_separator",
-    "append_eos",
-    "tokenization",
-)
 
 
 def add_commands(app: typer.Typer) -> None:
     """Hang this file's command into the command line."""
     app.command("eval")(evaluate)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An adapter that is to be evaluated.
-
-    Attributes:
-        given: what the command line says.
-        name: what it is called in the output, NAME@VERSION or the folder.
-        directory: where its two files are.
-        words: what is stored with it, of `_WORDS`, `max_length` and `on_too_long`.
-        base_digest: of the base that it was trained on here.
-    """
-
-    given: str
-    name: str
-    directory: Path
-    words: dict[str, Any]
-    base_digest: str | None
 
 
 def evaluate(
@@ -152,7 +121,7 @@ def evaluate(
         append_eos,
         tokenization,
     )
-    given = {name: value for name, value in zip(_WORDS, values, strict=True) if value is not None}
+    given = {name: value for name, value in zip(WORDS, values, strict=True) if value is not None}
     with errors_as_lines():
         given |= _separator(given)
     settings = settings_from(
@@ -163,71 +132,13 @@ def evaluate(
         raise fail(f"--adapters: {', '.join(sorted(twice))} given twice")
     with errors_as_lines():
         rows = DataFile(data, pairs_from("--where", where))
-        found = _find(names, settings)
+        found = find_adapters(names, settings)
     with errors_as_lines(rows):
         prepare_base(settings)
         _evaluate(found, given, rows, settings, cast("Normalization", normalization), as_json)
 
 
-# --- the adapters ----------------------------------------------------------------------------
-
-
-def _find(names: Sequence[str], settings: Settings) -> list[_Found]:
-    from adapters.registry import Registry
-
-    with ExitStack() as stack:
-        registry = None
-        if (settings.data_dir / "registry.db").is_file():
-            registry = Registry(settings.data_dir)
-            stack.callback(registry.close)
-        return [_find_one(name, registry, settings) for name in names]
-
-
-def _find_one(given: str, registry: Registry | None, settings: Settings) -> _Found:
-    """A name of the data directory first; what has a slash is a folder."""
-    if registry is not None and "/" not in given:
-        try:
-            return _stored(given, registry)
-        except AdapterNotFound:
-            if not Path(given).is_dir():
-                raise
-    directory = Path(given)
-    if not directory.is_dir():
-        raise fail(
-            f"{given}: expected an adapter in {settings.data_dir} or a PEFT folder; there is neither"
-        )
-    return _folder(given, directory)
-
-
-def _stored(given: str, registry: Registry) -> _Found:
-    record = registry.resolve(given)
-    from_recipe = ("target", "label_names", "max_length", "on_too_long")
-    words: dict[str, Any] = {name: (record.recipe or {}).get(name) for name in from_recipe}
-    words |= {
-        "template": record.template,
-        "labels": None if record.labels is None else list(record.labels),
-        "target_separator": record.target_separator,
-        "append_eos": bool(record.append_eos),
-        "tokenization": record.tokenization,
-    }
-    return _Found(
-        given,
-        f"{record.name}@{record.version}",
-        registry.blob_path(record.digest),
-        words,
-        record.base_digest,
-    )
-
-
-def _folder(given: str, directory: Path) -> _Found:
-    from server.provenance import read_provenance
-
-    provenance = read_provenance(directory)
-    if provenance is None:
-        return _Found(given, given, directory, {}, None)
-    job = provenance.job.model_dump()
-    words = {name: job[name] for name in (*_WORDS, "max_length", "on_too_long")}
-    return _Found(given, given, directory, words, job["base_digest"])
+# --- words ----------------------------------------------------------------------------------
 
 
 def _separator(given: dict[str, Any]) -> dict[str, str]:
@@ -246,7 +157,7 @@ def _separator(given: dict[str, Any]) -> dict[str, str]:
 
 
 def _evaluate(
-    found: Sequence[_Found],
+    found: Sequence[FoundAdapter],
     given: dict[str, Any],
     rows: DataFile,
     settings: Settings,
@@ -264,7 +175,7 @@ def _evaluate(
         methods = ["base"]
         contestants = [_contestant(None, "the base", of_base)]
         for one, own in zip(found, words, strict=True):
-            _require_base(one, engine)
+            require_base(one, engine.spec)
             checked = engine.add_adapter(one.given, one.directory)
             methods.append(checked.method)
             count = checked.facts.num_virtual_tokens
@@ -308,18 +219,6 @@ def _engine(settings: Settings, num_adapters: int) -> Iterator[OfflineEngine]:
         yield engine
     finally:
         engine.close()
-
-
-def _require_base(found: _Found, engine: OfflineEngine) -> None:
-    from adapters.errors import BaseMismatch
-
-    if found.base_digest not in (None, engine.spec.digest):
-        raise BaseMismatch(
-            f"{found.name} was trained on the base {found.base_digest}, this is {engine.spec.digest}",
-            field="base_digest",
-            expected=found.base_digest,
-            came=engine.spec.digest,
-        )
 
 
 def _contestant(

@@ -39,6 +39,7 @@ from server.cli_data import (
     Where,
     errors_as_lines,
     labels_from,
+    object_from,
     pairs_from,
 )
 from server.cli_options import (
@@ -214,7 +215,7 @@ def train(
     asked = _request(
         adapter=register or (out_dir.name if out_dir else "") or _UNNAMED,
         method=method,
-        config=_object("--config", config) or {},
+        config=object_from("--config", config) or {},
         template=template,
         target=target,
         labels=labels_from(labels),
@@ -257,20 +258,9 @@ def train(
 # --- what was asked for ----------------------------------------------------------------------
 
 
-def _object(flag: str, text: str | None) -> dict[str, Any] | None:
-    from adapters.strict_json import StrictJsonError, parse_object
-
-    if text is None:
-        return None
-    try:
-        return parse_object(text.encode("utf-8", "surrogatepass"), 8)
-    except StrictJsonError as error:
-        raise fail(f"{flag}: expected a JSON object; {error}") from error
-
-
 def _hyperparameters(text: str | None, **given: Any) -> dict[str, Any]:
     named = {name: value for name, value in given.items() if value is not None}
-    others = _object("--hyperparameters", text) or {}
+    others = object_from("--hyperparameters", text) or {}
     for name in others:
         if name in named:
             raise fail(f"{name} is given twice: by its own option and in --hyperparameters")
