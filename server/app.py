@@ -20,7 +20,7 @@ from adapters.registry import Registry
 from server.api import adapters, classify, combine, errors, generate, health, models, tokens, train
 from server.api.access_log import AccessLog
 from server.api.headers import BodyLimit, ReplyHeaders
-from server.api.openai import completions
+from server.api.openai import chat, completions
 from server.api.services import Services
 from server.base.convert import read_manifest
 from server.engine.client import EngineClient
@@ -83,7 +83,18 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for module in (generate, completions, classify, adapters, combine, models, tokens, train, health):
+    for module in (
+        generate,
+        completions,
+        chat,
+        classify,
+        adapters,
+        combine,
+        models,
+        tokens,
+        train,
+        health,
+    ):
         app.include_router(module.router)
     errors.install(app)
     # The last one added is the outermost.

@@ -237,9 +237,18 @@ class Generator:
         self._resolved_at = {d: at for d, at in self._resolved_at.items() if at >= since}
         return self._client.digests_in_flight() | self._resolved_at.keys()
 
-    async def encode(self, text: str) -> Prompt:
-        """A prompt from text, with the special tokens that the tokenizer adds."""
-        return Prompt(text, await self._tokens(text, plain=False))
+    @property
+    def vocab_size(self) -> int:
+        """Ids that a prompt may hold: those that tokenizer and base both have."""
+        return min(self.tokenizer.vocab_size, self._client.base.vocab_size)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
+        """A prompt from text, with the special tokens that the tokenizer adds, or without."""
+        ids = await self._run(
+            len(text),
+            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens),
+        )
+        return Prompt(text, ids)
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
         """Tokens of a text with the characters that each covers."""
@@ -264,7 +273,8 @@ class Generator:
             )
         as_written = adapter.tokenization == "as_written"
         text = Template.parse(adapter.template, keep_trailing_space=as_written).render(row)
-        return Prompt(text, await self._tokens(text, plain=True))
+        ids = await self._run(len(text), lambda: self.tokenizer.encode(text, plain=True))
+        return Prompt(text, ids)
 
     async def encode_target(self, text: str, *, append_eos: bool) -> tuple[int, ...]:
         """Ids of what stands after a prompt, as in training: plain text, then end of sequence.
@@ -336,9 +346,6 @@ class Generator:
             self.tokenizer,
             self._registry.mark_corrupt,
         )
-
-    async def _tokens(self, text: str, *, plain: bool) -> tuple[int, ...]:
-        return await self._run(len(text), lambda: self.tokenizer.encode(text, plain=plain))
 
     async def _run(self, characters: int, work: Callable[[], ResultT]) -> ResultT:
         if characters <= _INLINE_CHARACTERS:

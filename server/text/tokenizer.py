@@ -16,6 +16,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from server.text.chat import ChatTemplate
+
 
 def _letters_of_bytes() -> Iterator[tuple[int, str]]:
     """GPT-2's table: printable bytes stand for themselves, the others for letters from 256 on."""
@@ -65,6 +67,8 @@ class TextTokenizer:
         ) | frozenset(self.eos_token_ids)
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.info: dict[str, Any] = _info(fast)
+        # None for a base that was not made to chat.
+        self.chat_template = ChatTemplate.of(fast)
         # What stands before a token that is decoded to learn its bytes.
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text = self.decode(self._anchor)

@@ -12,11 +12,10 @@ from fastapi.responses import Response
 from server.api.openai.logprobs import CompletionLogprobs
 from server.api.openai.model import chosen_model, note_extras
 from server.api.openai.prompts import encode_all, from_row, require_one, token_offsets
-from server.api.openai.reply import Job, Output, make_job, stream, whole
+from server.api.openai.reply import Job, Output, check_stream_options, make_job, stream, whole
 from server.api.openai.sampling import invalid, options_of, samples_of
 from server.api.openai.schemas import DEFAULT_MAX_TOKENS, CompletionBody
 from server.api.services import Services, UseServices
-from server.errors import Contradiction
 from server.generation import Generator, Piece
 
 router = APIRouter(tags=["generation"])
@@ -37,7 +36,6 @@ async def _prepare(request: Request, services: Services, body: CompletionBody) -
     generator = services.need_generator()
     record = await chosen_model(request, services, body.model)
     samples = samples_of(body.n, body.best_of, services.settings.max_best_of)
-    vocab_size = min(generator.tokenizer.vocab_size, services.client.base.vocab_size)
     # A choice among samples needs log-probabilities whether they are reported or not.
     num_logprobs = 0 if samples[0] < samples[1] else None
     prompt_only = body.max_tokens == 0
@@ -48,13 +46,13 @@ async def _prepare(request: Request, services: Services, body: CompletionBody) -
         default_max_tokens=DEFAULT_MAX_TOKENS,
         num_logprobs=num_logprobs if body.logprobs is None else body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
-        prompt_field="prompt",
-        vocab_size=vocab_size,
+        prompt_field="prompt" if body.row is None else "row",
+        vocab_size=generator.vocab_size,
     )
     if body.row is not None:
         prompts = [await from_row(generator, body.row, record)]
     else:
-        prompts = await encode_all(generator, body.prompt, vocab_size)
+        prompts = await encode_all(generator, body.prompt)
     return make_job(
         services,
         generator,
@@ -76,13 +74,7 @@ def _check(body: CompletionBody) -> None:
         raise invalid("suffix", "none: the base only goes forward", "one")
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens", "at least 1, or 0 together with echo", 0)
-    if body.stream_options is not None and not body.stream:
-        raise Contradiction(
-            "stream_options is given without stream",
-            field="stream_options",
-            expected="stream: true",
-            came="no stream",
-        )
+    check_stream_options(body)
 
 
 @dataclass(frozen=True)

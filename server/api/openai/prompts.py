@@ -54,7 +54,7 @@ def require_one(
         raise invalid(field, expected, "nothing")
 
 
-async def encode_all(generator: Generator, value: Any, vocab_size: int) -> list[Given]:
+async def encode_all(generator: Generator, value: Any) -> list[Given]:
     """Every prompt of a completion, from what `CompletionBody.prompt` holds.
 
     Raises:
@@ -62,9 +62,7 @@ async def encode_all(generator: Generator, value: Any, vocab_size: int) -> list[
     """
     one_alone = isinstance(value, str) or isinstance(value[0], int)
     return [
-        await _from_text(generator, one)
-        if isinstance(one, str)
-        else _from_ids(generator.tokenizer, one, vocab_size)
+        await _from_text(generator, one) if isinstance(one, str) else _from_ids(generator, one)
         for one in ([value] if one_alone else value)
     ]
 
@@ -83,12 +81,12 @@ async def _from_text(generator: Generator, text: str) -> Given:
     return Given(await generator.encode(text), "text")
 
 
-def _from_ids(tokenizer: TextTokenizer, ids: Sequence[int], vocab_size: int) -> Given:
+def _from_ids(generator: Generator, ids: Sequence[int]) -> Given:
+    vocab_size = generator.vocab_size
     wrong = next((one for one in ids if not 0 <= one < vocab_size), None)
     if wrong is not None:
         raise invalid("prompt", f"token ids from 0 to {vocab_size - 1}", wrong)
-    text = tokenizer.decode(ids)
-    return Given(Prompt(text, tuple(ids)), "ids")
+    return Given(Prompt(generator.tokenizer.decode(ids), tuple(ids)), "ids")
 
 
 async def token_offsets(generator: Generator, given: Given) -> list[int]:

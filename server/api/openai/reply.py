@@ -23,11 +23,11 @@ from server.api.errors import UNFORESEEN, body_of, tell
 from server.api.headers import set_headers, timing_headers
 from server.api.openai.batch import Batch
 from server.api.openai.prompts import Given
-from server.api.openai.schemas import MAX_SEQUENCES, StreamOptions
+from server.api.openai.schemas import MAX_SEQUENCES, OpenAIBody, StreamOptions
 from server.api.services import Services
 from server.api.sse import EventStream, unless_gone
 from server.engine.request import GenerationRequest, TokenLogprob
-from server.errors import RequestInvalid
+from server.errors import Contradiction, RequestInvalid
 from server.generation import (
     FinishReason,
     Generation,
@@ -294,6 +294,21 @@ def _best(samples: list[Output], count: int) -> list[Output]:
     if count == len(samples):
         return samples
     return sorted(samples, key=lambda output: mean_logprob(output.pieces), reverse=True)[:count]
+
+
+def check_stream_options(body: OpenAIBody) -> None:
+    """Refuse what only a stream can do.
+
+    Raises:
+        Contradiction: `stream_options` without `stream`.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise Contradiction(
+            "stream_options is given without stream",
+            field="stream_options",
+            expected="stream: true",
+            came="no stream",
+        )
 
 
 # --- streams -------------------------------------------------------------------------------
