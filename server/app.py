@@ -20,13 +20,16 @@ from adapters.registry import Registry
 from server.api import adapters, classify, combine, errors, generate, health, models, tokens, train
 from server.api.access_log import AccessLog
 from server.api.headers import BodyLimit, ReplyHeaders
+from server.api.metrics import router as metrics_router
 from server.api.openai import chat, completions
 from server.api.services import Services
+from server.api.watched import Watched
 from server.base.convert import read_manifest
 from server.engine.client import EngineClient
 from server.generation import Generator
 from server.jobs.store import JobStore
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
+from server.metrics import Metrics
 from server.settings import MIB, Settings
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 from server.uploads import FileStore
@@ -96,12 +99,14 @@ def create_app(
         health,
     ):
         app.include_router(module.router)
+    app.include_router(metrics_router)
     errors.install(app)
     # The last one added is the outermost.
     app.add_middleware(
         BodyLimit, max_bytes=settings.max_body_mib * MIB, exempt=frozenset(UPLOAD_PATHS)
     )
     app.add_middleware(errors.CatchAll)
+    app.add_middleware(Watched)
     app.add_middleware(AccessLog)
     app.add_middleware(ReplyHeaders)
     return app
@@ -127,8 +132,17 @@ def open_services(settings: Settings) -> Services:
         jobs, registry, settings.worker_config(base_id), workers=settings.train_workers
     )
     client = EngineClient(settings.engine_config())
+    metrics = Metrics(settings.metrics_adapters)
+    client.on_residency = metrics.adapter_moved
     return Services(
-        settings, base_id, registry, client, jobs=jobs, files=files, supervisor=supervisor
+        settings,
+        base_id,
+        registry,
+        client,
+        metrics=metrics,
+        jobs=jobs,
+        files=files,
+        supervisor=supervisor,
     )
 
 
@@ -141,7 +155,9 @@ async def start_engine(services: Services) -> Generator:
     await services.client.start()
     services.base_notes = services.client.notes
     tokenizer = await anyio.to_thread.run_sync(load_text_tokenizer, services.settings)
-    return Generator(services.client, services.registry, tokenizer, services.base_id)
+    return Generator(
+        services.client, services.registry, tokenizer, services.base_id, [services.metrics]
+    )
 
 
 async def close_services(services: Services) -> None:

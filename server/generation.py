@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
 import anyio.to_thread
 import structlog
 
+from adapters.errors import AdapterCorrupt, BaseMismatch
 from adapters.registry import AdapterRecord, Registry
 from adapters.template import Template, Value
-from server.engine.client import EngineClient, RequestFailed, RequestStream
+from server.engine.client import (
+    EngineClient,
+    EngineOverloaded,
+    EngineUnavailable,
+    RequestFailed,
+    RequestStream,
+)
 from server.engine.request import (
     AdapterRef,
     GenerationRequest,
@@ -31,6 +39,7 @@ from server.errors import RequestInvalid, TooLong
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
 from server.text.tokenizer import TextTokenizer, TokenSpan
+from server.watching import Ended, Watch, Watcher
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +52,13 @@ DEFAULT_MAX_NEW_TOKENS = 64
 _INLINE_CHARACTERS = 4_096
 # A resolved adapter counts as in use for so long, whether or not its request was submitted yet.
 _RESOLVED_SECONDS = 60.0
+# Why a generation for an adapter that exists is not begun, as watchers are told it.
+_REFUSALS: dict[type[Exception], str] = {
+    EngineOverloaded: "overloaded",
+    EngineUnavailable: "engine_unavailable",
+    AdapterCorrupt: "adapter_corrupt",
+    BaseMismatch: "base_mismatch",
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,7 @@ class Generation:
         stops: StopStrings,
         tokenizer: TextTokenizer,
         mark_corrupt: Callable[[str], None],
+        watches: Sequence[Watch] = (),
     ) -> None:
         self.request = request
         self.text = ""
@@ -129,12 +146,17 @@ class Generation:
         self._stops = stops
         self._tokenizer = tokenizer
         self._mark_corrupt = mark_corrupt
-        self._submitted_at = time.monotonic()
+        self._watches = watches
+        self._has_ended = False
+        self._submitted_at = self._last_at = time.monotonic()
         self._num_characters = 0
 
     def abort(self) -> None:
         """Give the row back; what was read so far stays."""
         self._stream.abort()
+        if not self._has_ended:
+            self._last_at = time.monotonic()
+            self._tell_ended("abort")
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Yield a piece a token.
@@ -145,11 +167,15 @@ class Generation:
         try:
             async for event in self._stream:
                 piece = self._take(event)
+                if piece.finish_reason is not None:
+                    self._tell_ended("length" if piece.finish_reason == "length" else "stop")
                 yield piece
                 if piece.finish_reason is not None:
                     return
             raise RequestFailed("engine_error", "the engine ended the request without a reason")
         except RequestFailed as failure:
+            self._last_at = time.monotonic()
+            self._tell_ended("error", failure.code)
             if failure.code == "adapter_corrupt" and self.request.adapter is not None:
                 await self._note_corrupt(self.request.adapter.digest)
             raise
@@ -164,9 +190,8 @@ class Generation:
 
     def _take(self, event: TokenEvent) -> Piece:
         if self.num_tokens == 0:
-            self.first_token_seconds = time.monotonic() - self._submitted_at
-            self.queue_seconds = event.queue_seconds
             self.prompt_logprobs = event.prompt_logprobs
+        self._tell_token(self._stream.heard_at, event.queue_seconds)
         self.num_tokens += 1
         if event.token_id in self._tokenizer.special_ids:
             return self._take_special(event)
@@ -181,6 +206,25 @@ class Generation:
             text += self._stops.flush()
         self.text += text
         return Piece(event.token_id, text, offset, False, event.logprob, self.finish_reason)
+
+    def _tell_token(self, at: float, queue_seconds: float | None) -> None:
+        # When it came, not when it is read: a client that reads slowly is no slow engine.
+        before, self._last_at = self._last_at, at
+        if self.num_tokens:
+            for watch in self._watches:
+                watch.token(at - before)
+            return
+        self.first_token_seconds = at - self._submitted_at
+        self.queue_seconds = queue_seconds
+        for watch in self._watches:
+            watch.first_token(self.first_token_seconds, queue_seconds)
+
+    def _tell_ended(self, how: Ended, code: str | None = None) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        for watch in self._watches:
+            watch.ended(how, self._last_at - self._submitted_at, code)
 
     def _take_special(self, event: TokenEvent) -> Piece:
         self.finish_reason = _finish_reason(event)
@@ -201,16 +245,23 @@ class Generator:
         registry: where adapters are looked up.
         tokenizer: the base's.
         base_id: the name by which a caller may ask for the base itself.
+        watchers: told of every generation.
     """
 
     def __init__(
-        self, client: EngineClient, registry: Registry, tokenizer: TextTokenizer, base_id: str
+        self,
+        client: EngineClient,
+        registry: Registry,
+        tokenizer: TextTokenizer,
+        base_id: str,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         self._client = client
         self._registry = registry
         self.tokenizer = tokenizer
         self.base_id = base_id
         self._resolved_at: dict[str, float] = {}
+        self._watchers = tuple(watchers)
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -226,8 +277,9 @@ class Generator:
         """
         if name is None or name == self.base_id:
             return None
-        record = await anyio.to_thread.run_sync(self._registry.resolve, name)
-        record.require_base(self._client.base)
+        with self._telling_refusal(name.partition("@")[0]):
+            record = await anyio.to_thread.run_sync(self._registry.resolve, name)
+            record.require_base(self._client.base)
         self._resolved_at[record.digest] = time.monotonic()
         return record
 
@@ -338,14 +390,27 @@ class Generator:
             EngineUnavailable: the engine's process is down.
         """
         detokenizer = IncrementalDetokenizer(self.tokenizer.decode, request.prompt_token_ids)
+        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
+            stream = self._client.submit(request)
         return Generation(
-            self._client.submit(request),
+            stream,
             request,
             detokenizer,
             StopStrings(options.stop, include=options.include_stop),
             self.tokenizer,
             self._registry.mark_corrupt,
+            [watcher.began(request) for watcher in self._watchers],
         )
+
+    @contextmanager
+    def _telling_refusal(self, adapter: str | None) -> Iterator[None]:
+        try:
+            yield
+        except tuple(_REFUSALS) as error:
+            code = next(code for kind, code in _REFUSALS.items() if isinstance(error, kind))
+            for watcher in self._watchers:
+                watcher.refused(adapter, code)
+            raise
 
     async def _run(self, characters: int, work: Callable[[], ResultT]) -> ResultT:
         if characters <= _INLINE_CHARACTERS:
@@ -374,7 +439,13 @@ class Generator:
 
 def adapter_ref(record: AdapterRecord) -> AdapterRef:
     """The engine's view of a record."""
-    return AdapterRef(record.digest, record.num_virtual_tokens, record.uses_scales)
+    return AdapterRef(
+        record.digest,
+        record.num_virtual_tokens,
+        record.uses_scales,
+        name=record.name,
+        version=record.version,
+    )
 
 
 def mean_logprob(pieces: list[Piece]) -> float:

@@ -78,6 +78,12 @@ class Settings(BaseSettings):
     max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
     max_data_mib: Count = Field(64, description="Size of a file of training rows in MiB at most.")
     max_upload_mib: Count = Field(1100, description="Size of an uploaded adapter in MiB at most.")
+    metrics_adapters: int = Field(
+        32,
+        ge=0,
+        le=1000,
+        description="Adapters that /metrics shows by name: the busiest; the others are one row.",
+    )
     max_files: Count = Field(1000, description="Files for fine-tuning that are kept at most.")
     max_files_mib: Count = Field(
         1024, description="Size of all files for fine-tuning together in MiB at most."

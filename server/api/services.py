@@ -20,6 +20,7 @@ from server.api.headers import set_headers
 from server.engine.client import EngineClient
 from server.errors import NotReady
 from server.generation import Generator
+from server.metrics import Metrics
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Services:
         generator: None until the engine is ready.
         failure: why the engine did not start, once that is known.
         started_at: Unix time, seconds.
+        metrics: what is counted here.
         requests_by_adapter: generations asked of each name since the start.
         jobs: the training jobs; None in a server that has no table of them.
         files: the files that were uploaded to train on; None likewise.
@@ -57,6 +59,7 @@ class Services:
     generator: Generator | None = None
     failure: str | None = None
     started_at: float = field(default_factory=time.time)
+    metrics: Metrics = field(default_factory=Metrics)
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     files: FileStore | None = None

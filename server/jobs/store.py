@@ -45,7 +45,7 @@ from adapters.training.job import TrainingJob
 from adapters.training.rows import Row
 from server.errors import JobActive, LeaseLost, TooManyJobs
 from server.jobs.files import JobFiles, no_job
-from server.jobs.states import FINISHED, State, check_transition
+from server.jobs.states import FINISHED, TRANSITIONS, State, check_transition
 
 MAX_QUEUED = 100
 MAX_ATTEMPTS = 3
@@ -242,6 +242,13 @@ class JobStore:
         """Jobs in all states."""
         with self._database.read() as session:
             return session.scalar(select(func.count()).select_from(JobRow)) or 0
+
+    def count_by_state(self) -> dict[State, int]:
+        """How many jobs there are in each state; none is a number too."""
+        statement = select(JobRow.state, func.count()).group_by(JobRow.state)
+        with self._database.read() as session:
+            found = {str(state): number for state, number in session.execute(statement)}
+        return {state: found.get(state, 0) for state in TRANSITIONS}
 
     def rows(self, job_id: str) -> builtins.list[Row]:
         """The rows that the job came with.

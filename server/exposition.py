@@ -1,0 +1,228 @@
+"""Every metric by name, and how rows of numbers become Prometheus' text.
+
+The table is the one list: a row of an unknown name raises, and a test holds the README to it. Names,
+buckets and labels that begin with `vllm:` are vLLM's (its V1 engine), where the meaning is the same.
+Knows nothing of where numbers come from.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, TypeAlias
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+Kind = Literal["counter", "gauge", "histogram"]
+Bounds: TypeAlias = tuple[float, ...]
+Metric: TypeAlias = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+# vLLM's, in seconds: first token; between tokens; whole requests and their phases.
+FIRST_TOKEN: Bounds = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+BETWEEN_TOKENS: Bounds = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+WHOLE_REQUEST: Bounds = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+# vLLM ends this row at the base's length; the row here is the same for every base.
+NUM_TOKENS: Bounds = (*(m * 10.0**e for e in range(5) for m in (1, 2, 5)), 100_000.0)
+HTTP_SECONDS: Bounds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+
+
+class Histogram:
+    """Counts by upper bound. Not for several threads: that is what makes it cheap."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value; one that equals a bound belongs below it."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def copy(self) -> Histogram:
+        """As it is now."""
+        other = Histogram(self.bounds)
+        other.counts, other.total = self.counts.copy(), self.total
+        return other
+
+
+@dataclass(frozen=True)
+class Family:
+    """One metric: its type, its labels and a sentence about it."""
+
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+
+
+_VLLM = ("model_name", "engine")
+_ADAPTER = ("adapter",)
+
+FAMILIES: dict[str, Family] = {
+    # now
+    "vllm:num_requests_running": Family("gauge", _VLLM, "Requests in the engine's steps."),
+    "vllm:num_requests_waiting": Family("gauge", _VLLM, "Requests that wait for a place."),
+    "vllm:kv_cache_usage_perc": Family("gauge", _VLLM, "KV blocks in use; 1 is all of them."),
+    # since the start
+    "vllm:num_preemptions_total": Family(
+        "counter", _VLLM, "Requests that had to give their KV blocks back for a while."
+    ),
+    "vllm:prefix_cache_queries_total": Family(
+        "counter", _VLLM, "Prompt tokens looked for in the prefix cache."
+    ),
+    "vllm:prefix_cache_hits_total": Family(
+        "counter", _VLLM, "Prompt tokens found in the prefix cache."
+    ),
+    "vllm:prompt_tokens_total": Family(
+        "counter", _VLLM, "Prompt tokens of requests that got a first token."
+    ),
+    "vllm:generation_tokens_total": Family("counter", _VLLM, "Tokens generated."),
+    "vllm:request_success_total": Family(
+        "counter", (*_VLLM, "finished_reason"), "Requests that ended, by how they ended."
+    ),
+    # of requests
+    "vllm:time_to_first_token_seconds": Family(
+        "histogram", _VLLM, "From asking the engine to the first token."
+    ),
+    "vllm:inter_token_latency_seconds": Family("histogram", _VLLM, "Between two tokens."),
+    "vllm:request_time_per_output_token_seconds": Family(
+        "histogram", _VLLM, "Mean time between the tokens of a request that has two or more."
+    ),
+    "vllm:e2e_request_latency_seconds": Family(
+        "histogram", _VLLM, "From asking the engine to the last token."
+    ),
+    "vllm:request_queue_time_seconds": Family(
+        "histogram", _VLLM, "From asking the engine to the first step."
+    ),
+    "vllm:request_prefill_time_seconds": Family(
+        "histogram", _VLLM, "From the first step to the first token."
+    ),
+    "vllm:request_decode_time_seconds": Family(
+        "histogram", _VLLM, "From the first token to the last."
+    ),
+    "vllm:request_inference_time_seconds": Family(
+        "histogram", _VLLM, "From the first step to the last token."
+    ),
+    "vllm:request_prompt_tokens": Family("histogram", _VLLM, "Prompt tokens of a request."),
+    "vllm:request_generation_tokens": Family("histogram", _VLLM, "Tokens a request generated."),
+    # of adapters
+    "graftwork_adapter_requests_total": Family(
+        "counter", _ADAPTER, "Requests handed to the engine."
+    ),
+    "graftwork_adapter_prompt_tokens_total": Family(
+        "counter", _ADAPTER, "Prompt tokens of requests that got a first token."
+    ),
+    "graftwork_adapter_generation_tokens_total": Family("counter", _ADAPTER, "Tokens generated."),
+    "graftwork_adapter_time_to_first_token_seconds": Family(
+        "histogram", _ADAPTER, "From asking the engine to the first token."
+    ),
+    "graftwork_adapter_failures_total": Family(
+        "counter", (*_ADAPTER, "code"), "Requests that failed or were not taken, by error code."
+    ),
+    "graftwork_adapter_requests_waiting": Family(
+        "gauge", _ADAPTER, "Requests in the engine without a token yet."
+    ),
+    "graftwork_adapter_requests_in_flight": Family(
+        "gauge", _ADAPTER, "Requests in the engine, waiting ones included."
+    ),
+    "graftwork_adapter_resident": Family(
+        "gauge", (*_ADAPTER, "residency"), "Versions in host memory, and on the device."
+    ),
+    "graftwork_adapter_loads_total": Family("counter", _ADAPTER, "Times it was read from disk."),
+    "graftwork_adapter_evictions_total": Family(
+        "counter", _ADAPTER, "Times it had to leave the device for another adapter."
+    ),
+    "graftwork_adapters": Family("gauge", (), "Adapters stored, however many versions each has."),
+    # of the rest
+    "graftwork_training_jobs": Family("gauge", ("state",), "Training jobs on record, by state."),
+    "graftwork_uploads_total": Family(
+        "counter", ("outcome",), "Uploads of adapters, by what came of them."
+    ),
+    "graftwork_http_requests_total": Family(
+        "counter", ("method", "route", "status"), "Replies by route and status."
+    ),
+    "graftwork_http_request_duration_seconds": Family(
+        "histogram", ("route",), "From a request's arrival to the end of its reply."
+    ),
+    "graftwork_http_requests_in_flight": Family("gauge", (), "Requests being answered."),
+    "graftwork_build_info": Family(
+        "gauge", ("version", "base", "base_digest", "dtype", "device"), "What is served, by what."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number, or one histogram, of a family. `labels` are values in the family's order."""
+
+    name: str
+    labels: tuple[str, ...]
+    value: float | Histogram
+
+
+def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[bytes, str]:
+    """Rows as text, with those of this process and the engine's.
+
+    Args:
+        rows: in any order; families that have none are announced all the same.
+        accept: the request's header; OpenMetrics where it asks for that.
+        engine_pid: None where there is no engine.
+
+    Returns:
+        The text, and its content type.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Rows(rows))
+    ProcessCollector(registry=registry)
+    if engine_pid is not None:
+        ProcessCollector("graftwork_engine", lambda: engine_pid, registry=registry)
+    encoder, content_type = choose_encoder(accept)
+    return encoder(registry), content_type
+
+
+class _Rows(Collector):
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        metrics = {name: _metric(name, family) for name, family in FAMILIES.items()}
+        for row in self._rows:
+            _add(metrics[row.name], row)
+        yield from metrics.values()
+
+
+def _metric(name: str, family: Family) -> Metric:
+    if family.kind == "counter":
+        return CounterMetricFamily(name, family.help, labels=family.labels)
+    if family.kind == "gauge":
+        return GaugeMetricFamily(name, family.help, labels=family.labels)
+    return HistogramMetricFamily(name, family.help, labels=family.labels)
+
+
+def _add(metric: Metric, row: Row) -> None:
+    if isinstance(metric, HistogramMetricFamily) and isinstance(row.value, Histogram):
+        bounds = [*(str(float(bound)) for bound in row.value.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(row.value.counts), strict=True))
+        metric.add_metric(row.labels, buckets, row.value.total)
+    elif isinstance(metric, (CounterMetricFamily, GaugeMetricFamily)):
+        if isinstance(row.value, Histogram):
+            raise TypeError(f"{row.name} takes a number")
+        metric.add_metric(row.labels, row.value)
+    else:
+        raise TypeError(f"{row.name} takes a histogram")
