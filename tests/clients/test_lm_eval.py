@@ -1,4 +1,4 @@
-"""lm-eval's local-completions against the running server.
+"""lm-eval's local-completions and local-chat-completions against the running server.
 
 What it measures over our routes is computed a second time from transformers' and PEFT's own
 logits, in float32. lm-eval runs once, in a process of its own, for all of the tests here.
@@ -91,9 +91,21 @@ class Sample:
 
 @pytest.fixture(scope="module")
 def samples(world, tmp_path_factory) -> Iterator[dict[tuple[str, str], list[Sample]]]:
-    """By way and model."""
+    """By way and model; `chat` is a way too."""
     home = tmp_path_factory.mktemp("lm-eval")
     plans = {(way.name, model): way.plan(world, model) for way in WAYS for model in MODELS}
+    for model in MODELS:
+        plans["chat", model] = {
+            "model": "local-chat-completions",
+            "model_args": {
+                "model": model,
+                "base_url": f"{world.url}/v1/chat/completions",
+                "num_concurrent": 2,
+                "max_retries": 1,
+            },
+            "tasks": ["graftwork_generate"],
+            "apply_chat_template": True,
+        }
     environment = {
         **os.environ,
         "HF_HOME": str(home / "hf"),
@@ -223,3 +235,22 @@ def test_every_way_generates_the_same(world, samples, model):
             ids = ids[: ids.index(world.tokenizer.eos_token_id)]
         plain = world.tokenizer.decode(ids, skip_special_tokens=True)
         assert text == plain.split("\n")[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_chat_generates_what_the_template_asks(world, samples, model):
+    found = samples["chat", model]
+    assert len(found) == len(ROWS)
+    for row, sample in zip(ROWS, found, strict=True):
+        message = {"role": "user", "content": f"Tweet text : {row['text']} Label :"}
+        body = {
+            "model": model,
+            "prompt": world.tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True
+            ),
+            "max_tokens": 8,
+            "temperature": 0,
+            "stop": ["\n", "</s>"],
+        }
+        whole = world.client.post("/v1/completions", json=body).json()
+        assert sample.answer == whole["choices"][0]["text"]
