@@ -24,6 +24,7 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from adapters.base_model import BaseModelSpec
+    from adapters.combine import CombinationType
     from adapters.registry import AdapterRecord, Registry
     from server.provenance import Provenance
 
@@ -96,8 +97,14 @@ class AdapterPlace(Protocol):
         """Write the zip of a version into a new file; its record."""
         ...
 
-    def combine(self, parts: Sequence[Weighted], name: str, combination_type: str) -> Shown:
-        """Register a weighted combination; its record."""
+    def combine(
+        self,
+        parts: Sequence[Weighted],
+        name: str,
+        combination_type: CombinationType,
+        words: dict[str, Any],
+    ) -> Shown:
+        """Register a weighted sum, with `words` about it; its record with `recipe`."""
         ...
 
     def close(self) -> None:
@@ -235,9 +242,27 @@ class DataDirectory:
                 file.write(block)
         return _json(record)
 
-    def combine(self, parts: Sequence[Weighted], name: str, combination_type: str) -> Shown:
+    def combine(
+        self,
+        parts: Sequence[Weighted],
+        name: str,
+        combination_type: CombinationType,
+        words: dict[str, Any],
+    ) -> Shown:
         """See `AdapterPlace`."""
-        raise NotImplementedError
+        from server.combining import combine_stored
+
+        published = combine_stored(
+            self._registry,
+            self.spec(),
+            [part.reference for part in parts],
+            [part.weight for part in parts],
+            name,
+            combination_type=combination_type,
+            words=words,
+            base_names=(self._base_id, self._settings.base),
+        )
+        return {**_json(published.record), "recipe": published.record.recipe}
 
     def spec(self) -> BaseModelSpec:
         """The base that adapters must fit, read once.
@@ -332,9 +357,16 @@ class RunningServer:
         self._server.download(route, target, version=shown["version"])
         return shown
 
-    def combine(self, parts: Sequence[Weighted], name: str, combination_type: str) -> Shown:
+    def combine(
+        self,
+        parts: Sequence[Weighted],
+        name: str,
+        combination_type: CombinationType,
+        words: dict[str, Any],
+    ) -> Shown:
         """See `AdapterPlace`."""
         body = {
+            **words,
             "adapters": [part.reference for part in parts],
             "weights": [part.weight for part in parts],
             "name": name,

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -53,7 +53,6 @@ Reference = Annotated[
     str, typer.Argument(metavar="NAME[@VERSION]", help="An adapter; NAME@ALIAS works as well.")
 ]
 Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="One of its versions.")]
-CombinationType = Literal["linear", "delta"]
 
 
 @adapters_app.command("list")
@@ -62,7 +61,7 @@ def list_adapters(url: Url = None, data_dir: DataDir = None, as_json: AsJson = F
 
     graftwork adapters list --url http://127.0.0.1:8000
     """
-    with _place(url, data_dir) as place:
+    with adapter_place(url, data_dir) as place:
         records = place.list()
     if as_json:
         print_json(records)
@@ -85,7 +84,7 @@ def show_adapter(
 
     graftwork adapters show complaints@2
     """
-    with _place(url, data_dir) as place:
+    with adapter_place(url, data_dir) as place:
         shown = place.show(reference)
     if as_json:
         print_json(shown)
@@ -134,7 +133,9 @@ def add_adapters(
         raise fail(f"--name is for one folder; came {len(paths)}, which are named by their own")
     said = {"template": template, "labels": labels_from(labels), "description": description}
     given = {key: value for key, value in said.items() if value is not None}
-    with _place(url, data_dir, base=base, revision=revision, fills=True) as place:
+    with adapter_place(
+        url, data_dir, base=base, revision=revision, fills=True, needs_base=True
+    ) as place:
         if len(paths) == 1:
             results = [_added(place, paths[0], name, given)]
         else:
@@ -160,7 +161,7 @@ def remove_adapter(
 
     graftwork adapters remove complaints@1 --yes
     """
-    with _place(url, data_dir) as place:
+    with adapter_place(url, data_dir) as place:
         shown = place.show(reference)
         whole = "@" not in reference
         count = len(shown["versions"])
@@ -188,9 +189,9 @@ def rollback_adapter(
 
     graftwork adapters rollback complaints 1
     """
-    with _place(url, data_dir) as place:
+    with adapter_place(url, data_dir) as place:
         record = place.rollback(name, version)
-    _tell_record(record, "is what a bare name means now", as_json=as_json)
+    tell_record(record, "is what a bare name means now", as_json=as_json)
 
 
 @adapters_app.command("alias")
@@ -206,9 +207,9 @@ def set_alias(
 
     graftwork adapters alias complaints stable 2
     """
-    with _place(url, data_dir) as place:
+    with adapter_place(url, data_dir) as place:
         record = place.set_alias(name, alias, version)
-    _tell_record(record, f"is {name}@{alias} now", as_json=as_json)
+    tell_record(record, f"is {name}@{alias} now", as_json=as_json)
 
 
 @adapters_app.command("download")
@@ -226,7 +227,7 @@ def download_adapter(
 
     graftwork adapters download complaints@2 --out complaints
     """
-    with _place(url, data_dir) as place:
+    with adapter_place(url, data_dir) as place:
         record = _download(place, reference, out)
     if as_json:
         print_json({**record, "out": str(out)})
@@ -256,19 +257,25 @@ def unload_adapter(reference: Reference, url: Url = None, as_json: AsJson = Fals
 
 
 @contextmanager
-def _place(
-    url: str | None, data_dir: Path | None, *, fills: bool = False, **given: Any
+def adapter_place(
+    url: str | None,
+    data_dir: Path | None,
+    *,
+    fills: bool = False,
+    needs_base: bool = False,
+    **given: Any,
 ) -> Iterator[AdapterPlace]:
     """The data directory or the server that is meant; refusals end the command with one line.
 
     Args:
         url: the option.
         data_dir: the option.
-        fills: whether something may be added: makes the directory and the default base.
+        fills: whether the directory is made if it is not there.
+        needs_base: whether the default base is.
         given: other options that are settings.
     """
     settings, chosen = place_from(url, data_dir, **given)
-    if chosen is None and fills:
+    if chosen is None and needs_base:
         prepare_base(settings)
     with errors_as_lines():
         place = _open(settings, chosen, fills=fills)
@@ -299,7 +306,7 @@ def _move(reference: str, where: str, said: str, url: str | None, *, as_json: bo
         )
     with errors_as_lines(), RemoteServer(chosen) as server:
         record = RunningServer(server).move(reference, where)
-    _tell_record(record, said, as_json=as_json)
+    tell_record(record, said, as_json=as_json)
 
 
 # --- add --------------------------------------------------------------------------------------
@@ -394,7 +401,8 @@ def _confirm(question: str, *, yes: bool) -> None:
         raise typer.Exit(EXIT_FOUND_FAILURE)
 
 
-def _tell_record(record: Mapping[str, Any], said: str, *, as_json: bool) -> None:
+def tell_record(record: Mapping[str, Any], said: str, *, as_json: bool) -> None:
+    """Print a record: as JSON, or its name and version with what is said of it."""
     if as_json:
         print_json(record)
     else:
