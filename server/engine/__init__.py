@@ -16,6 +16,9 @@ scales           IA3's tables and the hooks that apply them
 model_runner     a planned step -> logits
 self_check       can this base be served?
 sampler          logits -> tokens
+grammar_check    can this grammar be compiled? asked in a process that may be lost
+grammar_compiler a grammar -> its compiled form, off the engine's thread
+grammar          who waits for a grammar, and what each output may say next
 loader           stored bytes -> serving forms, off the engine's thread
 engine           schedule -> run -> sample -> commit
 process, client  the engine in a process of its own, and its asyncio side

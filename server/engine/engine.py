@@ -20,6 +20,9 @@ from adapters.serving import ActivationScales, ServingForm, SoftPrompt
 from server.engine.adapter_slots import Residency
 from server.engine.blocks import blocks_for
 from server.engine.config import EngineConfig
+from server.engine.grammar import MASK_SECONDS, Guides
+from server.engine.grammar_check import GrammarRefused
+from server.engine.grammar_compiler import Vocabulary
 from server.engine.kv_cache import KVBlocks
 from server.engine.loader import AdapterLoader, HostCache
 from server.engine.model_runner import ModelRunner, StepRows
@@ -43,6 +46,8 @@ from server.engine.sequence import Sequence, SequenceState
 log = logging.getLogger(__name__)
 
 _LOAD_WAIT_SECONDS = 0.05
+# What a step waits for masks; an output whose mask comes later draws its token in a later step.
+_MASK_WAIT_SECONDS = 0.02
 _FOLD_ATTEMPTS = 2
 _NEVER_TOLD = ("disk", 0, 0)
 # Fewer tokens than this fit no request worth serving, nor the self-check's probe.
@@ -57,6 +62,7 @@ class Engine:
         spec: its dimensions.
         config: sizes and limits.
         read_form: digest -> serving form; called on a thread of its own.
+        read_vocabulary: for the first grammar; called on a thread of its own. None: no grammars.
 
     Raises:
         BaseUnsupported: the base gives other logits here than by itself.
@@ -69,6 +75,7 @@ class Engine:
         spec: BaseModelSpec,
         config: EngineConfig,
         read_form: Callable[[str], ServingForm],
+        read_vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
         self.spec = spec
         dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
@@ -99,6 +106,8 @@ class Engine:
         folds_dir = Path(config.folds_dir) if config.folds_dir else None
         self._loader = AdapterLoader(read_form, spec, dtype, folds_dir)
         self._host = HostCache(config.host_bytes)
+        self._guides = Guides(read_vocabulary, spec.vocab_size)
+        self._held: dict[str, GenerationRequest] = {}  # until their grammar is compiled
         self._submitted_at: dict[str, float] = {}
         self._queue_seconds: dict[str, float] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
@@ -118,7 +127,11 @@ class Engine:
             return [FailedEvent(request.request_id, "too_long", reason)]
         self._submitted_at[request.request_id] = time.monotonic()
         self._may_wait = False
-        self.scheduler.add(request)
+        if request.sampling.grammar is None:
+            self.scheduler.add(request)
+        else:
+            self._held[request.request_id] = request
+            self._guides.start(request.request_id, request.sampling)
         return []
 
     def abort(self, request_id: str) -> None:
@@ -136,23 +149,25 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do, or will once a load ends."""
-        return self.scheduler.has_work or self._loads_under_way > 0
+        """Whether `step` has anything to do, or will once a load ends or a grammar is compiled."""
+        return self.scheduler.has_work or self._loads_under_way > 0 or bool(self._held)
 
     def close(self) -> None:
-        """Stop the loader's thread."""
+        """Stop the threads."""
         self._loader.close()
+        self._guides.close()
 
     # --- the step --------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
         """Run one step.
 
-        A step after one with nothing to compute waits a moment for a load that is under way. Whatever
-        goes wrong inside ends the requests that it concerns; the engine goes on with the others.
+        A step after one with nothing to compute waits a moment for a load or a grammar that is under way.
+        Whatever goes wrong inside ends the requests that it concerns; the engine goes on with the others.
         """
         events: list[Event] = []
         self._take_load(events)
+        self._take_guided(events)
         plan = self.scheduler.schedule()
         self._hold_soft_rows(events)
         for digest in plan.loads:
@@ -190,15 +205,13 @@ class Engine:
     def _draw(self, rows: list[StepRows], logits: list[torch.Tensor], events: list[Event]) -> None:
         """A token for every row that is due one."""
         self._collect_prompt_logprobs(rows, logits)
-        sampling = [
-            (row.chunk.sequence, out[-1:])
-            for row, out in zip(rows, logits, strict=True)
-            if row.chunk.samples
-        ]
+        due = [(row.chunk, out) for row, out in zip(rows, logits, strict=True) if row.chunk.samples]
+        masks = self._masks([chunk for chunk, _ in due], events)
+        sampling = [(chunk.sequence, out[-1:]) for chunk, out in due if chunk.sequence in masks]
         if not sampling:
             return
         packed = torch.cat([out for _, out in sampling])
-        drawn = sample(packed, [_sample_row(sequence) for sequence, _ in sampling])
+        drawn = sample(packed, [_sample_row(one, masks[one]) for one, _ in sampling])
         for (sequence, _), token in zip(sampling, drawn, strict=True):
             events.append(self._commit(sequence, token))
 
@@ -274,9 +287,12 @@ class Engine:
             None if prompt_logprobs is None else tuple(prompt_logprobs),
             self._queue_seconds.pop(request.request_id, None) if first else None,
         )
+        guide = self._guides.get(request.request_id)
         if reason is not None:
             self.scheduler.finish(sequence)
             self._forget(request.request_id)
+        elif guide is not None:
+            guide.advance(drawn.token_id)
         return event
 
     def _note_started(self, plan: StepPlan) -> None:
@@ -305,6 +321,53 @@ class Engine:
                 collected += logprobs_of(part, targets[known:], sampling.num_logprobs or 0)
             if row.chunk.samples:
                 sequence.prompt_logprobs_done = True
+
+    # --- grammars --------------------------------------------------------------------------
+
+    def _take_guided(self, events: list[Event]) -> None:
+        """Queue the requests whose grammar is compiled now."""
+        if not self._held:
+            return
+        waits = self._may_wait and not self._loads_under_way
+        for started in self._guides.poll(_LOAD_WAIT_SECONDS if waits else None):
+            request = self._held.pop(started.request_id)
+            if started.refusal is None:
+                self.scheduler.add(request)
+            else:
+                self._forget(request.request_id)
+                failed = FailedEvent(request.request_id, "grammar_invalid", started.refusal)
+                events.append(failed)
+
+    def _masks(
+        self, chunks: list[Chunk], events: list[Event]
+    ) -> dict[Sequence, torch.Tensor | None]:
+        """The sequences that draw a token now, each with the ids that its grammar allows, if it has one.
+
+        One whose mask is late is left out: its newest token is computed again in the next step.
+        """
+        deadline = time.monotonic() + _MASK_WAIT_SECONDS
+        masks: dict[Sequence, torch.Tensor | None] = {}
+        for chunk in chunks:
+            sequence = chunk.sequence
+            request_id = sequence.request.request_id if sequence.request is not None else ""
+            guide = self._guides.get(request_id)
+            if guide is None:
+                masks[sequence] = None
+                continue
+            # A prompt's last chunk is not computed twice: a single token takes another path.
+            wait = deadline - time.monotonic() if chunk.num_tokens == 1 else MASK_SECONDS
+            try:
+                allowed = guide.allowed(max(0.0, wait))
+            except GrammarRefused as refusal:
+                self.scheduler.finish(sequence)
+                self._forget(request_id)
+                events.append(FailedEvent(request_id, "grammar_invalid", str(refusal)))
+                continue
+            if allowed is None:
+                sequence.num_computed -= 1
+            else:
+                masks[sequence] = allowed
+        return masks
 
     # --- adapters --------------------------------------------------------------------------
 
@@ -395,6 +458,8 @@ class Engine:
         self._submitted_at.pop(request_id, None)
         self._queue_seconds.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
+        self._held.pop(request_id, None)
+        self._guides.forget(request_id)
 
     def residency_changes(self) -> list[Event]:
         """Adapters that moved since this was last asked; `step` has it in its events."""
@@ -416,7 +481,7 @@ class Engine:
         """Counts of now."""
         return StatsEvent(
             num_running=len(self.scheduler.running),
-            num_waiting=self.scheduler.num_waiting,
+            num_waiting=self.scheduler.num_waiting + len(self._held),
             kv_blocks_used=self.scheduler.pool.num_used,
             kv_blocks_total=self.scheduler.pool.num_blocks,
             prefix_query_tokens=self.scheduler.prefix_query_tokens,
@@ -451,15 +516,19 @@ def _num_logits(chunk: Chunk) -> int:
     return max(int(chunk.samples), end - max(chunk.start, wanted))
 
 
-def _sample_row(sequence: Sequence) -> SampleRow:
+def _sample_row(sequence: Sequence, allowed: torch.Tensor | None) -> SampleRow:
     assert sequence.request is not None  # noqa: S101 - folds do not sample
-    return SampleRow(sequence.request.sampling, sequence.token_ids, sequence.num_prompt_tokens)
+    return SampleRow(
+        sequence.request.sampling, sequence.token_ids, sequence.num_prompt_tokens, allowed
+    )
 
 
 def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
     assert sequence.request is not None  # noqa: S101 - folds do not sample
     sampling = sequence.request.sampling
-    if not sampling.ignore_eos and token_id in sampling.eos_token_ids:
+    # A grammar lets the end come against `ignore_eos` only where nothing else can.
+    ends = not sampling.ignore_eos or sampling.grammar is not None
+    if ends and token_id in sampling.eos_token_ids:
         return "eos"
     if sequence.num_output_tokens >= sampling.max_new_tokens:
         return "length"

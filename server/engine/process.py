@@ -77,8 +77,9 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
 
     from adapters.checkpoint import load_serving_form
     from adapters.limits import CheckpointLimits
-    from server.base.load import load_base
+    from server.base.load import load_base, load_tokenizer
     from server.engine.engine import Engine
+    from server.engine.grammar_compiler import Vocabulary
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -91,6 +92,7 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
         loaded.spec,
         config,
         lambda digest: load_serving_form(blobs / digest, loaded.spec, limits, digest=digest),
+        lambda: Vocabulary.of(load_tokenizer(loaded.tokenizer_dir), loaded.eos_token_ids),
     )
     by_blocks = engine.limits.num_blocks * engine.limits.block_size
     ready = Ready(

@@ -38,11 +38,13 @@ class SampleRow:
         params: its sampling parameters.
         token_ids: prompt and output so far.
         num_prompt_tokens: how many of them are the prompt.
+        allowed: ids (K,) that may be chosen, ascending, K >= 1; None is all of them.
     """
 
     params: SamplingParams
     token_ids: SequenceType[int]
     num_prompt_tokens: int
+    allowed: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[Drawn]:
         if not finite[index]:
             drawn.append(Drawn(None))
             continue
-        token = greedy[index] if _is_plain(row.params) else _choose(logits[index], row)
+        token = greedy[index] if _is_plain(row) else _choose(logits[index], row)
         drawn.append(Drawn(token, _logprob(logits[index], token, row.params.num_logprobs)))
     return drawn
 
@@ -93,8 +95,8 @@ def logprobs_of(
     )
 
 
-def _is_plain(params: SamplingParams) -> bool:
-    return not params.do_sample and not _is_shifted(params)
+def _is_plain(row: SampleRow) -> bool:
+    return row.allowed is None and not row.params.do_sample and not _is_shifted(row.params)
 
 
 def _is_shifted(params: SamplingParams) -> bool:
@@ -122,6 +124,15 @@ def _logprob(logits: torch.Tensor, token: int, num_top: int | None) -> TokenLogp
 def _choose(logits: torch.Tensor, row: SampleRow) -> int:
     if _is_shifted(row.params):
         logits = _penalise(_biased(logits.clone(), row.params), row)
+    if row.allowed is None:
+        return _pick(logits, row)
+    # Only these rows exist from here on: no filter counts a token that may not be chosen.
+    allowed = row.allowed.to(logits.device)
+    return int(allowed[_pick(logits[allowed], row)])
+
+
+def _pick(logits: torch.Tensor, row: SampleRow) -> int:
+    """The place of the chosen one among these logits (K,)."""
     if not row.params.do_sample:
         return int(logits.argmax())
     scores, ids = _filter(_tempered(logits, row.params.temperature), row.params)
