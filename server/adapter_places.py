@@ -271,10 +271,9 @@ class DataDirectory:
             BaseUnsupported: it cannot be read.
         """
         if self._spec is None:
-            from server.base.load import load_base
+            from server.base.load import describe_base
 
-            base = load_base(self._settings.base, revision=self._settings.revision, device="cpu")
-            self._spec = base.spec
+            self._spec = describe_base(self._settings.base, revision=self._settings.revision)
         return self._spec
 
     def _config(self, record: AdapterRecord) -> dict[str, Any] | None:

@@ -115,6 +115,31 @@ def load_base(
     )
 
 
+def describe_base(
+    path_or_id: str | Path, *, dtype: str | None = None, revision: str | None = None
+) -> BaseModelSpec:
+    """What adapters are held against, from the files of a base: no weight is loaded.
+
+    Whether the weights load is not known afterwards.
+
+    Args:
+        path_or_id: as `load_base` takes it, and so the next two.
+        dtype: the same, of a base on the CPU.
+        revision: the same.
+
+    Raises:
+        BaseUnsupported: with the reason.
+    """
+    served = _dtype(dtype or default_dtype("cpu"))
+    directory = _directory(path_or_id, revision)
+    _check_files(directory)
+    config = _config(directory)
+    check_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return describe(model, digest=base_digest(directory), dtype=_dtype_name(served))
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a base directory (`LoadedBase.tokenizer_dir`).
 

@@ -14,8 +14,15 @@ from transformers import BertConfig, GPT2Config, T5Config
 
 from adapters.errors import BaseUnsupported
 from server.base.convert import MANIFEST_FILE
-from server.base.load import check_config, default_dtype, load_base, load_tokenizer
+from server.base.load import (
+    check_config,
+    default_dtype,
+    describe_base,
+    load_base,
+    load_tokenizer,
+)
 from tests.server.base.tiny import edit_config, save_tiny, tiny_config
+from tests.tiny_models import ARCHITECTURES, tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -248,3 +255,9 @@ def test_broken_config(base):
 def test_no_tokenizer(base):
     with pytest.raises(BaseUnsupported, match="tokenizer"):
         load_tokenizer(base)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_base_is_described_without_its_weights(architecture, tmp_path):
+    tiny_model(architecture).save_pretrained(tmp_path)
+    assert describe_base(tmp_path) == load_base(tmp_path, device="cpu").spec
