@@ -26,6 +26,7 @@ from server.api.sse import EventStream, event, unless_gone
 from server.engine.request import GenerationRequest, SamplingParams
 from server.errors import Contradiction, RequestInvalid
 from server.generation import Generation, Generator, Options, Piece, Prompt, mean_logprob
+from server.guidance import grammar_from
 from server.text.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["generation"])
@@ -145,6 +146,7 @@ def options_from(parameters: GenerateParameters, max_best_of: int) -> Options:
 
     Raises:
         RequestInvalid: more samples than may be drawn, or more than one of a greedy output.
+        Contradiction: two grammars.
     """
     sampled = _samples(parameters)
     best_of = parameters.best_of or 1
@@ -171,6 +173,11 @@ def options_from(parameters: GenerateParameters, max_best_of: int) -> Options:
             ignore_eos=bool(parameters.ignore_eos or parameters.ignore_eos_token),
             num_logprobs=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
             prompt_logprobs=bool(parameters.decoder_input_details),
+            grammar=grammar_from(
+                tgi_grammar=parameters.grammar,
+                response_format=parameters.response_format,
+                field_prefix="parameters.",
+            ),
         ),
         max_new_tokens=parameters.max_new_tokens,
         stop=tuple(parameters.stop or ()),

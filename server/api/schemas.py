@@ -58,12 +58,21 @@ class GenerateParameters(OpenBody):
         "min_p being given; false is greedy whatever else is given.",
     )
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    grammar: dict[str, Any] | None = Field(
+        None,
+        description="The output's shape: an object with type (json, json_object, json_schema, regex) "
+        "and value (a JSON Schema, or the expression that the whole output matches).",
+        examples=[{"type": "regex", "value": "(yes|no)"}],
+    )
     ignore_eos: bool | None = Field(None, description="Go on to max_new_tokens regardless.")
     ignore_eos_token: bool | None = Field(None, description="LoRAX's name of ignore_eos.")
     max_new_tokens: int | None = Field(None, ge=1, description="64 if left out.")
     min_p: float | None = Field(None, ge=0, lt=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0)
+    response_format: dict[str, Any] | None = Field(
+        None, description="LoRAX's and OpenAI's way to ask for what grammar asks for."
+    )
     return_full_text: bool | None = Field(None, description="Put the prompt before the output.")
     return_k_alternatives: int | None = Field(
         None,
