@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from server.api.errors import shown
 from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS, OpenBody, Row, StopString, Text
 
 DEFAULT_MAX_TOKENS = 16
@@ -155,19 +154,34 @@ class TextPart(OpenBody):
     text: Text | None = None
 
 
-def _check_parts(value: Any) -> Any:
-    if value is None or isinstance(value, (str, list)):
+def _check_content(value: Any) -> Any:
+    if value is None or _is_text(value):
         return value
-    raise ValueError(f"expected a text or a list of text parts; came {shown(value)}")
+    if not isinstance(value, list):
+        raise ValueError("expected a text or a list of parts")
+    return [_read_part(part, number) for number, part in enumerate(value)]
+
+
+def _read_part(value: Any, number: int) -> TextPart:
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ValueError(f'expected {{"type": "text", "text": ...}} as part {number}')
+    text = value.get("text")
+    if text is not None and not _is_text(text):
+        raise ValueError(f"expected a text as part {number}'s text")
+    return TextPart(type=value["type"], text=text)
+
+
+_Content = Annotated[
+    str | list[TextPart] | None,
+    PlainValidator(_check_content, json_schema_input_type=str | list[TextPart] | None),
+]
 
 
 class Message(OpenBody):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text | list[TextPart] | None, BeforeValidator(_check_parts)] = Field(
-        None, description="A text, or a list of text parts."
-    )
+    content: _Content = Field(None, description="A text, or a list of text parts.")
     name: Text | None = None
 
 
