@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
@@ -98,6 +99,23 @@ def test_logprobs_seed_and_stop(hub):
     assert cut.choices[0].finish_reason == "stop"
     two = hub.chat_completion(MESSAGES, n=2, **asked)
     assert [choice.index for choice in two.choices] == [0, 1]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"label": {"enum": ["complaint", "no complaint"]}},
+    "required": ["label"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_answer_by_a_schema(hub, model):
+    # The client rewrites this into TGI's {"type": "json_object", "value": schema}.
+    shape = {"type": "json_schema", "json_schema": {"name": "label", "schema": SCHEMA}}
+    whole = hub.chat_completion(MESSAGES, model=model, max_tokens=64, response_format=shape)
+    assert json.loads(whole.choices[0].message.content)["label"] in ("complaint", "no complaint")
+    assert whole.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

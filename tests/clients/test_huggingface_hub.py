@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import threading
 import time
 
@@ -162,9 +164,34 @@ def test_best_of(hub):
     assert all(other.generated_tokens == len(other.tokens) for other in others)
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"label": {"enum": ["complaint", "no complaint"]}, "sure": {"type": "boolean"}},
+    "required": ["label", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("adapter", MODELS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_shapes_the_output(hub, adapter, stream):
+    asked = {"adapter_id": adapter, "max_new_tokens": 64, "stream": stream}
+    regex = {"type": "regex", "value": "(no )?complaint[!?]"}
+    text = "".join(hub.text_generation(PROMPT, grammar=regex, **asked))
+    assert re.fullmatch(regex["value"], text)
+    grammar = {"type": "json", "value": SCHEMA}
+    text = "".join(hub.text_generation(PROMPT, grammar=grammar, **asked))
+    value = json.loads(text)
+    assert value["label"] in ("complaint", "no complaint")
+    assert value.keys() == {"label", "sure"}
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
+        ({"grammar": {"type": "regex", "value": "(unclosed"}}, "unclosed"),
+        ({"grammar": {"type": "json", "value": {"type": "nothing"}}}, "nothing"),
+        ({"grammar": {"type": "poem", "value": "x"}}, "grammar.type"),
         ({"adapter_id": "nobody"}, "nobody"),
         ({"adapter_id": "prefix@9"}, "9"),
         ({"max_new_tokens": 100_000}, "max_new_tokens"),

@@ -7,6 +7,7 @@ neither: it is installed without dependencies and put on the path for these test
 from __future__ import annotations
 
 import asyncio
+import json
 from types import ModuleType
 
 import pytest
@@ -105,6 +106,23 @@ def test_sampling_and_best_of(world, lorax):
     stopped = client.generate(PROMPT, seed=5, stop_sequences=[stop], **sampled)
     assert stopped.generated_text.endswith(stop)
     assert stopped.details.finish_reason == "stop_sequence"
+
+
+def test_an_answer_by_a_schema(world, lorax):
+    schema = {
+        "type": "object",
+        "properties": {"label": {"enum": ["complaint", "no complaint"]}},
+        "required": ["label"],
+        "additionalProperties": False,
+    }
+    output = lorax.Client(world.url).generate(
+        PROMPT,
+        adapter_id="prefix",
+        max_new_tokens=64,
+        response_format={"type": "json_object", "schema": schema},
+    )
+    assert json.loads(output.generated_text)["label"] in ("complaint", "no complaint")
+    assert output.details.finish_reason == "eos_token"
 
 
 def test_refusals(world, lorax):
