@@ -1,8 +1,26 @@
-"""`python -m server` is `graftwork`."""
+"""The entry point: `graftwork`, and `python -m server`.
+
+Where a package that ours needs is missing, or another package has taken the name of one of ours, the
+command line cannot be imported. Then the checks of `graftwork doctor` say so, instead of a traceback.
+"""
 
 from __future__ import annotations
 
-from server.cli import main
+import sys
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from server.cli import app
+    except ImportError as error:
+        sys.stderr.write(f"graftwork: {error}\n")
+        from server.cli_doctor import broken_installation
+
+        broken_installation()
+        sys.exit(1)
+    app()
+
 
 if __name__ == "__main__":
     main()

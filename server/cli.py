@@ -22,7 +22,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from server import cli_adapters, cli_bench, cli_combine, cli_eval, cli_generate, cli_jobs, cli_train
+from server import (
+    cli_adapters,
+    cli_bench,
+    cli_combine,
+    cli_doctor,
+    cli_eval,
+    cli_generate,
+    cli_jobs,
+    cli_train,
+)
 from server.cli_options import (
     Base,
     DataDir,
@@ -53,6 +62,7 @@ app.add_typer(cli_adapters.adapters_app, name="adapters")
 cli_train.add_commands(app)
 cli_bench.add_commands(app)
 cli_combine.add_commands(cli_adapters.adapters_app)
+cli_doctor.add_commands(app)
 cli_eval.add_commands(app)
 cli_generate.add_commands(app)
 cli_jobs.add_commands(app)
