@@ -32,7 +32,9 @@ from server.jobs.supervisor import STOP_SECONDS, Supervisor
 from server.metrics import Metrics
 from server.settings import MIB, Settings
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+from server.tracing import open_tracing
 from server.uploads import FileStore
+from server.watching import Watcher
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +69,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = await anyio.to_thread.run_sync(open_services, settings)
+        services.tracing = await anyio.to_thread.run_sync(open_tracing)
         app.state.services = services
         tasks = (
             asyncio.create_task(_start(services, on_ready, on_failure)),
@@ -85,6 +88,8 @@ def create_app(
         summary="Many PEFT adapters on one frozen base model",
         lifespan=lifespan,
         redirect_slashes=False,
+        # FastAPI's own would make a second span a request, and log bodies that do not fit a schema.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     for module in (
         generate,
@@ -155,9 +160,10 @@ async def start_engine(services: Services) -> Generator:
     await services.client.start()
     services.base_notes = services.client.notes
     tokenizer = await anyio.to_thread.run_sync(load_text_tokenizer, services.settings)
-    return Generator(
-        services.client, services.registry, tokenizer, services.base_id, [services.metrics]
-    )
+    watchers: list[Watcher] = [services.metrics]
+    if services.tracing is not None:
+        watchers.append(services.tracing)
+    return Generator(services.client, services.registry, tokenizer, services.base_id, watchers)
 
 
 async def close_services(services: Services) -> None:
@@ -167,6 +173,8 @@ async def close_services(services: Services) -> None:
         seconds = min(STOP_SECONDS, services.settings.shutdown_seconds)
         await anyio.to_thread.run_sync(services.supervisor.stop, seconds)
     await services.client.stop()
+    if services.tracing is not None:
+        await anyio.to_thread.run_sync(services.tracing.close)
     if services.jobs is not None:
         services.jobs.close()
     if services.files is not None:

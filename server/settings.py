@@ -1,4 +1,5 @@
-"""Every setting of the server: the only place that reads the environment.
+"""Every setting of the server: the only place that reads the environment. (OpenTelemetry's own
+variables are read by its library; `server.tracing` asks whether they are there.)
 
 Each can be given as an environment variable, `GRAFTWORK_` and its name in capitals, or as an
 option of `graftwork serve`, which wins. Knows nothing of what the settings are for.

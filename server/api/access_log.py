@@ -12,11 +12,11 @@ from server.api.headers import reply_headers
 
 log = structlog.get_logger(__name__)
 
-QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
+QUIET_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
 class AccessLog:
-    """Middleware; health checks are logged at debug level only."""
+    """Middleware; health checks and scrapes are logged at debug level only."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

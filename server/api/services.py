@@ -22,6 +22,7 @@ from server.errors import NotReady
 from server.generation import Generator
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tracing import Tracing
 
 if TYPE_CHECKING:
     from server.jobs.store import JobStore
@@ -43,6 +44,7 @@ class Services:
         failure: why the engine did not start, once that is known.
         started_at: Unix time, seconds.
         metrics: what is counted here.
+        tracing: where spans go; None where nobody asked for them.
         requests_by_adapter: generations asked of each name since the start.
         jobs: the training jobs; None in a server that has no table of them.
         files: the files that were uploaded to train on; None likewise.
@@ -60,6 +62,7 @@ class Services:
     failure: str | None = None
     started_at: float = field(default_factory=time.time)
     metrics: Metrics = field(default_factory=Metrics)
+    tracing: Tracing | None = None
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     files: FileStore | None = None

@@ -1,20 +1,28 @@
-"""Every reply is counted, by the route that gave it. Knows no route by name."""
+"""Every request is counted by the route that answered it, and has a span where traces are on.
+
+Knows no route by name, but for those that nobody wants spans of.
+"""
 
 from __future__ import annotations
 
 import time
 
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access_log import QUIET_PATHS
 from server.api.errors import CLIENT_GONE
+from server.api.headers import NOBODY, reply_headers
 from server.api.services import Services
+from server.tracing import Reply, RequestSpan
 
 # A path that no route has: what strangers ask for must not make series.
 NO_ROUTE = "none"
 
 
 class Watched:
-    """Middleware: tells the server's books of every request and of the end of its reply."""
+    """Middleware: tells the server's books, and its traces, of every request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -35,14 +43,36 @@ class Watched:
             await send(message)
 
         services.metrics.reply_began()
+        span = _begin_span(services, scope)
         try:
             await self._app(scope, receive, watched)
         finally:
-            seconds = time.monotonic() - began
-            services.metrics.reply_ended(scope["method"], route_of(scope), status, seconds)
+            method, route = scope["method"], route_of(scope)
+            services.metrics.reply_ended(method, route, status, time.monotonic() - began)
+            if span is not None:
+                span.end(_reply(scope, method, route, status))
 
 
 def route_of(scope: Scope) -> str:
     """The template of the route that took a request, such as `/adapters/{name}`."""
     path = getattr(scope.get("route"), "path", None)
     return path if isinstance(path, str) else NO_ROUTE
+
+
+def _begin_span(services: Services, scope: Scope) -> RequestSpan | None:
+    if services.tracing is None or scope["path"] in QUIET_PATHS:
+        return None
+    return services.tracing.begin(Headers(scope=scope))
+
+
+def _reply(scope: Scope, method: str, route: str, status: int) -> Reply:
+    headers = reply_headers(HTTPConnection(scope))
+    adapter, version = headers["x-adapter-id"], headers["x-adapter-version"]
+    return Reply(
+        method=method,
+        route=route,
+        status=status,
+        request_id=headers["x-request-id"],
+        adapter=None if adapter == NOBODY else adapter,
+        version=None if version == NOBODY else version,
+    )
