@@ -1,6 +1,7 @@
 """A training job as plain data: what somebody asks for, and what will be done.
 
-`TrainingRequest` is what a person writes (its rows apart): nearly every field has a default.
+`TrainingRequest` is what a person writes (its rows apart): nearly every field has a default, and those
+that all have one stand in `TrainingOptions`.
 `TrainingJob` is the same with nothing left open; it is stored with the job and, as the recipe, with
 the adapter that comes of it. Both are JSON. Nothing here knows rows, tokens or tensors.
 """
@@ -102,15 +103,11 @@ class Hyperparameters(BaseModel):
     early_stopping_patience: Count | None = None
 
 
-class TrainingRequest(BaseModel):
-    """What somebody asks for, rows apart.
+class TrainingOptions(BaseModel):
+    """What may be said about a job, its optimisation apart; all of it has a default.
 
     Attributes:
-        adapter: the name under which it will be served.
-        method: see `METHOD_NAMES`.
         config: PEFT's fields of the method; what is left out comes from the recipe.
-        template: `{column}` substitution that makes a prompt of a row.
-        target: the column that holds what to answer.
         labels: all that may be answered, where the task is to choose; evaluation then ranks them.
         label_names: the target's value as text -> the label in words.
         target_separator: stands between prompt and target; None takes the white space at the
@@ -127,16 +124,11 @@ class TrainingRequest(BaseModel):
         train_on_context: CPT: whether the rows of the context are trained on as well.
         if_exists: what to do when the name has an adapter.
         description: free text about the adapter.
-        hyperparameters: see `HyperparameterRequest`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    adapter: str
-    method: MethodName
     config: dict[str, Any] = Field(default_factory=dict)
-    template: Annotated[str, Field(min_length=1)]
-    target: Annotated[str, Field(min_length=1)]
     labels: Annotated[list[str], Field(min_length=2, max_length=1000)] | None = None
     label_names: dict[str, str] | None = None
     target_separator: Annotated[str, Field(max_length=100)] | None = None
@@ -150,6 +142,23 @@ class TrainingRequest(BaseModel):
     train_on_context: bool | None = None
     if_exists: IfExists = "new_version"
     description: Annotated[str, Field(max_length=10_000)] | None = None
+
+
+class TrainingRequest(TrainingOptions):
+    """What somebody asks for, rows apart.
+
+    Attributes:
+        adapter: the name under which it will be served.
+        method: see `METHOD_NAMES`.
+        template: `{column}` substitution that makes a prompt of a row.
+        target: the column that holds what to answer.
+        hyperparameters: see `HyperparameterRequest`.
+    """
+
+    adapter: str
+    method: MethodName
+    template: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
     hyperparameters: HyperparameterRequest = Field(default_factory=HyperparameterRequest)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -59,7 +59,7 @@ def kind_of(name: str) -> Kind | None:
 
 
 def check_rows(
-    rows: Sequence[Mapping[str, Any]], limits: DataLimits = DEFAULT_DATA_LIMITS
+    rows: Iterable[Mapping[str, Any]], limits: DataLimits = DEFAULT_DATA_LIMITS
 ) -> list[Row]:
     """Hold inline rows to what a row may be.
 
@@ -89,6 +89,27 @@ def read_rows(path: Path, kind: Kind, limits: DataLimits = DEFAULT_DATA_LIMITS) 
         return _Checker(limits).all(sources)
 
 
+def read_objects(
+    path: Path, max_depth: int, limits: DataLimits = DEFAULT_DATA_LIMITS
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read JSON lines whose values may be nested: the number of each line, and its object.
+
+    Args:
+        path: the file.
+        max_depth: nesting of one line, its object being 1.
+        limits: of rows, bytes and lines.
+
+    Raises:
+        DataInvalid: as `read_rows` for the file and its lines; nothing is known of the values.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        lines = _Lines(file, limits)
+        for source in _json_rows(lines, max_depth):
+            _check_count(lines.row, limits)
+            yield lines.number, source.row
+
+
 # --- values ----------------------------------------------------------------------------------
 
 
@@ -113,14 +134,7 @@ class _Checker:
     def all(self, sources: Iterable[_Source]) -> list[Row]:
         rows: list[Row] = []
         for number, source in enumerate(sources, start=1):
-            if number > self._limits.max_rows:
-                raise DataInvalid(
-                    f"there are more than {self._limits.max_rows} rows",
-                    row=number,
-                    field="rows",
-                    expected=f"at most {self._limits.max_rows} rows",
-                    came="more",
-                )
+            _check_count(number, self._limits)
             rows.append(self._row(source, number))
         if not rows:
             raise DataInvalid(
@@ -171,6 +185,17 @@ class _Checker:
                 expected=first,
                 came=kind,
             )
+
+
+def _check_count(number: int, limits: DataLimits) -> None:
+    if number > limits.max_rows:
+        raise DataInvalid(
+            f"there are more than {limits.max_rows} rows",
+            row=number,
+            field="rows",
+            expected=f"at most {limits.max_rows} rows",
+            came="more",
+        )
 
 
 def _kind_of_value(value: object) -> str:
@@ -259,12 +284,12 @@ class _Lines:
             yield text
 
 
-def _json_rows(lines: _Lines) -> Iterator[_Source]:
+def _json_rows(lines: _Lines, max_depth: int = _DEPTH) -> Iterator[_Source]:
     for line in lines.bytes():
         if not line.strip():
             continue
         try:
-            row = parse_object(line, _DEPTH)
+            row = parse_object(line, max_depth)
         except StrictJsonError as error:
             reason = str(error).replace("(line 1, column", "(column")
             raise DataInvalid(

@@ -90,6 +90,26 @@ class Services:
             raise NotReady(f"not ready: {reason}")
         return self.generator
 
+    def need_jobs(self) -> JobStore:
+        """The training jobs.
+
+        Raises:
+            NotReady: this server has no table of them.
+        """
+        if self.jobs is None:
+            raise NotReady("not ready: this server has no table of training jobs")
+        return self.jobs
+
+    def need_files(self) -> FileStore:
+        """The files that were uploaded to train on.
+
+        Raises:
+            NotReady: this server has no table of them.
+        """
+        if self.files is None:
+            raise NotReady("not ready: this server has no table of files")
+        return self.files
+
     def adapter_headers(self, record: AdapterRecord | None) -> dict[str, str]:
         """`x-adapter-id` and `x-adapter-version`; the base goes by its id and its digest."""
         if record is None:

@@ -24,7 +24,7 @@ from server.api.errors import shown
 from server.api.services import Services, UseServices
 from server.api.sse import EventStream, named_event, ping
 from server.api.train_body import OPENAPI_BODY, Received, receive_job
-from server.errors import JobNotFound, NotReady, RequestInvalid
+from server.errors import JobNotFound, RequestInvalid
 from server.jobs.states import FINISHED
 from server.jobs.store import JobEvent, JobRecord, JobStore
 
@@ -52,7 +52,7 @@ async def train(
     """202 with every default resolved; 200 with a preview for a dry run."""
     only_query(request, "dry_run")
     services.need_generator()
-    jobs = _jobs(services)
+    jobs = services.need_jobs()
     with services.registry.staging_dir() as directory:
         received = await receive_job(request, directory, services.settings)
         async with services.planning:
@@ -74,7 +74,7 @@ async def list_jobs(
 ) -> dict[str, Any]:
     """Without the longer fields; `total` says whether there are more."""
     only_query(request, "offset", "limit")
-    jobs = _jobs(services)
+    jobs = services.need_jobs()
     records = await _off_loop(lambda: jobs.list(offset, limit))
     total = await _off_loop(jobs.count)
     listed = [
@@ -88,7 +88,7 @@ async def list_jobs(
 async def get_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
     """`progress` is the last step's event."""
     only_query(request)
-    jobs, job_id = _jobs(services), _known_id(job_id)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
     return job_json(await _off_loop(lambda: jobs.get(job_id)))
 
 
@@ -115,7 +115,7 @@ async def job_events(
     JSON. A client that reconnects after the last event of a job gets 204, and so stops.
     """
     only_query(request, "after")
-    jobs, job_id = _jobs(services), _known_id(job_id)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
     record = await _off_loop(lambda: jobs.get(job_id))
     resumed = _last_event_id(request)
     start = resumed if resumed is not None else after or 0
@@ -136,7 +136,7 @@ async def job_log(
 ) -> Response:
     """Empty before the job has begun; of a very long one the end."""
     only_query(request, "tail")
-    jobs, job_id = _jobs(services), _known_id(job_id)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
     await _off_loop(lambda: jobs.get(job_id))
     return PlainTextResponse(await _off_loop(lambda: _log(jobs.directory(job_id), tail)))
 
@@ -145,7 +145,7 @@ async def job_log(
 async def cancel_job(request: Request, services: UseServices, job_id: str) -> Response:
     """202 where it still runs and is about to stop, 200 where it has ended."""
     only_query(request)
-    jobs, job_id = _jobs(services), _known_id(job_id)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
     record = await _off_loop(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
@@ -156,7 +156,7 @@ async def cancel_job(request: Request, services: UseServices, job_id: str) -> Re
 async def delete_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
     """The adapter that came of it stays."""
     only_query(request)
-    jobs, job_id = _jobs(services), _known_id(job_id)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
     await _off_loop(lambda: jobs.delete(job_id))
     return {"id": job_id, "deleted": True}
 
@@ -181,12 +181,6 @@ def job_json(record: JobRecord) -> dict[str, Any]:
 
 async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
     return await anyio.to_thread.run_sync(work)
-
-
-def _jobs(services: Services) -> JobStore:
-    if services.jobs is None:
-        raise NotReady("not ready: this server has no table of training jobs")
-    return services.jobs
 
 
 def _known_id(job_id: str) -> str:

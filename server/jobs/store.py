@@ -227,12 +227,14 @@ class JobStore:
         Raises:
             JobNotFound: no job `after`.
         """
-        said = JobRow.tuning["metadata"]
         statement = select(JobRow).order_by(JobRow.number.desc()).limit(limit)
         for name, value in (metadata or {}).items():
-            statement = statement.where(said[name].as_string() == value)
+            # Not by a path, in which a name would need quoting.
+            said = func.json_each(JobRow.tuning, "$.metadata").table_valued("key", "value")
+            found = select(said.c.key).where(said.c.key == name, said.c.value == value)
+            statement = statement.where(found.exists())
         if without_metadata:
-            statement = statement.where(said.as_string().is_(None))
+            statement = statement.where(JobRow.tuning["metadata"].as_string().is_(None))
         with self._database.read() as session:
             if after is not None:
                 statement = statement.where(JobRow.number < _row(session, after).number)
