@@ -347,6 +347,12 @@ class Registry:
             statement = _versions().where(VersionRow.name == name).order_by(VersionRow.version)
             return _records(session, statement) or _no_adapter(name)
 
+    def from_source(self, source: Source) -> tuple[AdapterRecord, ...]:
+        """Every version that came here in one way, by name, oldest first."""
+        with self._database.read() as session:
+            statement = _versions().where(VersionRow.source == source)
+            return _records(session, statement.order_by(VersionRow.name, VersionRow.version))
+
     def blob_path(self, digest: str) -> Path:
         """The folder of a digest, whether it is there or not."""
         return self._blobs.path(digest)

@@ -17,15 +17,29 @@ import structlog
 from fastapi import FastAPI
 
 from adapters.registry import Registry
-from server.api import adapters, classify, combine, errors, generate, health, models, tokens, train
+from server.api import (
+    adapters,
+    classify,
+    combine,
+    errors,
+    generate,
+    health,
+    managed,
+    models,
+    tokens,
+    train,
+)
 from server.api.access_log import AccessLog
 from server.api.headers import BodyLimit, ReplyHeaders
 from server.api.metrics import router as metrics_router
 from server.api.openai import chat, completions
+from server.api.openai_tuning import files as tuning_files
+from server.api.openai_tuning import jobs as tuning_jobs
 from server.api.services import Services
 from server.api.watched import Watched
 from server.base.convert import read_manifest
 from server.engine.client import EngineClient
+from server.folder_watch import FolderWatch
 from server.generation import Generator
 from server.jobs.store import JobStore
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
@@ -71,9 +85,11 @@ def create_app(
         services = await anyio.to_thread.run_sync(open_services, settings)
         services.tracing = await anyio.to_thread.run_sync(open_tracing)
         app.state.services = services
+        watch = FolderWatch(services)
         tasks = (
-            asyncio.create_task(_start(services, on_ready, on_failure)),
+            asyncio.create_task(_start(services, watch, on_ready, on_failure)),
             asyncio.create_task(_collect_for_ever(services, collect_seconds)),
+            asyncio.create_task(watch.run()),
         )
         try:
             yield
@@ -98,12 +114,15 @@ def create_app(
         classify,
         adapters,
         combine,
+        managed,
         models,
         tokens,
         train,
         health,
     ):
         app.include_router(module.router)
+    for tuning in (tuning_files, tuning_jobs):
+        app.include_router(tuning.router)
     app.include_router(metrics_router)
     errors.install(app)
     # The last one added is the outermost.
@@ -224,9 +243,13 @@ def load_text_tokenizer(settings: Settings) -> TextTokenizer:
     return TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
 
 
-async def _start(services: Services, on_ready: Hook, on_failure: Hook) -> None:
+async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_failure: Hook) -> None:
     try:
-        services.generator = await start_engine(services)
+        await watch.look()
+        generator = await start_engine(services)
+        # What lay in the watched directory meanwhile is served from the first request on.
+        await watch.sync()
+        services.generator = generator
         if services.supervisor is not None:
             # Not before: two processes that load the base at once make both wait.
             services.supervisor.start()

@@ -12,7 +12,10 @@
     |-- UploadNotFound       no uploaded file of that id
     |-- FilesFull            as many uploaded files, or bytes of them, are kept as may
     |-- JobActive            the job has to end first
-    `-- TooManyJobs          as many jobs wait already as may
+    |-- TooManyJobs          as many jobs wait already as may
+    |-- LoadingDisabled      the operator allows no directory to load adapters from
+    |-- FolderNotFound       no folder inside the directories that an operator allows
+    `-- NotLoaded            the adapter is not one that a client loaded from a folder
     LeaseLost                a worker's claim on its job is no longer good (never told to a client)
 
 Every error carries facts as plain attributes, as those of `adapters.errors` do; nothing here knows
@@ -93,6 +96,18 @@ class JobActive(RequestRefused):
 
 class TooManyJobs(RequestRefused):
     """As many training jobs wait already as may."""
+
+
+class LoadingDisabled(RequestRefused):
+    """The operator allows no directory to load adapters from."""
+
+
+class FolderNotFound(RequestRefused):
+    """No folder inside the directories that an operator allows."""
+
+
+class NotLoaded(RequestRefused):
+    """The adapter is not one that a client loaded from a folder."""
 
 
 class LeaseLost(Exception):

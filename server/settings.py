@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, DirectoryPath, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.engine.config import EngineConfig
 from server.jobs.config import WorkerConfig
@@ -23,6 +23,13 @@ DEFAULT_BASE = HOME / "base"
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _paths(value: Any) -> Any:
+    """A list as it is, or a text as PATH is written."""
+    if isinstance(value, str):
+        return tuple(part for part in value.split(os.pathsep) if part)
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Settings(BaseSettings):
@@ -45,6 +52,19 @@ class Settings(BaseSettings):
     )
     data_dir: Path = Field(
         HOME / "data", description="Where adapters and their database live; survives restarts."
+    )
+    adapter_dir: DirectoryPath | None = Field(
+        None,
+        description="Directory that is watched: every PEFT folder directly below it is an adapter "
+        "of the folder's name. Left out, none is.",
+    )
+    adapter_dir_seconds: float = Field(
+        5.0, gt=0, description="Time between two looks into the watched directory."
+    )
+    load_dirs: Annotated[tuple[DirectoryPath, ...], NoDecode, BeforeValidator(_paths)] = Field(
+        (),
+        description="Directories from which /v1/load_lora_adapter may load, with a colon between "
+        "them. Left out, it may load from none.",
     )
     url: str | None = Field(
         None,
