@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -79,6 +80,8 @@ def serve(
     dtype: DtypeOption = None,
     device: Device = None,
     threads: Threads = None,
+    adapter_dir: Annotated[Path | None, option("adapter_dir", "--adapter-dir")] = None,
+    load_dirs: Annotated[str | None, option("load_dirs", "--load-dirs")] = None,
     train_workers: TrainWorkers = None,
     max_running: Annotated[int | None, option("max_running", "--max-running")] = None,
     kv_mib: Annotated[int | None, option("kv_mib", "--kv-mib")] = None,
@@ -114,6 +117,8 @@ def serve(
         dtype=dtype,
         device=device,
         threads=threads,
+        adapter_dir=adapter_dir,
+        load_dirs=load_dirs,
         train_workers=train_workers,
         max_running=max_running,
         kv_mib=kv_mib,
