@@ -6,7 +6,6 @@ Finds the adapters and the words that were stored with them, and prints. The ran
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -34,17 +33,20 @@ from server.cli_data import (
 )
 from server.cli_found import WORDS, FoundAdapter, find_adapters, require_base
 from server.cli_options import (
+    AsJson,
     Base,
     DataDir,
     Device,
     DtypeOption,
     Revision,
     Threads,
+    Url,
     err,
     fail,
     out,
+    place_from,
     prepare_base,
-    settings_from,
+    print_json,
 )
 from server.settings import MIB, Settings
 
@@ -67,8 +69,8 @@ def evaluate(
         typer.Option(
             "--adapters",
             metavar="A,B",
-            help="Names in the data directory (NAME, NAME@VERSION), or PEFT folders. The base is "
-            "always there.",
+            help="Names (NAME, NAME@VERSION), or without a server PEFT folders. The base is always "
+            "there.",
         ),
     ] = "",
     template: TemplateOption = None,
@@ -89,24 +91,23 @@ def evaluate(
             help="A label's score: the sum of its tokens' log-likelihoods, or their mean.",
         ),
     ] = "sum",
+    url: Url = None,
     base: Base = None,
     revision: Revision = None,
     data_dir: DataDir = None,
     dtype: DtypeOption = None,
     device: Device = None,
     threads: Threads = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure adapters and the base on the rows of a file, all in one mixed batch.
 
     Template, labels and target column are those that were stored with each adapter; options take
     their place. The base gets those of the first adapter, without an end of sequence. A label's score
-    is the log-likelihood of separator, label and, where the adapter learned it, end of sequence.
+    is the log-likelihood of separator, label and, where the adapter learned it, end of sequence. With
+    --url a running server ranks, by the separator that it has stored.
 
-        graftwork eval --adapters complaints,./mine --data rows.jsonl
-
+    graftwork eval --adapters complaints,./mine --data rows.jsonl
     """
     if normalization not in _NORMALIZATIONS:
         raise fail(f"--normalization: expected sum or mean, came {normalization!r}")
@@ -124,18 +125,29 @@ def evaluate(
     given = {name: value for name, value in zip(WORDS, values, strict=True) if value is not None}
     with errors_as_lines():
         given |= _separator(given)
-    settings = settings_from(
-        base=base, revision=revision, data_dir=data_dir, dtype=dtype, device=device, threads=threads
+    settings, chosen = place_from(
+        url,
+        data_dir,
+        base=base,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        threads=threads,
     )
     names = [name.strip() for name in adapters.split(",") if name.strip()]
     if twice := {name for name in names if names.count(name) > 1}:
         raise fail(f"--adapters: {', '.join(sorted(twice))} given twice")
     with errors_as_lines():
         rows = DataFile(data, pairs_from("--where", where))
-        found = find_adapters(names, settings)
+        found = [] if chosen else find_adapters(names, settings)
+    normalized = cast("Normalization", normalization)
     with errors_as_lines(rows):
-        prepare_base(settings)
-        _evaluate(found, given, rows, settings, cast("Normalization", normalization), as_json)
+        if chosen is not None:
+            report = _evaluate_remotely(chosen, names, given, rows, normalized)
+        else:
+            prepare_base(settings)
+            report = _evaluate(found, given, rows, settings, normalized)
+    _print(report, as_json=as_json)
 
 
 # --- words ----------------------------------------------------------------------------------
@@ -162,8 +174,7 @@ def _evaluate(
     rows: DataFile,
     settings: Settings,
     normalization: Normalization,
-    as_json: bool,
-) -> None:
+) -> dict[str, Any]:
     from server.evaluation import evaluate as evaluate_rows
     from server.offline import GenerationFailed
     from server.text.tokenizer import TextTokenizer, read_eos_token_ids
@@ -195,8 +206,33 @@ def _evaluate(
             except GenerationFailed as error:
                 raise fail(str(error)) from error
     names = ["base", *(one.name for one in found)]
-    report = _report(evaluation, names, methods, contestants, normalization)
-    _print(report, as_json=as_json)
+    labels = [one.wording.labels for one in contestants]
+    return _report(evaluation, names, methods, labels, normalization)
+
+
+def _evaluate_remotely(
+    url: str,
+    names: Sequence[str],
+    given: dict[str, Any],
+    rows: DataFile,
+    normalization: Normalization,
+) -> dict[str, Any]:
+    from server.adapter_places import RunningServer
+    from server.remote import RemoteServer
+    from server.remote_evaluation import contestant_of, evaluate_remotely, stored_words
+
+    with RemoteServer(url) as server:
+        shown = [RunningServer(server).show(name) for name in names]
+        inherited = stored_words(shown[0]) if shown else {}
+        contestants = [contestant_of(None, {}, given, inherited)]
+        for name, one in zip(names, shown, strict=True):
+            contestants.append(contestant_of(name, one, given, {}))
+        with _progress() as tell:
+            evaluation = evaluate_remotely(
+                server, contestants, rows.rows, normalization=normalization, on_progress=tell
+            )
+    columns = ([one.name for one in contestants], [one.method for one in contestants])
+    return _report(evaluation, *columns, [one.labels for one in contestants], normalization)
 
 
 @contextmanager
@@ -257,7 +293,7 @@ def _report(
     evaluation: Evaluation,
     names: Sequence[str],
     methods: Sequence[str],
-    contestants: Sequence[Contestant],
+    labels: Sequence[list[str]],
     normalization: str,
 ) -> dict[str, Any]:
     results = [
@@ -267,10 +303,10 @@ def _report(
             "accuracy": result.scores.accuracy,
             "macro_f1": result.scores.macro_f1,
             "num_right": round(result.scores.accuracy * evaluation.num_rows),
-            "labels": contestant.wording.labels,
+            "labels": own,
         }
-        for name, method, contestant, result in zip(
-            names, methods, contestants, evaluation.results, strict=True
+        for name, method, own, result in zip(
+            names, methods, labels, evaluation.results, strict=True
         )
     ]
     return {
@@ -284,7 +320,7 @@ def _report(
 
 def _print(report: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False))
+        print_json(report)
         return
     table = Table("adapter", "method", "accuracy", "macro-F1", "right")
     for one in report["results"]:
