@@ -9,7 +9,9 @@ Raises the library's errors, `ServerRefused` and OSError; prints nothing.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,6 +153,34 @@ def stage(path: Path, directory: Path) -> tuple[str, ...]:
 
     files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
     return stage_upload([(file.name, file) for file in files], directory)
+
+
+def download_to(place: AdapterPlace, reference: str, out: Path) -> Shown:
+    """Write the PEFT folder of a version, or with a name that ends in .zip its zip; the record.
+
+    It appears whole or not at all.
+
+    Raises:
+        FileExistsError: it is there already, and no empty folder.
+    """
+    if out.exists() and (out.suffix == ".zip" or not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            errno.EEXIST, "is there already; name a new one, or an empty folder", str(out)
+        )
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place: a rename is atomic only within one file system.
+    with tempfile.TemporaryDirectory(prefix=".graftwork-", dir=parent) as work:
+        archive = Path(work) / "adapter.zip"
+        record = place.download(reference, archive)
+        if out.suffix == ".zip":
+            os.replace(archive, out)
+        else:
+            folder = Path(work) / "folder"
+            folder.mkdir()
+            stage(archive, folder)
+            os.replace(folder, out)
+    return record
 
 
 class DataDirectory:

@@ -1,14 +1,21 @@
 """`graftwork`: the verbs of the command line.
 
-    graftwork serve            serve a base and its adapters over HTTP
-    graftwork demo             install the demo adapters and print how well they do
-    graftwork adapters list    what a data directory holds
-    graftwork adapters add     register a PEFT folder without a server
-    graftwork train            rows of a file become an adapter, without a server
-    graftwork eval             accuracy of adapters and the base, side by side
-    graftwork worker           run training jobs apart from a server
-    graftwork jobs             look at training jobs, and cancel them
-    graftwork settings         every setting with its default
+    graftwork serve      serve a base and its adapters over HTTP
+    graftwork demo       install the demo adapters and say how well they do
+    graftwork generate   prompts or rows in, texts out
+    graftwork eval       accuracy of adapters and the base, side by side
+    graftwork adapters   list, show, add, remove, rollback, alias, download, preload, unload, combine,
+                         merge
+    graftwork train      rows of a file become an adapter
+    graftwork jobs       list, show, cancel, remove, log, events of training jobs
+    graftwork worker     run training jobs apart from a server
+    graftwork bench      put load on a server
+    graftwork doctor     would it run here, and what to do where it would not
+    graftwork settings   every setting with its default
+
+Most of them work on a data directory (--data-dir) or with a running server (--url). Status 2 is a
+refusal, status 1 a failure that was found. This file is serve, demo and settings; the others have
+their own.
 
 Options win over the environment, the environment over defaults. Knows no engine and no route.
 """
@@ -34,6 +41,7 @@ from server import (
     cli_train,
 )
 from server.cli_options import (
+    AsJson,
     Base,
     DataDir,
     Device,
@@ -48,9 +56,13 @@ from server.cli_options import (
     option,
     out,
     prepare_base,
+    print_json,
     settings_from,
 )
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.showcase import Accuracy
 
 app = typer.Typer(
     help="Serve many PEFT adapters on one frozen base model.",
@@ -97,15 +109,14 @@ def serve(
 ) -> None:
     """Serve a base model and its adapters over HTTP.
 
-    Without options: the default base (made in .graftwork/base on first use), adapters in
-    .graftwork/data, on http://127.0.0.1:8000, documented under /docs.
+    Without options: the default base (made in .graftwork/base on first use),
+    adapters in .graftwork/data, on http://127.0.0.1:8000, documented under
+    /docs.
 
-    Upload an adapter that PEFT saved:
+    Add an adapter that PEFT saved with graftwork adapters add, and use it with
+    POST /generate?adapter=NAME. More settings: graftwork settings.
 
-        curl -F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors
-        http://127.0.0.1:8000/adapters
-
-    and use it with POST /generate?adapter=NAME. More settings: graftwork settings.
+    graftwork serve --base /models/llama --data-dir /var/lib/graftwork
     """
     settings = settings_from(
         base=base,
@@ -136,23 +147,38 @@ def demo(
     dtype: DtypeOption = None,
     device: Device = None,
     threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Install the demo adapters and print their accuracy on the 20 held-out messages."""
+    """Install the demo adapters and say how well they do.
+
+    Accuracy on the 20 held-out messages of the demo.
+
+    graftwork demo
+    """
     settings = settings_from(
         base=base, data_dir=data_dir, dtype=dtype, device=device, threads=threads
     )
     prepare_base(settings)
-    asyncio.run(_demo(settings))
+    asyncio.run(_demo(settings, as_json=as_json))
 
 
 @app.command("settings")
-def showsettings_from() -> None:
-    """Every setting, its environment variable, its default and what it does."""
+def show_settings(as_json: AsJson = False) -> None:
+    """List every setting: its environment variable, its default and what it does.
+
+    graftwork settings
+    """
     table = Table("variable", "default", "what it does", show_lines=False, expand=True)
+    listed = []
     for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else str(field.default)
-        table.add_row(f"GRAFTWORK_{name.upper()}", default, field.description)
-    out.print(table)
+        default = None if field.default is None else str(field.default)
+        variable = f"GRAFTWORK_{name.upper()}"
+        listed.append({"variable": variable, "default": default, "description": field.description})
+        table.add_row(variable, default or "", field.description)
+    if as_json:
+        print_json(listed)
+    else:
+        out.print(table)
 
 
 def main() -> None:
@@ -223,11 +249,14 @@ async def _install_and_measure(services: Any) -> None:
         return
     if not new:
         return
+    err.print(_accuracies([await measure(services.generator, one) for one in new]))
+
+
+def _accuracies(results: Sequence[Accuracy]) -> Table:
     table = Table("adapter", "method", "held-out messages answered exactly")
-    for one in new:
-        result = await measure(services.generator, one)
+    for result in results:
         table.add_row(result.name, result.method, f"{result.num_right} of {result.num_messages}")
-    err.print(table)
+    return table
 
 
 def _greet(services: Any, port: int) -> None:
@@ -251,7 +280,7 @@ def _greet(services: Any, port: int) -> None:
         )
 
 
-async def _demo(settings: Settings) -> None:
+async def _demo(settings: Settings, *, as_json: bool) -> None:
     from adapters.errors import AdapterError
     from server.app import close_services, open_services, start_engine
 
@@ -262,13 +291,11 @@ async def _demo(settings: Settings) -> None:
         from server.showcase import install_demo, measure
 
         await install_demo(services)
-        table = Table("adapter", "method", "held-out messages answered exactly")
-        for one in demo_adapters():
-            result = await measure(services.generator, one)
-            table.add_row(
-                result.name, result.method, f"{result.num_right} of {result.num_messages}"
-            )
-        out.print(table)
+        results = [await measure(services.generator, one) for one in demo_adapters()]
+        if as_json:
+            print_json([asdict(result) for result in results])
+        else:
+            out.print(_accuracies(results))
     except AdapterError as error:
         raise fail(error.message) from error
     finally:

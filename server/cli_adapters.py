@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,9 +120,10 @@ def add_adapters(
 ) -> None:
     """Register PEFT folders, with the checks of an upload.
 
-    A folder that is refused does not stop the others; the exit status is 1 then, and 2 where there was
-    only one. Template, labels and recipe of a folder that graftwork train made are taken from it; a
-    server is not told the recipe, for which an upload has no place.
+    A folder that is refused does not stop the others; the exit status is 1
+    then, and 2 where there was only one. Template, labels and recipe of a
+    folder that graftwork train made are taken from it; a server is not told the
+    recipe, for which an upload has no place.
 
     graftwork adapters add out/complaints
     graftwork adapters add adapters/* --url http://127.0.0.1:8000
@@ -157,7 +156,9 @@ def remove_adapter(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove an adapter, or one version of it. Requests that run keep theirs to the end.
+    """Remove an adapter, or one version of it.
+
+    Requests that run keep theirs to the end.
 
     graftwork adapters remove complaints@1 --yes
     """
@@ -203,7 +204,7 @@ def set_alias(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Name a version, so that NAME@ALIAS means it; or move an alias to another version.
+    """Name a version: NAME@ALIAS means it then; or move an alias.
 
     graftwork adapters alias complaints stable 2
     """
@@ -227,8 +228,10 @@ def download_adapter(
 
     graftwork adapters download complaints@2 --out complaints
     """
+    from server.adapter_places import download_to
+
     with adapter_place(url, data_dir) as place:
-        record = _download(place, reference, out)
+        record = download_to(place, reference, out)
     if as_json:
         print_json({**record, "out": str(out)})
     else:
@@ -246,7 +249,9 @@ def preload_adapter(reference: Reference, url: Url = None, as_json: AsJson = Fal
 
 @adapters_app.command("unload")
 def unload_adapter(reference: Reference, url: Url = None, as_json: AsJson = False) -> None:
-    """Let an adapter leave the device of a running server; it stays, and loads again when asked for.
+    """Let an adapter leave the device of a running server.
+
+    The adapter stays, and loads again when it is asked for.
 
     graftwork adapters unload complaints --url http://127.0.0.1:8000
     """
@@ -355,35 +360,6 @@ def _tell_added(one: Mapping[str, Any]) -> None:
     tell(f"{one['name']}@{one['version']} {what} {facts}")
     for warning in one["warnings"]:
         say(f"[yellow]graftwork:[/yellow] {escape(warning)}")
-
-
-# --- download ---------------------------------------------------------------------------------
-
-
-def _download(place: AdapterPlace, reference: str, out: Path) -> dict[str, Any]:
-    """The file or folder appears whole or not at all."""
-    from server.adapter_places import stage
-
-    _require_new(out)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place: a rename is atomic only within one file system.
-    with tempfile.TemporaryDirectory(prefix=".graftwork-", dir=out.absolute().parent) as work:
-        archive = Path(work) / "adapter.zip"
-        record = place.download(reference, archive)
-        if out.suffix == ".zip":
-            os.replace(archive, out)
-        else:
-            folder = Path(work) / "folder"
-            folder.mkdir()
-            stage(archive, folder)
-            os.replace(folder, out)
-    return record
-
-
-def _require_new(out: Path) -> None:
-    empty = out.is_dir() and not any(out.iterdir())
-    if (out.suffix == ".zip" and out.exists()) or (out.exists() and not empty):
-        raise fail(f"--out {out} is there already; name a new one, or an empty folder")
 
 
 # --- what is printed --------------------------------------------------------------------------

@@ -65,12 +65,13 @@ def bench(
     seed: Annotated[int, typer.Option("--seed", help="Of prompts and arrivals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Put load on a running server: tokens a second, time to the first token, time between tokens.
+    """Put load on a running server, and measure what its clients feel.
 
-    Greedy streams of random words; the end of sequence is ignored, so that every output has the same
-    length. Exit status 1 where requests failed.
+    Tokens a second, time to the first token, time between tokens. Greedy
+    streams of random words; the end of sequence is ignored, so that every
+    output has the same length. Exit status 1 where requests failed.
 
-    graftwork bench --url http://127.0.0.1:8000 --adapters complaints,complaints-ia3 --concurrency 8
+    graftwork bench --url http://127.0.0.1:8000 --adapters complaints,refunds
     """
     from server.load_generator import LoadPlan, run_load
 

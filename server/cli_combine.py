@@ -112,9 +112,10 @@ def merge_adapter(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Multiply an IA3 adapter into its base: a stand-alone Hugging Face folder, as PEFT merges it.
+    """Multiply an IA3 adapter into its base, as PEFT merges it.
 
-    The base is read here; with --url the adapter comes from there, and must be of the same base.
+    What comes out is a stand-alone Hugging Face folder. The base is read here;
+    with --url the adapter comes from there, and must be of the same base.
 
     graftwork adapters merge complaints-ia3 --out complaints-merged --safe-merge
     """

@@ -53,10 +53,11 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check whether Graftwork would run here: packages, device, port, base, data directory, adapters.
+    """Check whether Graftwork would run here, and say what to do.
 
-    Nothing is changed. Each line is ok, warning or fail, and says what to do; exit status 1 where
-    something fails.
+    Packages, settings, device, port, base, data directory, adapters. Nothing is
+    changed. Each line is ok, warning or fail, and says what to do; exit status
+    1 where something fails.
 
     graftwork doctor --base /models/llama --data-dir /var/lib/graftwork --deep
     """

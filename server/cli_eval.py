@@ -102,9 +102,10 @@ def evaluate(
 ) -> None:
     """Measure adapters and the base on the rows of a file, all in one mixed batch.
 
-    Template, labels and target column are those that were stored with each adapter; options take
-    their place. The base gets those of the first adapter, without an end of sequence. A label's score
-    is the log-likelihood of separator, label and, where the adapter learned it, end of sequence. With
+    Template, labels and target column are those that were stored with each
+    adapter; options take their place. The base gets those of the first adapter,
+    without an end of sequence. A label's score is the log-likelihood of
+    separator, label and, where the adapter learned it, end of sequence. With
     --url a running server ranks, by the separator that it has stored.
 
     graftwork eval --adapters complaints,./mine --data rows.jsonl

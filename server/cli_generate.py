@@ -97,11 +97,12 @@ def generate(
 ) -> None:
     """Generate from prompts, a row, or the lines of standard input.
 
-    With --url at a running server; else an engine is started for it, which reads adapters from the data
-    directory or from PEFT folders. With --json an object a line, in the order of the prompts.
+    With --url a running server does it; else an engine is started, which reads
+    adapters from the data directory or from PEFT folders. With --json an object
+    a line, in the order of the prompts.
 
     graftwork generate -a complaints --row 'text=My parcel never came.'
-    graftwork generate -a complaints -p 'Tweet text : Lovely! Label :' --url http://127.0.0.1:8000
+    graftwork generate -a complaints -p 'Tweet text : Lovely! Label :' --stream
     """
     if stream and as_json:
         raise fail("--stream and --json are both given; choose one of them")

@@ -77,8 +77,9 @@ def worker(
 ) -> None:
     """Run the training jobs of a data directory until a signal comes.
 
-    Jobs that run then write a checkpoint and go back to the queue. For servers that are started
-    with --train-workers 0; a job is done once, however many look for jobs.
+    Jobs that run then write a checkpoint and go back to the queue. For servers
+    that are started with --train-workers 0; a job is done once, however many
+    look for jobs.
 
     graftwork worker --data-dir /var/lib/graftwork --train-workers 2
     """
@@ -245,7 +246,9 @@ def job_events(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what happened to a job, an event a line; with --json a JSON object a line.
+    """Print what happened to a job, an event a line.
+
+    With --json a JSON object a line.
 
     graftwork jobs events job-a1ab28fe4d34fda420b6c479 --follow
     """

@@ -43,19 +43,22 @@ from server.cli_data import (
     pairs_from,
 )
 from server.cli_options import (
+    AsJson,
     Base,
     DataDir,
     Device,
     DtypeOption,
     Revision,
     Threads,
+    Url,
     err,
     fail,
     option,
     out,
+    place_from,
     prepare_base,
-    settings_from,
 )
+from server.cli_train_remote import EXIT_INTERRUPTED, RemoteTraining, train_remotely
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -65,7 +68,6 @@ if TYPE_CHECKING:
     from server.local_training import PartialRun
     from server.text.tokenizer import TextTokenizer
 
-EXIT_INTERRUPTED = 130
 # A folder's name need not be an adapter's; the name in the recipe is only a note then.
 _UNNAMED = "adapter"
 
@@ -106,7 +108,9 @@ def train(
     register: Annotated[
         str | None,
         typer.Option(
-            "--register", metavar="NAME", help="Publish it under this name in the data directory."
+            "--register",
+            metavar="NAME",
+            help="Publish it under this name in the data directory, or the server.",
         ),
     ] = None,
     template: TemplateOption = None,
@@ -179,6 +183,7 @@ def train(
     if_exists: Annotated[
         IfExists, typer.Option("--if-exists", help="With --register, where the name is taken.")
     ] = "new_version",
+    url: Url = None,
     base: Base = None,
     revision: Revision = None,
     base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
@@ -192,22 +197,34 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that was interrupted.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train an adapter from the rows of a file; no server is needed.
+    """Train an adapter from the rows of a file.
 
-    What is left out comes from the method's recipe. Ctrl-C writes a checkpoint into DIR.partial, and
-    the same command with --resume goes on from there.
+    Without --url it runs here. What is left out comes from the method's recipe.
+    Ctrl-C writes a checkpoint into DIR.partial, and the same command with
+    --resume goes on from there.
 
-        graftwork train --method ia3 --data rows.jsonl --template 'Tweet text : {text} Label :'
-        --target label --labels 'complaint,no complaint' --validation-split 0.2 --out mine
-
+    graftwork train --method ia3 --data rows.jsonl --target label --out mine \\
+      --template 'Tweet text : {text} Label :' --labels 'complaint,no complaint'
     """
+    settings, chosen = place_from(
+        url,
+        data_dir,
+        base=base,
+        revision=revision,
+        base_name=base_name,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
     place = _Place(out_dir, register, dry_run, resume, as_json)
     with errors_as_lines():
-        partial = _check_place(place)
+        partial = None
+        if chosen is None:
+            partial = _check_place(place)
+        else:
+            _check_remote(place)
         rows = DataFile(data, pairs_from("--where", where))
     if template is None or target is None:
         missing = "--template" if template is None else "--target"
@@ -242,16 +259,10 @@ def train(
             early_stopping_patience=early_stopping_patience,
         ),
     )
-    settings = settings_from(
-        base=base,
-        revision=revision,
-        base_name=base_name,
-        data_dir=data_dir,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-    )
     with errors_as_lines(rows):
+        if chosen is not None:
+            train_remotely(RemoteTraining(chosen, asked, rows.rows, out_dir, dry_run, as_json))
+            return
         _train(asked, rows, settings, place, partial)
 
 
@@ -294,6 +305,14 @@ def _check_place(place: _Place) -> PartialRun | None:
     partial = PartialRun(partial_of(place.out))
     partial.check(resume=place.resume)
     return partial
+
+
+def _check_remote(place: _Place) -> None:
+    """Refuse what a server cannot do, before anything is read."""
+    if place.name is None and not place.dry_run:
+        raise fail("--url: expected --register NAME, the adapter's name at the server; came none")
+    if place.resume:
+        raise fail("--resume: a server goes on with its jobs by itself")
 
 
 def _train(
