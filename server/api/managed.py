@@ -13,7 +13,7 @@ import anyio.to_thread
 import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterExists, AdapterNotFound
 from adapters.registry import AdapterRecord, Registry
@@ -33,6 +33,10 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 class LoadBody(OpenBody):
     """vLLM's body of `/v1/load_lora_adapter`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"lora_name": "refunds", "lora_path": "/srv/runs/refunds"}]}
+    )
+
     lora_name: Text = Field(min_length=1, description="The adapter's name here.")
     lora_path: Text = Field(
         min_length=1,
@@ -48,6 +52,8 @@ class LoadBody(OpenBody):
 
 class UnloadBody(OpenBody):
     """vLLM's body of `/v1/unload_lora_adapter`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "refunds"}]})
 
     lora_name: Text = Field(min_length=1, description="An adapter that was loaded.")
     lora_int_id: int | None = Field(None, description="Taken and not used, as in vLLM.")

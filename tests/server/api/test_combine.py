@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft
@@ -162,6 +163,48 @@ def test_words_are_inherited_where_the_adapters_agree(server, tmp_path):
     assert (given["template"], given["labels"]) == ("{z} =\n", ["c"])
     assert (given["target_separator"], given["append_eos"]) == ("\n", False)
     assert not [warning for warning in given["warnings"] if "agree" in warning]
+
+
+def test_cpt_contexts_that_differ_add_with_a_warning(server, tiny_base, tmp_path):
+    for seed, ids in enumerate(([5, 9, 11], [5, 9, 12])):
+        config = peft.CPTConfig(
+            task_type="CAUSAL_LM",
+            cpt_token_ids=ids,
+            cpt_mask=[1] * 3,
+            cpt_tokens_type_mask=[1, 2, 4],
+            num_virtual_tokens=3,
+        )
+        base = AutoModelForCausalLM.from_pretrained(tiny_base)
+        peft_save(base, config, tmp_path / str(seed), seed)
+        assert upload(server, tmp_path / str(seed), f"cpt-{seed}").status_code == 201
+    for second, differ in (("cpt-0", 0), ("cpt-1", 1)):
+        reply = combine(
+            server, adapters=["cpt-0", second], weights=[0.5, 0.5], name=f"sum-of-{second}"
+        )
+        assert reply.status_code == 201, reply.text
+        assert sum("contexts differ" in one for one in reply.json()["warnings"]) == differ
+    shown = server.get("/adapters/sum-of-cpt-1").json()
+    assert shown["config"]["cpt_token_ids"] == [5, 9, 11]
+
+
+def test_of_two_sums_with_one_name_one_is_made(server, ia3):
+    body = {"adapters": ["scales-a", "scales-b"], "name": "sum-race"}
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda w: combine(server, **body, weights=[w, 1]), range(4)))
+    assert sorted(reply.status_code for reply in replies) == [201, 412, 412, 412]
+    assert len(server.get("/adapters/sum-race").json()["versions"]) == 1
+
+
+def test_damaged_bytes_are_not_added(server, tmp_path):
+    upload(server, save_prefix_adapter(tmp_path / "p", seed=50), "sum-damaged")
+    services = server.app_services()
+    digest = server.get("/adapters/sum-damaged").json()["digest"]
+    blob = services.registry.blob_path(digest)
+    (blob / "adapter_model.safetensors").write_bytes(b"damaged")
+    services.registry.verify(digest)
+    reply = combine(server, **{**GOOD, "adapters": ["complaints", "sum-damaged"]})
+    assert (reply.status_code, reply.json()["code"]) == (424, "adapter_corrupt")
+    server.delete("/adapters/sum-damaged")
 
 
 GOOD = {"adapters": ["complaints", "other"], "weights": [1, 1], "name": "sum-bad"}
