@@ -15,7 +15,8 @@ from typing import Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -192,8 +193,12 @@ def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[by
     ProcessCollector(registry=registry)
     if engine_pid is not None:
         ProcessCollector("graftwork_engine", lambda: engine_pid, registry=registry)
-    encoder, content_type = choose_encoder(accept)
-    return encoder(registry), content_type
+    if "application/openmetrics-text" not in accept.lower():
+        return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+    # Without leave for UTF-8 the library (0.26) writes `vllm_` for `vllm:` in samples, as if a colon were
+    # not allowed in a name. Every name here is allowed everywhere, so this writes them as they are.
+    text = openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8)
+    return text, openmetrics.CONTENT_TYPE_LATEST
 
 
 class _Rows(Collector):
