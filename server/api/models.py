@@ -13,6 +13,7 @@ from adapters.registry import AdapterRecord
 from adapters.training.job import METHOD_NAMES
 from adapters.training.recipes import RECIPES
 from server.api.adapter_choice import only_query
+from server.api.openai.model import chosen_model
 from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS
 from server.api.services import Services, UseServices
 
@@ -31,6 +32,14 @@ async def list_models(request: Request, services: UseServices) -> dict[str, Any]
         "object": "list",
         "data": [_base_model(services), *(_adapter_model(services, one) for one in records)],
     }
+
+
+@router.get("/v1/models/{name:path}", summary="One of them")
+async def retrieve_model(request: Request, services: UseServices, name: str) -> dict[str, Any]:
+    """The base by its id, or an adapter: NAME, NAME@VERSION or NAME@ALIAS."""
+    only_query(request)
+    record = await chosen_model(request, services, name)
+    return _base_model(services) if record is None else _adapter_model(services, record)
 
 
 @router.get("/info", summary="The base, the limits and the version, in TGI's shape")
