@@ -208,8 +208,8 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process; None while there is none."""
-        return None if self._process is None else self._process.pid
+        """The engine's process; None while none runs."""
+        return self._process.pid if self._running else None
 
     @property
     def num_in_flight(self) -> int:

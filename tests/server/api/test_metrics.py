@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 import time
 from collections import Counter
@@ -389,6 +391,21 @@ def test_it_answers_where_the_engine_does_not(tiny_base, tmp_path):
             now("graftwork_http_requests_total", method="GET", route="/readyz", status="503") == 1
         )
         assert now("vllm:kv_cache_usage_perc") == 0
+
+
+def test_it_goes_on_where_the_engine_has_died(tiny_base, tmp_path):
+    with running_server(make_settings(tiny_base, tmp_path / "data")) as client:
+        body = {"inputs": "x", "parameters": {"max_new_tokens": 480, "ignore_eos": True}}
+        with client.stream("POST", "/generate_stream", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            os.kill(client.app_services().client.pid, signal.SIGKILL)
+            assert "engine_error" not in "".join(lines)  # TGI's shape has no code; the books do
+        now = Scrape(client)
+        assert now(FAILURES, adapter="tiny-base", code="engine_error") == 1
+        assert now("vllm:request_success_total", finished_reason="error") == 1
+        assert now("process_resident_memory_bytes") > 0
+        assert "graftwork_engine_process" not in now.text
 
 
 def test_two_servers_have_books_of_their_own(counted, server):
