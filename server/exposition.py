@@ -197,7 +197,9 @@ def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[by
         return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
     # Without leave for UTF-8 the library (0.26) writes `vllm_` for `vllm:` in samples, as if a colon were
     # not allowed in a name. Every name here is allowed everywhere, so this writes them as they are.
-    text = openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8)
+    text = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+        registry, escaping=openmetrics.ALLOWUTF8
+    )
     return text, openmetrics.CONTENT_TYPE_LATEST
 
 
