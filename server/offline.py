@@ -22,6 +22,7 @@ from adapters.serving import ServingForm
 from server.base.load import load_base, load_tokenizer
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.grammar_compiler import Vocabulary
 from server.engine.request import (
     AdapterRef,
     Event,
@@ -80,7 +81,8 @@ class OfflineEngine:
         self._staging = tempfile.TemporaryDirectory(prefix="graftwork-")
         self._directories: dict[str, Path] = {}
         self._adapters: dict[str, AdapterRef] = {}
-        self._engine = Engine(loaded.model, loaded.spec, config, self._read)
+        vocabulary = Vocabulary.of(self.tokenizer, self._eos)
+        self._engine = Engine(loaded.model, loaded.spec, config, self._read, lambda: vocabulary)
         self._count = 0
 
     def add_adapter(self, name: str, directory: str | Path) -> CheckedCheckpoint:
@@ -116,7 +118,7 @@ class OfflineEngine:
 
         Raises:
             KeyError: an adapter that was not added.
-            GenerationFailed: a prompt is too long, or its adapter cannot be read.
+            GenerationFailed: a prompt is too long, its adapter cannot be read, or the grammar was refused.
         """
         params = dataclasses.replace(sampling or SamplingParams(eos_token_ids=self._eos), **options)
         ids = [

@@ -20,7 +20,7 @@ from adapters.serving import ActivationScales, ServingForm, SoftPrompt
 from server.engine.adapter_slots import Residency
 from server.engine.blocks import blocks_for
 from server.engine.config import EngineConfig
-from server.engine.grammar import MASK_SECONDS, Guides
+from server.engine.grammar import MASK_SECONDS, Guide, Guides
 from server.engine.grammar_check import GrammarRefused
 from server.engine.grammar_compiler import Vocabulary
 from server.engine.kv_cache import KVBlocks
@@ -276,7 +276,8 @@ class Engine:
                 request.request_id, "non_finite", "the model's logits were not finite for this row"
             )
         self.scheduler.append_token(sequence, drawn.token_id)
-        reason = _finish_reason(sequence, drawn.token_id)
+        guide = self._guides.get(request.request_id)
+        reason = _finish_reason(sequence, drawn.token_id, guide)
         first = sequence.num_output_tokens == 1
         prompt_logprobs = self._prompt_logprobs.pop(request.request_id, None) if first else None
         event = TokenEvent(
@@ -287,7 +288,6 @@ class Engine:
             None if prompt_logprobs is None else tuple(prompt_logprobs),
             self._queue_seconds.pop(request.request_id, None) if first else None,
         )
-        guide = self._guides.get(request.request_id)
         if reason is not None:
             self.scheduler.finish(sequence)
             self._forget(request.request_id)
@@ -523,12 +523,11 @@ def _sample_row(sequence: Sequence, allowed: torch.Tensor | None) -> SampleRow:
     )
 
 
-def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
+def _finish_reason(sequence: Sequence, token_id: int, guide: Guide | None) -> FinishReason | None:
     assert sequence.request is not None  # noqa: S101 - folds do not sample
     sampling = sequence.request.sampling
-    # A grammar lets the end come against `ignore_eos` only where nothing else can.
-    ends = not sampling.ignore_eos or sampling.grammar is not None
-    if ends and token_id in sampling.eos_token_ids:
+    ends = not sampling.ignore_eos and token_id in sampling.eos_token_ids
+    if ends if guide is None else guide.ends(token_id):
         return "eos"
     if sequence.num_output_tokens >= sampling.max_new_tokens:
         return "length"

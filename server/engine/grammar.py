@@ -64,7 +64,7 @@ class Guide:
         grammar: what a refusal names.
         pool: where masks are worked out.
         vocabulary_size: width of the logits.
-        avoided: end-of-sequence ids that may come only where nothing else may.
+        ignore_eos: end only where nothing else may come.
     """
 
     def __init__(
@@ -73,16 +73,17 @@ class Guide:
         grammar: Grammar,
         pool: ThreadPoolExecutor,
         vocabulary_size: int,
-        avoided: tuple[int, ...] = (),
+        ignore_eos: bool = False,
     ) -> None:
         self._matcher: LLMatcher = compiled.matcher.deep_copy()
         self._grammar = grammar
         self._pool = pool
         self._vocabulary_size = vocabulary_size
-        self._avoided = avoided
+        self._eos_token_ids = compiled.eos_token_ids
+        self._ignore_eos = ignore_eos
         self._begun_at = time.monotonic()
         self._next: Future[TokenIds] = Future()
-        self._next.set_result(self._without_avoided(compiled.first))
+        self._next.set_result(self._wanted(compiled.first))
 
     def allowed(self, timeout: float) -> torch.Tensor | None:
         """Ids (K,) that may come next, ascending, K >= 1; None if that takes longer than `timeout`.
@@ -98,6 +99,10 @@ class Guide:
                 raise refused(self._grammar, message) from None
             return None
 
+    def ends(self, token_id: int) -> bool:
+        """Whether the output ends with this token."""
+        return token_id in self._eos_token_ids
+
     def advance(self, token_id: int) -> None:
         """A token was chosen: begin the mask of the one after it."""
         self._begun_at = time.monotonic()
@@ -111,11 +116,13 @@ class Guide:
             raise
         except BaseException as error:  # a panic of the library's is no Exception
             raise refused(self._grammar, repr(error)) from error
-        return self._without_avoided(ids)
+        return self._wanted(ids)
 
-    def _without_avoided(self, ids: TokenIds) -> TokenIds:
-        kept = ids[~np.isin(ids, self._avoided)] if self._avoided else ids
-        return kept if len(kept) else ids
+    def _wanted(self, ids: TokenIds) -> TokenIds:
+        if not self._ignore_eos:
+            return ids
+        going_on = ids[~np.isin(ids, list(self._eos_token_ids))]
+        return going_on if len(going_on) else ids
 
 
 class Guides:
@@ -214,9 +221,8 @@ class Guides:
             return
         assert sampling.grammar is not None  # noqa: S101 - `start` has seen to it
         assert self._maskers is not None  # noqa: S101 - made before anything was compiled
-        avoided = sampling.eos_token_ids if sampling.ignore_eos else ()
         self._guides[request_id] = Guide(
-            result, sampling.grammar, self._maskers, self._vocabulary_size, avoided
+            result, sampling.grammar, self._maskers, self._vocabulary_size, sampling.ignore_eos
         )
         self._started.append(Started(request_id))
 

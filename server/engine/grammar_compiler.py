@@ -60,10 +60,12 @@ class Compiled:
     Attributes:
         matcher: at the start; to be copied, never moved.
         first: ids that may come first, (K,) ascending, K >= 1.
+        eos_token_ids: ids that end an output, among those of a mask where it may end.
     """
 
     matcher: LLMatcher
     first: TokenIds
+    eos_token_ids: frozenset[int]
 
 
 class GrammarCompiler:
@@ -92,8 +94,10 @@ class GrammarCompiler:
         """
         source = source_of(grammar)
         self._checker().check(grammar, source)
-        matcher = LLMatcher(self._vocabulary(), source, log_level=0, limits=compile_limits())
-        return Compiled(matcher, allowed_ids(matcher, grammar, self._vocabulary_size))
+        tokenizer = self._vocabulary()
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=compile_limits())
+        first = allowed_ids(matcher, grammar, self._vocabulary_size)
+        return Compiled(matcher, first, frozenset(tokenizer.eos_tokens))
 
     def stop(self) -> None:
         """End the checking processes, so that who waits for one goes on; before `close`."""

@@ -47,7 +47,7 @@ class SamplingParams:
         frequency_penalty: over the output only; 0 is none.
         seed: with the position of the token it fixes the draw.
         eos_token_ids: ids that end the sequence.
-        ignore_eos: go on to `max_new_tokens` regardless.
+        ignore_eos: go on to `max_new_tokens` regardless, or until a grammar is complete.
         num_logprobs: how many most likely tokens to report with each token; 0 reports the
             chosen one's log-probability alone, None reports nothing.
         prompt_logprobs: also report the log-probability of every prompt token.

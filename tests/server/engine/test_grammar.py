@@ -180,6 +180,11 @@ def test_who_ignores_the_end_goes_on_as_long_as_the_grammar_does(shared, tokeniz
     assert re.fullmatch("[a-z]{5}", said(tokenizer, events["closed"]))
 
 
+def test_a_grammar_ends_by_the_vocabularys_own_end(shared, tokenizer):
+    one = guided("one", "choice", ["yes"], eos_token_ids=())
+    assert said(tokenizer, finished(shared, [one])["one"]) == "yes"
+
+
 def test_nothing_makes_a_forbidden_token_come(shared, tokenizer):
     forbidden = tokenizer.convert_tokens_to_ids("z")
     load = [
