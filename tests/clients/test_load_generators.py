@@ -12,15 +12,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import aiohttp
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.clients.conftest import ADAPTERS, BASE, World
+from tests.clients.counted import Counted
 from tests.clients.standalone import require
 from tests.clients.vllm_bench import bench, first_model
 
@@ -35,37 +34,6 @@ PROMPTS = [
     "Label :" * 12,
 ]
 MAX_TOKENS = 9
-
-
-class Counted:
-    """What the server counted since this was made."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._before = self._scrape()
-
-    def _scrape(self) -> Counter[str]:
-        reply = self._world.client.get("/metrics")
-        assert reply.status_code == 200, reply.text
-        totals: Counter[str] = Counter()
-        for family in text_string_to_metric_families(reply.text):
-            for sample in family.samples:
-                if sample.name.endswith(("_bucket", "_created")):
-                    continue
-                totals[sample.name] += sample.value
-                if "adapter" in sample.labels:
-                    totals[f"{sample.name} {sample.labels['adapter']}"] += sample.value
-        return totals
-
-    def since(self, requests: int) -> Counter[str]:
-        """Differences, once so many requests are counted; a client may read its last token first."""
-        end = time.monotonic() + 10
-        while True:
-            now = self._scrape()
-            now.subtract(self._before)
-            if now["vllm:request_success_total"] >= requests or time.monotonic() > end:
-                return now
-            time.sleep(0.02)
 
 
 def assert_agree(
@@ -95,7 +63,7 @@ def test_what_vllm_bench_serve_sends_with_adapters_in_turn(world, rate, concurre
     """Texts and token ids, all at once, two at a time, and at random distances."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(10)]
     prompts += [world.tokenizer(text).input_ids for text in prompts[:5]]
-    counted = Counted(world)
+    counted = Counted(world.url)
     answers, figures = asyncio.run(
         bench(
             world.url,
@@ -158,7 +126,7 @@ def test_without_a_model_the_base_is_benchmarked(world):
 
 
 def test_a_model_that_is_not_there_fails_and_is_not_the_base(world):
-    counted = Counted(world)
+    counted = Counted(world.url)
     answers, figures = asyncio.run(
         bench(world.url, PROMPTS, models=[BASE, "nobody"], max_tokens=MAX_TOKENS)
     )
@@ -243,7 +211,7 @@ def rows(tmp_path) -> Path:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_guidellm_with_given_prompts(world, tmp_path, rows, model):
-    counted = Counted(world)
+    counted = Counted(world.url)
     metrics = guidellm(
         world,
         tmp_path,
@@ -260,9 +228,9 @@ def test_guidellm_with_given_prompts(world, tmp_path, rows, model):
     assert_of_adapter(counted.since(0), model, len(PROMPTS), output_tokens)
 
 
-def test_guidellm_with_prompts_that_it_makes_up_and_no_model(world, tmp_path):
-    """It asks /v1/models for a name, and takes the first: the base."""
-    counted = Counted(world)
+def test_guidellm_where_nothing_is_said(world, tmp_path):
+    """It makes prompts up, sends them as chats, and asks /v1/models for a name: the base."""
+    counted = Counted(world.url)
     metrics = guidellm(
         world,
         tmp_path,
@@ -273,7 +241,6 @@ def test_guidellm_with_prompts_that_it_makes_up_and_no_model(world, tmp_path):
         "--constraint",
         "kind=max_requests,count=6",
         model=None,
-        request_format="/v1/completions",
     )
     agree_with_guidellm(world, counted, metrics, 6)
     assert round(metrics["output_token_count"]["successful"]["total_sum"]) == 36
