@@ -47,20 +47,43 @@ class HyperparameterRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    learning_rate: LearningRate | None = None
-    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] | None = None
-    warmup_ratio: Share | None = None
-    lr_scheduler_type: Schedule | None = None
-    optimizer: Optimizer | None = None
-    adam_epsilon: Positive | None = None
-    weight_decay: NotNegative | None = None
-    max_grad_norm: NotNegative | None = None
-    seed: Seed | None = None
-    validation_split: Share | None = None
-    early_stopping_patience: Count | None = None
+    learning_rate: LearningRate | None = Field(None, description="The schedule's highest rate.")
+    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        None, description="Passes over the rows; not together with max_steps."
+    )
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        None, description="Optimiser steps; not together with epochs."
+    )
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="Rows a forward pass."
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="Forward passes an optimiser step."
+    )
+    warmup_ratio: Share | None = Field(
+        None, description="Share of the steps in which the rate rises from 0."
+    )
+    lr_scheduler_type: Schedule | None = Field(
+        None,
+        description="What the rate does afterwards: falls to 0 as a line or a half cosine, or stays.",
+    )
+    optimizer: Optimizer | None = Field(None, description="AdamW, or plain SGD.")
+    adam_epsilon: Positive | None = Field(None, description="AdamW's.")
+    weight_decay: NotNegative | None = Field(None, description="AdamW's, decoupled.")
+    max_grad_norm: NotNegative | None = Field(
+        None, description="Gradients are clipped to this norm; 0 does not clip."
+    )
+    seed: Seed | None = Field(
+        None, description="Of the initial weights, the order of rows and dropout."
+    )
+    validation_split: Share | None = Field(
+        None, description="Share of the rows held out, drawn by label where there are labels."
+    )
+    early_stopping_patience: Count | None = Field(
+        None,
+        description="Stop after so many evaluations, one an epoch, without a better one, and keep "
+        "the best.",
+    )
 
 
 class Hyperparameters(BaseModel):
@@ -104,62 +127,73 @@ class Hyperparameters(BaseModel):
 
 
 class TrainingOptions(BaseModel):
-    """What may be said about a job, its optimisation apart; all of it has a default.
-
-    Attributes:
-        config: PEFT's fields of the method; what is left out comes from the recipe.
-        labels: all that may be answered, where the task is to choose; evaluation then ranks them.
-        label_names: the target's value as text -> the label in words.
-        target_separator: stands between prompt and target; None takes the white space at the
-            template's end, or one space where there is none ("as_written": nothing).
-        append_eos: end every target with the end-of-sequence token.
-        tokenization: "boundary" moves white space at the template's end to the target;
-            "as_written" leaves it, for recipes that were written so.
-        max_length: tokens of prompt, target and end of sequence; None takes what the base holds, at
-            most 2,048.
-        on_too_long: refuse a longer row, or drop the beginning of its prompt.
-        init_text: start a prefix or a prompt from this text.
-        context_examples: CPT: examples in the context.
-        context_seed: CPT: which ones.
-        train_on_context: CPT: whether the rows of the context are trained on as well.
-        if_exists: what to do when the name has an adapter.
-        description: free text about the adapter.
-    """
+    """What may be said about a job, its optimisation apart; all of it has a default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    config: dict[str, Any] = Field(default_factory=dict)
-    labels: Annotated[list[str], Field(min_length=2, max_length=1000)] | None = None
-    label_names: dict[str, str] | None = None
-    target_separator: Annotated[str, Field(max_length=100)] | None = None
-    append_eos: bool = True
-    tokenization: Tokenization = "boundary"
-    max_length: Count | None = None
-    on_too_long: OnTooLong = "error"
-    init_text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
-    context_examples: Annotated[int, Field(ge=1, le=1000)] | None = None
-    context_seed: Seed | None = None
-    train_on_context: bool | None = None
-    if_exists: IfExists = "new_version"
-    description: Annotated[str, Field(max_length=10_000)] | None = None
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="PEFT's fields of the method; what is left out comes from the recipe.",
+    )
+    labels: Annotated[list[str], Field(min_length=2, max_length=1000)] | None = Field(
+        None,
+        description="All that may be answered, where the task is to choose; evaluation then ranks them.",
+    )
+    label_names: dict[str, str] | None = Field(
+        None, description="The target's value as text, and the label in words."
+    )
+    target_separator: Annotated[str, Field(max_length=100)] | None = Field(
+        None,
+        description="Stands between prompt and target. Left out: the white space at the template's "
+        "end, or one space where there is none (as_written: nothing).",
+    )
+    append_eos: bool = Field(True, description="End every target with the end-of-sequence token.")
+    tokenization: Tokenization = Field(
+        "boundary",
+        description="boundary moves white space at the template's end to the target; as_written "
+        "leaves it, for recipes that were written so.",
+    )
+    max_length: Count | None = Field(
+        None,
+        description="Tokens of prompt, target and end of sequence. Left out: what the base holds, "
+        "at most 2,048.",
+    )
+    on_too_long: OnTooLong = Field(
+        "error", description="Refuse a longer row, or drop the beginning of its prompt."
+    )
+    init_text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = Field(
+        None, description="Start a prefix or a prompt from this text."
+    )
+    context_examples: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="CPT: examples in the context."
+    )
+    context_seed: Seed | None = Field(None, description="CPT: which ones.")
+    train_on_context: bool | None = Field(
+        None, description="CPT: whether the rows of the context are trained on as well."
+    )
+    if_exists: IfExists = Field(
+        "new_version", description="What to do when the name has an adapter."
+    )
+    description: Annotated[str, Field(max_length=10_000)] | None = Field(
+        None, description="Free text about the adapter."
+    )
 
 
 class TrainingRequest(TrainingOptions):
-    """What somebody asks for, rows apart.
+    """What somebody asks for, rows apart."""
 
-    Attributes:
-        adapter: the name under which it will be served.
-        method: see `METHOD_NAMES`.
-        template: `{column}` substitution that makes a prompt of a row.
-        target: the column that holds what to answer.
-        hyperparameters: see `HyperparameterRequest`.
-    """
-
-    adapter: str
-    method: MethodName
-    template: Annotated[str, Field(min_length=1)]
-    target: Annotated[str, Field(min_length=1)]
-    hyperparameters: HyperparameterRequest = Field(default_factory=HyperparameterRequest)
+    adapter: str = Field(description="The name under which it will be served.")
+    method: MethodName = Field(description="p_tuning_v2 is prefix_tuning on every layer.")
+    template: Annotated[str, Field(min_length=1)] = Field(
+        description="{column} substitution that makes a prompt of a row."
+    )
+    target: Annotated[str, Field(min_length=1)] = Field(
+        description="The column that holds what to answer."
+    )
+    hyperparameters: HyperparameterRequest = Field(
+        default_factory=HyperparameterRequest,
+        description="The optimisation; what is left out comes from the method's recipe.",
+    )
 
 
 class TrainingJob(BaseModel):
