@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -41,14 +41,15 @@ async def _prepare(request: Request, services: Services, body: CompletionBody) -
     prompt_only = body.max_tokens == 0
     options = options_of(
         body,
-        # The engine makes one token at least.
-        max_tokens=1 if prompt_only else body.max_tokens,
+        max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         num_logprobs=num_logprobs if body.logprobs is None else body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         prompt_field="prompt" if body.row is None else "row",
         vocab_size=generator.vocab_size,
     )
+    if prompt_only:
+        options = replace(options, max_new_tokens=1)  # the engine makes one at least
     if body.row is not None:
         prompts = [await from_row(generator, body.row, record)]
     else:

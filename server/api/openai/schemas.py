@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
 from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS, OpenBody, Row, StopString, Text
 
@@ -90,7 +90,9 @@ class OpenAIBody(OpenBody):
     row: Row | None = Field(
         None, description="Columns for the adapter's stored template, in place of a prompt."
     )
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from a token's logit for each time it was put out."
+    )
     guided_choice: list[str] | None = Field(None, description="vLLM's: one of these texts.")
     guided_json: Any = Field(None, description="vLLM's: a JSON Schema, or the text of one.")
     guided_regex: str | None = Field(None, description="vLLM's: the whole output matches it.")
@@ -106,15 +108,26 @@ class OpenAIBody(OpenBody):
     max_completion_tokens: int | None = Field(None, ge=1, description="Newer name of max_tokens.")
     min_p: float | None = Field(None, ge=0, lt=1, description="vLLM's.")
     n: int | None = Field(None, ge=1, description="Outputs a prompt; 1 if left out.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from the logit of every token that was put out."
+    )
     repetition_penalty: float | None = Field(None, gt=0, description="vLLM's.")
     response_format: Any = Field(
         None, description="OpenAI's object: text, json_object or json_schema."
     )
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(
+        None,
+        ge=-(2**63),
+        lt=2**63,
+        description="Of the draws; sample i of a prompt draws with seed + i. Left out, one is drawn.",
+    )
     stop: _Stops = Field(None, description="Texts that end the output; they are not part of it.")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream: bool | None = Field(
+        None, description="Answer as server-sent events; false if left out."
+    )
+    stream_options: StreamOptions | None = Field(
+        None, description="What a stream carries besides the output."
+    )
     structured_outputs: Any = Field(
         None, description="vLLM's object with json, json_object, regex or choice."
     )
@@ -122,12 +135,34 @@ class OpenAIBody(OpenBody):
         None, ge=0, le=2, description="0 takes the likeliest token; 1 if left out."
     )
     top_k: int | None = Field(None, ge=-1, description="vLLM's; 0 and -1 keep every token.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    typical_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the likeliest tokens that together have this probability.",
+    )
+    typical_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the most typical tokens that together have this probability.",
+    )
 
 
 class CompletionBody(OpenAIBody):
     """Body of `/v1/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "complaints",
+                    "prompt": "Tweet text : Late again. Label :",
+                    "max_tokens": 8,
+                }
+            ]
+        }
+    )
 
     prompt: _Prompt = Field(None, description=f"{_PROMPTS[0].upper()}{_PROMPTS[1:]}.")
     best_of: int | None = Field(
@@ -150,8 +185,8 @@ class CompletionBody(OpenAIBody):
 class TextPart(OpenBody):
     """A part of a message; only texts are understood."""
 
-    type: str
-    text: Text | None = None
+    type: str = Field(description="text; nothing else is read.")
+    text: Text | None = Field(None, description="The part's text.")
 
 
 def _check_content(value: Any) -> Any:
@@ -180,15 +215,27 @@ _Content = Annotated[
 class Message(OpenBody):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="Who speaks; developer is the newer name of system."
+    )
     content: _Content = Field(None, description="A text, or a list of text parts.")
-    name: Text | None = None
+    name: Text | None = Field(None, description="Passed to the base's chat template.")
 
 
 class ChatBody(OpenAIBody):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[Message] | None = Field(None, max_length=MAX_MESSAGES)
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "complaints", "messages": [{"role": "user", "content": "Late again."}]}
+            ]
+        }
+    )
+
+    messages: list[Message] | None = Field(
+        None, max_length=MAX_MESSAGES, description="The conversation so far."
+    )
     add_generation_prompt: bool | None = Field(
         None, description="vLLM's: end the prompt where the assistant begins; true if left out."
     )

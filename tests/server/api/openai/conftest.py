@@ -33,8 +33,8 @@ ADAPTERS: dict[str, dict[str, str]] = {
 
 
 def save_chatting_base(directory: Path) -> Path:
-    """The tiny base with a chat template, as transformers saves one."""
-    save_tiny_base(directory)
+    """The tiny base with a chat template, as transformers saves one; texts begin with `<s>`."""
+    save_tiny_base(directory, bos=True)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return directory
 

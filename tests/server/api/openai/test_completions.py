@@ -7,11 +7,12 @@ import pytest
 from tests.server.api.openai.conftest import BASE, complete, frames
 from tests.server.http_server import byte_level_tokenizer
 
-TOKENIZER = byte_level_tokenizer()
+TOKENIZER = byte_level_tokenizer(bos=True)
 
 
-def ids_of(text: str) -> list[int]:
-    return TOKENIZER(text)["input_ids"]
+def ids_of(text: str, *, bos: bool = True) -> list[int]:
+    """A text's tokens, with the `<s>` that the tokenizer puts before texts, or without."""
+    return TOKENIZER(text, add_special_tokens=bos)["input_ids"]
 
 
 def generate(server, adapter=None, **parameters):
@@ -202,7 +203,7 @@ def test_the_end_of_sequence_is_counted_and_not_shown(chatting):
 
 
 def test_logit_bias_forces_and_bans(chatting):
-    token = ids_of("!")[0]
+    token = ids_of("!", bos=False)[0]
     forced = complete(chatting, logit_bias={str(token): 100}, max_tokens=3, logprobs=1).json()
     assert forced["choices"][0]["text"] == "!!!"
     # what is reported is what the model said

@@ -24,7 +24,7 @@ def logprobs_of(model, ids: list[int]) -> torch.Tensor:
 
 
 def test_what_lm_eval_sends(chatting, model):
-    ids = ids_of(TEXT)
+    ids = ids_of(TEXT, bos=False)  # what the tokenizer would add is not added to ids
     reply = complete(chatting, prompt=[ids], echo=True, logprobs=1, max_tokens=1)
     found = reply.json()["choices"][0]["logprobs"]
     lists = [found[name] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")]
@@ -43,32 +43,41 @@ def test_what_lm_eval_sends(chatting, model):
     assert found["token_logprobs"][-1] == max(found["top_logprobs"][-1].values())
 
 
-@pytest.mark.parametrize("prompt", [TEXT, ids_of(TEXT)], ids=["text", "ids"])
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [(TEXT, TEXT), (ids_of(TEXT, bos=False), TEXT), (ids_of(TEXT), "<s>" + TEXT)],
+    ids=["text", "ids", "ids-with-bos"],
+)
 @pytest.mark.parametrize("max_tokens", [0, 1, 12])
-def test_echo_begins_with_the_prompt(chatting, prompt, max_tokens):
+def test_echo_begins_with_the_prompt(chatting, prompt, shown, max_tokens):
     asked = {"prompt": prompt, "echo": True, "max_tokens": max_tokens}
     reply = complete(chatting, **asked, logprobs=2).json()
     choice = reply["choices"][0]
-    assert choice["text"].startswith(TEXT)
+    assert choice["text"].startswith(shown)
     assert reply["usage"]["completion_tokens"] == max_tokens
-    assert reply["usage"]["prompt_tokens"] == len(ids_of(TEXT))
+    num_prompt = len(ids_of(prompt) if isinstance(prompt, str) else prompt)
+    assert reply["usage"]["prompt_tokens"] == num_prompt
     assert choice["finish_reason"] == "length"
     offsets = choice["logprobs"]["text_offset"]
     assert offsets == sorted(offsets)
-    assert len(offsets) == len(ids_of(TEXT)) + max_tokens
+    assert len(offsets) == num_prompt + max_tokens
     # whole tokens stand where their offset says; bytes that come to nothing are known a token later
     tokens = choice["logprobs"]["tokens"]
+    if prompt == TEXT:  # what the tokenizer adds to a text is a token, and not shown
+        assert tokens.pop(0) == "<s>"
+        assert offsets.pop(0) == 0
     for before, token, offset in zip(["", *tokens], tokens, offsets, strict=False):
         if not before.startswith("bytes:") and not token.startswith("bytes:"):
             assert choice["text"][offset : offset + len(token)] == token
     plain = complete(chatting, **asked).json()
     assert plain["choices"][0] == {**choice, "logprobs": None}
     if max_tokens == 0:
-        assert choice["text"] == TEXT
+        assert choice["text"] == shown
 
 
 def test_tokens_are_told_apart_by_their_bytes(chatting):
-    reply = complete(chatting, prompt=TEXT, echo=True, logprobs=20, max_tokens=30)
+    ids = ids_of(TEXT)
+    reply = complete(chatting, prompt=ids, echo=True, logprobs=20, max_tokens=30)
     found = reply.json()["choices"][0]["logprobs"]
     data = b"".join(
         bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
@@ -173,5 +182,5 @@ def test_a_row_is_echoed_as_it_was_rendered(chatting):
     assert choice["text"] == "<s> and é :"
     assert len(choice["logprobs"]["tokens"]) == reply["usage"]["prompt_tokens"]
     # names of special tokens in a row are text
-    assert choice["logprobs"]["tokens"][0] == "<"
-    assert choice["logprobs"]["text_offset"][:4] == [0, 1, 2, 3]
+    assert choice["logprobs"]["tokens"][:3] == ["<s>", "<", "s"]
+    assert choice["logprobs"]["text_offset"][:4] == [0, 0, 1, 2]
