@@ -57,7 +57,9 @@ class GenerateParameters(OpenBody):
         description="Sample. Left out, it follows from temperature, top_k, top_p, typical_p or "
         "min_p being given; false is greedy whatever else is given.",
     )
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from a token's logit for each time it was put out."
+    )
     grammar: dict[str, Any] | None = Field(
         None,
         description="The output's shape: an object with type (json, json_object, json_schema, regex) "
@@ -67,9 +69,18 @@ class GenerateParameters(OpenBody):
     ignore_eos: bool | None = Field(None, description="Go on to max_new_tokens regardless.")
     ignore_eos_token: bool | None = Field(None, description="LoRAX's name of ignore_eos.")
     max_new_tokens: int | None = Field(None, ge=1, description="64 if left out.")
-    min_p: float | None = Field(None, ge=0, lt=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0)
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Keep tokens of at least this share of the likeliest one's probability.",
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from the logit of every token that was put out."
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="Divides logits of tokens in prompt and output; 1 changes nothing."
+    )
     response_format: dict[str, Any] | None = Field(
         None, description="LoRAX's and OpenAI's way to ask for what grammar asks for."
     )
@@ -80,14 +91,34 @@ class GenerateParameters(OpenBody):
         le=MAX_TOP_TOKENS,
         description="LoRAX's name of top_n_tokens; each token carries its alternative_tokens.",
     )
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: list[StopString] | None = Field(None, max_length=MAX_STOPS)
-    temperature: float | None = Field(None, gt=0)
-    top_k: int | None = Field(None, ge=0)
-    top_n_tokens: int | None = Field(None, ge=0, le=MAX_TOP_TOKENS)
-    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Of the draws. Left out, one is drawn and reported."
+    )
+    stop: list[StopString] | None = Field(
+        None,
+        max_length=MAX_STOPS,
+        description="Texts that end the output; the one that did is part of it.",
+    )
+    temperature: float | None = Field(None, gt=0, description="Divides the logits.")
+    top_k: int | None = Field(
+        None, ge=0, description="Keep so many of the likeliest tokens; 0 keeps all."
+    )
+    top_n_tokens: int | None = Field(
+        None, ge=0, le=MAX_TOP_TOKENS, description="Likeliest tokens to report beside each."
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the likeliest tokens that together have this probability.",
+    )
     truncate: int | None = Field(None, ge=1, description="Keep the last so many prompt tokens.")
-    typical_p: float | None = Field(None, gt=0, le=1)
+    typical_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the most typical tokens that together have this probability.",
+    )
 
 
 class GenerateBody(OpenBody):
@@ -95,8 +126,12 @@ class GenerateBody(OpenBody):
 
     inputs: Text | None = Field(None, description="The prompt.")
     row: Row | None = Field(None, description="Columns for the adapter's stored template.")
-    parameters: GenerateParameters | None = None
-    stream: bool | None = None
+    parameters: GenerateParameters | None = Field(
+        None, description="How to generate; all of it may be left out."
+    )
+    stream: bool | None = Field(
+        None, description="Answer as server-sent events; false if left out."
+    )
 
 
 class ClassifyBody(OpenBody):
@@ -121,27 +156,31 @@ class ClassifyBody(OpenBody):
 class TokenizeBody(OpenBody):
     """TGI's `{"inputs"}`, answered with a list, or vLLM's `{"prompt"}`, answered with an object."""
 
-    inputs: Text | None = None
-    prompt: Text | None = None
+    inputs: Text | None = Field(
+        None, description="A text, as TGI calls it; the answer is a list of tokens."
+    )
+    prompt: Text | None = Field(
+        None, description="A text, as vLLM calls it; the answer is an object."
+    )
     add_special_tokens: bool | None = Field(None, description="true if left out.")
 
 
 class DetokenizeBody(OpenBody):
     """vLLM's `{"tokens"}`."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(description="Ids of the vocabulary.")
 
 
 class RollbackBody(ClosedBody):
     """Body of `POST /adapters/{name}/rollback`."""
 
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, description="The version that the bare name is to mean.")
 
 
 class AliasBody(ClosedBody):
     """Body of `PUT /adapters/{name}/aliases/{alias}`."""
 
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, description="The version that gets the name.")
 
 
 def set_extras(model: BaseModel | None) -> list[str]:
