@@ -36,6 +36,19 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 
+# Parameters of /generate that say what else a reply holds, or whose it is.
+_OF_THE_REPLY = frozenset(
+    {
+        "adapter_id",
+        "best_of",
+        "decoder_input_details",
+        "details",
+        "return_full_text",
+        "top_n_tokens",
+    }
+)
+
+
 def add_commands(app: typer.Typer) -> None:
     """Hang this file's command into the command line."""
     app.command()(generate)
@@ -127,11 +140,11 @@ def generate(
         device=device,
         threads=threads,
     )
-    with _errors_as_lines(), _opened(settings, chosen, adapter, wanted) as place:
+    with _errors_as_lines(), _opened(settings, chosen, adapter) as place:
         if stream:
-            _stream(place, asks[0])
+            _stream(place, asks[0], wanted)
         else:
-            _print_all(place, asks, adapter, as_json=as_json)
+            _print_all(place, asks, wanted, adapter, as_json=as_json)
 
 
 def _asks(prompts: list[str] | None, row: dict[str, str] | None) -> list[Ask]:
@@ -158,8 +171,8 @@ def _parameters(text: str | None, named: Mapping[str, Any]) -> dict[str, Any]:
     for name in others:
         if name in given:
             raise fail(f"{name} is given twice: by its own option and in --parameters")
-        if name not in GenerateParameters.model_fields or name == "adapter_id":
-            raise fail(f"--parameters: {name!r} is none of /generate's parameters")
+        if name not in GenerateParameters.model_fields or name in _OF_THE_REPLY:
+            raise fail(f"--parameters: {name!r} is none that says how to choose tokens")
     try:
         GenerateParameters.model_validate({**others, **given})
     except ValidationError as error:
@@ -168,9 +181,7 @@ def _parameters(text: str | None, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(
-    settings: Settings, url: str | None, adapter: str | None, parameters: dict[str, Any]
-) -> Iterator[GenerationPlace]:
+def _opened(settings: Settings, url: str | None, adapter: str | None) -> Iterator[GenerationPlace]:
     from server.cli_found import find_adapters
     from server.generation_places import LocalGeneration, RemoteGeneration
     from server.remote import RemoteServer
@@ -179,11 +190,11 @@ def _opened(
     if url is not None:
         if adapter is not None and Path(adapter).is_dir() and "/" in adapter:
             raise fail(f"--adapter {adapter} is a folder; add it to the server first")
-        place = RemoteGeneration(RemoteServer(url), adapter, parameters)
+        place = RemoteGeneration(RemoteServer(url), adapter)
     else:
         found = find_adapters([] if adapter is None else [adapter], settings)
         prepare_base(settings)
-        place = LocalGeneration(settings, found[0] if found else None, parameters)
+        place = LocalGeneration(settings, found[0] if found else None)
     try:
         yield place
     finally:
@@ -202,17 +213,22 @@ def _errors_as_lines() -> Iterator[None]:
             raise fail(str(error)) from error
 
 
-def _stream(place: GenerationPlace, ask: Ask) -> None:
-    for piece in place.pieces(ask):
+def _stream(place: GenerationPlace, ask: Ask, parameters: dict[str, Any]) -> None:
+    for piece in place.pieces(ask, parameters):
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo("")
 
 
 def _print_all(
-    place: GenerationPlace, asks: list[Ask], adapter: str | None, *, as_json: bool
+    place: GenerationPlace,
+    asks: list[Ask],
+    parameters: dict[str, Any],
+    adapter: str | None,
+    *,
+    as_json: bool,
 ) -> None:
-    for ask, answer in zip(asks, place.answers(asks), strict=True):
+    for ask, answer in zip(asks, place.answers(asks, parameters), strict=True):
         if as_json:
             asked = {name: value for name, value in asdict(ask).items() if value is not None}
             said = asdict(answer)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from server.remote import RemoteServer, ServerRefused
 from server.settings import Settings
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from server.cli_found import FoundAdapter
     from server.generation import Generation, Generator
     from server.text.tokenizer import TextTokenizer
+
+# TGI's, such as {"max_new_tokens": 8}.
+Parameters: TypeAlias = Mapping[str, Any]
 
 # Requests in flight at a server, where there are many prompts.
 _AT_ONCE = 16
@@ -64,13 +67,13 @@ class Answer:
 
 
 class GenerationPlace(Protocol):
-    """Where to generate, with the adapter and the parameters that it was made with."""
+    """Where to generate, with the adapter that it was made for; `parameters` are TGI's."""
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[Answer]:
+    def answers(self, asks: Sequence[Ask], parameters: Parameters) -> Iterator[Answer]:
         """All of them together, in their order."""
         ...
 
-    def pieces(self, ask: Ask) -> Iterator[str]:
+    def pieces(self, ask: Ask, parameters: Parameters) -> Iterator[str]:
         """One output, as it comes."""
         ...
 
@@ -85,32 +88,28 @@ class RemoteGeneration:
     Args:
         server: closed together with this.
         adapter: NAME, NAME@VERSION or an alias; None is the base.
-        parameters: TGI's.
     """
 
-    def __init__(
-        self, server: RemoteServer, adapter: str | None, parameters: dict[str, Any]
-    ) -> None:
+    def __init__(self, server: RemoteServer, adapter: str | None) -> None:
         self._server = server
         self._adapter = adapter
-        self._parameters = {**parameters, "details": True}
 
     def close(self) -> None:
         """Close all connections."""
         self._server.close()
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[Answer]:
+    def answers(self, asks: Sequence[Ask], parameters: Parameters) -> Iterator[Answer]:
         """See `GenerationPlace`."""
         with ThreadPoolExecutor(min(_AT_ONCE, len(asks))) as pool:
             try:
-                yield from pool.map(self._answer, asks)
+                yield from pool.map(lambda ask: self._answer(ask, parameters), asks)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def pieces(self, ask: Ask) -> Iterator[str]:
+    def pieces(self, ask: Ask, parameters: Parameters) -> Iterator[str]:
         """See `GenerationPlace`."""
-        body = {**ask.body(), "parameters": self._parameters}
+        body = {**ask.body(), "parameters": {**parameters, "details": True}}
         frames = self._server.events("POST", "/generate_stream", body, adapter=self._adapter)
         for _, frame in frames:
             if "error" in frame:
@@ -118,8 +117,8 @@ class RemoteGeneration:
             if not frame["token"]["special"]:
                 yield frame["token"]["text"]
 
-    def _answer(self, ask: Ask) -> Answer:
-        body = {**ask.body(), "parameters": self._parameters}
+    def _answer(self, ask: Ask, parameters: Parameters) -> Answer:
+        body = {**ask.body(), "parameters": {**parameters, "details": True}}
         reply = self._server.post("/generate", body, adapter=self._adapter)
         details = reply["details"]
         return Answer(
@@ -138,17 +137,13 @@ class LocalGeneration:
     Args:
         settings: the base, and how the engine runs.
         found: the adapter; None is the base.
-        parameters: TGI's.
 
     Raises:
         CheckpointError, BaseMismatch: the adapter does not fit the base.
         EngineError: the engine did not start, with the reason.
-        RequestInvalid: a parameter is refused.
     """
 
-    def __init__(
-        self, settings: Settings, found: FoundAdapter | None, parameters: dict[str, Any]
-    ) -> None:
+    def __init__(self, settings: Settings, found: FoundAdapter | None) -> None:
         from adapters.registry import Registry
         from server.engine.client import EngineClient
 
@@ -158,7 +153,6 @@ class LocalGeneration:
         self._registry = Registry(own.data_dir)
         self._client = EngineClient(own.engine_config())
         self._runner = asyncio.Runner()
-        self._parameters = parameters
         try:
             self._generator, self._record = self._runner.run(self._start(settings, found))
         except BaseException:
@@ -172,13 +166,13 @@ class LocalGeneration:
         self._registry.close()
         self._work.cleanup()
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[Answer]:
+    def answers(self, asks: Sequence[Ask], parameters: Parameters) -> Iterator[Answer]:
         """See `GenerationPlace`."""
-        yield from self._runner.run(self._answer_all(asks))
+        yield from self._runner.run(self._answer_all(asks, parameters))
 
-    def pieces(self, ask: Ask) -> Iterator[str]:
+    def pieces(self, ask: Ask, parameters: Parameters) -> Iterator[str]:
         """See `GenerationPlace`."""
-        pieces = self._pieces(ask)
+        pieces = self._pieces(ask, parameters)
         try:
             while (piece := self._runner.run(_next(pieces))) is not None:
                 yield piece
@@ -218,12 +212,12 @@ class LocalGeneration:
                 _ONLY, directory, self._client.base, base_digest=found.base_digest, **said
             ).record
 
-    async def _submit(self, ask: Ask) -> Generation:
+    async def _submit(self, ask: Ask, parameters: Parameters) -> Generation:
         from server.api.generate import options_from
         from server.api.schemas import GenerateParameters
 
         # For each anew: where no seed is given, every output draws its own, as at a server.
-        options = options_from(GenerateParameters.model_validate(self._parameters), 1)
+        options = options_from(GenerateParameters.model_validate(parameters), 1)
         generator = self._generator
         if ask.row is None:
             prompt = await generator.encode(ask.prompt or "")
@@ -232,22 +226,22 @@ class LocalGeneration:
         request = generator.prepare(prompt, self._record, options, uuid.uuid4().hex)
         return generator.submit(request, options)
 
-    async def _pieces(self, ask: Ask) -> AsyncGenerator[str, None]:
-        async for piece in await self._submit(ask):
+    async def _pieces(self, ask: Ask, parameters: Parameters) -> AsyncGenerator[str, None]:
+        async for piece in await self._submit(ask, parameters):
             if not piece.special:
                 yield piece.text
 
-    async def _answer_all(self, asks: Sequence[Ask]) -> list[Answer]:
+    async def _answer_all(self, asks: Sequence[Ask], parameters: Parameters) -> list[Answer]:
         room = asyncio.Semaphore(self._max_running)
 
         async def one(ask: Ask) -> Answer:
             async with room:
-                return await self._answer(ask)
+                return await self._answer(ask, parameters)
 
         return await asyncio.gather(*(one(ask) for ask in asks))
 
-    async def _answer(self, ask: Ask) -> Answer:
-        generation = await self._submit(ask)
+    async def _answer(self, ask: Ask, parameters: Parameters) -> Answer:
+        generation = await self._submit(ask, parameters)
         async for _ in generation:
             pass
         sampling = generation.request.sampling
