@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from adapters.registry import AdapterRecord
 from server.engine.request import SamplingParams, TokenLogprob
 from server.errors import RequestInvalid
-from server.generation import Generator, Options, Prompt
+from server.generation import Generation, Generator, Options, Prompt
 
 Normalization = Literal["sum", "token_mean"]
 Target = tuple[int, ...]
@@ -65,6 +65,7 @@ async def rank(
     *,
     normalization: Normalization,
     max_parallel: int,
+    on_begun: Callable[[Generation], None] = lambda generation: None,
 ) -> list[Ranking]:
     """Rank the labels after every prompt.
 
@@ -75,6 +76,7 @@ async def rank(
         adapter: None is the base.
         normalization: "sum" of a target's log-probabilities, or their mean a token.
         max_parallel: requests in the engine at a time.
+        on_begun: handed each request to the engine, for its times.
 
     Raises:
         RequestInvalid: an empty prompt.
@@ -82,7 +84,7 @@ async def rank(
         EngineOverloaded, EngineUnavailable, RequestFailed: as generations do; nothing stays behind.
     """
     wanted = [(prompt, target) for prompt in prompts for target in targets.values()]
-    logprobs = await _score_all(generator, wanted, adapter, max_parallel)
+    logprobs = await _score_all(generator, wanted, adapter, max_parallel, on_begun)
     if normalization == "token_mean":
         pairs = zip(logprobs, wanted, strict=True)
         logprobs = [logprob / len(target) for logprob, (_, target) in pairs]
@@ -107,6 +109,7 @@ async def _score_all(
     wanted: Sequence[tuple[Prompt, Target]],
     adapter: AdapterRecord | None,
     max_parallel: int,
+    on_begun: Callable[[Generation], None],
 ) -> list[float]:
     if any(not prompt.token_ids for prompt, _ in wanted):
         # The first token of a text has no likelihood: a target cannot stand there.
@@ -131,6 +134,7 @@ async def _score_all(
     async def score(index: int) -> float:
         async with slots:
             generation = generator.submit(requests[index], _options(0))
+            on_begun(generation)
             try:
                 async for _ in generation:
                     pass

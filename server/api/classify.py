@@ -12,11 +12,12 @@ from fastapi import APIRouter, Query, Request
 from adapters.registry import AdapterRecord
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.errors import shown
+from server.api.headers import set_headers, timing_headers
 from server.api.schemas import ClassifyBody
 from server.api.services import UseServices
 from server.api.sse import unless_gone
 from server.errors import Contradiction, RequestInvalid
-from server.generation import Generator, Prompt
+from server.generation import Generation, Generator, Prompt
 from server.ranking import Ranking, encode_labels, rank
 
 router = APIRouter(tags=["generation"])
@@ -54,6 +55,7 @@ async def classify(
     targets = await encode_labels(generator, labels, record)
     if record is not None:
         services.requests_by_adapter[record.name] += len(prompts)
+    begun: list[Generation] = []
     work = rank(
         generator,
         prompts,
@@ -61,8 +63,10 @@ async def classify(
         record,
         normalization=body.normalization or "sum",
         max_parallel=services.settings.max_running,
+        on_begun=begun.append,
     )
     replies = [_reply(one) for one in await unless_gone(request.receive, work)]
+    set_headers(request, timing_headers(*begun))
     return replies if isinstance(body.inputs, list) or body.rows is not None else replies[0]
 
 

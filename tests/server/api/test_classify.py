@@ -102,6 +102,20 @@ def test_a_row_is_the_text_of_the_stored_template(server, with_eos):
     assert list(one["scores"]) == ["complaint", "no complaint"]
 
 
+def test_times_are_told_and_the_prompt_is_computed_once(server):
+    def reused():
+        return server.app_services().client.stats.prefix_hit_tokens
+
+    text = "Tweet text : the parcel of Tuesday came on a rainy Friday, and nobody said sorry. Label :"
+    length = len(server.post("/tokenize", json={"inputs": text}).json())
+    before = reused()
+    body = {"inputs": text, "labels": [f" answer {i}" for i in range(5)]}
+    reply = server.post("/classify?adapter=other", json=body)
+    assert {"x-queue-time", "x-time-to-first-token"} <= reply.headers.keys()
+    # Four of five labels find the prompt, but for at most the tokens of a quarter of a block.
+    assert reused() - before >= 4 * (length - 5)
+
+
 def test_one_text_gives_one_object_and_more_than_run_at_once_are_taken(server):
     one = server.post("/classify", json={"inputs": "x", "labels": ["a"]}).json()
     assert (one["label"], one["scores"]) == ("a", {"a": 1.0})
