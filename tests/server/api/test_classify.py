@@ -106,7 +106,9 @@ def test_times_are_told_and_the_prompt_is_computed_once(server):
     def reused():
         return server.app_services().client.stats.prefix_hit_tokens
 
-    text = "Tweet text : the parcel of Tuesday came on a rainy Friday, and nobody said sorry. Label :"
+    text = (
+        "Tweet text : the parcel of Tuesday came on a rainy Friday, and nobody said sorry. Label :"
+    )
     length = len(server.post("/tokenize", json={"inputs": text}).json())
     before = reused()
     body = {"inputs": text, "labels": [f" answer {i}" for i in range(5)]}
