@@ -100,9 +100,10 @@ class Piece:
 
     Attributes:
         token_id: the token.
-        text: what it adds to the output; empty while a character is incomplete, or while it may
-            begin a stop string that is left out. A special token shows its name here, which is not
-            part of the output.
+        text: the same as `added`; but a special token shows its name here, which is not part of
+            the output.
+        added: what it adds to the output; empty while a character is incomplete, or while it may
+            begin a stop string that is left out.
         offset: characters of the output before it, those held back among them.
         special: whether it is a special token.
         logprob: None unless asked for.
@@ -111,6 +112,7 @@ class Piece:
 
     token_id: int
     text: str
+    added: str
     offset: int
     special: bool
     logprob: TokenLogprob | None
@@ -205,7 +207,7 @@ class Generation:
         if self.finish_reason is not None:
             text += self._stops.flush()
         self.text += text
-        return Piece(event.token_id, text, offset, False, event.logprob, self.finish_reason)
+        return Piece(event.token_id, text, text, offset, False, event.logprob, self.finish_reason)
 
     def _tell_token(self, at: float, queue_seconds: float | None) -> None:
         # When it came, not when it is read: a client that reads slowly is no slow engine.
@@ -228,13 +230,15 @@ class Generation:
 
     def _take_special(self, event: TokenEvent) -> Piece:
         self.finish_reason = _finish_reason(event)
+        added = ""
         if self.finish_reason is not None:
             # An output that ends inside a character keeps a replacement for it.
-            text, _ = self._stops.feed(self._detokenizer.flush())
-            self.text += text + self._stops.flush()
+            added, _ = self._stops.feed(self._detokenizer.flush())
+            added += self._stops.flush()
+        self.text += added
         name = self._tokenizer.token_text(event.token_id)
         offset = self._num_characters
-        return Piece(event.token_id, name, offset, True, event.logprob, self.finish_reason)
+        return Piece(event.token_id, name, added, offset, True, event.logprob, self.finish_reason)
 
 
 class Generator:

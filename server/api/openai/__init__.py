@@ -6,7 +6,8 @@
     sampling            a body's words as the engine's options
     prompts, messages   strings, token ids, rows and conversations as prompts
     batch               every sequence of one request, side by side in the engine
-    reply               what both routes have in common: whole replies, streams, usage
+    job                 a checked request, its sequences and its usage
+    reply               whole replies and streams of both routes
     logprobs            both shapes of log-probabilities
 
 The two routes import the others; `reply` knows neither of them.

@@ -10,11 +10,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from adapters.registry import AdapterRecord
+from server.api.openai.job import Job, Output, check_stream_options, make_job
 from server.api.openai.logprobs import chat_logprobs
 from server.api.openai.messages import render_chat, row_of
 from server.api.openai.model import chosen_model, note_extras
 from server.api.openai.prompts import Given, from_row, require_one
-from server.api.openai.reply import Job, Output, check_stream_options, make_job, stream, whole
+from server.api.openai.reply import stream, whole
 from server.api.openai.sampling import invalid, options_of, samples_of
 from server.api.openai.schemas import ChatBody
 from server.api.services import Services, UseServices
@@ -166,10 +167,9 @@ class ChatShape:
         """Who speaks."""
         return _delta(index, {"role": "assistant", "content": ""}, None, None)
 
-    def delta(
-        self, output: Output, index: int, text: str, pieces: Sequence[Piece]
-    ) -> dict[str, Any]:
+    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         """New text and the tokens it came from."""
+        text = "".join(piece.added for piece in pieces)
         content = {"content": text} if text else {}
         return _delta(index, content, self._logprobs(pieces), output.finish_reason)
 

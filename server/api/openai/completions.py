@@ -9,10 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from server.api.openai.job import Job, Output, check_stream_options, make_job
 from server.api.openai.logprobs import CompletionLogprobs
 from server.api.openai.model import chosen_model, note_extras
 from server.api.openai.prompts import encode_all, from_row, require_one, token_offsets
-from server.api.openai.reply import Job, Output, check_stream_options, make_job, stream, whole
+from server.api.openai.reply import stream, whole
 from server.api.openai.sampling import invalid, options_of, samples_of
 from server.api.openai.schemas import DEFAULT_MAX_TOKENS, CompletionBody
 from server.api.services import Services, UseServices
@@ -109,14 +110,13 @@ class CompletionShape:
         text, logprobs = await self._echoed(output)
         return _choice(index, text, logprobs, None)
 
-    def delta(
-        self, output: Output, index: int, text: str, pieces: Sequence[Piece]
-    ) -> dict[str, Any]:
+    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         """New text and the tokens it came from."""
         logprobs = CompletionLogprobs() if self.with_logprobs else None
         if logprobs is not None:
             start = len(output.given.prompt.text) if self.echo else 0
             logprobs.add_output(self.generator.tokenizer, pieces, start)
+        text = "".join(piece.added for piece in pieces)
         return _choice(index, text, logprobs, output.finish_reason)
 
     async def _echoed(self, output: Output) -> tuple[str, CompletionLogprobs | None]:

@@ -257,8 +257,10 @@ def test_usage_comes_last_where_it_is_asked_for(chatting):
     assert steady[-1]["usage"] == usage
 
 
-def test_streams_of_many_prompts_and_samples(chatting):
-    asked = {"prompt": ["the tweet", "Label"], "n": 2, "temperature": 1, "seed": 2, "max_tokens": 9}
+@pytest.mark.parametrize("seed", range(4))
+def test_streams_of_many_prompts_and_samples(chatting, seed):
+    asked = {"prompt": ["the tweet", "Label"], "n": 2, "temperature": 1, "max_tokens": 9}
+    asked["seed"] = seed
     whole = complete(chatting, **asked).json()
     options = {"include_usage": True}
     stream = frames(complete(chatting, **asked, stream=True, stream_options=options))
