@@ -40,6 +40,42 @@ def draw(logits: torch.Tensor, *rows: SampleRow) -> list[int]:
     return [drawn.token_id for drawn in sample(logits.expand(len(rows), -1), list(rows))]
 
 
+# --- masks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_allowed", [1, 3, 200, VOCAB - 1])
+def test_a_mask_is_what_minus_infinity_would_be(num_allowed):
+    generator = torch.Generator().manual_seed(num_allowed)
+    allowed = torch.randperm(VOCAB, generator=generator)[:num_allowed].sort().values
+    for seed in range(40):
+        logits = random_logits(seed)
+        forbidden = torch.full_like(logits, -torch.inf)
+        forbidden[allowed] = logits[allowed]
+        for name, options in enumerate(({"do_sample": False}, *FILTERS)):
+            params = replace(SAMPLED, seed=97 * seed + name, **options)
+            [masked] = sample(logits[None], [replace(row(params), allowed=allowed)])
+            [reference] = sample(forbidden[None], [row(params)])
+            assert masked.token_id == reference.token_id
+
+
+def test_a_mask_leaves_the_other_rows_and_the_reported_logprobs_alone():
+    logits = random_logits(1)
+    before = logits.clone()
+    params = [replace(SAMPLED, seed=i, num_logprobs=2) for i in range(3)]
+    params.append(SamplingParams(num_logprobs=2, presence_penalty=1.0))
+    free = sample(logits.expand(4, -1), [row(one) for one in params])
+    allowed = torch.tensor([4, 9])
+    rows = [row(one) for one in params]
+    rows[1] = replace(rows[1], allowed=allowed)
+    mixed = sample(logits.expand(4, -1), rows)
+    assert [mixed[i] for i in (0, 2, 3)] == [free[i] for i in (0, 2, 3)]
+    assert mixed[1].token_id in (4, 9)
+    assert mixed[1].logprob.top == free[1].logprob.top
+    [raw] = logprobs_of(logits[None], [mixed[1].token_id], 2)
+    assert mixed[1].logprob == raw
+    assert torch.equal(logits, before)
+
+
 # --- filters ---------------------------------------------------------------------------------
 
 FILTERS = [
