@@ -95,7 +95,9 @@ class Settings(BaseSettings):
     prefix_caching: bool = Field(
         True, description="Reuse the keys and values of prompts that begin the same."
     )
-    max_best_of: Count = Field(8, description="Samples that one request may draw with best_of.")
+    max_best_of: Count = Field(
+        8, description="Samples of one prompt that a request may draw, by n or best_of."
+    )
     max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
     max_data_mib: Count = Field(64, description="Size of a file of training rows in MiB at most.")
     max_upload_mib: Count = Field(1100, description="Size of an uploaded adapter in MiB at most.")
