@@ -17,7 +17,8 @@ from typing import Any, Self
 import httpx
 
 # A generation or an upload may keep silent for long; connecting must not.
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+_PATIENCE_SECONDS = 600.0
+_CONNECT_SECONDS = 10.0
 _MOST_CHARACTERS = 300
 
 
@@ -42,15 +43,19 @@ class RemoteServer:
 
     Args:
         url: http://HOST:PORT, perhaps with a path before the routes.
+        patience_seconds: how long a reply may take.
 
     Raises:
         ServerRefused: not such a URL. Every method raises it too: no reply, or a refusal.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, patience_seconds: float = _PATIENCE_SECONDS) -> None:
         self.url = checked_url(url)
+        self._timeout = httpx.Timeout(
+            patience_seconds, connect=min(patience_seconds, _CONNECT_SECONDS)
+        )
         self._client = httpx.Client(
-            base_url=self.url, timeout=_TIMEOUT, trust_env=uses_proxy(self.url)
+            base_url=self.url, timeout=self._timeout, trust_env=uses_proxy(self.url)
         )
 
     def __enter__(self) -> Self:
@@ -143,7 +148,9 @@ class RemoteServer:
             quiet_seconds: stop after so long a silence; None waits for the stream's end.
             query: query parameters.
         """
-        timeout = _TIMEOUT if quiet_seconds is None else httpx.Timeout(10.0, read=quiet_seconds)
+        timeout = self._timeout
+        if quiet_seconds is not None:
+            timeout = httpx.Timeout(_CONNECT_SECONDS, read=quiet_seconds)
         options = {"json": body, "params": _known(query), "timeout": timeout}
         with self._reply(method, path, **options) as reply:
             fields: dict[str, str] = {}

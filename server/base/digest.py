@@ -85,6 +85,8 @@ def _tensor_digests(file: Path) -> dict[str, str]:
 
 def _entry_digest(raw: mmap.mmap, start: int, entry: dict[str, Any]) -> str:
     begin, end = entry["data_offsets"]
+    if start + end > len(raw):
+        raise ValueError(f"it ends after {len(raw)} bytes, before its tensors do")
     with memoryview(raw) as view, view[start + begin : start + end] as content:
         return f"{entry['dtype']} {entry['shape']} {hashlib.sha256(content).hexdigest()}"
 

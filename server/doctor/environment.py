@@ -109,8 +109,10 @@ def check_variables(environment: Mapping[str, str], known: list[str]) -> Iterato
         name for name in ours if name.upper() not in names and not name.upper().startswith(_TESTS)
     ]
     for name in sorted(unknown):
-        close = difflib.get_close_matches(name.upper(), sorted(names), n=1)
-        hint = f"did you mean {close[0]}?" if close else "graftwork settings lists all of them"
+        close = difflib.get_close_matches(name[len(_PREFIX) :].lower(), known, n=1)
+        hint = "graftwork settings lists all of them"
+        if close:
+            hint = f"did you mean {_PREFIX}{close[0].upper()}?"
         yield Finding("settings", "warning", f"{name} is no setting, and does nothing", hint)
     if not unknown:
         yield Finding("settings", "ok", f"{len(ours)} set in the environment, all of them known")

@@ -18,6 +18,8 @@ _GIB = 1024 * MIB
 # Less than this and not even a small adapter is safe; less than that and a large upload is not.
 _LEAST_FREE = 100 * MIB
 _FREE_FOR_A_CHECKPOINT = 2 * _GIB
+# What listens on a port may be no HTTP server at all, and say nothing.
+_PATIENCE_SECONDS = 5.0
 
 
 def check_device(settings: Settings) -> Iterator[Finding]:
@@ -97,13 +99,13 @@ def check_server(url: str) -> Iterator[Finding]:
     """Whether a Graftwork server answers at a URL, and whether its adapters are whole."""
     hint = "start it with graftwork serve, or name another with --url"
     try:
-        with RemoteServer(url) as server:
-            info = server.get("/info")
+        with RemoteServer(url, patience_seconds=_PATIENCE_SECONDS) as server:
+            described = _described(server.get("/info"))
             adapters = server.get("/adapters")["adapters"]
     except ServerRefused as error:
         yield Finding("server", "fail", error.message, hint)
         return
-    yield Finding("server", "ok", f"{url}: {_described(info)}")
+    yield Finding("server", "ok", f"{url}: {described}")
     corrupt = [f"{one['name']}@{one['version']}" for one in adapters if one["status"] != "ok"]
     if corrupt:
         message = f"damaged on its disk: {', '.join(corrupt)}"
@@ -113,7 +115,7 @@ def check_server(url: str) -> Iterator[Finding]:
 def running_server(url: str) -> str | None:
     """What runs at a URL in words; None where it is no Graftwork server."""
     try:
-        with RemoteServer(url) as server:
+        with RemoteServer(url, patience_seconds=_PATIENCE_SECONDS) as server:
             return _described(server.get("/info"))
     except ServerRefused as error:
         return f"a Graftwork server, {error.message}" if error.code == "not_ready" else None
