@@ -35,6 +35,7 @@ from server.api.metrics import router as metrics_router
 from server.api.openai import chat, completions
 from server.api.openai_tuning import files as tuning_files
 from server.api.openai_tuning import jobs as tuning_jobs
+from server.api.openapi.page import DocumentedApp
 from server.api.services import Services
 from server.api.watched import Watched
 from server.base.convert import read_manifest
@@ -99,7 +100,7 @@ def create_app(
             await asyncio.gather(*tasks, return_exceptions=True)
             await close_services(services)
 
-    app = FastAPI(
+    app = DocumentedApp(
         title="Graftwork",
         summary="Many PEFT adapters on one frozen base model",
         lifespan=lifespan,

@@ -47,9 +47,12 @@ _FORM = {
                     "type": "object",
                     "required": ["name", "files"],
                     "properties": {
-                        "name": {"type": "string"},
-                        "description": {"type": "string"},
-                        "template": {"type": "string"},
+                        "name": {"type": "string", "description": "The adapter's name."},
+                        "description": {"type": "string", "description": "Free text."},
+                        "template": {
+                            "type": "string",
+                            "description": "Makes prompts of rows: {column} substitution.",
+                        },
                         "labels": {
                             "type": "string",
                             "description": "A JSON list of texts, or the field repeated.",
@@ -59,18 +62,29 @@ _FORM = {
                             "description": "Left out: white space that the template ends with, "
                             "else one space.",
                         },
-                        "append_eos": {"type": "boolean"},
+                        "append_eos": {
+                            "type": "boolean",
+                            "description": "Whether targets ended with the end of sequence.",
+                        },
                         "tokenization": {
                             "type": "string",
                             "enum": ["boundary", "as_written"],
                             "default": "boundary",
+                            "description": "Whether white space at the template's end belongs to "
+                            "the target.",
                         },
                         "files": {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
+                            "description": "adapter_config.json and adapter_model.safetensors, or "
+                            "one .zip or .tar of them.",
                         },
                     },
-                }
+                },
+                "example": {
+                    "name": "complaints",
+                    "files": ["adapter_config.json", "adapter_model.safetensors"],
+                },
             }
         },
     }

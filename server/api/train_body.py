@@ -232,6 +232,11 @@ OPENAPI_BODY: dict[str, Any] = {
                     },
                 },
                 "encoding": {"job": {"contentType": "application/json"}},
+                "example": {
+                    "job": '{"adapter": "mine", "method": "ia3", "template": "{text}", '
+                    '"target": "label"}',
+                    "data": "rows.jsonl",
+                },
             },
         },
     }

@@ -69,7 +69,11 @@ class MethodBlock(TrainingOptions):
 class MethodChoice(BaseModel):
     """OpenAI's `method`: a type, and under the type's own name what there is to say about it."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={"additionalProperties": {"$ref": "#/components/schemas/MethodBlock"}},
+    )
 
     type: Text = Field(
         SUPERVISED,
