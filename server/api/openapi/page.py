@@ -18,7 +18,7 @@ from server.api.openapi.routes import EVENTS, JSON, ROUTES, Answer, Doc
 
 _REFERENCE = "#/components/schemas/{model}"
 # Parts of bodies that stand under a name of the client's choice, where FastAPI does not see them.
-_PARTS = (MethodBlock,)
+_PARTS: tuple[type[BaseModel], ...] = (MethodBlock,)
 # FastAPI's own shape of a refusal, which no route answers with.
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 # What names in paths and pages of lists mean, where a route does not say more.
