@@ -20,8 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
-from adapters.errors import AdapterError, BaseMismatch, RegistryError, VersionNotFound
-from server.remote import RemoteServer
+from adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    BaseMismatch,
+    RegistryError,
+    VersionNotFound,
+)
+from server.remote import RemoteServer, is_segment
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -443,6 +449,8 @@ def require_data_dir(directory: Path) -> None:
 
 
 def _path(name: str) -> str:
+    if not is_segment(name):
+        raise AdapterNotFound(f"there is no adapter {name!r}", field="adapter", came=name)
     return f"/adapters/{quote(name, safe='')}"
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from server.adapter_places import require_data_dir
+from server.jobs.files import no_job
 from server.jobs.states import FINISHED
-from server.remote import RemoteServer
+from server.remote import RemoteServer, is_segment
 
 if TYPE_CHECKING:
     from server.jobs.store import JobRecord
@@ -184,6 +185,8 @@ class RemoteJobs:
 
 
 def _path(job_id: str) -> str:
+    if not is_segment(job_id):
+        raise no_job(job_id)
     return f"/train/{quote(job_id, safe='')}"
 
 

@@ -198,6 +198,11 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def is_segment(name: str) -> bool:
+    """Whether a name can be one part of a route's path; another would be another route."""
+    return bool(name) and "/" not in name and name not in (".", "..")
+
+
 def uses_proxy(url: str) -> bool:
     """Whether the environment's proxy settings hold for a URL: not on this machine itself."""
     host = httpx.URL(url).host

@@ -151,6 +151,8 @@ def test_combine_is_the_weighted_sum(folders, where, place, tmp_path):
         (["alias", "one", "7", "1"], "'7' cannot be an alias"),
         (["download", "nobody", "--out", "nowhere"], "no adapter 'nobody'"),
         (["remove", "nobody", "--yes"], "no adapter 'nobody'"),
+        (["remove", "..", "--yes"], "no adapter '..'"),
+        (["show", "one/download"], "no adapter 'one/download'"),
     ],
 )
 def test_refusals_are_one_line(folders, where, place, words, said):
