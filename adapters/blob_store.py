@@ -8,6 +8,7 @@ This file knows no names, versions or database; when a blob may go is the regist
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class BlobStore:
         `discard`.
         """
         target = self.path(digest)
-        if target.exists():
+        if os.path.lexists(target):
             if self.is_intact(digest):
                 return False
             self.discard(digest)
@@ -107,6 +108,8 @@ class BlobStore:
             deep: hash every byte; otherwise files, config, header and length only.
         """
         directory = self.path(digest)
+        if directory.is_symlink():  # nothing that this store made; where it leads may change
+            return False
         try:
             if deep:
                 return digest_of(directory, self._limits) == digest

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from adapters.errors import RegistryError, StorageFull
+from adapters.errors import RegistryError, StorageFull, StorageUnavailable
 from adapters.tables import Base, MetaRow
 
 # The newest file in migrations/versions. It stands here so that opening a database that is up to
@@ -29,6 +29,20 @@ HEAD = "0004"
 _BUSY_SECONDS = 30
 _WRITE = "graftwork_write"
 _META_SCHEMA = 2
+
+_OF_THE_DISK = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
+)
 
 # Alembic keeps the migration that runs in module globals.
 _one_migration = threading.Lock()
@@ -71,8 +85,12 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """One transaction that sees the database as it was when it first read."""
-        with Session(self._engine) as session, session.begin():
+        """One transaction that sees the database as it was when it first read.
+
+        Raises:
+            StorageUnavailable: the database cannot be read just now.
+        """
+        with _failure_is_told("read"), Session(self._engine) as session, session.begin():
             yield session
 
     @contextmanager
@@ -81,21 +99,38 @@ class Database:
 
         Raises:
             StorageFull: nothing of it was kept.
+            StorageUnavailable: the same; the database cannot be written just now.
         """
-        try:
-            # The lock spares threads SQLite's polling; between processes the polling decides.
-            with self._lock, Session(self._writer) as session, session.begin():
-                yield session
-        except DatabaseError as error:
-            if is_full(error):
-                raise StorageFull("the disk is full: the database could not be written") from error
-            raise
+        # The lock spares threads SQLite's polling; between processes the polling decides.
+        with (
+            _failure_is_told("written"),
+            self._lock,
+            Session(self._writer) as session,
+            session.begin(),
+        ):
+            yield session
 
 
 def is_full(error: DatabaseError) -> bool:
     """Whether SQLite failed because the disk took no more."""
-    code = getattr(error.orig, "sqlite_errorcode", 0)
-    return code & 0xFF == sqlite3.SQLITE_FULL
+    return _code(error) == sqlite3.SQLITE_FULL
+
+
+def _code(error: DatabaseError) -> int:
+    return int(getattr(error.orig, "sqlite_errorcode", 0)) & 0xFF
+
+
+@contextmanager
+def _failure_is_told(done: str) -> Iterator[None]:
+    """Turn what SQLite says of the disk into our words; a fault of the statement passes."""
+    try:
+        yield
+    except DatabaseError as error:
+        if is_full(error):
+            raise StorageFull(f"the disk is full: the database could not be {done}") from error
+        if _code(error) in _OF_THE_DISK:
+            raise StorageUnavailable(f"the database cannot be {done}: {error.orig}") from error
+        raise
 
 
 def _engine(path: Path, *, migrating: bool = False) -> Engine:

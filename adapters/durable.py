@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapters.errors import StorageFull
+from adapters.errors import StorageFull, StorageUnavailable
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -26,6 +26,17 @@ def full_disk_is_storage_full(what: str) -> Iterator[None]:
         if error.errno in _FULL:
             raise StorageFull(f"the disk is full: {what} could not be written") from error
         raise
+
+
+@contextmanager
+def disk_failure_is_told(what: str) -> Iterator[None]:
+    """Around files of our own: a full disk is StorageFull, any other failure StorageUnavailable."""
+    try:
+        with full_disk_is_storage_full(what):
+            yield
+    except OSError as error:
+        # Without the path: the words may go to a client.
+        raise StorageUnavailable(f"{what} could not be written: {error.strerror}") from error
 
 
 def write_file(path: Path, data: bytes) -> None:

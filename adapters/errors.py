@@ -27,7 +27,8 @@
         |-- VersionNotFound      the adapter has no such version
         |-- AdapterExists        create-only was asked for and the name is taken
         |-- AdapterCorrupt       the stored bytes no longer match their digest
-        `-- StorageFull          the disk took no more bytes
+        |-- StorageFull          the disk took no more bytes
+        `-- StorageUnavailable   the disk or the database cannot be used just now
 
 Every error carries facts as plain attributes (`field`, `expected`, `came`); nothing here knows HTTP.
 """
@@ -186,3 +187,7 @@ class AdapterCorrupt(RegistryError):
 
 class StorageFull(RegistryError):
     """The disk took no more bytes."""
+
+
+class StorageUnavailable(RegistryError):
+    """The disk or the database cannot be used just now: read-only, locked, out of descriptors."""

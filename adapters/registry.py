@@ -236,7 +236,7 @@ class Registry:
             BaseMismatch: `base_digest` is another base's.
             NameInvalid: not a name, reserved, or an alias of another adapter.
             AdapterExists: `create_only`, and the name is in use.
-            StorageFull: nothing of it was kept.
+            StorageFull, StorageUnavailable: nothing of it was kept.
         """
         self._check_name(name)
         _require_base(base_digest, base)
@@ -270,7 +270,8 @@ class Registry:
             try:
                 with self._database.write() as session:
                     _check_free(session, name, create_only)
-                    placed = self._blobs.place(staged, checked.digest)
+                    with durable.disk_failure_is_told("the adapter"):
+                        placed = self._blobs.place(staged, checked.digest)
                     version, created = _insert(session, name, checked, said)
                     # Read before the commit: afterwards it may be deleted at any moment.
                     record = _one(session, name, version)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapters import durable
+
 
 class StagingArea:
     """The staging folders under one root. Safe between threads and processes.
@@ -30,8 +32,14 @@ class StagingArea:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A fresh folder, locked against `sweep` and removed on the way out, if it is still there."""
-        directory, lock = self._make()
+        """A fresh folder, locked against `sweep` and removed on the way out, if it is still there.
+
+        Raises:
+            StorageFull: the disk has no room for it.
+            StorageUnavailable: it cannot be made.
+        """
+        with durable.disk_failure_is_told("a folder in staging"):
+            directory, lock = self._make()
         try:
             yield directory
         finally:
@@ -55,12 +63,23 @@ class StagingArea:
             directory.mkdir()
             try:
                 lock = os.open(directory, os.O_RDONLY)
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:  # a sweep came between; it owns that folder now
+            except FileNotFoundError:  # a sweep came between
                 continue
-            if directory.exists():
+            except OSError:
+                directory.rmdir()
+                raise
+            if _shared(lock) and directory.exists():
                 return directory, lock
-            os.close(lock)
+            os.close(lock)  # a sweep came between; it owns that folder now
+
+
+def _shared(lock: int) -> bool:
+    """Whether nobody else is about to remove the folder."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _lock_and_remove(directory: Path) -> bool:

@@ -185,7 +185,11 @@ class FileStore:
 
     def sweep(self) -> tuple[str, ...]:
         """Remove what a crash left without a row; the names of what was removed."""
-        return self._remove_orphans(sorted(path.name for path in self._files.iterdir()))
+        # A folder is nobody's file, and not ours to remove.
+        found = (
+            path.name for path in self._files.iterdir() if path.is_symlink() or not path.is_dir()
+        )
+        return self._remove_orphans(sorted(found))
 
     # --- inside -----------------------------------------------------------------------
 

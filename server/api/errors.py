@@ -81,6 +81,7 @@ TABLE: dict[type[Exception], Refusal] = {
     library.AdapterExists: Refusal(412, "adapter_exists"),
     library.AdapterCorrupt: Refusal(424, "adapter_corrupt", "generation"),
     library.StorageFull: Refusal(507, "storage_full", "unavailable"),
+    library.StorageUnavailable: Refusal(503, "storage_unavailable", "unavailable"),
     # the server itself
     ours.RequestRefused: Refusal(400, "refused"),
     ours.Contradiction: Refusal(400, "contradiction"),
@@ -257,7 +258,7 @@ def _retry_headers(error: Exception) -> dict[str, str]:
         return {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))}
     if isinstance(error, ours.TooManyJobs):
         return {"retry-after": "30"}
-    if isinstance(error, (ours.NotReady, engine.EngineUnavailable)):
+    if isinstance(error, (ours.NotReady, engine.EngineUnavailable, library.StorageUnavailable)):
         return {"retry-after": "5"}
     return {}
 

@@ -17,7 +17,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from adapters.durable import full_disk_is_storage_full
+from adapters.durable import disk_failure_is_told
 from server.api.errors import shown
 from server.api.headers import body_too_large
 from server.errors import RequestInvalid, WrongContentType
@@ -98,6 +98,7 @@ async def receive_upload(request: Request, directory: Path, form: Form) -> Uploa
         BodyTooLarge: more bytes than the form may have, noticed while they arrive.
         RequestInvalid: a broken form, an unknown or oversized field.
         StorageFull: the disk took no more.
+        StorageUnavailable: it took nothing, for another reason.
     """
     sorter = _Sorter(_boundary(request, form), directory, form)
     received = 0
@@ -168,7 +169,7 @@ class _Sorter:
     def write(self, chunk: bytes) -> None:
         """Parse one more chunk."""
         try:
-            with full_disk_is_storage_full("the upload"):
+            with disk_failure_is_told("the upload"):
                 self._parser.write(chunk)
         except FormParserError as error:
             raise _broken(str(error)) from error

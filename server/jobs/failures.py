@@ -34,6 +34,7 @@ CODES: dict[type[library.AdapterError], str] = {
     library.CheckpointError: "checkpoint_invalid",
     library.NameInvalid: "name_invalid",
     library.AdapterExists: "adapter_exists",
+    library.StorageUnavailable: "storage_unavailable",
 }
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})

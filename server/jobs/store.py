@@ -15,6 +15,8 @@ Rules that callers may rely on:
 - A job that loses its worker `max_attempts` times without a new checkpoint fails with code
   "worker_lost". A worker that hands its job back does not count.
 - A cancel is not lost: a running job that was asked to end is cancelled even if its worker dies.
+- What is served has succeeded: a job that lost its worker after its adapter was published, and before
+  its end was written, succeeds whatever was asked of it since.
 
 Threads and processes may use one root at once: every change holds SQLite's write lock from its start
 to its commit. Nothing here knows HTTP, tensors, or how a worker is started.
@@ -40,7 +42,7 @@ from sqlalchemy.orm import Session
 from adapters import durable
 from adapters.database import Database
 from adapters.errors import AdapterError
-from adapters.tables import JobEventRow, JobRow
+from adapters.tables import JobEventRow, JobRow, VersionRow
 from adapters.training.job import TrainingJob
 from adapters.training.rows import Row
 from server.errors import JobActive, LeaseLost, TooManyJobs
@@ -320,7 +322,8 @@ class JobStore:
         """The right to work on the next job, if there is one.
 
         The oldest that is queued, or else the oldest whose worker let its lease run out. A lost job
-        that was asked to end is cancelled here, and one that lost too many workers fails.
+        that has published succeeds here, one that was asked to end is cancelled, and one that lost
+        too many workers fails.
         """
         with self._database.write() as session:
             now = self._clock()
@@ -549,7 +552,12 @@ class JobStore:
 
     def _end_lost(self, session: Session, row: JobRow) -> bool:
         """End a job whose worker was lost, if no other is to take it up."""
-        if row.cancel_requested:
+        published = session.scalars(select(VersionRow).where(VersionRow.job_id == row.id)).first()
+        if published is not None:
+            row.metrics = published.metrics
+            row.adapter_version = published.version
+            self._end(session, row, "succeeded")
+        elif row.cancel_requested:
             self._end(session, row, "cancelled")
         elif row.attempts >= self._max_attempts:
             message = (

@@ -70,8 +70,12 @@ def _ok(model: type[BaseModel], description: str = "Done.", status: int = 200) -
 _QUERY: tuple[Kind, ...] = (ours.UnknownParameter, ours.Contradiction)
 _NUMBERS: tuple[Kind, ...] = (*_QUERY, ours.RequestInvalid)
 _BODY: tuple[Kind, ...] = (ours.RequestInvalid, ours.BodyTooLarge, ours.WrongContentType)
-_NAMED: tuple[Kind, ...] = (library.AdapterNotFound, library.VersionNotFound)
-_STORED: tuple[Kind, ...] = (library.StorageFull,)
+_NAMED: tuple[Kind, ...] = (
+    library.AdapterNotFound,
+    library.VersionNotFound,
+    library.StorageUnavailable,
+)
+_STORED: tuple[Kind, ...] = (library.StorageFull, library.StorageUnavailable)
 _SERVED: tuple[Kind, ...] = (*_QUERY, *_NAMED, library.AdapterCorrupt, ours.NotReady)
 _GENERATED: tuple[Kind, ...] = (
     *_SERVED,
