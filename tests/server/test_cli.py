@@ -9,24 +9,72 @@ import subprocess
 import sys
 import time
 import urllib.request
+from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner
+import typer
 
 from server.cli import app
 from server.demo.install import DemoAdapter
 from server.provenance import Provenance
 from server.settings import Settings
 from server.showcase import curl_line
-from tests.server.http_server import save_prefix_adapter
+from tests.server.cli import refusal, run, run_json
 from tests.server.jobs.examples import a_job
 
-WIDE = {"COLUMNS": "200"}
+
+def commands(group=None, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every command by its words."""
+    group = typer.main.get_command(app) if group is None else group
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= commands(command, (*path, name))
+        else:
+            found[" ".join((*path, name))] = command
+    return found
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, list(arguments), env=WIDE)
+# They run until they are stopped, and print log lines.
+SERVICES = {"serve", "worker"}
+VERBS = (
+    "serve generate eval train worker bench doctor settings demo "
+    "adapters:list,add,show,remove,rollback,alias,download,preload,unload,combine,merge "
+    "jobs:list,show,cancel,remove,log,events"
+)
+
+
+def test_every_verb_is_there():
+    words = set()
+    for verb in VERBS.split():
+        name, _, inner = verb.partition(":")
+        words |= {f"{name} {one}" for one in inner.split(",")} if inner else {name}
+    assert set(commands()) == words
+
+
+@pytest.mark.parametrize("words", sorted(commands()))
+def test_every_command_has_help_with_an_example(words):
+    command = commands()[words]
+    text = run(*words.split(), "--help").output
+    assert f"graftwork {words}" in text.split("Options")[0].split("Usage", 1)[1].split("\n", 1)[1]
+    assert all(one.opts[0] in text for one in command.params if one.opts[0].startswith("-"))
+    # A terminal of 80 columns breaks longer lines in odd places.
+    assert max(len(line) for line in command.help.splitlines()) <= 78
+
+
+@pytest.mark.parametrize("words", sorted(set(commands()) - SERVICES))
+def test_every_command_that_prints_has_json(words):
+    assert "--json" in {option for one in commands()[words].params for option in one.opts}
+
+
+def test_commands_that_look_at_something_print_json(server):
+    url = ["--url", server.base_url]
+    assert {one["name"] for one in run_json("adapters", "list", *url)} >= {"complaints", "other"}
+    assert run_json("adapters", "show", "other", *url)["name"] == "other"
+    assert isinstance(run_json("jobs", "list", *url), list)
+    names = {one["variable"] for one in run_json("settings")}
+    assert names == {f"GRAFTWORK_{name.upper()}" for name in Settings.model_fields}
 
 
 def test_help_tells_every_option():
@@ -46,15 +94,10 @@ def test_a_wrong_option_is_told_in_a_sentence():
     assert result.exit_code == 2
 
 
-def test_adapters_add_and_list(tiny_base, tmp_path):
-    folder = save_prefix_adapter(tmp_path / "mine")
-    data = str(tmp_path / "data")
-    added = run("adapters", "add", str(folder), "--base", str(tiny_base), "--data-dir", data)
-    assert "mine@1 registered" in added.output
-    assert "PREFIX_TUNING" in run("adapters", "list", "--data-dir", data).output
-    (folder / "adapter_config.json").write_text("{}")
-    refused = run("adapters", "add", str(folder), "--base", str(tiny_base), "--data-dir", data)
-    assert refused.exit_code == 2
+def test_refusals_are_never_wrapped_or_read_as_markup(tmp_path):
+    long = tmp_path / ("x" * 120) / "[red]not red[/red]"
+    told = refusal("adapters", "list", "--data-dir", long, COLUMNS="40")
+    assert str(long) in told
 
 
 def test_the_printed_curl_line_is_one_shell_command(tmp_path):
