@@ -35,7 +35,7 @@ class RemoteContestant:
     Attributes:
         reference: what the server is asked for; None is the base.
         name: what it is called in the output.
-        method: such as "IA3".
+        method: such as "ia3".
         template: that rows are rendered with.
         target: the column with the answer.
         labels: what may be answered.
@@ -95,7 +95,7 @@ def contestant_of(
     return RemoteContestant(
         reference,
         name,
-        str(shown.get("peft_type", "base")),
+        str(shown.get("peft_type", "base")).lower(),
         words["template"],
         words["target"],
         words["labels"],
