@@ -43,8 +43,9 @@ class StagingArea:
         try:
             yield directory
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            # First, for what follows takes a descriptor and this may be the last one.
             os.close(lock)
+            _remove(directory)
 
     def sweep(self) -> int:
         """Remove what dead owners left; the number of entries removed."""
@@ -71,6 +72,14 @@ class StagingArea:
             if _shared(lock) and directory.exists():
                 return directory, lock
             os.close(lock)  # a sweep came between; it owns that folder now
+
+
+def _remove(directory: Path) -> None:
+    """Remove a folder; what cannot be removed now is left to the next sweep."""
+    try:
+        directory.rmdir()  # takes no descriptor
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _shared(lock: int) -> bool:

@@ -35,7 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
@@ -52,6 +52,8 @@ from server.jobs.states import FINISHED, TRANSITIONS, State, check_transition
 MAX_QUEUED = 100
 MAX_ATTEMPTS = 3
 MAX_EVENTS = 20_000
+# No supervisor and no worker asks for more than half of it.
+MAX_LEASE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class JobStore:
         max_queued: jobs that may wait.
         max_attempts: workers that a job may lose without a new checkpoint.
         max_events: about how many events of a job are kept, see `add_events`.
-        clock: the Unix time; every process of one root must share it.
+        clock: the Unix time; every process of one root must share it. It may be set back or forth.
 
     Raises:
         RegistryError: the database there cannot be used.
@@ -327,6 +329,7 @@ class JobStore:
         """
         with self._database.write() as session:
             now = self._clock()
+            _shorten_leases(session, now, lease_seconds)
             row = _first(session, JobRow.state == "queued")
             while row is None:
                 row = _first(session, JobRow.state == "running", JobRow.lease_until < now)
@@ -592,6 +595,16 @@ def _row(session: Session, job_id: str) -> JobRow:
 
 def _first(session: Session, *conditions: Any) -> JobRow | None:
     return session.scalars(select(JobRow).where(*conditions).order_by(JobRow.number)).first()
+
+
+def _shorten_leases(session: Session, now: float, lease_seconds: float) -> None:
+    """Make leases that end in a far future end soon: they are of a time before the clock went back.
+
+    Whoever holds one and lives renews it long before.
+    """
+    too_late = now + lease_seconds + MAX_LEASE_SECONDS
+    of_before = update(JobRow).where(JobRow.state == "running", JobRow.lease_until > too_late)
+    session.execute(of_before.values(lease_until=now + lease_seconds))
 
 
 def _held(session: Session, claim: Claim) -> JobRow:
