@@ -2,6 +2,7 @@
 # make test    set up what the tests need and run them
 # make lint    formatting, lint, types, import rules
 # make bench   output tokens a second, here and in PEFT
+# make image-test   build the container image and use it (root, buildah, podman, runc, debootstrap)
 # make demo-adapters   train the demo adapters anew and measure them
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 BASE := .graftwork/base
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test lint bench demo-adapters setup setup-test base
+.PHONY: serve test lint bench image-test demo-adapters setup setup-test base
 
 serve: setup base
 	@$(BIN)/graftwork serve --demo
@@ -26,6 +27,9 @@ lint: setup-test
 
 bench: setup-test base
 	$(BIN)/python -m tests.benchmarks.serving $(BENCH)
+
+image-test:
+	@$(PYTHON) docker/image_test.py $(IMAGE_TEST)
 
 DEMO := server/demo/adapters
 DEMO_DATA := --data server/demo/messages.jsonl --base $(BASE) --dtype bfloat16 --threads 1
