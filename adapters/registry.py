@@ -19,6 +19,8 @@ Rules that callers may rely on:
   it. Files go at `sweep` (start) or `collect_garbage` (any time, told what is in use).
 - Aliases belong to one adapter (NAME@ALIAS). A bare alias works while only one adapter has it;
   an alias and an adapter never share a name.
+- Whoever asks may be one who knows some names only (`visible`): for them all other names are as if
+  there were none, whatever they ask, and they can give nothing such a name.
 
 Threads of one process and several processes may use one root at once: every write holds SQLite's
 write lock from before it touches `blobs/` until its commit. Nothing here knows HTTP, tensors'
@@ -29,14 +31,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from sqlalchemy import Select, delete, func, select
+from sqlalchemy import ColumnElement, Select, delete, func, or_, select, true
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
@@ -159,6 +161,8 @@ class Registry:
         root: made if it is not there.
         reserved: names nobody may give an adapter (the base's id).
         limits: what an uploaded checkpoint may ask for.
+        visible: asked at every call: the names, and beginnings of names that end in `*`, of which
+            whoever calls may know; None is all. Adapters that are asked for by digest are not hidden.
 
     Raises:
         RegistryError: the database there is not one, or of a newer schema.
@@ -171,8 +175,10 @@ class Registry:
         *,
         reserved: Collection[str] = (),
         limits: CheckpointLimits = DEFAULT_LIMITS,
+        visible: Callable[[], Collection[str] | None] = lambda: None,
     ) -> None:
         self._limits = limits
+        self._visible = visible
         self._reserved = frozenset(name.casefold() for name in reserved)
         self._blobs = BlobStore(root, limits)
         self._database = Database(root / "registry.db")
@@ -235,10 +241,12 @@ class Registry:
             CheckpointError: the checkpoint is refused, or one of the words about it.
             BaseMismatch: `base_digest` is another base's.
             NameInvalid: not a name, reserved, or an alias of another adapter.
+            AdapterNotFound: a name of which whoever calls may not know.
             AdapterExists: `create_only`, and the name is in use.
             StorageFull, StorageUnavailable: nothing of it was kept.
         """
         self._check_name(name)
+        self._require_visible(name)
         _require_base(base_digest, base)
         said: dict[str, Any] = {
             "description": description,
@@ -287,9 +295,10 @@ class Registry:
         """Raise what `publish` would raise about a name, before there is anything to publish.
 
         Raises:
-            NameInvalid, AdapterExists: as `publish`.
+            NameInvalid, AdapterExists, AdapterNotFound: as `publish`.
         """
         self._check_name(name)
+        self._require_visible(name)
         with self._database.read() as session:
             _check_free(session, name, create_only)
 
@@ -315,7 +324,7 @@ class Registry:
     def lookup(self, reference: str) -> AdapterRecord:
         """As `resolve`, but a corrupt adapter is returned like any other."""
         with self._database.read() as session:
-            return _one(session, *_locate(session, reference))
+            return _one(session, *_locate(session, reference, self._visible()))
 
     def list(self, offset: int = 0, limit: int = 100) -> tuple[AdapterRecord, ...]:
         """The default version of every adapter, by name."""
@@ -327,6 +336,7 @@ class Registry:
                     default,
                     (default.c.name == VersionRow.name) & (default.c.version == VersionRow.version),
                 )
+                .where(_among(self._visible()))
                 .order_by(VersionRow.name)
                 .offset(offset)
                 .limit(limit)
@@ -336,7 +346,8 @@ class Registry:
     def count(self) -> int:
         """Adapters that have a version."""
         with self._database.read() as session:
-            return session.scalar(select(func.count(VersionRow.name.distinct()))) or 0
+            names = select(func.count(VersionRow.name.distinct()))
+            return session.scalar(names.where(_among(self._visible()))) or 0
 
     def versions(self, name: str) -> tuple[AdapterRecord, ...]:
         """Every version of an adapter, oldest first.
@@ -344,6 +355,7 @@ class Registry:
         Raises:
             AdapterNotFound: it has none.
         """
+        self._require_visible(name)
         with self._database.read() as session:
             statement = _versions().where(VersionRow.name == name).order_by(VersionRow.version)
             return _records(session, statement) or _no_adapter(name)
@@ -351,7 +363,7 @@ class Registry:
     def from_source(self, source: Source) -> tuple[AdapterRecord, ...]:
         """Every version that came here in one way, by name, oldest first."""
         with self._database.read() as session:
-            statement = _versions().where(VersionRow.source == source)
+            statement = _versions().where(VersionRow.source == source, _among(self._visible()))
             return _records(session, statement.order_by(VersionRow.name, VersionRow.version))
 
     def blob_path(self, digest: str) -> Path:
@@ -383,6 +395,7 @@ class Registry:
         Raises:
             AdapterNotFound, VersionNotFound: nothing was removed.
         """
+        self._require_visible(name)
         with self._database.write() as session:
             mine = [VersionRow.name == name]
             if version is not None:
@@ -405,6 +418,8 @@ class Registry:
             AdapterNotFound, VersionNotFound: nothing to point at.
         """
         self._check_name(alias, "alias")
+        # An alias too: what it may be would tell which adapters there are.
+        self._require_visible(name, alias)
         with self._database.write() as session:
             if alias.isdigit() or _newest(session, alias):
                 raise NameInvalid(
@@ -423,6 +438,7 @@ class Registry:
         Raises:
             AdapterNotFound, VersionNotFound: nothing to roll back to.
         """
+        self._require_visible(name)
         with self._database.write() as session:
             _require_version(session, name, version)
             session.get_one(AdapterRow, name).pinned_version = version
@@ -504,6 +520,12 @@ class Registry:
                 session.execute(delete(BlobRow).where(BlobRow.digest == digest))
             return tuple(unused)
 
+    def _require_visible(self, *names: str) -> None:
+        visible = self._visible()
+        for name in names:
+            if not _is_among(name, visible):
+                _no_adapter(name)
+
     def _check_name(self, name: str, field: str = "name") -> None:
         if not _NAME.fullmatch(name) or ".." in name:
             raise NameInvalid(
@@ -554,12 +576,32 @@ def _default_versions() -> Select[str, int]:
     )
 
 
-def _locate(session: Session, reference: str) -> tuple[str, int]:
+def _is_among(name: str, visible: Collection[str] | None) -> bool:
+    """Whether a name is one of these, or begins as one that ends in `*`; None is all."""
+    return visible is None or any(
+        name.startswith(one[:-1]) if one.endswith("*") else name == one for one in visible
+    )
+
+
+def _among(visible: Collection[str] | None) -> ColumnElement[bool]:
+    """As `_is_among`, of the rows of versions."""
+    if visible is None:
+        return true()
+    beginnings = [one[:-1] for one in visible if one.endswith("*")]
+    return or_(
+        VersionRow.name.in_([one for one in visible if not one.endswith("*")]),
+        *(VersionRow.name.startswith(one, autoescape=True) for one in beginnings),
+    )
+
+
+def _locate(session: Session, reference: str, visible: Collection[str] | None) -> tuple[str, int]:
     """(name, version) of NAME, NAME@VERSION, NAME@ALIAS or a bare alias."""
     name, at, which = reference.partition("@")
-    default = session.execute(_default_versions().where(AdapterRow.name == name)).first()
+    default = None
+    if _is_among(name, visible):
+        default = session.execute(_default_versions().where(AdapterRow.name == name)).first()
     if default is None:
-        return _no_adapter(reference) if at else _locate_bare_alias(session, name)
+        return _no_adapter(reference) if at else _locate_bare_alias(session, name, visible)
     if not at:
         return name, default.version
     found: VersionRow | AliasRow | None
@@ -570,8 +612,11 @@ def _locate(session: Session, reference: str) -> tuple[str, int]:
     return (name, found.version) if found is not None else _no_version(name, which)
 
 
-def _locate_bare_alias(session: Session, alias: str) -> tuple[str, int]:
-    found = session.scalars(select(AliasRow).where(AliasRow.alias == alias)).all()
+def _locate_bare_alias(
+    session: Session, alias: str, visible: Collection[str] | None
+) -> tuple[str, int]:
+    named = session.scalars(select(AliasRow).where(AliasRow.alias == alias))
+    found = [row for row in named if _is_among(row.name, visible)]
     if not found:
         _no_adapter(alias)
     if len(found) > 1:

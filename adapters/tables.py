@@ -1,8 +1,8 @@
 """The tables of a data directory's database.
 
 Rows only: what they mean together is `adapters.registry`'s to keep, for the jobs
-`server.jobs.store`'s, and for the files `server.uploads`'. A change here needs a new file in
-`adapters/migrations/versions`.
+`server.jobs.store`'s, for the files `server.uploads`', and for the keys `server.keys.store`'s. A
+change here needs a new file in `adapters/migrations/versions`.
 
 meta        one row: the schema's version, for code from before migrations
 adapters    a name; its last version number (never used again) and the version it is pinned to
@@ -12,6 +12,7 @@ aliases     (name, alias) -> version
 jobs        a training job, its state, and who may work on it
 job_events  (job, event) -> what happened, in order
 files       a file that somebody uploaded, to train on
+keys        an API key: what it may do, and the digest of its text
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ class JobRow(Base):
         last_event: id of its newest event.
         skipped_steps: steps since the last one that became an event.
         tuning: what `/v1/fine_tuning/jobs` was asked for, beside the job; NULL for other jobs.
+        owner: the tenant or the key that asked for it; NULL where no key was needed.
     """
 
     __tablename__ = "jobs"
@@ -169,6 +171,7 @@ class JobRow(Base):
     last_event: Mapped[int] = mapped_column(Integer)
     skipped_steps: Mapped[int] = mapped_column(Integer)
     tuning: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    owner: Mapped[str | None] = mapped_column(String)
 
 
 class JobEventRow(Base):
@@ -193,6 +196,7 @@ class FileRow(Base):
         filename: as the client called it; never part of a path.
         purpose: what it is for, in OpenAI's words.
         num_bytes: how long it is.
+        owner: the tenant or the key that uploaded it; NULL where no key was needed.
     """
 
     __tablename__ = "files"
@@ -203,3 +207,29 @@ class FileRow(Base):
     purpose: Mapped[str] = mapped_column(String)
     num_bytes: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    owner: Mapped[str | None] = mapped_column(String)
+
+
+class KeyRow(Base):
+    """One API key, without its text; see `server.keys.key`.
+
+    Attributes:
+        digest: SHA-256 of its text, in hex.
+        adapters: names it may use, and beginnings of names that end in `*`; NULL is all.
+        revoked_at: NULL while it is good.
+    """
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    digest: Mapped[str] = mapped_column(String, unique=True)
+    scopes: Mapped[list[Any]] = mapped_column(JSON)
+    adapters: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    tenant: Mapped[str | None] = mapped_column(String)
+    rate: Mapped[str | None] = mapped_column(String)
+    tokens: Mapped[str | None] = mapped_column(String)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -30,6 +30,7 @@ from server.api import (
     train,
 )
 from server.api.access_log import AccessLog
+from server.api.auth import Auth
 from server.api.headers import BodyLimit, ReplyHeaders
 from server.api.metrics import router as metrics_router
 from server.api.openai import chat, completions
@@ -44,6 +45,9 @@ from server.folder_watch import FolderWatch
 from server.generation import Generator
 from server.jobs.store import JobStore
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
+from server.keys.caller import visible_adapters
+from server.keys.ring import KeyRing
+from server.keys.store import KeyStore
 from server.metrics import Metrics
 from server.settings import MIB, Settings
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
@@ -130,6 +134,9 @@ def create_app(
     app.add_middleware(
         BodyLimit, max_bytes=settings.max_body_mib * MIB, exempt=frozenset(UPLOAD_PATHS)
     )
+    app.add_middleware(
+        Auth, required=settings.keys_required, metrics_public=settings.metrics_public
+    )
     app.add_middleware(errors.CatchAll)
     app.add_middleware(Watched)
     app.add_middleware(AccessLog)
@@ -141,7 +148,7 @@ def open_services(settings: Settings) -> Services:
     """The registry and the jobs, swept; an engine and a supervisor that are not started yet."""
     base_id = base_name(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    registry = Registry(settings.data_dir, reserved=(base_id,))
+    registry = Registry(settings.data_dir, reserved=(base_id,), visible=visible_adapters)
     report = registry.sweep(deep=False)
     if report.corrupt:
         log.warning("adapters_corrupt", digests=report.corrupt)
@@ -167,6 +174,7 @@ def open_services(settings: Settings) -> Services:
         metrics=metrics,
         jobs=jobs,
         files=files,
+        keys=KeyRing(KeyStore(settings.data_dir)) if settings.keys_required else None,
         supervisor=supervisor,
     )
 
@@ -180,10 +188,17 @@ async def start_engine(services: Services) -> Generator:
     await services.client.start()
     services.base_notes = services.client.notes
     tokenizer = await anyio.to_thread.run_sync(load_text_tokenizer, services.settings)
-    watchers: list[Watcher] = [services.metrics]
+    watchers: list[Watcher] = [services.metrics, services.quotas]
     if services.tracing is not None:
         watchers.append(services.tracing)
-    return Generator(services.client, services.registry, tokenizer, services.base_id, watchers)
+    return Generator(
+        services.client,
+        services.registry,
+        tokenizer,
+        services.base_id,
+        watchers,
+        admit=services.quotas.check_tokens,
+    )
 
 
 async def close_services(services: Services) -> None:
@@ -199,6 +214,8 @@ async def close_services(services: Services) -> None:
         services.jobs.close()
     if services.files is not None:
         services.files.close()
+    if services.keys is not None:
+        await anyio.to_thread.run_sync(services.keys.close)
     services.registry.close()
 
 

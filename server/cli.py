@@ -9,6 +9,7 @@
     graftwork train      rows of a file become an adapter
     graftwork jobs       list, show, cancel, remove, log, events of training jobs
     graftwork worker     run training jobs apart from a server
+    graftwork keys       make, list and revoke API keys
     graftwork bench      put load on a server
     graftwork doctor     would it run here, and what to do where it would not
     graftwork settings   every setting with its default
@@ -40,6 +41,7 @@ from server import (
     cli_eval,
     cli_generate,
     cli_jobs,
+    cli_keys,
     cli_train,
 )
 from server.cli_options import (
@@ -81,6 +83,7 @@ cli_doctor.add_commands(app)
 cli_eval.add_commands(app)
 cli_generate.add_commands(app)
 cli_jobs.add_commands(app)
+cli_keys.add_commands(app)
 
 
 @app.command()
@@ -91,6 +94,9 @@ def serve(
     data_dir: DataDir = None,
     host: Annotated[str | None, option("host", "--host")] = None,
     port: Annotated[int | None, option("port", "--port", "-p")] = None,
+    require_keys: Annotated[
+        bool | None, option("require_keys", "--require-keys/--no-require-keys")
+    ] = None,
     dtype: DtypeOption = None,
     device: Device = None,
     threads: Threads = None,
@@ -127,6 +133,7 @@ def serve(
         data_dir=data_dir,
         host=host,
         port=port,
+        require_keys=require_keys,
         dtype=dtype,
         device=device,
         threads=threads,

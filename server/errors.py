@@ -15,7 +15,13 @@
     |-- TooManyJobs          as many jobs wait already as may
     |-- LoadingDisabled      the operator allows no directory to load adapters from
     |-- FolderNotFound       no folder inside the directories that an operator allows
-    `-- NotLoaded            the adapter is not one that a client loaded from a folder
+    |-- NotLoaded            the adapter is not one that a client loaded from a folder
+    |-- KeyRequired          no API key, or none that is good
+    |-- ScopeMissing         a good key that may not do this
+    |-- RateLimited          more requests than the key may make in a time
+    |-- QuotaExceeded        the key has used as many tokens as it may in a time
+    |-- KeyInvalid           a key that cannot be made so (never told to a client, as the next)
+    `-- KeyNotFound          no key of that id
     LeaseLost                a worker's claim on its job is no longer good (never told to a client)
 
 Every error carries facts as plain attributes, as those of `adapters.errors` do; nothing here knows
@@ -108,6 +114,43 @@ class FolderNotFound(RequestRefused):
 
 class NotLoaded(RequestRefused):
     """The adapter is not one that a client loaded from a folder."""
+
+
+class KeyRequired(RequestRefused):
+    """No API key, or none that is good; the same words for every reason."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a valid API key is required: send it as Authorization: Bearer KEY, or as x-api-key"
+        )
+
+
+class ScopeMissing(RequestRefused):
+    """A good key that may not do this."""
+
+
+class RateLimited(RequestRefused):
+    """More requests than the key may make in a time.
+
+    Attributes:
+        retry_after_seconds: when to try again.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class QuotaExceeded(RateLimited):
+    """The key has used as many tokens as it may in a time."""
+
+
+class KeyInvalid(RequestRefused):
+    """A key that cannot be made so."""
+
+
+class KeyNotFound(RequestRefused):
+    """No key of that id."""
 
 
 class LeaseLost(Exception):

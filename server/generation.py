@@ -36,6 +36,7 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.errors import RequestInvalid, TooLong
+from server.keys.caller import owner
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
 from server.text.tokenizer import TextTokenizer, TokenSpan
@@ -250,6 +251,7 @@ class Generator:
         tokenizer: the base's.
         base_id: the name by which a caller may ask for the base itself.
         watchers: told of every generation.
+        admit: called before each is begun; what it raises refuses it.
     """
 
     def __init__(
@@ -259,8 +261,10 @@ class Generator:
         tokenizer: TextTokenizer,
         base_id: str,
         watchers: Sequence[Watcher] = (),
+        admit: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
+        self._admit = admit
         self._registry = registry
         self.tokenizer = tokenizer
         self.base_id = base_id
@@ -384,7 +388,7 @@ class Generator:
             eos_token_ids=self.tokenizer.eos_token_ids,
         )
         ref = None if adapter is None else adapter_ref(adapter)
-        return GenerationRequest(request_id, ids, sampling, ref)
+        return GenerationRequest(request_id, ids, sampling, ref, cache_scope=owner() or "")
 
     def submit(self, request: GenerationRequest, options: Options) -> Generation:
         """Queue a prepared request.
@@ -392,7 +396,9 @@ class Generator:
         Raises:
             EngineOverloaded: the queue is full.
             EngineUnavailable: the engine's process is down.
+            QuotaExceeded: the caller's key may have no more tokens now.
         """
+        self._admit()
         detokenizer = IncrementalDetokenizer(self.tokenizer.decode, request.prompt_token_ids)
         with self._telling_refusal(None if request.adapter is None else request.adapter.name):
             stream = self._client.submit(request)

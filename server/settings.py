@@ -7,6 +7,7 @@ option of `graftwork serve`, which wins. Knows nothing of what the settings are 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,8 +72,16 @@ class Settings(BaseSettings):
         description="Running server that commands talk to, such as http://127.0.0.1:8000. Left "
         "out, they work on the data directory.",
     )
-    host: str = Field("127.0.0.1", description="Address to listen on; there is no authentication.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    require_keys: bool | None = Field(
+        None,
+        description="Ask every request for an API key, see `graftwork keys`. Left out: unless the "
+        "server listens on a loopback address.",
+    )
+    metrics_public: bool = Field(
+        False, description="Let /metrics be read without a key, where keys are asked for."
+    )
     dtype: Dtype | None = Field(
         None,
         description="Number format of the weights. Left out: bfloat16 where the hardware computes "
@@ -155,6 +164,11 @@ class Settings(BaseSettings):
         return self.data_dir / "blobs"
 
     @property
+    def keys_required(self) -> bool:
+        """Whether requests need a key."""
+        return not _is_loopback(self.host) if self.require_keys is None else self.require_keys
+
+    @property
     def base_id(self) -> str:
         """The base's name for clients: printable ASCII, fit for a header."""
         if self.base_name:
@@ -203,6 +217,14 @@ class Settings(BaseSettings):
             nice=self.train_nice,
             memory_bytes=None if limit is None else limit * MIB,
         )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own; a name is not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _num_cores() -> int:

@@ -4,8 +4,9 @@
 
 The row is the commit point: the bytes are complete and synced under their id before the row exists,
 and leave after it is gone. A crash between the two leaves a file without a row, which `sweep` removes.
-What a client called its file stands in the row only: it is never part of a path. Nothing here knows
-HTTP, or what the bytes mean.
+What a client called its file stands in the row only: it is never part of a path. Whoever asks with a
+key (`server.keys.caller`) sees the files of its owner only. Nothing here knows HTTP, or what the bytes
+mean.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select, true
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
@@ -29,6 +30,7 @@ from adapters.database import Database
 from adapters.errors import AdapterError
 from adapters.tables import FileRow
 from server.errors import FilesFull, UploadNotFound
+from server.keys.caller import only_owner, owner
 
 MAX_FILES = 1_000
 MAX_FILES_BYTES = 2**30
@@ -116,6 +118,7 @@ class FileStore:
                         purpose=purpose,
                         num_bytes=num_bytes,
                         created_at=datetime.fromtimestamp(self._clock(), UTC),
+                        owner=owner(),
                     )
                     session.add(row)
                     session.flush()
@@ -162,7 +165,8 @@ class FileStore:
             UploadNotFound: there is no file `after`.
         """
         number = FileRow.number
-        statement = select(FileRow).order_by(number.desc() if newest_first else number)
+        order = number.desc() if newest_first else number
+        statement = select(FileRow).where(_seen()).order_by(order)
         if purpose is not None:
             statement = statement.where(FileRow.purpose == purpose)
         with self._database.read() as session:
@@ -228,10 +232,16 @@ def no_upload(file_id: str) -> UploadNotFound:
     return UploadNotFound(f"there is no file {shown!r}", field="file_id", came=shown)
 
 
+def _seen() -> ColumnElement[bool]:
+    """The files of which the caller may know."""
+    only = only_owner()
+    return true() if only is None else FileRow.owner == only
+
+
 def _row(session: Session, file_id: str) -> FileRow:
     row = None
     if _ID.fullmatch(file_id):
-        row = session.scalars(select(FileRow).where(FileRow.id == file_id)).first()
+        row = session.scalars(select(FileRow).where(FileRow.id == file_id, _seen())).first()
     if row is None:
         raise no_upload(file_id)
     return row

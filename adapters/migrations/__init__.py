@@ -3,7 +3,7 @@
 `adapters.database` decides when, and keeps the transaction; this package is imported only where
 there is something to change. To add one, change `adapters.tables`, then
 
-    alembic -x database=FILE revision --autogenerate --rev-id 0005 -m "what it does"
+    alembic -x database=FILE revision --autogenerate --rev-id 0006 -m "what it does"
 
 on a FILE of the version before, and set `HEAD` in `adapters.database`. SQLite alters a table by
 copying it where it must (`op.batch_alter_table`).

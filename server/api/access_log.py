@@ -40,6 +40,7 @@ class AccessLog:
         finally:
             write = log.debug if scope["path"] in QUIET_PATHS else log.info
             headers = reply_headers(HTTPConnection(scope))
+            key = scope["state"].get("key_id")
             write(
                 "request",
                 method=scope["method"],
@@ -49,4 +50,5 @@ class AccessLog:
                 request_id=headers["x-request-id"],
                 adapter=headers["x-adapter-id"],
                 version=headers["x-adapter-version"],
+                **({} if key is None else {"key": key}),
             )

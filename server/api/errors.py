@@ -99,6 +99,12 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.LoadingDisabled: Refusal(403, "loading_disabled"),
     ours.FolderNotFound: Refusal(404, "folder_not_found"),
     ours.NotLoaded: Refusal(400, "not_loaded"),
+    ours.KeyRequired: Refusal(401, "key_required", "authentication"),
+    ours.ScopeMissing: Refusal(403, "scope_missing", "authentication"),
+    ours.RateLimited: Refusal(429, "rate_limited", "overloaded"),
+    ours.QuotaExceeded: Refusal(429, "quota_exceeded", "overloaded"),
+    ours.KeyInvalid: UNFORESEEN,
+    ours.KeyNotFound: UNFORESEEN,
     ours.LeaseLost: UNFORESEEN,
     # the engine
     engine.EngineError: UNFORESEEN,
@@ -254,7 +260,9 @@ class CatchAll:
 
 
 def _retry_headers(error: Exception) -> dict[str, str]:
-    if isinstance(error, engine.EngineOverloaded):
+    if isinstance(error, ours.KeyRequired):
+        return {"www-authenticate": 'Bearer realm="graftwork"'}
+    if isinstance(error, (engine.EngineOverloaded, ours.RateLimited)):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))}
     if isinstance(error, ours.TooManyJobs):
         return {"retry-after": "30"}

@@ -20,6 +20,7 @@ from server.api.headers import set_headers
 from server.engine.client import EngineClient
 from server.errors import NotReady
 from server.generation import Generator
+from server.keys.quotas import Quotas
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tracing import Tracing
@@ -27,6 +28,7 @@ from server.tracing import Tracing
 if TYPE_CHECKING:
     from server.jobs.store import JobStore
     from server.jobs.supervisor import Supervisor
+    from server.keys.ring import KeyRing
     from server.uploads import FileStore
 
 
@@ -48,6 +50,8 @@ class Services:
         requests_by_adapter: generations asked of each name since the start.
         jobs: the training jobs; None in a server that has no table of them.
         files: the files that were uploaded to train on; None likewise.
+        keys: the API keys; None in a server that asks for none.
+        quotas: what each key has used.
         supervisor: what runs them here; None where `graftwork worker` does.
         stopping: whether the server is about to go; streams without an end of their own end then.
         planning: held while a job is planned: one at a time, since each may hold a whole file.
@@ -66,6 +70,8 @@ class Services:
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     files: FileStore | None = None
+    keys: KeyRing | None = None
+    quotas: Quotas = field(default_factory=Quotas)
     supervisor: Supervisor | None = None
     stopping: Callable[[], bool] = field(default=lambda: False)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
@@ -99,6 +105,16 @@ class Services:
         if self.jobs is None:
             raise NotReady("not ready: this server has no table of training jobs")
         return self.jobs
+
+    def need_keys(self) -> KeyRing:
+        """The API keys.
+
+        Raises:
+            NotReady: this server has no table of them.
+        """
+        if self.keys is None:
+            raise NotReady("not ready: this server has no table of keys")
+        return self.keys
 
     def need_files(self) -> FileStore:
         """The files that were uploaded to train on.

@@ -1,12 +1,13 @@
 """Which blocks hold the keys and values of which beginnings.
 
-A beginning is an adapter (or the base) and the token ids from the first prompt token on. It is kept as a
-tree: a full block is found under the beginning before it by its own token ids, and so on down.
+A beginning is a scope, an adapter (or the base) and the token ids from the first prompt token on. It is
+kept as a tree: a full block is found under the beginning before it by its own token ids, and so on down.
 
     root of adapter a --(Tweet text : The ...)--> block 7 --(fridge you ...)--> block 2
                                                          `--(parcel is ...)---> block 5
 
-Another adapter has another root, since its keys and values of the same tokens are others. A full block is
+Another adapter has another root, since its keys and values of the same tokens are others. So has
+another scope: those are the same, but whether they are there is nobody else's to find out. A full block is
 shared as it is. A block that is only partly the same, or only partly filled, is copied and goes on
 from where the tokens part. Pure: tensors are copied by somebody else.
 """
@@ -63,23 +64,24 @@ class PrefixCache:
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
         self._block_size = block_size
-        self._roots: dict[str | None, int] = {}
+        self._roots: dict[tuple[str | None, str], int] = {}
         self._children: dict[int, dict[Tokens, int]] = {}  # beginning -> its next tokens -> block
         self._places: dict[int, _Place] = {}  # block -> where it stands
         self._nodes: dict[int, int] = {}  # full block -> the beginning that ends with it
         self._num_nodes = 0
         pool.on_reuse = self._drop
 
-    def root(self, digest: str | None) -> int:
-        """The empty beginning of an adapter; None is the base."""
-        if digest not in self._roots:
-            self._roots[digest] = self._new_node()
-        return self._roots[digest]
+    def root(self, digest: str | None, scope: str = "") -> int:
+        """The empty beginning of an adapter in a scope; None is the base."""
+        place = (digest, scope)
+        if place not in self._roots:
+            self._roots[place] = self._new_node()
+        return self._roots[place]
 
     def match(self, sequence: Sequence) -> Match:
         """The longest known beginning of `sequence` that it may reuse."""
         size, limit, token_ids = self._block_size, sequence.num_reusable, sequence.token_ids
-        node = self.root(sequence.adapter_digest)
+        node = self.root(sequence.adapter_digest, sequence.cache_scope)
         found: list[int] = []
         while (len(found) + 1) * size <= limit:
             at = len(found) * size
@@ -101,6 +103,7 @@ class PrefixCache:
         return any(
             other.num_computed < len(other.token_ids) - 1
             and other.adapter_digest == sequence.adapter_digest
+            and other.cache_scope == sequence.cache_scope
             and min(limit, num_common(other.token_ids, sequence.token_ids)) >= least
             for other in running
             if other.request is not None

@@ -106,12 +106,15 @@ class GenerationRequest:
         prompt_token_ids: at least one id, without virtual tokens.
         sampling: see SamplingParams.
         adapter: None is the base itself.
+        cache_scope: requests reuse the keys and values of prompts of the same scope only, so that
+            nobody learns from the time a prompt takes whether a stranger sent it before.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterRef | None = None
+    cache_scope: str = ""
 
 
 # --- commands: API -> engine ---------------------------------------------------------------

@@ -90,6 +90,11 @@ class Sequence:
         return self.request.adapter.digest
 
     @property
+    def cache_scope(self) -> str:
+        """Whose cached beginnings it may reuse, and who may reuse its own."""
+        return "" if self.request is None else self.request.cache_scope
+
+    @property
     def prefix_tokens(self) -> int:
         """Positions before its own tokens."""
         if self.request is None or self.request.adapter is None:

@@ -14,6 +14,7 @@ Rules that callers may rely on:
 - Event ids of a job are 1, 2, 3, ...; what was read once is never different.
 - A job that loses its worker `max_attempts` times without a new checkpoint fails with code
   "worker_lost". A worker that hands its job back does not count.
+- Whoever asks with a key (`server.keys.caller`) sees the jobs of its owner only: there are no others.
 - A cancel is not lost: a running job that was asked to end is cancelled even if its worker dies.
 - What is served has succeeded: a job that lost its worker after its adapter was published, and before
   its end was written, succeeds whatever was asked of it since.
@@ -35,7 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import ColumnElement, delete, func, select, true, update
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
@@ -48,6 +49,7 @@ from adapters.training.rows import Row
 from server.errors import JobActive, LeaseLost, TooManyJobs
 from server.jobs.files import JobFiles, no_job
 from server.jobs.states import FINISHED, TRANSITIONS, State, check_transition
+from server.keys.caller import only_owner, owner
 
 MAX_QUEUED = 100
 MAX_ATTEMPTS = 3
@@ -208,9 +210,9 @@ class JobStore:
 
     def list(self, offset: int = 0, limit: int = 100) -> list[JobRecord]:
         """Jobs, the newest first."""
-        statement = select(JobRow).order_by(JobRow.number.desc()).offset(offset).limit(limit)
+        statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc())
         with self._database.read() as session:
-            return [_record(row) for row in session.scalars(statement)]
+            return [_record(row) for row in session.scalars(statement.offset(offset).limit(limit))]
 
     def list_after(
         self,
@@ -231,7 +233,7 @@ class JobStore:
         Raises:
             JobNotFound: no job `after`.
         """
-        statement = select(JobRow).order_by(JobRow.number.desc()).limit(limit)
+        statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc()).limit(limit)
         for name, value in (metadata or {}).items():
             # Not by a path, in which a name would need quoting.
             said = func.json_each(JobRow.tuning, "$.metadata").table_valued("key", "value")
@@ -247,10 +249,10 @@ class JobStore:
     def count(self) -> int:
         """Jobs in all states."""
         with self._database.read() as session:
-            return session.scalar(select(func.count()).select_from(JobRow)) or 0
+            return session.scalar(select(func.count()).select_from(JobRow).where(_seen())) or 0
 
     def count_by_state(self) -> dict[State, int]:
-        """How many jobs there are in each state; none is a number too."""
+        """How many jobs there are in each state, whoever asks; none is a number too."""
         statement = select(JobRow.state, func.count()).group_by(JobRow.state)
         with self._database.read() as session:
             found = {str(state): number for state, number in session.execute(statement)}
@@ -518,6 +520,7 @@ class JobStore:
             last_event=0,
             skipped_steps=0,
             tuning=tuning,
+            owner=owner(),
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
@@ -586,8 +589,14 @@ class JobStore:
 # --- rules over rows ----------------------------------------------------------------------
 
 
+def _seen() -> ColumnElement[bool]:
+    """The jobs of which the caller may know."""
+    only = only_owner()
+    return true() if only is None else JobRow.owner == only
+
+
 def _row(session: Session, job_id: str) -> JobRow:
-    row = session.scalars(select(JobRow).where(JobRow.id == job_id)).first()
+    row = session.scalars(select(JobRow).where(JobRow.id == job_id, _seen())).first()
     if row is None:
         raise no_job(job_id)
     return row
