@@ -204,6 +204,7 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
     from server.logs import configure
 
     configure(settings.log_format, settings.log_level)
+    _require_data_dir(settings)
     bound = _bind(settings)
     port = bound.getsockname()[1]
 
@@ -232,6 +233,16 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
         return 0
     services: Services | None = getattr(app.state, "services", None)
     return 0 if services is not None and services.failure is None else 1
+
+
+def _require_data_dir(settings: Settings) -> None:
+    from adapters.errors import StorageUnavailable
+    from server.data_dir import require_writable
+
+    try:
+        require_writable(settings.data_dir)
+    except StorageUnavailable as error:
+        raise fail(error.message) from error
 
 
 def _bind(settings: Settings) -> socket.socket:
