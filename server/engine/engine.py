@@ -173,6 +173,7 @@ class Engine:
         for digest in plan.loads:
             self._start_load(digest)
         self.runner.copy_blocks(plan.copies)
+        self.runner.clear_blocks(plan.clears)
         self._install(plan, events)
         if plan.chunks:
             self._compute(plan, events)

@@ -44,9 +44,10 @@ class KVBlocks:
         device: torch.device,
     ) -> None:
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        # Zeros: unused slots of a block are read (and masked), and 0 * NaN is NaN.
-        self.keys = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        # One piece, so that `clear` is one operation.
+        self._all = _zeros((2, spec.num_layers, *shape), dtype, device)
+        self.keys = list(self._all[0])
+        self.values = list(self._all[1])
         self.block_size = block_size
 
     @staticmethod
@@ -54,6 +55,16 @@ class KVBlocks:
         """Bytes that one block takes over all layers, keys and values."""
         per_token = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
         return block_size * per_token
+
+    def clear(self, block_ids: list[int]) -> None:
+        """Fill blocks with zeros.
+
+        Unused slots of a block are read too, and masked: 0 * NaN and infinity - infinity are NaN, so
+        that what another sequence left there must go.
+        """
+        if block_ids:
+            index = torch.tensor(block_ids, device=self._all.device)
+            self._all.index_fill_(2, index, 0)
 
     def write(
         self,
@@ -68,8 +79,9 @@ class KVBlocks:
         self.values[layer][blocks, :, offsets] = values
 
     def write_prefix(self, block_ids: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy an adapter's keys and values, (L, H_kv, n, D), into its blocks."""
+        """Copy an adapter's keys and values, (L, H_kv, n, D), into its blocks; the rest is zeros."""
         size = self.block_size
+        self.clear(block_ids[-1:])
         for index, block in enumerate(block_ids):
             part_k = keys[:, :, index * size : (index + 1) * size]
             part_v = values[:, :, index * size : (index + 1) * size]

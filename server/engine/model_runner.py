@@ -93,6 +93,10 @@ class ModelRunner:
         """Copy blocks, (from, to), one after the other."""
         self._blocks.copy(pairs)
 
+    def clear_blocks(self, block_ids: list[int]) -> None:
+        """Wipe what somebody else left in blocks."""
+        self._blocks.clear(block_ids)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
         return blocks_for(num_tokens, self._blocks.block_size)

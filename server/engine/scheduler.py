@@ -72,6 +72,8 @@ class StepPlan:
     Attributes:
         loads: digests to read from disk, asked for once.
         copies: (from, to) blocks to copy before anything else is written, in this order.
+        clears: blocks that the step fills in part and that may hold what others left; to be wiped
+            after the copies.
         installs: adapters whose slot must be filled before the forward pass.
         chunks: what the forward pass computes; rows of one adapter stand together.
         preempted: sequences that lost their blocks in this step.
@@ -79,6 +81,7 @@ class StepPlan:
 
     loads: list[str] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    clears: list[int] = field(default_factory=list)
     installs: list[AdapterEntry] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
@@ -331,9 +334,15 @@ class Scheduler:
             self._preempt(victim, plan)
             if victim is sequence:
                 return False
-        if need > 0:
-            sequence.block_ids += self.pool.allocate(need) or []
+        self._take_blocks(plan, sequence, need)
         return True
+
+    def _take_blocks(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
+        """Give `sequence` free blocks; the step fills all of them but the last one to the end."""
+        if count > 0:
+            taken = self.pool.allocate(count) or []
+            sequence.block_ids += taken
+            plan.clears += taken[-1:]
 
     def _youngest(self, plan: StepPlan) -> Sequence | None:
         """The youngest running request that this step does not compute already; folds never yield."""
@@ -439,7 +448,7 @@ class Scheduler:
                 self._note_blocked(sequence)
             return False
         if entry.needs_fold:
-            self._start_fold(entry)
+            self._start_fold(plan, entry)
             return False
         entry.residency = Residency.DEVICE
         plan.installs.append(entry)
@@ -449,8 +458,9 @@ class Scheduler:
         loading = [e for e in self.slots.entries.values() if e.residency is Residency.LOADING]
         return len(loading) < MAX_LOADS
 
-    def _start_fold(self, entry: AdapterEntry) -> None:
+    def _start_fold(self, plan: StepPlan, entry: AdapterEntry) -> None:
         rows = entry.ref.num_virtual_tokens
+        plan.clears += entry.block_ids
         fold = Sequence.fold(entry.ref.digest, rows, entry.block_ids, self._next_arrival())
         entry.residency = Residency.FOLDING
         entry.pins += 1
@@ -463,7 +473,7 @@ class Scheduler:
     def _start(self, plan: StepPlan, sequence: Sequence) -> int:
         size = sequence.next_chunk(self.limits.prefill_chunk)
         need = blocks_for(sequence.num_computed + size, self.limits.block_size)
-        sequence.block_ids += self.pool.allocate(need - len(sequence.block_ids)) or []
+        self._take_blocks(plan, sequence, need - len(sequence.block_ids))
         self.prefix_query_tokens += sequence.num_tokens
         self.prefix_hit_tokens += sequence.num_computed
         sequence.to(SequenceState.RUNNING)
