@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -44,6 +45,9 @@ from server.engine.self_check import check_base, reference_logits
 from server.engine.sequence import Sequence, SequenceState
 
 log = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 _LOAD_WAIT_SECONDS = 0.05
 # What a step waits for masks; an output whose mask comes later draws its token in a later step.
@@ -182,18 +186,12 @@ class Engine:
 
     def _compute(self, plan: StepPlan, events: list[Event]) -> None:
         self._note_started(plan)
-        try:
-            rows = [self._rows_of(chunk) for chunk in plan.chunks]
-            logits = self.runner.run(rows)
-        except Exception as error:  # out of memory among others
-            self._fail(plan.chunks, "the forward pass failed", error, events)
-            return
+        computed = self._in_halves(
+            self._forward, plan.chunks, "the forward pass failed", events, lambda chunk: chunk
+        )
+        plan.chunks = [row.chunk for row, _ in computed]
         self.scheduler.complete(plan)
-        requests = [chunk for chunk in plan.chunks if chunk.sequence.request is not None]
-        try:
-            self._draw(rows, logits, events)
-        except Exception as error:
-            self._fail(requests, "choosing the next tokens failed", error, events)
+        self._draw(computed, events)
         for chunk in plan.chunks:
             fold = chunk.sequence
             if fold.fold_digest is None or fold.num_computed < fold.num_tokens:
@@ -203,18 +201,63 @@ class Engine:
             except Exception as error:
                 self._fail([chunk], "keeping a folded adapter failed", error, events)
 
-    def _draw(self, rows: list[StepRows], logits: list[torch.Tensor], events: list[Event]) -> None:
-        """A token for every row that is due one."""
-        self._collect_prompt_logprobs(rows, logits)
-        due = [(row.chunk, out) for row, out in zip(rows, logits, strict=True) if row.chunk.samples]
+    def _forward(self, chunks: list[Chunk]) -> list[tuple[StepRows, torch.Tensor]]:
+        rows = [self._rows_of(chunk) for chunk in chunks]
+        return list(zip(rows, self.runner.run(rows), strict=True))
+
+    def _in_halves(
+        self,
+        work: Callable[[list[ItemT]], list[ResultT]],
+        items: list[ItemT],
+        what: str,
+        events: list[Event],
+        chunk_of: Callable[[ItemT], Chunk],
+    ) -> list[ResultT]:
+        """Do `work`; what fails is done again in two halves, down to the sequence that fails by itself.
+
+        A row's arithmetic does not depend on its company, so that halves give the same numbers; and they
+        take less memory, which is what most often fails.
+        """
+        try:
+            return work(items) if items else []
+        except torch.AcceleratorError:
+            raise  # the device is of no use to this process any more: it ends, and is started again
+        except Exception as error:
+            if len(items) == 1:
+                self._fail([chunk_of(items[0])], what, error, events)
+                return []
+            log.warning("%s for %d rows: %s; now in two halves", what, len(items), error)
+        # Out here the failed attempt's tensors are gone.
+        self.runner.release_memory()
+        half = len(items) // 2
+        first = self._in_halves(work, items[:half], what, events, chunk_of)
+        return first + self._in_halves(work, items[half:], what, events, chunk_of)
+
+    def _draw(self, computed: list[tuple[StepRows, torch.Tensor]], events: list[Event]) -> None:
+        """A token for every row that is due one; a row whose choice fails, fails alone."""
+        what = "choosing the next token failed"
+        due: list[tuple[Chunk, torch.Tensor]] = []
+        for row, out in computed:
+            try:
+                self._collect_prompt_logprobs(row, out)
+            except Exception as error:
+                self._fail([row.chunk], what, error, events)
+                continue
+            if row.chunk.samples:
+                due.append((row.chunk, out[-1:]))
         masks = self._masks([chunk for chunk, _ in due], events)
-        sampling = [(chunk.sequence, out[-1:]) for chunk, out in due if chunk.sequence in masks]
-        if not sampling:
-            return
-        packed = torch.cat([out for _, out in sampling])
-        drawn = sample(packed, [_sample_row(one, masks[one]) for one, _ in sampling])
-        for (sequence, _), token in zip(sampling, drawn, strict=True):
-            events.append(self._commit(sequence, token))
+        sampling = [(chunk, out) for chunk, out in due if chunk.sequence in masks]
+
+        def draw(part: list[tuple[Chunk, torch.Tensor]]) -> list[tuple[Chunk, Drawn]]:
+            packed = torch.cat([out for _, out in part])
+            rows = [_sample_row(chunk.sequence, masks[chunk.sequence]) for chunk, _ in part]
+            return list(zip((chunk for chunk, _ in part), sample(packed, rows), strict=True))
+
+        for chunk, drawn in self._in_halves(draw, sampling, what, events, lambda item: item[0]):
+            try:
+                events.append(self._commit(chunk.sequence, drawn))
+            except Exception as error:
+                self._fail([chunk], what, error, events)
 
     def _fail(self, chunks: list[Chunk], what: str, error: Exception, events: list[Event]) -> None:
         """End the sequences of a step that failed, but for those that ended in it."""
@@ -304,24 +347,23 @@ class Engine:
                 waited = now - self._submitted_at.pop(request.request_id)
                 self._queue_seconds[request.request_id] = waited
 
-    def _collect_prompt_logprobs(self, rows: list[StepRows], logits: list[torch.Tensor]) -> None:
-        for row, out in zip(rows, logits, strict=True):
-            sequence = row.chunk.sequence
-            if sequence.prompt_logprobs_done or sequence.request is None:
-                continue
-            sampling = sequence.request.sampling
-            unwanted: list[TokenLogprob | None] = [None] * max(1, sampling.prompt_logprobs_from)
-            collected = self._prompt_logprobs.setdefault(sequence.request.request_id, unwanted)
-            # A preempted prompt starts again: what was collected already stands.
-            first = row.chunk.start + row.chunk.num_tokens - len(out) + 1
-            targets = sequence.token_ids[first : first + len(out)]
-            targets = targets[: max(0, sequence.num_prompt_tokens - first)]
-            known = len(collected) - first
-            if known < len(targets):
-                part = out[known : len(targets)]
-                collected += logprobs_of(part, targets[known:], sampling.num_logprobs or 0)
-            if row.chunk.samples:
-                sequence.prompt_logprobs_done = True
+    def _collect_prompt_logprobs(self, row: StepRows, out: torch.Tensor) -> None:
+        sequence = row.chunk.sequence
+        if sequence.prompt_logprobs_done or sequence.request is None:
+            return
+        sampling = sequence.request.sampling
+        unwanted: list[TokenLogprob | None] = [None] * max(1, sampling.prompt_logprobs_from)
+        collected = self._prompt_logprobs.setdefault(sequence.request.request_id, unwanted)
+        # A preempted prompt starts again: what was collected already stands.
+        first = row.chunk.start + row.chunk.num_tokens - len(out) + 1
+        targets = sequence.token_ids[first : first + len(out)]
+        targets = targets[: max(0, sequence.num_prompt_tokens - first)]
+        known = len(collected) - first
+        if known < len(targets):
+            part = out[known : len(targets)]
+            collected += logprobs_of(part, targets[known:], sampling.num_logprobs or 0)
+        if row.chunk.samples:
+            sequence.prompt_logprobs_done = True
 
     # --- grammars --------------------------------------------------------------------------
 
@@ -363,6 +405,9 @@ class Engine:
                 self.scheduler.finish(sequence)
                 self._forget(request_id)
                 events.append(FailedEvent(request_id, "grammar_invalid", str(refusal)))
+                continue
+            except Exception as error:
+                self._fail([chunk], "following the grammar failed", error, events)
                 continue
             if allowed is None:
                 sequence.num_computed -= 1

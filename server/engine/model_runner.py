@@ -97,6 +97,11 @@ class ModelRunner:
         """Wipe what somebody else left in blocks."""
         self._blocks.clear(block_ids)
 
+    def release_memory(self) -> None:
+        """Give back what torch keeps of a failed step on a device that has a memory of its own."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
         return blocks_for(num_tokens, self._blocks.block_size)

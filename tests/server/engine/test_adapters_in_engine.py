@@ -376,9 +376,10 @@ def faulty(folders):
     ],
     ids=["allocator", "cuda", "host", "index"],
 )
-def test_a_step_that_fails_ends_its_own_rows_only(refs, solo, faulty, error, words):
+def test_a_step_that_fails_at_every_size_ends_its_own_rows_only(refs, solo, faulty, error, words):
     engine, fault = faulty
-    fault.error, fault.when = error, lambda: fault.num_calls == 12
+    # From the twelfth pass on, until so many were tried as make it a whole step in halves.
+    fault.error, fault.when = error, lambda: 12 <= fault.num_calls < 12 + 40
     events, failures = drive(engine, mixed_load(refs, 39))
     failed = {failure.request_id for failure in failures}
     assert 0 < len(failed) < 39
@@ -386,6 +387,22 @@ def test_a_step_that_fails_ends_its_own_rows_only(refs, solo, faulty, error, wor
     assert all(words in failure.message for failure in failures)
     whole = {key: stream for key, stream in events.items() if key not in failed}
     check(whole, {key: value for key, value in solo.items() if key not in failed})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [None, torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), IndexError("out of range")],
+    ids=["allocator", "cuda", "host", "index"],
+)
+def test_a_step_that_fails_once_is_computed_in_halves_and_nobody_fails(refs, solo, faulty, error):
+    engine, fault = faulty
+    fault.error, fault.when = error, lambda: fault.num_calls % 5 == 0
+    load = mixed_load(refs, 39)
+    events, failures = drive(engine, load)
+    alone = {failure.request_id for failure in failures}  # a step of one row has no halves
+    assert len(alone) < 20
+    whole = {key: stream for key, stream in events.items() if key not in alone}
+    check(whole, {one.request_id: solo[one.request_id] for one in load if one.request_id in whole})
 
 
 def test_a_fold_that_always_fails_is_given_up(refs, solo, faulty):
@@ -418,10 +435,12 @@ def test_a_row_whose_token_cannot_be_chosen_does_not_stop_the_engine(refs, solo,
     odd = request("odd", prompt_ids(9), None, do_sample=True, temperature="hot")
     _, (failure,) = drive(engine, [odd])
     assert failure.code == "engine_error"
-    assert "choosing the next tokens failed" in failure.message
-    assert "choosing the next tokens failed" in caplog.text
+    assert "choosing the next token failed" in failure.message
+    assert "choosing the next token failed" in caplog.text
     load = mixed_load(refs, 13)
-    check(run(engine, load), {one.request_id: solo[one.request_id] for one in load})
+    events, (failure,) = drive(engine, [*load[:5], odd, *load[5:]])  # nor anybody in its company
+    assert failure.request_id == "odd"
+    check(events, {one.request_id: solo[one.request_id] for one in load})
 
 
 def test_an_adapter_that_cannot_be_installed_fails_its_own_rows_only(refs, solo, start, folders):
