@@ -94,8 +94,8 @@ def test_a_full_disk_refuses_what_does_not_fit_and_loses_nothing(
     """How much is left decides what fails first: the upload, its copy, the blob or the database."""
     before = boxed.answer("good")
     outcomes: dict[int, set[str]] = {}
-    version = 0
-    for seed, free_kib in enumerate(range(0, 96, 8), 100):
+    for version, free_kib in enumerate(range(0, 96, 8), 1):
+        seed = 100 + version
         with _filled(boxed, free_kib * KIB):
             reply = boxed.add(tmp_path, "many", seed)
             outcomes.setdefault(reply.status_code, set()).add(reply.json().get("code", ""))
@@ -105,7 +105,6 @@ def test_a_full_disk_refuses_what_does_not_fit_and_loses_nothing(
             assert "disk is full" in reply.json()["error"]
             # It goes in once there is room; its version was not used up.
             reply = boxed.add(tmp_path, "many", seed)
-        version += 1
         assert (reply.status_code, reply.json()["version"]) == (201, version)
     assert outcomes == {201: {""}, 507: {"storage_full"}}
     boxed.answer("many")
