@@ -1,8 +1,8 @@
 """The two places where the command line finds adapters: a data directory, or a running server.
 
-    AdapterPlace        what both can do, in the JSON of `GET /adapters`
-    |-- DataDirectory   the registry itself; no engine, so nothing is ever on a device
-    `-- RunningServer   the routes under /adapters
+    AdapterPlace                          what both can do, in the JSON of `GET /adapters`
+    |-- local_adapters.DataDirectory      the registry itself; nothing is ever on a device there
+    `-- remote_adapters.RunningServer     the routes under /adapters
 
 Raises the library's errors, `ServerRefused` and OSError; prints nothing.
 """
@@ -10,7 +10,6 @@ Raises the library's errors, `ServerRefused` and OSError; prints nothing.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,37 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote
 
 from adapters.errors import (
-    AdapterError,
-    AdapterNotFound,
-    BaseMismatch,
     RegistryError,
-    VersionNotFound,
 )
-from server.remote import RemoteServer, is_segment
-from server.settings import Settings
 
 if TYPE_CHECKING:
-    from adapters.base_model import BaseModelSpec
     from adapters.combine import CombinationType
-    from adapters.registry import AdapterRecord, Registry
     from server.provenance import Provenance
 
 Shown = dict[str, Any]
-
-# What an upload's form has a field for, of the words that a folder brings along.
-_FORM_WORDS = (
-    "description",
-    "template",
-    "labels",
-    "target_separator",
-    "append_eos",
-    "tokenization",
-)
-_PAGE = 1000
-_EVERY = 100_000
 
 
 @dataclass(frozen=True)
@@ -189,247 +167,6 @@ def download_to(place: AdapterPlace, reference: str, out: Path) -> Shown:
     return record
 
 
-class DataDirectory:
-    """The adapters of a data directory. Servers may run on it meanwhile.
-
-    Args:
-        settings: which, and the base that what is added must fit.
-        create: make the directory if it is not there.
-
-    Raises:
-        RegistryError: there is no data directory, and none is to be made.
-    """
-
-    def __init__(self, settings: Settings, *, create: bool = False) -> None:
-        from adapters.registry import Registry
-        from server.base.convert import read_manifest
-
-        self._settings = settings
-        if create:
-            settings.data_dir.mkdir(parents=True, exist_ok=True)
-        else:
-            require_data_dir(settings.data_dir)
-        manifest = read_manifest(Path(settings.base)) or {}
-        self._base_id = settings.base_name or str(manifest.get("name") or settings.base_id)
-        self._registry: Registry = Registry(settings.data_dir, reserved=(self._base_id,))
-        self._spec: BaseModelSpec | None = None
-
-    def close(self) -> None:
-        """Close the database."""
-        self._registry.close()
-
-    def list(self) -> list[Shown]:
-        """See `AdapterPlace`."""
-        return [_json(record) for record in self._registry.list(limit=_EVERY)]
-
-    def show(self, reference: str) -> Shown:
-        """See `AdapterPlace`."""
-        record = self._registry.lookup(reference)
-        versions = self._registry.versions(record.name)
-        return {
-            **_json(record),
-            "recipe": record.recipe,
-            "config": self._config(record),
-            "versions": [{**_json(one), "recipe": one.recipe} for one in versions],
-        }
-
-    def add(self, source: Source) -> Shown:
-        """See `AdapterPlace`.
-
-        Raises:
-            BaseUnsupported: the base cannot be read, so that nothing can be held against it.
-        """
-        spec = self.spec()
-        with self._registry.staging_dir() as directory:
-            ignored = stage(source.path, directory)
-            published = self._registry.publish(
-                source.name,
-                directory,
-                spec,
-                base_names=(self._base_id, self._settings.base),
-                **source.words,
-            )
-        return {
-            **_json(published.record),
-            "created": published.created,
-            "ignored_files": [*ignored],
-        }
-
-    def remove(self, name: str, version: int | None) -> Shown:
-        """See `AdapterPlace`."""
-        versions = self._registry.versions(name)
-        self._registry.delete(name, version)
-        gone = [one.version for one in versions if version in (None, one.version)]
-        return {"name": name, "deleted_versions": gone}
-
-    def rollback(self, name: str, version: int) -> Shown:
-        """See `AdapterPlace`."""
-        return _json(self._registry.rollback(name, version))
-
-    def set_alias(self, name: str, alias: str, version: int) -> Shown:
-        """See `AdapterPlace`."""
-        return _json(self._registry.set_alias(name, alias, version))
-
-    def download(self, reference: str, target: Path) -> Shown:
-        """See `AdapterPlace`."""
-        record = self._registry.resolve(reference)
-        with target.open("xb") as file:
-            for block in self._registry.download_zip(record.name, record.version):
-                file.write(block)
-        return _json(record)
-
-    def combine(
-        self,
-        parts: Sequence[Weighted],
-        name: str,
-        combination_type: CombinationType,
-        words: dict[str, Any],
-    ) -> Shown:
-        """See `AdapterPlace`."""
-        from server.combining import combine_stored
-
-        published = combine_stored(
-            self._registry,
-            self.spec(),
-            [part.reference for part in parts],
-            [part.weight for part in parts],
-            name,
-            combination_type=combination_type,
-            words=words,
-            base_names=(self._base_id, self._settings.base),
-        )
-        return {**_json(published.record), "recipe": published.record.recipe}
-
-    def spec(self) -> BaseModelSpec:
-        """The base that adapters must fit, read once.
-
-        Raises:
-            BaseUnsupported: it cannot be read.
-        """
-        if self._spec is None:
-            from server.base.load import describe_base
-
-            self._spec = describe_base(self._settings.base, revision=self._settings.revision)
-        return self._spec
-
-    def _config(self, record: AdapterRecord) -> dict[str, Any] | None:
-        from adapters.checkpoint import CONFIG_FILE, read_config
-
-        try:
-            return read_config(self._registry.blob_path(record.digest) / CONFIG_FILE)
-        except (AdapterError, OSError):
-            return None  # `status` says that the stored bytes are damaged
-
-
-class RunningServer:
-    """The adapters of a running server.
-
-    Args:
-        server: closed together with this.
-    """
-
-    def __init__(self, server: RemoteServer) -> None:
-        self._server = server
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._server.close()
-
-    def list(self) -> list[Shown]:
-        """See `AdapterPlace`."""
-        found: list[Shown] = []
-        while True:
-            page = self._server.get("/adapters", offset=len(found), limit=_PAGE)
-            found += page["adapters"]
-            if not page["adapters"] or len(found) >= page["total"]:
-                return found
-
-    def show(self, reference: str) -> Shown:
-        """See `AdapterPlace`; `counters` too, and no `config` of a version that is not default."""
-        name, which = split_reference(reference)
-        shown: Shown = self._server.get(_path(name))
-        if which is None:
-            return shown
-        for one in shown["versions"]:
-            if which in (str(one["version"]), *one["aliases"]):
-                config = shown["config"] if one["is_default"] else None
-                return {**shown, **one, "config": config}
-        raise VersionNotFound(f"adapter {name!r} has no version or alias {which!r}")
-
-    def add(self, source: Source) -> Shown:
-        """See `AdapterPlace`.
-
-        Raises:
-            BaseMismatch: it was trained here on another base than the server's.
-        """
-        self._require_base(source.words.get("base_digest"))
-        with staged(source.path) as (directory, ignored):
-            files = [("files", file.name, file) for file in sorted(directory.iterdir())]
-            fields = {"name": source.name, **_form(source.words)}
-            status, shown = self._server.upload("/adapters", fields, files)
-        return {**shown, "created": status == 201, "ignored_files": [*ignored]}
-
-    def remove(self, name: str, version: int | None) -> Shown:
-        """See `AdapterPlace`."""
-        gone: Shown = self._server.delete(_path(name), version=version)
-        return gone
-
-    def rollback(self, name: str, version: int) -> Shown:
-        """See `AdapterPlace`."""
-        shown: Shown = self._server.post(f"{_path(name)}/rollback", {"version": version})
-        return shown
-
-    def set_alias(self, name: str, alias: str, version: int) -> Shown:
-        """See `AdapterPlace`."""
-        route = f"{_path(name)}/aliases/{quote(alias, safe='')}"
-        shown: Shown = self._server.put(route, {"version": version})
-        return shown
-
-    def download(self, reference: str, target: Path) -> Shown:
-        """See `AdapterPlace`."""
-        shown = self.show(reference)
-        route = f"{_path(shown['name'])}/download"
-        self._server.download(route, target, version=shown["version"])
-        return shown
-
-    def combine(
-        self,
-        parts: Sequence[Weighted],
-        name: str,
-        combination_type: CombinationType,
-        words: dict[str, Any],
-    ) -> Shown:
-        """See `AdapterPlace`."""
-        body = {
-            **words,
-            "adapters": [part.reference for part in parts],
-            "weights": [part.weight for part in parts],
-            "name": name,
-            "combination_type": combination_type,
-        }
-        shown: Shown = self._server.post("/adapters/combine", body)
-        return shown
-
-    def move(self, reference: str, where: str) -> Shown:
-        """Bring an adapter to the device ("preload") or let it leave ("unload"); its record."""
-        name, which = split_reference(reference)
-        version = None if which is None else self.show(reference)["version"]
-        shown: Shown = self._server.post(f"{_path(name)}/{where}", version=version)
-        return shown
-
-    def _require_base(self, digest: str | None) -> None:
-        if digest is None:
-            return
-        served = self._server.get("/info")["base"]["digest"]
-        if served != digest:
-            raise BaseMismatch(
-                f"the adapter was trained on base {digest}, {served} is served there",
-                field="base_digest",
-                expected=served,
-                came=digest,
-            )
-
-
 def require_data_dir(directory: Path) -> None:
     """Refuse a folder that no server and no command has made.
 
@@ -446,24 +183,3 @@ def require_data_dir(directory: Path) -> None:
             f"{directory} is no data directory: it holds no registry.db; name another with "
             "--data-dir, or a running server with --url"
         )
-
-
-def _path(name: str) -> str:
-    if not is_segment(name):
-        raise AdapterNotFound(f"there is no adapter {name!r}", field="adapter", came=name)
-    return f"/adapters/{quote(name, safe='')}"
-
-
-def _form(words: dict[str, Any]) -> dict[str, str]:
-    """Words as form fields: texts as they are, the others as JSON."""
-    return {
-        name: words[name] if isinstance(words[name], str) else json.dumps(words[name])
-        for name in _FORM_WORDS
-        if words.get(name) is not None
-    }
-
-
-def _json(record: AdapterRecord) -> Shown:
-    from server.api.adapters import record_json
-
-    return record_json(record)

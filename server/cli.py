@@ -58,9 +58,9 @@ from server.cli_options import (
     err,
     fail,
     option,
-    out,
     prepare_base,
     print_json,
+    print_table,
     settings_from,
 )
 from server.settings import Settings
@@ -187,7 +187,7 @@ def show_settings(as_json: AsJson = False) -> None:
     if as_json:
         print_json(listed)
     else:
-        out.print(table)
+        print_table(table)
 
 
 def main() -> None:
@@ -315,7 +315,7 @@ async def _demo(settings: Settings, *, as_json: bool) -> None:
         if as_json:
             print_json([asdict(result) for result in results])
         else:
-            out.print(_accuracies(results))
+            print_table(_accuracies(results))
     except AdapterError as error:
         raise fail(error.message) from error
     finally:

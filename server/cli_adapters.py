@@ -6,18 +6,14 @@ What is done is `server.adapter_places`'s; here are the options, and what is pri
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Column, Table
-from rich.text import Text
 
+from server.cli_adapters_told import details_of, table_of, tell_added, tell_record
 from server.cli_data import errors_as_lines, labels_from
 from server.cli_options import (
     AsJson,
@@ -30,10 +26,9 @@ from server.cli_options import (
     place_from,
     prepare_base,
     print_json,
-    say,
+    print_table,
     tell,
 )
-from server.cli_options import out as standard_out
 
 if TYPE_CHECKING:
     from server.adapter_places import AdapterPlace, Source
@@ -64,14 +59,7 @@ def list_adapters(url: Url = None, data_dir: DataDir = None, as_json: AsJson = F
     if as_json:
         print_json(records)
         return
-    columns = ("name", "version", "method", "tokens", "bytes", "status", "residency", "digest")
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for one in records:
-        numbers = (one["num_virtual_tokens"], one["bytes"])
-        facts = (one["status"], one["residency"], one["digest"][:8])
-        words = (one["name"], one["version"], one["peft_type"], *numbers, *facts)
-        table.add_row(*(Text(str(word)) for word in words))
-    standard_out.print(table)
+    print_table(table_of(records))
 
 
 @adapters_app.command("show")
@@ -87,7 +75,7 @@ def show_adapter(
     if as_json:
         print_json(shown)
     else:
-        _show(shown)
+        print_table(details_of(shown))
 
 
 @adapters_app.command("add")
@@ -143,7 +131,7 @@ def add_adapters(
         print_json(results)
     else:
         for one in results:
-            _tell_added(one)
+            tell_added(one)
     if any("error" in one for one in results):
         raise typer.Exit(EXIT_FOUND_FAILURE)
 
@@ -291,8 +279,9 @@ def adapter_place(
 
 
 def _open(settings: Settings, url: str | None, *, fills: bool) -> AdapterPlace:
-    from server.adapter_places import DataDirectory, RunningServer
+    from server.local_adapters import DataDirectory
     from server.remote import RemoteServer
+    from server.remote_adapters import RunningServer
 
     if url is None:
         return DataDirectory(settings, create=fills)
@@ -300,8 +289,8 @@ def _open(settings: Settings, url: str | None, *, fills: bool) -> AdapterPlace:
 
 
 def _move(reference: str, where: str, said: str, url: str | None, *, as_json: bool) -> None:
-    from server.adapter_places import RunningServer
     from server.remote import RemoteServer
+    from server.remote_adapters import RunningServer
 
     _, chosen = place_from(url, None)
     if chosen is None:
@@ -351,20 +340,6 @@ def _added_or_not(place: AdapterPlace, path: Path, given: Mapping[str, Any]) -> 
         return {"path": str(path), "error": error.strerror or str(error)}
 
 
-def _tell_added(one: Mapping[str, Any]) -> None:
-    if "error" in one:
-        say(f"[red]graftwork:[/red] {escape(one['path'])}: {escape(one['error'])}")
-        return
-    what = "registered" if one["created"] else "was there already"
-    facts = f"({one['peft_type']}, {one['digest'][:12]})"
-    tell(f"{one['name']}@{one['version']} {what} {facts}")
-    for warning in one["warnings"]:
-        say(f"[yellow]graftwork:[/yellow] {escape(warning)}")
-
-
-# --- what is printed --------------------------------------------------------------------------
-
-
 def _confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
@@ -375,67 +350,3 @@ def _confirm(question: str, *, yes: bool) -> None:
     if not agreed:
         err.print("nothing was removed")
         raise typer.Exit(EXIT_FOUND_FAILURE)
-
-
-def tell_record(record: Mapping[str, Any], said: str, *, as_json: bool) -> None:
-    """Print a record: as JSON, or its name and version with what is said of it."""
-    if as_json:
-        print_json(record)
-    else:
-        tell(f"{record['name']}@{record['version']} {said}")
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-# What a person wants to know first, in this order; --json has all of it.
-_SHOWN = (
-    ("digest", "digest"),
-    ("method", "peft_type"),
-    ("virtual tokens", "num_virtual_tokens"),
-    ("bytes", "bytes"),
-    ("status", "status"),
-    ("residency", "residency"),
-    ("created", "created_at"),
-    ("description", "description"),
-    ("template", "template"),
-    ("labels", "labels"),
-    ("target separator", "target_separator"),
-    ("ends with eos", "append_eos"),
-    ("base", "base_model_name_or_path"),
-    ("base digest", "base_digest"),
-    ("job", "job_id"),
-    ("metrics", "metrics"),
-    ("requests", "counters"),
-    ("warnings", "warnings"),
-)
-_RECIPE = ("method", "num_rows", "trainable_params", "config", "hyperparameters")
-_MOST_CHARACTERS = 400
-_NOTHING: tuple[Any, ...] = (None, [], {})
-
-
-def _show(shown: Mapping[str, Any]) -> None:
-    rows: list[tuple[str, Any]] = [("name", f"{shown['name']}@{shown['version']}")]
-    rows += [(label, shown.get(key)) for label, key in _SHOWN]
-    recipe = shown["recipe"] or {}
-    rows += [(f"recipe: {key}", recipe.get(key)) for key in _RECIPE if recipe]
-    rows += _versions(shown["versions"])
-    table = Table("what", Column("value", overflow="fold"), show_header=False, box=None)
-    for label, value in rows:
-        if value not in _NOTHING:
-            table.add_row(label, Text(_shortened(_text(value))))
-    standard_out.print(table)
-
-
-def _versions(versions: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    told: list[tuple[str, str]] = []
-    for one in versions:
-        facts = [one["created_at"][:19], one["digest"][:12], one["status"], *one["aliases"]]
-        facts += ["default"] if one["is_default"] else []
-        told.append((f"version {one['version']}", " ".join(facts)))
-    return told
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."

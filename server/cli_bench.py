@@ -15,13 +15,25 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli_data import errors_as_lines
-from server.cli_options import AsJson, Url, err, fail, out, place_from, print_json, say, tell
+from server.cli_options import (
+    AsJson,
+    Url,
+    err,
+    fail,
+    place_from,
+    print_json,
+    print_table,
+    say,
+    tell,
+)
 
 if TYPE_CHECKING:
     from server.load_generator import Figures, LoadReport
 
 _DEFAULT_CONCURRENCY = 8
 EXIT_FOUND_FAILURE = 1
+# Milliseconds without a decimal.
+_ROUND_FROM = 100
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -121,7 +133,7 @@ def _print(report: LoadReport) -> None:
     if len(report.by_adapter) > 1:
         table.add_section()
         table.add_row("all", *_cells(report.total))
-    out.print(table)
+    print_table(table)
     total = report.total
     tell(
         f"{total.output_tokens} tokens of {total.num_requests} requests in {report.seconds:.1f} s: "
@@ -141,4 +153,5 @@ def _cells(figures: Figures) -> tuple[str, ...]:
 def _spread(spread: dict[str, Any] | None) -> str:
     if spread is None:
         return "-"
-    return " / ".join(f"{spread[name]:.1f}" for name in ("p50", "p90", "p99"))
+    figures = (spread[name] for name in ("p50", "p90", "p99"))
+    return " / ".join(f"{one:.0f}" if one >= _ROUND_FROM else f"{one:.1f}" for one in figures)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from server.cli_adapters import adapter_place, tell_record
+from server.cli_adapters import adapter_place
+from server.cli_adapters_told import tell_record
 from server.cli_data import errors_as_lines, labels_from
 from server.cli_options import (
     AsJson,
@@ -171,8 +172,9 @@ def _folder(
         found = find_adapters([adapter], settings)[0]
         yield found.directory, found.name, found.base_digest
         return
-    from server.adapter_places import RunningServer, stage
+    from server.adapter_places import stage
     from server.remote import RemoteServer
+    from server.remote_adapters import RunningServer
 
     with tempfile.TemporaryDirectory(prefix="graftwork-") as work, RemoteServer(url) as server:
         archive, directory = Path(work) / "adapter.zip", Path(work) / "adapter"

@@ -47,6 +47,7 @@ from server.cli_options import (
     place_from,
     prepare_base,
     print_json,
+    print_table,
 )
 from server.settings import MIB, Settings
 
@@ -218,8 +219,8 @@ def _evaluate_remotely(
     rows: DataFile,
     normalization: Normalization,
 ) -> dict[str, Any]:
-    from server.adapter_places import RunningServer
     from server.remote import RemoteServer
+    from server.remote_adapters import RunningServer
     from server.remote_evaluation import contestant_of, evaluate_remotely, stored_words
 
     with RemoteServer(url) as server:
@@ -332,7 +333,7 @@ def _print(report: dict[str, Any], *, as_json: bool) -> None:
             number(one["macro_f1"]),
             f"{one['num_right']} of {report['num_rows']}",
         )
-    out.print(table)
+    print_table(table)
     count = len(report["results"])
     out.print(
         f"{report['num_rows']} rows, {count} at once, in {report['seconds']:.1f} s: "

@@ -32,10 +32,10 @@ from server.cli_options import (
     err,
     fail,
     option,
-    out,
     place_from,
     prepare_base,
     print_json,
+    print_table,
     settings_from,
     tell,
 )
@@ -158,7 +158,7 @@ def list_jobs(
         created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
         words = (job["id"], job["state"], job["adapter"], job["method"], _step(job), created)
         table.add_row(*(Text(word) for word in words))
-    out.print(table)
+    print_table(table)
 
 
 @jobs_app.command("show")
@@ -179,7 +179,7 @@ def show_job(
         if value not in (None, {}, []):
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             table.add_row(name, Text(_shortened(text)))
-    out.print(table)
+    print_table(table)
 
 
 @jobs_app.command("cancel")

@@ -13,8 +13,12 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from server.settings import DEFAULT_BASE, Dtype, Settings
+
+# Characters of a line that is no terminal's.
+_WIDEST = 2_000
 
 err = Console(stderr=True)
 out = Console()
@@ -91,6 +95,16 @@ def say(line: str) -> None:
 def tell(line: str) -> None:
     """Print a line as it is on standard output; never wrapped, so that it can be copied."""
     out.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on standard output: as wide as a terminal, and as wide as it is anywhere else."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    # In a pipe or a file nothing may be cut: somebody searches in it.
+    width = out.measure(table, options=out.options.update(max_width=_WIDEST)).maximum
+    out.print(table, width=max(out.width, width), crop=False)
 
 
 def print_json(value: Any) -> None:

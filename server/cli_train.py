@@ -57,6 +57,7 @@ from server.cli_options import (
     out,
     place_from,
     prepare_base,
+    print_table,
 )
 from server.cli_train_remote import EXIT_INTERRUPTED, RemoteTraining, train_remotely
 from server.settings import Settings
@@ -513,7 +514,7 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(name, value)
-    out.print(table)
+    print_table(table)
     for row in plan.preview:
         tokens = "|".join("<special>" if text is None else text for text in row["tokens"])
         line = f"row {row['row']} ({len(row['ids'])} tokens): {tokens}"

@@ -117,7 +117,8 @@ def _follow(server: RemoteServer, job_id: str, url: str) -> dict[str, Any]:
 
 
 def _download(server: RemoteServer, name: str, out: Path) -> None:
-    from server.adapter_places import RunningServer, download_to
+    from server.adapter_places import download_to
+    from server.remote_adapters import RunningServer
 
     download_to(RunningServer(server), name, out)
 
