@@ -69,7 +69,7 @@ RUN apt-get update \
 COPY --from=lean /opt/venv /opt/venv
 COPY --from=base /base /base
 COPY --from=code /opt/app /opt/app
-COPY docker/healthcheck.py /opt/healthcheck.py
+COPY docker/backup.py docker/drain.py docker/healthcheck.py /opt/
 ENV PATH=/opt/app/bin:/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/app \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -77,6 +77,8 @@ ENV PATH=/opt/app/bin:/opt/venv/bin:$PATH \
     NUMBA_CACHE_DIR=/tmp/numba \
     HF_HOME=/data/huggingface \
     HF_HUB_DISABLE_TELEMETRY=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     GRAFTWORK_BASE=/base \
     GRAFTWORK_DATA_DIR=/data \
     GRAFTWORK_LOG_FORMAT=json

@@ -24,6 +24,7 @@ NO_CAPABILITIES = "0000000000000000"
 
 # Nothing here goes through a proxy.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_headers: dict[str, str] = {}
 
 
 class Wrong(Exception):
@@ -37,6 +38,11 @@ def is_ready(port: int) -> bool:
             return reply.status == 200
     except OSError:
         return False
+
+
+def take_key(key: str) -> None:
+    """Send this API key from now on."""
+    _headers["authorization"] = f"Bearer {key}"
 
 
 def look_inside(execute: Callable[..., CompletedProcess[str]]) -> None:
@@ -66,6 +72,11 @@ def look_inside(execute: Callable[..., CompletedProcess[str]]) -> None:
 
 def use_it(port: int, repo: Path) -> None:
     """Generate, stream, upload an adapter and use it, train one and use that."""
+    try:
+        with _opener.open(f"http://127.0.0.1:{port}/info", timeout=30):
+            raise Wrong("/info answers without a key, expected 401")
+    except urllib.error.HTTPError as error:
+        expect("status of /info without a key", error.code, 401)
     base = call(port, "/generate", {"inputs": "Once upon a time", **greedy(8, ignore_eos=True)})
     if not base["generated_text"]:
         raise Wrong("the base generated nothing")
@@ -160,7 +171,9 @@ def expect(what: str, came: object, expected: object) -> None:
 
 def _send(port: int, path: str, body: bytes | None, content_type: str) -> bytes:
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", data=body, headers={"content-type": content_type}
+        f"http://127.0.0.1:{port}{path}",
+        data=body,
+        headers={"content-type": content_type, **_headers},
     )
     try:
         with _opener.open(request, timeout=120) as reply:
