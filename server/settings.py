@@ -100,6 +100,17 @@ class Settings(BaseSettings):
     host_mib: Count = Field(
         1024, description="Memory in MiB for adapters that were read but are not on the device."
     )
+    engine_silence_seconds: float = Field(
+        60.0,
+        ge=2,
+        description="An engine that says nothing for so long is ended; more than its longest step.",
+    )
+    engine_restarts: int = Field(
+        5,
+        ge=0,
+        description="Times in a row that an engine that ended is started again, with a pause that "
+        "grows; after the last one /livez is 503. Ten minutes of service begin the count anew.",
+    )
     scale_slots: Count = Field(32, description="IA3 adapters resident at once.")
     prefix_caching: bool = Field(
         True, description="Reuse the keys and values of prompts that begin the same."
@@ -199,6 +210,8 @@ class Settings(BaseSettings):
             **options,
             blobs_dir=str(self.blobs_dir),
             folds_dir=str(self.data_dir / "folds"),
+            silence_seconds=self.engine_silence_seconds,
+            max_restarts=self.engine_restarts,
             kv_bytes=self.kv_mib * MIB,
             host_bytes=self.host_mib * MIB,
         )

@@ -7,13 +7,16 @@ from typing import Any
 from fastapi import APIRouter
 
 from server.api.services import UseServices
+from server.errors import NotReady
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/livez", summary="The process answers")
-async def livez() -> dict[str, Any]:
-    """200 as long as the process can answer at all."""
+@router.get("/livez", summary="The process answers, and its engine serves or will")
+async def livez(services: UseServices) -> dict[str, Any]:
+    """503 once only a new process helps: the engine has ended and is not started again."""
+    if services.client.lost:
+        raise NotReady("not alive: the engine has ended and is not started again")
     return {"status": "alive"}
 
 

@@ -91,6 +91,8 @@ class Services:
             reason = self.failure or (
                 "the base model is still loading"
                 if self.generator is None
+                else "the engine's process is down and is started again"
+                if self.client.restarting
                 else "the engine's process is down"
             )
             raise NotReady(f"not ready: {reason}")

@@ -1,86 +1,68 @@
 """The asyncio side of an engine process: submit a request, iterate over its tokens.
 
-Knows processes, pipes and streams; not HTTP, text or adapter names.
+It also watches the process. One that ends or falls silent takes its requests with it, and is started
+again, with a pause that grows, as often as `EngineConfig.max_restarts` allows.
+
+Knows streams and what became of the process; not HTTP, text or adapter names.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
-import queue
-import threading
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
-from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Literal
+
+import structlog
 
 from adapters.base_model import BaseModelSpec
 from server.engine.config import EngineConfig
-from server.engine.process import Ready, StartFailed, run_engine
+from server.engine.errors import (
+    EngineError,
+    EngineOverloaded,
+    EngineStartFailed,
+    EngineUnavailable,
+    RequestFailed,
+)
+from server.engine.process import Ready, StartFailed
 from server.engine.request import (
     Abort,
     AdapterRef,
-    Command,
     Event,
     FailedEvent,
     GenerationRequest,
     Preload,
     ResidencyEvent,
-    Shutdown,
     StatsEvent,
     Submit,
     TokenEvent,
     Unload,
 )
+from server.engine.running import RunningEngine
+
+__all__ = [
+    "EngineClient",
+    "EngineError",
+    "EngineOverloaded",
+    "EngineStartFailed",
+    "EngineUnavailable",
+    "RequestFailed",
+    "RequestStream",
+]
+
+log = structlog.get_logger(__name__)
 
 _STOP_SECONDS = 5.0
-# An engine sends a sign of life every second, and a long step takes less than this.
-_SILENCE_SECONDS = 60.0
-
-
-class EngineError(Exception):
-    """Base of what the client raises.
-
-    |-- EngineStartFailed   the process could not start; the message gives the reason
-    |-- EngineUnavailable   the process is not running
-    |-- EngineOverloaded    the queue is full
-    `-- RequestFailed       one request ended without tokens
-    """
-
-
-class EngineStartFailed(EngineError):
-    """The process could not start; `kind` is the class name of what it raised."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.message = message
-
-
-class EngineUnavailable(EngineError):
-    """The process is not running."""
-
-
-class EngineOverloaded(EngineError):
-    """The queue is full.
-
-    Attributes:
-        retry_after_seconds: when to try again.
-    """
-
-    def __init__(self, retry_after_seconds: int) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after_seconds} s")
-        self.retry_after_seconds = retry_after_seconds
-
-
-class RequestFailed(EngineError):
-    """One request ended without more tokens; `code` as in `FailedEvent`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
+# Before the first attempt to start again; each further one waits twice as long.
+_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+# An engine that served for so long did not end because of how it is started.
+_GOOD_SECONDS = 600.0
+# Loading again takes about as long as the first time; the base is in the system's cache by then.
+_LEAST_START_SECONDS = 60.0
+_START_FACTOR = 4.0
 
 
 class RequestStream:
@@ -128,6 +110,8 @@ class EngineClient:
         notes: remarks on its weights.
         max_sequence_tokens: virtual, prompt and new tokens of one sequence together.
         stats: the engine's latest counts.
+        num_restarts: times that the process was replaced.
+        lost: whether the process has ended and will not be replaced: only a new server helps.
         on_residency: called on the event loop for every adapter that moved.
     """
 
@@ -139,15 +123,23 @@ class EngineClient:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.stats = StatsEvent(0, 0, 0, 0)
+        self.num_restarts = 0
+        self.lost = False
         self.on_residency: Callable[[ResidencyEvent], None] = lambda _event: None
         self._streams: dict[str, RequestStream] = {}
-        self._residency: dict[str, Literal["disk", "host", "device"]] = {}
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._process: Any = None
-        self._connection: Connection | None = None
-        self._threads: list[threading.Thread] = []
+        self._residency: dict[str, ResidencyEvent] = {}
+        self._engine: RunningEngine | None = None
+        self._serves = False
+        self._has_served = False
         self._heard_at = 0.0
-        self._gone = False
+        # A sign of life comes every second; a long step takes less than `silence_seconds`.
+        self._tick_seconds = min(1.0, config.silence_seconds / 4)
+        self._silent_ticks = 0
+        self._start_seconds = 0.0
+        self._served_since = 0.0
+        self._tries = 0
+        self._watching: asyncio.Task[None] | None = None
+        self._restarting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Spawn the process and wait until it serves.
@@ -155,61 +147,47 @@ class EngineClient:
         Raises:
             EngineStartFailed: with the reason that the process gave.
         """
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=run_engine, args=(self.config, theirs), name="graftwork-engine", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        first = await asyncio.to_thread(self._first_message)
+        began = time.monotonic()
+        engine = self._engine = RunningEngine(self.config)
+        first = await asyncio.to_thread(engine.first_message)
         if isinstance(first, StartFailed):
             raise EngineStartFailed(first.kind, first.message)
+        self._start_seconds = time.monotonic() - began
         self.base = BaseModelSpec.from_dict(first.base)
         self.base_name = first.base_name
         self.notes = first.notes
         self.max_sequence_tokens = first.max_sequence_tokens
-        self._heard_at = time.monotonic()
-        loop = asyncio.get_running_loop()
-        for target, arguments in ((self._read, (loop,)), (self._write, ())):
-            thread = threading.Thread(target=target, args=arguments, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._serve(engine)
+        self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """End the process; requests in flight fail with code "aborted"."""
-        if self._process is None:
-            return
         # Before the process is told: its end would look like a crash to who waits.
-        self._lost("aborted", "the server is stopping")
-        self._commands.put(Shutdown())
-        self._commands.put(None)
-        if not self._threads:  # still starting: nobody reads commands yet
-            self._process.kill()
-        await asyncio.to_thread(self._process.join, _STOP_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            await asyncio.to_thread(self._process.join)
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join, _STOP_SECONDS)
-        if self._connection is not None:
-            self._connection.close()
-        self._process = None
+        self._fail_all("aborted", "the server is stopping")
+        self._has_served = False
+        tasks = [task for task in (self._watching, self._restarting) if task is not None]
+        self._watching = self._restarting = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.close, _STOP_SECONDS)
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs, its pipe is open and it was heard of lately."""
-        return self._running and time.monotonic() - self._heard_at < _SILENCE_SECONDS
+        """Whether the process serves and its pipe is open."""
+        return self._serves and self._engine is not None and self._engine.running
 
     @property
-    def _running(self) -> bool:
-        # The pipe ends before the process does: what is sent in between nobody would answer.
-        return self._process is not None and not self._gone and self._process.is_alive()
+    def restarting(self) -> bool:
+        """Whether a process that ended is about to be replaced."""
+        return self._has_served and not self.alive and not self.lost
 
     @property
     def pid(self) -> int | None:
-        """The engine's process; None while none runs."""
-        return self._process.pid if self._running else None
+        """The engine's process; None while none serves."""
+        return self._engine.process.pid if self._engine is not None and self.alive else None
 
     @property
     def num_in_flight(self) -> int:
@@ -226,73 +204,52 @@ class EngineClient:
 
         Raises:
             EngineUnavailable: the process is not running.
-            EngineOverloaded: `max_queued` requests wait already.
+            EngineOverloaded: `max_queued` requests wait already, or the process takes no commands.
         """
-        if not self._running:
+        if self._engine is None or not self.alive:
             raise EngineUnavailable("the engine is not running")
+        places = self.config.max_running + self.config.max_queued
         waiting = len(self._streams) - self.config.max_running
-        if waiting >= self.config.max_queued:
+        # What was dropped again is a command too, and a process that hangs reads none.
+        if waiting >= self.config.max_queued or self._engine.num_unsent > 4 * places:
             raise EngineOverloaded(retry_after_seconds=1 + waiting // self.config.max_running)
         stream = RequestStream(self, request.request_id, request.adapter)
         self._streams[request.request_id] = stream
-        self._commands.put(Submit(request))
+        self._engine.send(Submit(request))
         return stream
 
     def release(self, request_id: str) -> None:
         """Forget a request, and tell the engine to drop it if it has not ended."""
         if self._streams.pop(request_id, None) is not None:
-            self._commands.put(Abort(request_id))
+            self._send(Abort(request_id))
 
     def preload(self, adapter: AdapterRef) -> None:
         """Make an adapter resident when there is room."""
-        self._commands.put(Preload(adapter))
+        self._send(Preload(adapter))
 
     def unload(self, digest: str) -> None:
         """Let an adapter leave the device unless it is in use."""
-        self._commands.put(Unload(digest))
+        self._send(Unload(digest))
 
     def residency(self, digest: str) -> Literal["disk", "host", "device"]:
         """Where an adapter is, as last heard."""
-        return self._residency.get(digest, "disk")
+        event = self._residency.get(digest)
+        return "disk" if event is None else event.residency
 
-    # --- the two threads -------------------------------------------------------------------
+    def _send(self, command: Abort | Preload | Unload) -> None:
+        if self._engine is not None:
+            self._engine.send(command)
 
-    def _first_message(self) -> Ready | StartFailed:
-        assert self._connection is not None  # noqa: S101 - set by start
-        process = self._process  # `stop` may forget it meanwhile
-        try:
-            message: Ready | StartFailed = self._connection.recv()
-        except (EOFError, OSError):
-            process.join(_STOP_SECONDS)
-            return StartFailed("EngineDied", f"exit status {process.exitcode}")
-        return message
-
-    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        assert self._connection is not None  # noqa: S101 - set by start
-        # The loop may be closed by the time the pipe ends: then nobody waits any more.
-        with contextlib.suppress(RuntimeError):
-            try:
-                while True:
-                    events: list[Event] = self._connection.recv()
-                    loop.call_soon_threadsafe(self._dispatch, events)
-            except (EOFError, OSError):
-                loop.call_soon_threadsafe(
-                    self._lost, "engine_error", "the engine process ended unexpectedly"
-                )
-
-    def _write(self) -> None:
-        assert self._connection is not None  # noqa: S101 - set by start
-        with contextlib.suppress(OSError):  # the process is gone; `_read` reports it
-            while (command := self._commands.get()) is not None:
-                self._connection.send(command)
+    # --- what comes from the engine --------------------------------------------------------
 
     def _dispatch(self, events: list[Event]) -> None:
         self._heard_at = time.monotonic()
+        self._silent_ticks = 0
         for event in events:
             if isinstance(event, StatsEvent):
                 self.stats = event
             elif isinstance(event, ResidencyEvent):
-                self._residency[event.digest] = event.residency
+                self._residency[event.digest] = event
                 self.on_residency(event)
             else:
                 self._deliver(event)
@@ -304,8 +261,88 @@ class EngineClient:
         if stream is not None:
             stream.put(event, self._heard_at)
 
-    def _lost(self, code: str, message: str) -> None:
+    def _fail_all(self, code: str, message: str) -> None:
         """Take no more requests, and end those in flight. The first reason stands."""
-        self._gone = True
+        self._serves = False
         for request_id in list(self._streams):
             self._deliver(FailedEvent(request_id, code, message))
+
+    # --- the process's life ----------------------------------------------------------------
+
+    def _serve(self, engine: RunningEngine) -> None:
+        self._serves = self._has_served = True
+        self.lost = False
+        self._silent_ticks = 0
+        self._served_since = self._heard_at = time.monotonic()
+        engine.serve(
+            asyncio.get_running_loop(),
+            # What the process before said late is said of requests that ended with it.
+            lambda events: self._dispatch(events) if engine is self._engine else None,
+            lambda: self._ended(engine),
+        )
+
+    async def _watch(self) -> None:
+        """End a process that says nothing any more; `_ended` sees to the rest."""
+        while True:
+            await asyncio.sleep(self._tick_seconds)
+            # Ticks and no clock: while this process itself was stopped, nobody could be heard.
+            self._silent_ticks += 1
+            silent = self._silent_ticks * self._tick_seconds
+            engine = self._engine
+            if engine is None or not self.alive or silent < self.config.silence_seconds:
+                continue
+            log.error("engine_silent", seconds=silent, pid=self.pid)
+            self._fail_all("engine_error", f"the engine has said nothing for {silent:.0f} seconds")
+            engine.kill()
+            await asyncio.to_thread(engine.process.join, _STOP_SECONDS)
+            if engine.process.is_alive():  # it hangs in the kernel, as in a driver
+                log.error("engine_cannot_be_ended", pid=engine.process.pid)
+                self.lost = True
+
+    def _ended(self, engine: RunningEngine) -> None:
+        if engine is not self._engine:
+            return  # `stop` has seen to it
+        self._fail_all("engine_error", "the engine process ended unexpectedly")
+        self.stats = dataclasses.replace(self.stats, num_running=0, num_waiting=0, kv_blocks_used=0)
+        for event in list(self._residency.values()):
+            moved = dataclasses.replace(event, residency="disk", loads=0, evictions=0)
+            self._residency[event.digest] = moved
+            self.on_residency(moved)
+        if time.monotonic() - self._served_since >= _GOOD_SECONDS:
+            self._tries = 0
+        log.error("engine_ended", pid=engine.process.pid, tries=self._tries)
+        if self._tries < self.config.max_restarts:
+            self._restarting = asyncio.create_task(self._restart(engine))
+        else:
+            self.lost = True
+
+    async def _restart(self, ended: RunningEngine) -> None:
+        while self._tries < self.config.max_restarts:
+            await asyncio.to_thread(ended.close)
+            await asyncio.sleep(min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2**self._tries))
+            self._tries += 1
+            try:
+                ended = self._engine = RunningEngine(self.config)
+                await self._wait_for(ended)
+            except (EngineStartFailed, OSError) as error:
+                log.error("engine_restart_failed", reason=str(error), tries=self._tries)
+                continue
+            self.num_restarts += 1
+            self._serve(ended)
+            log.warning("engine_restarted", pid=self.pid, tries=self._tries)
+            return
+        self.lost = True
+        log.error("engine_given_up", tries=self._tries)
+
+    async def _wait_for(self, engine: RunningEngine) -> None:
+        """Wait until a process that replaces another one serves the same base."""
+        seconds = max(_LEAST_START_SECONDS, _START_FACTOR * self._start_seconds)
+        first: Ready | StartFailed | None = None
+        with contextlib.suppress(TimeoutError):
+            first = await asyncio.wait_for(asyncio.to_thread(engine.first_message), seconds)
+        if first is None:
+            raise EngineStartFailed("TimeoutError", f"not started within {seconds:.0f} seconds")
+        if isinstance(first, StartFailed):
+            raise EngineStartFailed(first.kind, first.message)
+        if BaseModelSpec.from_dict(first.base) != self.base:
+            raise EngineStartFailed("BaseChanged", "the base is not the one that was served before")

@@ -34,6 +34,8 @@ class EngineConfig:
             begin the same.
         fast_kernels: use the decode kernel where it fits; False runs the plain torch path.
         packed_linears: prepack bf16 linear weights for the CPU.
+        silence_seconds: a process that says nothing for so long is ended; more than its longest step.
+        max_restarts: times in a row that a process that ended is started again.
     """
 
     base: str
@@ -55,6 +57,8 @@ class EngineConfig:
     prefix_caching: bool = True
     fast_kernels: bool = True
     packed_linears: bool = True
+    silence_seconds: float = 60.0
+    max_restarts: int = 0
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < self.max_running + self.prefill_chunk:

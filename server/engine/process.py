@@ -7,7 +7,10 @@ Only the plain data of `request` crosses the pipe, between two processes of one 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,6 +30,8 @@ from server.engine.request import (
 )
 
 _IDLE_SECONDS = 1.0
+# What an engine whose parent is gone is given to end by itself.
+_ORPHAN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class StartFailed:
 def run_engine(config: EngineConfig, connection: Connection) -> None:
     """Body of the engine process: start, then serve until Shutdown or until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         engine, ready = _start(config)
     except Exception as error:
@@ -69,6 +75,15 @@ def run_engine(config: EngineConfig, connection: Connection) -> None:
         pass  # the parent is gone, and with it everybody who waits for a token
     finally:
         engine.close()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end and follow it, though a step or a load may never end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
 
 
 def _start(config: EngineConfig) -> tuple[Any, Ready]:

@@ -243,7 +243,7 @@ def test_a_full_queue_a_broken_stream_and_a_server_without_engine(chat_base, tmp
             time.sleep(0.01)
         with pytest.raises(OverloadedError):
             hub.text_generation(PROMPT)
-        client.app_services().client._process.kill()
+        client.app_services().client._engine.kill()
         with pytest.raises(GenerationError):
             list(running)
         waiting.join(10)

@@ -373,7 +373,7 @@ ROUTES: dict[tuple[str, str], Doc] = {
         _ok(tuning.CheckpointList), (*_JOB, ours.RequestInvalid)
     ),
     # --- operations ----------------------------------------------------------------------------
-    ("GET", "/livez"): Doc(_ok(management.Status, "It lives.")),
+    ("GET", "/livez"): Doc(_ok(management.Status, "It lives."), (ours.NotReady,)),
     ("GET", "/readyz"): Doc(_ok(management.Status, "It is ready."), (ours.NotReady,)),
     ("GET", "/health"): Doc(_ok(management.Status, "It is ready."), (ours.NotReady,)),
     ("GET", "/metrics"): Doc(

@@ -153,7 +153,7 @@ def test_a_dead_engine_is_503_and_the_server_still_answers(tiny_base, tmp_path):
         with client.stream("POST", "/generate_stream", json=body) as reply:
             lines = reply.iter_lines()
             next(lines)
-            client.app_services().client._process.kill()
+            client.app_services().client._engine.kill()
             last = json.loads([line for line in lines if line][-1].removeprefix("data:"))
         assert last["error_type"] == "generation"
         wait_until(lambda: client.get("/readyz").status_code == 503)

@@ -181,7 +181,7 @@ async def test_a_process_that_dies_fails_its_requests(base, blobs):
     streams = [client.submit(one) for one in long_requests(5)]
     readers = [asyncio.create_task(collect(stream)) for stream in streams]
     await until(lambda: client.stats.num_running > 0)
-    os.kill(client._process.pid, signal.SIGKILL)
+    os.kill(client._engine.process.pid, signal.SIGKILL)
     for reader in readers:
         with pytest.raises(RequestFailed) as caught:
             await asyncio.wait_for(reader, 10)
@@ -198,7 +198,7 @@ async def test_stop_ends_the_process_and_says_so_to_who_waits(base, blobs):
     await client.start()
     readers = [asyncio.create_task(collect(client.submit(one))) for one in long_requests(5)]
     await until(lambda: client.stats.num_running > 0)
-    process = client._process
+    process = client._engine.process
     began = time.monotonic()
     await client.stop()
     assert time.monotonic() - began < 5
@@ -218,29 +218,29 @@ async def test_a_pipe_that_is_gone_is_a_dead_engine_though_the_process_lives(bas
     await client.start()
     reader = asyncio.create_task(collect(client.submit(long_requests(1)[0])))
     await until(lambda: client.stats.num_running > 0)
-    os.kill(client._process.pid, signal.SIGSTOP)  # it cannot notice and end
+    os.kill(client._engine.process.pid, signal.SIGSTOP)  # it cannot notice and end
     try:
-        with socket.socket(fileno=os.dup(client._connection.fileno())) as pipe:
+        with socket.socket(fileno=os.dup(client._engine.connection.fileno())) as pipe:
             pipe.shutdown(socket.SHUT_RDWR)
         with pytest.raises(RequestFailed) as caught:
             await asyncio.wait_for(reader, 10)
         assert caught.value.code == "engine_error"
-        assert client._process.is_alive()
+        assert client._engine.process.is_alive()
         assert not client.alive
         with pytest.raises(EngineUnavailable):
             client.submit(long_requests(1)[0])
         assert client.num_in_flight == 0
     finally:
-        os.kill(client._process.pid, signal.SIGCONT)
+        os.kill(client._engine.process.pid, signal.SIGCONT)
         await client.stop()
 
 
 async def test_a_process_that_dies_while_it_starts_says_so(base, blobs):
     client = EngineClient(config_for(base, blobs))
     starting = asyncio.create_task(client.start())
-    await until(lambda: client._process is not None and client._process.pid is not None)
-    client._connection.send("unread, so that its end is a reset")
-    os.kill(client._process.pid, signal.SIGKILL)
+    await until(lambda: client._engine is not None)
+    client._engine.connection.send("unread, so that its end is a reset")
+    os.kill(client._engine.process.pid, signal.SIGKILL)
     with pytest.raises(EngineStartFailed, match="exit status") as caught:
         await asyncio.wait_for(starting, 20)
     assert caught.value.kind == "EngineDied"
@@ -251,7 +251,7 @@ async def test_a_process_that_dies_while_it_starts_says_so(base, blobs):
 async def test_stop_while_it_starts_does_not_wait_for_it(base, blobs):
     client = EngineClient(config_for(base, blobs))
     starting = asyncio.create_task(client.start())
-    await until(lambda: client._process is not None and client._process.pid is not None)
+    await until(lambda: client._engine is not None)
     began = time.monotonic()
     await client.stop()
     assert time.monotonic() - began < 3
@@ -301,4 +301,4 @@ async def test_what_cannot_start_says_why(tmp_path, blobs):
     for client in clients.values():
         assert not client.alive
         await client.stop()
-        assert client._process is None
+        assert client._engine is None

@@ -337,7 +337,7 @@ def test_an_error_inside_a_stream(chatting_base, tmp_path):
                 extra_body={"ignore_eos": True},
             )
             next(stream)
-            server.app_services().client._process.kill()
+            server.app_services().client._engine.kill()
             with pytest.raises(openai.APIError) as caught:
                 list(stream)
             assert caught.value.code == "engine_error"
