@@ -18,7 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli_data import errors_as_lines
-from server.cli_options import AsJson, DataDir, fail, out, print_json, say, settings_from, tell
+from server.cli_options import (
+    AsJson,
+    DataDir,
+    fail,
+    print_json,
+    print_table,
+    say,
+    settings_from,
+    tell,
+)
 from server.keys.key import SCOPES, Key
 
 if TYPE_CHECKING:
@@ -121,7 +130,7 @@ def list_keys(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             _state(key, now),
         )
         table.add_row(*(Text(cell) for cell in cells))
-    out.print(table)
+    print_table(table)
 
 
 @keys_app.command("revoke")

@@ -1,8 +1,9 @@
 """The keys of a data directory in memory, for looking one up on every request.
 
-A key that was made or revoked elsewhere (`graftwork keys`) is seen within a second: everything is read
-anew when it is older, off the event loop, and at most ten times a second for a key that is not known.
-When keys were used is written down about once a minute. Knows no HTTP.
+A key that was revoked elsewhere (`graftwork keys`) is seen within a second: everything is read anew when
+it is older, off the event loop. A key that is not known may have been made a moment ago, so nobody is
+refused one without another look; whoever tries unknown ones shares ten looks a second with all others who
+do, and waits for them. When keys were used is written down about once a minute. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from datetime import datetime
 
 import anyio.to_thread
 import structlog
+from sqlalchemy.exc import DatabaseError
 
 from adapters.errors import AdapterError
 from server.errors import NotReady
@@ -23,7 +25,7 @@ from server.keys.store import KeyStore
 log = structlog.get_logger(__name__)
 
 FRESH_SECONDS = 1.0
-_UNKNOWN_FRESH_SECONDS = 0.1
+_BETWEEN_LOOKS_SECONDS = 0.1
 # A database that cannot be read may hide for so long that a key was revoked.
 _STALE_SECONDS = 60.0
 _NOTE_SECONDS = 60.0
@@ -57,7 +59,8 @@ class KeyRing:
         key_id = id_in(text)
         if key_id is None:
             return None
-        await self._refresh(FRESH_SECONDS if key_id in self._keys else _UNKNOWN_FRESH_SECONDS)
+        arrived = self._clock()
+        await self._look_since(arrived - FRESH_SECONDS if key_id in self._keys else arrived)
         key, now = self._keys.get(key_id), self._store.now()
         if not is_text_of(text, key) or key is None or not key.is_good(now):
             return None
@@ -74,18 +77,21 @@ class KeyRing:
         self._note()
         self._store.close()
 
-    async def _refresh(self, seconds: float) -> None:
-        if self._clock() - self._read_at < seconds:
+    async def _look_since(self, moment: float) -> None:
+        """See to it that the keys were read after a moment."""
+        if self._read_at > moment:
             return
         async with self._reading:
-            if self._clock() - self._read_at >= seconds:
-                await anyio.to_thread.run_sync(self._read)
+            if self._read_at > moment:
+                return
+            await asyncio.sleep(self._read_at + _BETWEEN_LOOKS_SECONDS - self._clock())
+            await anyio.to_thread.run_sync(self._read)
 
     def _read(self) -> None:
         began = self._clock()
         try:
             self._keys = _by_id(self._store)
-        except (AdapterError, OSError) as error:
+        except (AdapterError, DatabaseError, OSError) as error:
             log.warning("keys_unread", error=str(error))
             if began - self._read_at >= _STALE_SECONDS:
                 raise NotReady("not ready: the keys cannot be read") from error
@@ -102,7 +108,11 @@ class KeyRing:
         try:
             # A copy: the event loop may still have hold of the other.
             self._store.note_used(dict(used))
-        except (AdapterError, OSError) as error:  # nobody's request is worth less for it
+        except (
+            AdapterError,
+            DatabaseError,
+            OSError,
+        ) as error:  # nobody's request is worth less for it
             log.warning("key_use_not_noted", error=str(error))
 
 

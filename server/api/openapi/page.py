@@ -12,8 +12,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server import errors as ours
+from server.api.access import ANY_KEY, PUBLIC, rule_of
 from server.api.openai_tuning.body import MethodBlock
-from server.api.openapi.refusals import ERROR_BODIES, responses
+from server.api.openapi.refusals import ERROR_BODIES, Kind, responses
 from server.api.openapi.routes import EVENTS, JSON, ROUTES, Answer, Doc
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -30,6 +32,12 @@ _PARAMETERS = {
     "offset": "How many to pass over.",
     "limit": "How many at most.",
 }
+# Two ways to send one key; a server that asks for none takes requests without.
+_KEYS: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
+}
+_SECURITY: list[dict[str, list[str]]] = [{}, {"bearer": []}, {"x-api-key": []}]
 _TEXT: dict[str, Any] = {"type": "string"}
 _HEADERS = {
     "x-request-id": "The request's own, or a new one.",
@@ -55,6 +63,7 @@ class DocumentedApp(FastAPI):
 
 def complete(page: dict[str, Any]) -> None:
     """Put the table's entries into a page. Routes that have none are left as they are."""
+    page["components"]["securitySchemes"] = _KEYS
     schemas = page["components"]["schemas"]
     for name in _NOT_OURS:
         schemas.pop(name, None)
@@ -64,6 +73,7 @@ def complete(page: dict[str, Any]) -> None:
             doc = ROUTES.get((method.upper(), path))
             if doc is not None:
                 _complete_operation(path, operation, doc, schemas)
+                _say_who(method.upper(), path, operation, doc)
 
 
 def models() -> list[type[BaseModel]]:
@@ -95,7 +105,22 @@ def _complete_operation(
     answers = {
         str(status): _response(answer, doc, schemas) for status, answer in doc.answers.items()
     }
-    operation["responses"] = {**answers, **responses(path, (*doc.refused, "internal_error"))}
+    operation["responses"] = answers
+
+
+def _say_who(method: str, path: str, operation: dict[str, Any], doc: Doc) -> None:
+    """Which keys a route takes, and everything that it refuses."""
+    rule = rule_of(method, path)
+    at_the_door: tuple[Kind, ...] = ()
+    if rule != PUBLIC:
+        at_the_door = (ours.KeyRequired, ours.RateLimited)
+        operation["security"] = _SECURITY
+    if rule not in (None, PUBLIC, ANY_KEY):
+        scopes = " or ".join(f"`{scope}`" for scope in sorted(rule))
+        operation["description"] += f"\n\nWhere keys are asked for: one with the scope {scopes}."
+        at_the_door += (ours.ScopeMissing,)
+    kinds = (*at_the_door, *doc.refused, "internal_error")
+    operation["responses"] |= responses(path, kinds)
 
 
 def _response(answer: Answer, doc: Doc, schemas: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ _GENERATED: tuple[Kind, ...] = (
     library.BaseMismatch,
     library.TemplateInvalid,
     ours.TooLong,
+    ours.QuotaExceeded,
     engine.EngineOverloaded,
     engine.EngineUnavailable,
     *FAILED,
