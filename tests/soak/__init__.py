@@ -1,0 +1,1 @@
+"""Everything at once on one real server, for a while: see `tests.soak.run`."""
