@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
+import anyio
 import anyio.to_thread
 import structlog
 
@@ -53,6 +54,7 @@ DEFAULT_MAX_NEW_TOKENS = 64
 _INLINE_CHARACTERS = 4_096
 # A resolved adapter counts as in use for so long, whether or not its request was submitted yet.
 _RESOLVED_SECONDS = 60.0
+_MAX_THREADS = 16
 # Why a generation for an adapter that exists is not begun, as watchers are told it.
 _REFUSALS: dict[type[Exception], str] = {
     EngineOverloaded: "overloaded",
@@ -269,6 +271,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.base_id = base_id
         self._resolved_at: dict[str, float] = {}
+        # Its own: routes that write may fill the common one, when the database is held by another.
+        self._threads = anyio.CapacityLimiter(_MAX_THREADS)
         self._watchers = tuple(watchers)
 
     @property
@@ -286,7 +290,9 @@ class Generator:
         if name is None or name == self.base_id:
             return None
         with self._telling_refusal(name.partition("@")[0]):
-            record = await anyio.to_thread.run_sync(self._registry.resolve, name)
+            record = await anyio.to_thread.run_sync(
+                self._registry.resolve, name, limiter=self._threads
+            )
             record.require_base(self._client.base)
         self._resolved_at[record.digest] = time.monotonic()
         return record
@@ -425,7 +431,7 @@ class Generator:
     async def _run(self, characters: int, work: Callable[[], ResultT]) -> ResultT:
         if characters <= _INLINE_CHARACTERS:
             return work()
-        return await anyio.to_thread.run_sync(work)
+        return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
     def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
         asked = options.max_new_tokens

@@ -139,8 +139,9 @@ class Services:
         set_headers(request, self.adapter_headers(record))
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     """The services of the app that serves this request."""
+    # A coroutine: FastAPI would run a plain function in a thread, and may have to wait for one.
     services: Services = request.app.state.services
     return services
 

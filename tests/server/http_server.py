@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -111,10 +112,13 @@ class ServerClient(httpx.Client):
 
 
 @contextmanager
-def running_server(settings: Settings) -> Iterator[ServerClient]:
-    """A client of a server that is ready; the server ends with the block."""
+def running_server(settings: Settings, **options: Any) -> Iterator[ServerClient]:
+    """A client of a server that is ready; the server ends with the block.
+
+    `options` go to `create_app`.
+    """
     configure(settings.log_format, settings.log_level)
-    app = create_app(settings)
+    app = create_app(settings, **options)
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False)
     )
