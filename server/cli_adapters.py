@@ -21,6 +21,7 @@ from server.cli_options import (
     DataDir,
     Revision,
     Url,
+    connect,
     err,
     fail,
     place_from,
@@ -280,16 +281,14 @@ def adapter_place(
 
 def _open(settings: Settings, url: str | None, *, fills: bool) -> AdapterPlace:
     from server.local_adapters import DataDirectory
-    from server.remote import RemoteServer
     from server.remote_adapters import RunningServer
 
     if url is None:
         return DataDirectory(settings, create=fills)
-    return RunningServer(RemoteServer(url))
+    return RunningServer(connect(url))
 
 
 def _move(reference: str, where: str, said: str, url: str | None, *, as_json: bool) -> None:
-    from server.remote import RemoteServer
     from server.remote_adapters import RunningServer
 
     _, chosen = place_from(url, None)
@@ -298,7 +297,7 @@ def _move(reference: str, where: str, said: str, url: str | None, *, as_json: bo
             f"{where} needs a running server: --url http://127.0.0.1:8000, or GRAFTWORK_URL; a data "
             "directory has no device"
         )
-    with errors_as_lines(), RemoteServer(chosen) as server:
+    with errors_as_lines(), connect(chosen) as server:
         record = RunningServer(server).move(reference, where)
     tell_record(record, said, as_json=as_json)
 

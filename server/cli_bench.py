@@ -18,6 +18,7 @@ from server.cli_data import errors_as_lines
 from server.cli_options import (
     AsJson,
     Url,
+    api_key,
     err,
     fail,
     place_from,
@@ -105,11 +106,13 @@ def bench(
         max_new_tokens=max_new_tokens,
         warmup=warmup,
         seed=seed,
+        api_key=api_key(),
     )
     with errors_as_lines(), err.status("sending requests"):
         report = run_load(plan)
     if as_json:
-        print_json({"plan": asdict(plan), **asdict(report)})
+        shown = {name: value for name, value in asdict(plan).items() if name != "api_key"}
+        print_json({"plan": shown, **asdict(report)})
     else:
         _print(report)
     for error, count in report.errors.items():

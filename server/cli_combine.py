@@ -23,6 +23,7 @@ from server.cli_options import (
     DataDir,
     Revision,
     Url,
+    connect,
     fail,
     place_from,
     prepare_base,
@@ -173,10 +174,9 @@ def _folder(
         yield found.directory, found.name, found.base_digest
         return
     from server.adapter_places import stage
-    from server.remote import RemoteServer
     from server.remote_adapters import RunningServer
 
-    with tempfile.TemporaryDirectory(prefix="graftwork-") as work, RemoteServer(url) as server:
+    with tempfile.TemporaryDirectory(prefix="graftwork-") as work, connect(url) as server:
         archive, directory = Path(work) / "adapter.zip", Path(work) / "adapter"
         record = RunningServer(server).download(adapter, archive)
         directory.mkdir()

@@ -41,6 +41,7 @@ from server.cli_options import (
     Revision,
     Threads,
     Url,
+    connect,
     err,
     fail,
     out,
@@ -219,11 +220,10 @@ def _evaluate_remotely(
     rows: DataFile,
     normalization: Normalization,
 ) -> dict[str, Any]:
-    from server.remote import RemoteServer
     from server.remote_adapters import RunningServer
     from server.remote_evaluation import contestant_of, evaluate_remotely, stored_words
 
-    with RemoteServer(url) as server:
+    with connect(url) as server:
         shown = [RunningServer(server).show(name) for name in names]
         inherited = stored_words(shown[0]) if shown else {}
         contestants = [contestant_of(None, {}, given, inherited)]

@@ -25,6 +25,7 @@ from server.cli_options import (
     Revision,
     Threads,
     Url,
+    connect,
     fail,
     place_from,
     prepare_base,
@@ -184,13 +185,12 @@ def _parameters(text: str | None, named: Mapping[str, Any]) -> dict[str, Any]:
 def _opened(settings: Settings, url: str | None, adapter: str | None) -> Iterator[GenerationPlace]:
     from server.cli_found import find_adapters
     from server.generation_places import LocalGeneration, RemoteGeneration
-    from server.remote import RemoteServer
 
     place: GenerationPlace
     if url is not None:
         if adapter is not None and Path(adapter).is_dir() and "/" in adapter:
             raise fail(f"--adapter {adapter} is a folder; add it to the server first")
-        place = RemoteGeneration(RemoteServer(url), adapter)
+        place = RemoteGeneration(connect(url), adapter)
     else:
         found = find_adapters([] if adapter is None else [adapter], settings)
         prepare_base(settings)

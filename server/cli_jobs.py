@@ -29,6 +29,7 @@ from server.cli_options import (
     Revision,
     TrainWorkers,
     Url,
+    connect,
     err,
     fail,
     option,
@@ -280,9 +281,8 @@ def _place(url: str | None, data_dir: Path | None) -> Iterator[JobPlace]:
 
 def _open(data_dir: Path, url: str | None) -> JobPlace:
     from server.job_places import RemoteJobs, StoredJobs
-    from server.remote import RemoteServer
 
-    return StoredJobs(data_dir) if url is None else RemoteJobs(RemoteServer(url))
+    return StoredJobs(data_dir) if url is None else RemoteJobs(connect(url))
 
 
 def _step(job: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -16,6 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.settings import DEFAULT_BASE, Dtype, Settings
+
+if TYPE_CHECKING:
+    from server.remote import RemoteServer
 
 # Characters of a line that is no terminal's.
 _WIDEST = 2_000
@@ -79,6 +82,23 @@ def place_from(url: str | None, data_dir: Path | None, **given: Any) -> tuple[Se
             "GRAFTWORK_URL and GRAFTWORK_DATA_DIR are both set; say which with --url or --data-dir"
         )
     return settings, settings.url
+
+
+def connect(url: str) -> RemoteServer:
+    """A running server, with the key that the environment has for it.
+
+    Raises:
+        ServerRefused: not a server's URL.
+    """
+    from server.remote import RemoteServer
+
+    return RemoteServer(url, api_key=api_key())
+
+
+def api_key() -> str | None:
+    """The key for running servers. It has no option: a command line can be read by other users."""
+    key = settings_from().api_key
+    return None if key is None else key.get_secret_value()
 
 
 def fail(message: str) -> typer.Exit:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from server.cli_options import err, fail, print_json, say, tell
+from server.cli_options import connect, err, fail, print_json, say, tell
 
 if TYPE_CHECKING:
     from adapters.training.job import TrainingRequest
@@ -50,10 +50,9 @@ def train_remotely(asked: RemoteTraining) -> None:
         ServerRefused: the server did.
         OSError: the folder cannot be written.
     """
-    from server.remote import RemoteServer
 
     began = time.monotonic()
-    with RemoteServer(asked.url) as server:
+    with connect(asked.url) as server:
         job = _send(server, asked)
         if asked.dry_run:
             _tell_preview(job, as_json=asked.as_json)

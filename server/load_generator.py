@@ -23,7 +23,14 @@ from typing import Any
 import httpx
 import numpy as np
 
-from server.remote import ServerRefused, checked_url, refusal_of, unreachable, uses_proxy
+from server.remote import (
+    ServerRefused,
+    checked_url,
+    key_headers,
+    refusal_of,
+    unreachable,
+    uses_proxy,
+)
 
 _PERCENTILES = (50, 90, 99)
 _TIMEOUT = httpx.Timeout(600.0, connect=30.0)
@@ -45,6 +52,7 @@ class LoadPlan:
         max_new_tokens: exactly so many come: the end of sequence is ignored.
         warmup: requests for each adapter that are sent first and not counted.
         seed: of prompts and arrivals.
+        api_key: sent with every request; None sends none.
     """
 
     url: str
@@ -56,6 +64,7 @@ class LoadPlan:
     max_new_tokens: int = 64
     warmup: int = 1
     seed: int = 0
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -144,7 +153,11 @@ async def load(plan: LoadPlan) -> LoadReport:
     words = random.Random(plan.seed)  # noqa: S311 - prompts, not secrets
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
-        base_url=url, timeout=_TIMEOUT, limits=limits, trust_env=uses_proxy(url)
+        base_url=url,
+        timeout=_TIMEOUT,
+        limits=limits,
+        trust_env=uses_proxy(url),
+        headers=key_headers(plan.api_key),
     ) as client:
         await _warm_up(client, plan, words)
         prompts = [_prompt(plan, words) for _ in range(plan.num_requests)]

@@ -44,18 +44,28 @@ class RemoteServer:
     Args:
         url: http://HOST:PORT, perhaps with a path before the routes.
         patience_seconds: how long a reply may take.
+        api_key: sent with every request; None sends none.
 
     Raises:
         ServerRefused: not such a URL. Every method raises it too: no reply, or a refusal.
     """
 
-    def __init__(self, url: str, *, patience_seconds: float = _PATIENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        patience_seconds: float = _PATIENCE_SECONDS,
+        api_key: str | None = None,
+    ) -> None:
         self.url = checked_url(url)
         self._timeout = httpx.Timeout(
             patience_seconds, connect=min(patience_seconds, _CONNECT_SECONDS)
         )
         self._client = httpx.Client(
-            base_url=self.url, timeout=self._timeout, trust_env=uses_proxy(self.url)
+            base_url=self.url,
+            timeout=self._timeout,
+            trust_env=uses_proxy(self.url),
+            headers=key_headers(api_key),
         )
 
     def __enter__(self) -> Self:
@@ -198,6 +208,11 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def key_headers(api_key: str | None) -> dict[str, str]:
+    """The headers that carry a key."""
+    return {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+
+
 def is_segment(name: str) -> bool:
     """Whether a name can be one part of a route's path; another would be another route."""
     return bool(name) and "/" not in name and name not in (".", "..")
@@ -234,6 +249,8 @@ def refusal_of(reply: httpx.Response, url: str) -> ServerRefused:
     if message is None:
         said = " ".join(reply.text.split())[:_MOST_CHARACTERS]
         message = f"{url} answered {reply.status_code} {said}; is it a Graftwork server?"
+    if reply.status_code == httpx.codes.UNAUTHORIZED:
+        message += "; commands send the one in GRAFTWORK_API_KEY"
     return ServerRefused(message, reply.status_code, code)
 
 

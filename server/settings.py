@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, DirectoryPath, Field
+from pydantic import BeforeValidator, DirectoryPath, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.engine.config import EngineConfig
@@ -71,6 +71,9 @@ class Settings(BaseSettings):
         None,
         description="Running server that commands talk to, such as http://127.0.0.1:8000. Left "
         "out, they work on the data directory.",
+    )
+    api_key: SecretStr | None = Field(
+        None, description="Key that commands send to a running server, where it asks for one."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")

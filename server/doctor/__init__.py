@@ -61,7 +61,8 @@ def examine(settings: Settings, url: str | None, *, deep: bool) -> Iterator[list
         ("data directory", lambda: stores.check_data_dir(settings, deep=deep)),
     ]
     if url is not None:
-        checks.append(("server", lambda: machine.check_server(url)))
+        key = None if settings.api_key is None else settings.api_key.get_secret_value()
+        checks.append(("server", lambda: machine.check_server(url, key)))
     for name, work in checks:
         yield guarded(name, work)
     base = None

@@ -95,11 +95,11 @@ def _port_taken(host: str, port: int, error: OSError) -> Finding:
     return Finding("port", "fail", message, "stop what listens there, or name another --port")
 
 
-def check_server(url: str) -> Iterator[Finding]:
+def check_server(url: str, api_key: str | None) -> Iterator[Finding]:
     """Whether a Graftwork server answers at a URL, and whether its adapters are whole."""
     hint = "start it with graftwork serve, or name another with --url"
     try:
-        with RemoteServer(url, patience_seconds=_PATIENCE_SECONDS) as server:
+        with RemoteServer(url, patience_seconds=_PATIENCE_SECONDS, api_key=api_key) as server:
             described = _described(server.get("/info"))
             adapters = server.get("/adapters")["adapters"]
     except ServerRefused as error:
@@ -114,11 +114,19 @@ def check_server(url: str) -> Iterator[Finding]:
 
 def running_server(url: str) -> str | None:
     """What runs at a URL in words; None where it is no Graftwork server."""
-    try:
-        with RemoteServer(url, patience_seconds=_PATIENCE_SECONDS) as server:
+    with RemoteServer(url, patience_seconds=_PATIENCE_SECONDS) as server:
+        try:
             return _described(server.get("/info"))
-    except ServerRefused as error:
-        return f"a Graftwork server, {error.message}" if error.code == "not_ready" else None
+        except ServerRefused as error:
+            refused = error
+        if refused.status is None:
+            return None
+        # /info speaks TGI's protocol, whose refusals have no code to know ours by.
+        try:
+            ours = "adapters" in server.get("/adapters")
+        except ServerRefused as error:
+            ours = error.code in ("not_ready", "key_required")
+        return f"a Graftwork server: {refused.message}" if ours else None
 
 
 def reachable(host: str) -> str:

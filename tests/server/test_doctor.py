@@ -209,9 +209,9 @@ def test_hosts_as_a_client_writes_them(host, url):
 
 def test_a_server_that_is_none():
     with something(200, b'{"router": "tgi"}', "application/json") as url:
-        (other,) = machine.check_server(url)
+        (other,) = machine.check_server(url, None)
     assert other.status == "fail"
-    (gone,) = machine.check_server("http://127.0.0.1:9")
+    (gone,) = machine.check_server("http://127.0.0.1:9", None)
     assert "nothing answers" in gone.message
 
 
