@@ -7,6 +7,7 @@ Only the plain data of `request` crosses the pipe, between two processes of one 
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -22,12 +23,15 @@ from server.engine.request import (
     Abort,
     Command,
     Event,
+    FailedEvent,
     Preload,
     Shutdown,
     StatsEvent,
     Submit,
     Unload,
 )
+
+log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 1.0
 # What an engine whose parent is gone is given to end by itself.
@@ -148,7 +152,13 @@ def _serve(engine: Any, connection: Connection) -> None:
 
 def _apply(engine: Any, command: Command) -> list[Event]:
     if isinstance(command, Submit):
-        submitted: list[Event] = engine.submit(command.request)
+        try:
+            submitted: list[Event] = engine.submit(command.request)
+        except Exception as error:  # one request's fault is no end of all others
+            log.error("a request could not be queued", exc_info=error)
+            engine.abort(command.request.request_id)
+            message = f"the request could not be queued: {error}"
+            return [FailedEvent(command.request.request_id, "engine_error", message)]
         return submitted
     if isinstance(command, Abort):
         engine.abort(command.request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -156,6 +157,18 @@ async def test_commands_to_an_engine_that_takes_none_are_bounded(client, ref):
     # Heard of again or replaced, as the moment has it.
     await until(lambda: client.alive and client._engine.num_unsent == 0)
     assert len(await answers(client, ref)) == 3
+
+
+@LOOP
+async def test_a_request_that_cannot_even_be_queued_fails_alone(client, ref):
+    await until(lambda: client.alive)
+    pid, expected = client.pid, await answers(client, ref)
+    odd = dataclasses.replace(request("odd", prompt_ids(5)), sampling=None)
+    with pytest.raises(RequestFailed, match="could not be queued") as caught:
+        await collect(client.submit(odd))
+    assert caught.value.code == "engine_error"
+    assert client.pid == pid
+    assert await answers(client, ref) == expected
 
 
 @LOOP
