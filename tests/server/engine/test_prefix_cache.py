@@ -99,6 +99,19 @@ def test_wanted_logprobs_are_computed(known):
     assert cache.match(the_last).num_tokens == 6  # token 6 gives the logits of token 7
 
 
+def test_a_scope_finds_nothing_of_another(known):
+    cache, _ = known
+    asked = GenerationRequest("r", tuple(range(20)), SamplingParams(), cache_scope="somebody")
+    stranger = Sequence.of(asked, 1)
+    assert cache.match(stranger).num_tokens == 0
+    running = a_sequence(range(20))
+    assert cache.is_under_way(running, cache.match(a_sequence([50])), [a_sequence(range(20))])
+    nothing = cache.match(stranger)
+    # Nor does it wait for what another is computing, which would tell as much.
+    assert not cache.is_under_way(stranger, nothing, [running])
+    assert cache.is_under_way(stranger, nothing, [Sequence.of(asked, 2)])
+
+
 def test_what_is_forgotten_is_not_found(known):
     cache, blocks = known
     cache.forget(blocks)
