@@ -40,6 +40,7 @@ from server.api.openapi.page import DocumentedApp
 from server.api.services import Services
 from server.api.watched import Watched
 from server.base.convert import read_manifest
+from server.data_dir import sweep_folds
 from server.engine.client import EngineClient
 from server.folder_watch import FolderWatch
 from server.generation import Generator
@@ -152,6 +153,7 @@ def open_services(settings: Settings) -> Services:
     report = registry.sweep(deep=False)
     if report.corrupt:
         log.warning("adapters_corrupt", digests=report.corrupt)
+    sweep_folds(settings.data_dir, registry)
     jobs = JobStore(settings.data_dir)
     jobs.sweep()
     files = FileStore(

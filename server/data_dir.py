@@ -1,6 +1,6 @@
-"""Whether a data directory can be used at all, asked before anything is loaded.
+"""A data directory as a whole, at the start: can it be used, and which folds in it are stale.
 
-A server that cannot write there would find out at its first upload. Knows nothing of what lies in it.
+A server that cannot write there would find out at its first upload.
 """
 
 from __future__ import annotations
@@ -32,3 +32,21 @@ def require_writable(directory: Path) -> None:
             field="data_dir",
             expected="a directory that can be written",
         ) from error
+
+
+def sweep_folds(directory: Path, registry: Registry) -> int:
+    """Remove folded prompts of adapters that are gone, and halves of files; how many there were.
+
+    A fold is named <digest>-<base>-<dtype>.safetensors. The engine makes it again where it is missed.
+    """
+    removed = 0
+    for path in (directory / "folds").glob("*"):
+        digest = path.name.partition("-")[0]
+        try:
+            stale = path.suffix == ".tmp" or not registry.blob_path(digest).exists()
+        except ValueError:  # not named by us, and not ours to remove
+            continue
+        if stale:
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed

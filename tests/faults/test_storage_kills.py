@@ -122,6 +122,10 @@ def _plant(data: Path, home: Path, moved: str) -> Path:
     os.mkfifo(data / "staging" / "fifo")
     (data / "staging" / "foreign").write_text("x")
     (data / "files" / "folder").mkdir()
+    # What the engine's cache keeps of adapters that were deleted, or was writing.
+    (data / "folds").mkdir(exist_ok=True)
+    for name in (f"{'d' * 64}-b-float32.safetensors", f"{moved}-b-float32.7.tmp", "notes.txt"):
+        (data / "folds" / name).touch()
     return outside
 
 
@@ -152,6 +156,7 @@ def test_nothing_is_lost_and_no_orphan_stays(crashed: Left) -> None:
     assert (served.data_dir / "blobs" / "notes.txt").exists()
     assert (served.data_dir / "files" / "folder").exists()
     assert (crashed.outside / "kept").read_text() == "kept"
+    assert os.listdir(served.data_dir / "folds") == ["notes.txt"]
 
 
 def test_a_link_in_the_place_of_a_blob_is_damage_and_can_be_put_right(
