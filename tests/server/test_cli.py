@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -36,6 +38,7 @@ def commands(group=None, path: tuple[str, ...] = ()) -> dict[str, Any]:
     return found
 
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
 # They run until they are stopped, and print log lines.
 SERVICES = {"serve", "worker"}
 VERBS = (
@@ -61,6 +64,18 @@ def test_every_command_has_help_with_an_example(words):
     assert all(one.opts[0] in text for one in command.params if one.opts[0].startswith("-"))
     # A terminal of 80 columns breaks longer lines in odd places.
     assert max(len(line) for line in command.help.splitlines()) <= 78
+
+
+def test_the_readme_s_table_has_every_command_and_no_other():
+    section = README.split("### Command line")[1].split("\n### ")[0]
+    found = set()
+    for line in section.splitlines():
+        names = (
+            re.findall(r"`([a-z ]+)[^`]*`", line.split("|")[1]) if line.startswith("| `") else []
+        )
+        group = [*names[0].split()[:1]] if names and " " in names[0].strip() else []
+        found |= {" ".join([*group, name.split()[-1]]) for name in names}
+    assert found == set(commands())
 
 
 @pytest.mark.parametrize("words", sorted(set(commands()) - SERVICES))
