@@ -11,7 +11,7 @@ import sys
 from typing import Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 LogFormat = Literal["console", "json"]
 
@@ -29,6 +29,8 @@ def configure(log_format: LogFormat, level: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    # Where lines are for people, text from a request (a path) cannot end one or colour it.
+    escape: list[Processor] = [] if log_format == "json" else [_escape]
     renderer: Processor = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
@@ -38,7 +40,7 @@ def configure(log_format: LogFormat, level: str) -> None:
             exception_formatter=structlog.dev.plain_traceback,
         )
     )
-    finish: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    finish = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *escape]
     if log_format == "json":
         finish.append(structlog.processors.format_exc_info)
     handler = logging.StreamHandler(sys.stderr)
@@ -54,3 +56,11 @@ def configure(log_format: LogFormat, level: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+
+
+def _escape(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    """What does not print stands as Python writes it; tracebacks are made after this."""
+    return {
+        key: ascii(value)[1:-1] if isinstance(value, str) and not value.isprintable() else value
+        for key, value in event.items()
+    }

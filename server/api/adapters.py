@@ -32,7 +32,9 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 ResultT = TypeVar("ResultT")
 Residency = Literal["disk", "host", "device"]
-Version = Annotated[int | None, Query(ge=1, description="A version; left out, see the route.")]
+Version = Annotated[
+    int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
+]
 
 FORM_FIELDS = small_fields(
     ("name", "description", "template", "labels", "target_separator", "append_eos", "tokenization")
@@ -114,7 +116,7 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
 async def list_adapters(
     request: Request,
     services: UseServices,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> dict[str, Any]:
     """By name; `total` says whether there are more."""

@@ -275,10 +275,25 @@ def _tell_http(error: HTTPException) -> Told:
     # The framework wraps what a middleware raised while the body was being read.
     if isinstance(error.__cause__, ours.RequestRefused):
         return tell(error.__cause__)
+    if why := _unreadable(error.__cause__):
+        expected = "JSON in UTF-8"
+        return Told(
+            Refusal(422, "invalid"), f"body: expected {expected}; {why}", "body", expected, why
+        )
     code = HTTP_CODES.get(error.status_code, "http_error")
     return Told(
         Refusal(error.status_code, code), str(error.detail), headers=dict(error.headers or {})
     )
+
+
+def _unreadable(error: BaseException | None) -> str | None:
+    """Why Python's reader of JSON gave up, where it has no error of its own for that."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 (byte {error.start})"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    # The one other thing that it refuses: int() takes quadratic time.
+    return "a number in it has too many digits" if isinstance(error, ValueError) else None
 
 
 def tell_validation(errors: Sequence[Any]) -> Told:
@@ -296,7 +311,8 @@ def tell_validation(errors: Sequence[Any]) -> Told:
 
 
 def _place(loc: Iterable[Any]) -> str:
-    parts = [str(part) for part in loc]
+    # Between the names stand the kinds that a value of several kinds was held against.
+    parts = [part for one in loc if "[" not in (part := str(one))]
     if len(parts) > 1 and parts[0] in ("body", "query", "path"):
         parts = parts[1:]
     return ".".join(parts)

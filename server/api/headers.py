@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge
+from server.errors import BodyTooLarge, WrongContentType
 from server.generation import Generation
 
 # What may be echoed into a header and a log line without a second thought.
@@ -53,7 +53,7 @@ class ReplyHeaders:
 
 
 class BodyLimit:
-    """Middleware: refuse a body of more than `max_bytes`, before or while it arrives.
+    """Middleware: refuse a body that is compressed, or of more than `max_bytes`, while it arrives.
 
     Uploads have a limit of their own, so paths in `exempt` are let through.
     """
@@ -65,7 +65,15 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count what is received."""
-        if scope["type"] != "http" or scope["path"] in self._exempt:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        encoding = Headers(scope=scope).get("content-encoding", "identity")
+        # Who sends no body may have `receive` watched while the reply streams.
+        if scope["method"] != "GET" and encoding.strip().lower() not in ("", "identity"):
+            await self._app(scope, _refuse_encoding, send)
+            return
+        if scope["path"] in self._exempt:
             await self._app(scope, receive, send)
             return
         received = 0
@@ -79,6 +87,16 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+async def _refuse_encoding() -> Message:
+    # Read where the body would be: a route that takes none does not mind.
+    raise WrongContentType(
+        "the body has a content-encoding; send it as it is, bodies are not inflated here",
+        field="content-encoding",
+        expected="identity",
+        came="another",
+    )
 
 
 def body_too_large(max_bytes: int) -> BodyTooLarge:

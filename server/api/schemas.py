@@ -174,13 +174,13 @@ class DetokenizeBody(OpenBody):
 class RollbackBody(ClosedBody):
     """Body of `POST /adapters/{name}/rollback`."""
 
-    version: int = Field(ge=1, description="The version that the bare name is to mean.")
+    version: int = Field(ge=1, lt=2**63, description="The version that the bare name is to mean.")
 
 
 class AliasBody(ClosedBody):
     """Body of `PUT /adapters/{name}/aliases/{alias}`."""
 
-    version: int = Field(ge=1, description="The version that gets the name.")
+    version: int = Field(ge=1, lt=2**63, description="The version that gets the name.")
 
 
 def set_extras(model: BaseModel | None) -> list[str]:

@@ -69,7 +69,7 @@ async def train(
 async def list_jobs(
     request: Request,
     services: UseServices,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
     """Without the longer fields; `total` says whether there are more."""
@@ -132,7 +132,7 @@ async def job_log(
     request: Request,
     services: UseServices,
     job_id: str,
-    tail: Annotated[int | None, Query(ge=1, description="Only the last so many lines.")] = None,
+    tail: Annotated[int | None, Query(ge=1, lt=2**63, description="Only the last so many lines.")] = None,
 ) -> Response:
     """Empty before the job has begun; of a very long one the end."""
     only_query(request, "tail")

@@ -1,0 +1,1 @@
+"""Hostile input against one real server; the corpus stands in `files`."""
