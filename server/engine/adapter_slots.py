@@ -38,6 +38,7 @@ class AdapterEntry:
         scale_slot: its row in the scale tables, from 1; row 0 is all ones.
         on_host: its host form is in memory.
         pins: running sequences that use it.
+        leaves: it gives its slot back when the last of them ends, unless it is asked for again.
         last_used: a counter, higher is later.
         num_loads: times its host form was read.
         num_evictions: times it had to leave the device for another.
@@ -50,6 +51,7 @@ class AdapterEntry:
     scale_slot: int = 0
     on_host: bool = False
     pins: int = 0
+    leaves: bool = False
     last_used: int = 0
     num_loads: int = 0
     num_evictions: int = 0

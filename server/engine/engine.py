@@ -54,6 +54,8 @@ _LOAD_WAIT_SECONDS = 0.05
 _MASK_WAIT_SECONDS = 0.02
 _FOLD_ATTEMPTS = 2
 _NEVER_TOLD = ("disk", 0, 0)
+# Adapters come and go for as long as a server runs: with more than these, idle ones are forgotten.
+_MAX_KNOWN_ADAPTERS = 1024
 # Fewer tokens than this fit no request worth serving, nor the self-check's probe.
 _MIN_TOKENS = 32
 
@@ -521,6 +523,11 @@ class Engine:
                 changes.append(
                     ResidencyEvent(digest, now, entry.ref.name, loads, evictions)  # type: ignore[arg-type]
                 )
+        if len(self._told) > _MAX_KNOWN_ADAPTERS:
+            # Only now: where each of them went has been told.
+            for digest in self.scheduler.forget_idle():
+                self._told.pop(digest, None)
+                self._failed_folds.pop(digest, None)
         return changes
 
     def stats(self) -> StatsEvent:

@@ -69,12 +69,16 @@ class PrefixCache:
         self._places: dict[int, _Place] = {}  # block -> where it stands
         self._nodes: dict[int, int] = {}  # full block -> the beginning that ends with it
         self._num_nodes = 0
+        # A root has a block, or may be forgotten: so a thousand new ones come between two clearings.
+        self._max_roots = pool.num_blocks + 1024
         pool.on_reuse = self._drop
 
     def root(self, digest: str | None, scope: str = "") -> int:
         """The empty beginning of an adapter in a scope; None is the base."""
         place = (digest, scope)
         if place not in self._roots:
+            if len(self._roots) >= self._max_roots:  # those of adapters whose blocks are gone
+                self._roots = {p: n for p, n in self._roots.items() if n in self._children}
             self._roots[place] = self._new_node()
         return self._roots[place]
 

@@ -154,7 +154,7 @@ class Scheduler:
         sequence = Sequence.of(request, self._next_arrival())
         self._sequences[request.request_id] = sequence
         if request.adapter is not None:
-            self.slots.entry(request.adapter)
+            self.slots.entry(request.adapter).leaves = False
         self._queues.setdefault(sequence.adapter_digest, deque()).append(sequence)
         return sequence
 
@@ -173,16 +173,33 @@ class Scheduler:
         if self._adapter_refusal(ref) is not None:
             return
         entry = self.slots.entry(ref)
+        entry.leaves = False
         if entry not in self._preloads:
             self._preloads.append(entry)
 
     def unload(self, digest: str) -> bool:
-        """Release an adapter's slot; False when it is in use or holds none."""
+        """Release an adapter's slot; False when it holds none, or once nobody uses it any more."""
         entry = self.slots.entries.get(digest)
-        if entry is None or entry.pins or entry.residency is not Residency.DEVICE:
+        if entry is None:
+            return False
+        entry.leaves = bool(entry.pins) or digest in self._queues
+        if entry.pins or entry.residency is not Residency.DEVICE:
             return False
         self.slots.release(entry)
         return True
+
+    def forget_idle(self) -> list[str]:
+        """Drop the entries of adapters that are on disk only and that nobody waits for; their digests."""
+        wanted = {sequence.adapter_digest for sequence in self._preempted} | self._queues.keys()
+        wanted |= {entry.ref.digest for entry in self._preloads}
+        idle = [
+            digest
+            for digest, entry in self.slots.entries.items()
+            if entry.residency is Residency.DISK and not entry.on_host and digest not in wanted
+        ]
+        for digest in idle:
+            del self.slots.entries[digest]
+        return idle
 
     def adapter_loaded(self, digest: str, *, needs_fold: bool) -> None:
         """The adapter's host form is in memory."""
@@ -501,6 +518,8 @@ class Scheduler:
         entry = self._entry_of(sequence)
         if entry is not None:
             entry.pins -= 1
+            if entry.leaves and not entry.pins:
+                self.slots.release(entry)
 
     def _dequeue(self, sequence: Sequence) -> None:
         key = sequence.adapter_digest

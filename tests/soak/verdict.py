@@ -90,7 +90,10 @@ def _generations(tally: Tally, samples: Samples) -> list[str]:
     )
     if whole < tally.sequences:
         faults.append(f"clients saw {tally.sequences} sequences, {whole} were counted")
-    if (errors := total(samples, "vllm:request_success_total", finished_reason="error")) != 0:
+    # A grammar that cannot be compiled is a refusal of the engine; nothing else may fail there.
+    errors = total(samples, "vllm:request_success_total", finished_reason="error")
+    errors -= total(samples, "graftwork_adapter_failures_total", code="grammar_invalid")
+    if errors:
         faults.append(f"{errors} generations ended in an error")
     tokens = total(samples, "vllm:generation_tokens_total")
     if tokens < tally.tokens:

@@ -371,8 +371,9 @@ def test_preload_and_unload():
     assert not sim.scheduler.unload(adapters[0].digest), "it is in use"
     sim.run()
     assert running in sim.finished
+    assert entries[adapters[0].digest].residency is Residency.HOST, "it left with its last sequence"
     for adapter in adapters:
-        assert sim.scheduler.unload(adapter.digest)
+        assert sim.scheduler.unload(adapter.digest) == (adapter is not adapters[0])
         assert not sim.scheduler.unload(adapter.digest)
         assert entries[adapter.digest].residency is Residency.HOST
     assert not sim.scheduler.unload("never heard of")
