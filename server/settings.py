@@ -180,7 +180,12 @@ class Settings(BaseSettings):
     @property
     def keys_required(self) -> bool:
         """Whether requests need a key."""
-        return not _is_loopback(self.host) if self.require_keys is None else self.require_keys
+        return not self.is_local if self.require_keys is None else self.require_keys
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine itself can reach the server."""
+        return _is_loopback(self.host)
 
     @property
     def base_id(self) -> str:
