@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import stat
 import tarfile
 import zipfile
@@ -296,6 +297,12 @@ class _BoundedReads(io.FileIO):
             field="files",
             expected=f"at most {_MAX_ZIP_READ} bytes",
         )
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        # Offsets come from the file; the system's refusal would look like a fault of the disk.
+        if whence == os.SEEK_SET and not 0 <= offset < 2**63:
+            raise zipfile.BadZipFile("a member lies outside the file")
+        return super().seek(offset, whence)
 
 
 def _unpack_zip(path: Path, picker: _Picker) -> None:

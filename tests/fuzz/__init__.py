@@ -1,0 +1,1 @@
+"""Bytes mutated from sound seeds, for every reader of what strangers send."""
