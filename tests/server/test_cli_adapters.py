@@ -231,7 +231,9 @@ def ia3(tmp_path_factory) -> Path:
         "init_ia3_weights": True,
     }
     scales = {
-        f"base_model.model.model.layers.{layer}.self_attn.q_proj.ia3_l": torch.full((HIDDEN, 1), 2.0)
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.ia3_l": torch.full(
+            (HIDDEN, 1), 2.0
+        )
         for layer in range(LAYERS)
     }
     directory = tmp_path_factory.mktemp("ia3") / "doubled"
