@@ -61,3 +61,7 @@ def dashboard_expressions() -> list[str]:
 
 def alert_expressions() -> list[str]:
     return [rule["expr"] for group in load(ALERTS)["groups"] for rule in group["rules"]]
+
+
+def alert_names() -> list[str]:
+    return [rule["alert"] for group in load(ALERTS)["groups"] for rule in group["rules"]]
