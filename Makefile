@@ -29,7 +29,7 @@ bench: setup-test base
 	$(BIN)/python -m tests.benchmarks.serving $(BENCH)
 
 image-test:
-	@$(PYTHON) docker/image_test.py $(IMAGE_TEST)
+	@$(PYTHON) docker/image_test $(IMAGE_TEST)
 
 DEMO := server/demo/adapters
 DEMO_DATA := --data server/demo/messages.jsonl --base $(BASE) --dtype bfloat16 --threads 1

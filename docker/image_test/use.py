@@ -1,4 +1,4 @@
-"""What `image_test.py` does with a running container: looks inside, generates, uploads, trains.
+"""What the image test does with a running container: looks inside, generates, uploads, trains.
 
 Knows no podman and no build. Standard library only.
 """
@@ -35,7 +35,7 @@ def is_ready(port: int) -> bool:
     """Whether /readyz says so."""
     try:
         with _opener.open(f"http://127.0.0.1:{port}/readyz", timeout=5) as reply:
-            return reply.status == 200
+            return bool(reply.status == 200)
     except OSError:
         return False
 
