@@ -122,9 +122,10 @@ def print_table(table: Table) -> None:
     if out.is_terminal:
         out.print(table)
         return
-    # In a pipe or a file nothing may be cut: somebody searches in it.
-    width = out.measure(table, options=out.options.update(max_width=_WIDEST)).maximum
-    out.print(table, width=max(out.width, width), crop=False)
+    # In a pipe or a file nothing may be cut, whatever COLUMNS says: somebody searches in it.
+    wide = Console(width=_WIDEST)
+    wide.width = max(out.width, wide.measure(table).maximum)
+    wide.print(table, crop=False)
 
 
 def print_json(value: Any) -> None:
