@@ -16,6 +16,16 @@ from server.managed_dirs import AdapterDirectory, Changes, find_folder, publish_
 from tests.adapters.checkpoints import BASE, ia3, soft_prompt
 from tests.full_disk import run_on_a_small_disk
 
+
+@pytest.fixture(autouse=True)
+def every_line_is_logged() -> Iterator[None]:
+    """A server that ran in this process before may have set a higher level."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    yield
+    structlog.configure(**before)
+
+
 # --- paths -----------------------------------------------------------------------------------
 
 
