@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters import errors as library
 from server import errors as ours
 from server.api.sse import ClientGone
-from server.engine import client as engine
+from server.engine import errors as engine
 
 log = structlog.get_logger(__name__)
 

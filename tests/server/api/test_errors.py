@@ -9,7 +9,7 @@ import pytest
 from adapters import errors as library
 from server import errors as ours
 from server.api.errors import FAILED, TABLE, body_of, reply_to, tell
-from server.engine import client as engine
+from server.engine import errors as engine
 from server.engine import request
 
 
