@@ -281,7 +281,9 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
         return
     log.info("ready", base=services.base_id, digest=services.client.base.digest)
     if services.keys is not None and services.keys.is_empty():
-        log.warning("no_keys", hint="every request is refused; make a key with graftwork keys create")
+        log.warning(
+            "no_keys", hint="every request is refused; make a key with graftwork keys create"
+        )
     elif services.keys is None and not services.settings.is_local:
         log.warning("open_to_all", host=services.settings.host, hint="no keys are asked for")
 

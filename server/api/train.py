@@ -132,7 +132,9 @@ async def job_log(
     request: Request,
     services: UseServices,
     job_id: str,
-    tail: Annotated[int | None, Query(ge=1, lt=2**63, description="Only the last so many lines.")] = None,
+    tail: Annotated[
+        int | None, Query(ge=1, lt=2**63, description="Only the last so many lines.")
+    ] = None,
 ) -> Response:
     """Empty before the job has begun; of a very long one the end."""
     only_query(request, "tail")

@@ -35,7 +35,12 @@ _PARAMETERS = {
 # Two ways to send one key; a server that asks for none takes requests without.
 _KEYS: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
-    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
+    "x-api-key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same.",
+    },
 }
 _SECURITY: list[dict[str, list[str]]] = [{}, {"bearer": []}, {"x-api-key": []}]
 _TEXT: dict[str, Any] = {"type": "string"}
