@@ -165,7 +165,9 @@ def remove_work() -> None:
     if WORK.exists():
         remove()
         run([*podman(), "image", "rm", "--force", "--all"], check=False)
-        shutil.rmtree(WORK, ignore_errors=True)
+        # podman mounts its storage on itself.
+        run(["umount", str(WORK / "storage" / "overlay")], check=False)
+        shutil.rmtree(WORK)
 
 
 if __name__ == "__main__":
