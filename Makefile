@@ -1,5 +1,6 @@
 # make serve   set up everything and serve on 127.0.0.1:8000
-# make test    set up what the tests need and run them
+# make test    set up what the tests need and run most of them
+# make test-systems    the others: real clients, hostile input, faults, load, deployment
 # make lint    formatting, lint, types, import rules
 # make bench   output tokens a second, here and in PEFT
 # make image-test   build the container image and use it (root, buildah, podman, runc, debootstrap)
@@ -11,13 +12,20 @@ BIN := $(VENV)/bin
 BASE := .graftwork/base
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test lint bench image-test demo-adapters setup setup-test base
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+.PHONY: serve test test-systems lint bench image-test demo-adapters setup setup-test base
 
 serve: setup base
 	@$(BIN)/graftwork serve --demo
 
 test: setup-test base
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST) $(addprefix --ignore=,$(SYSTEMS))
+
+# Real clients, hostile input, faults of every part, load, deployment: minutes of server starts.
+SYSTEMS := tests/clients tests/docker tests/faults tests/fuzz tests/hostile tests/soak
+test-systems: setup-test base
+	$(PYTEST) $(SYSTEMS)
 
 lint: setup-test
 	$(BIN)/ruff format --check .

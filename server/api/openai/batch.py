@@ -14,6 +14,9 @@ from server.engine.client import EngineOverloaded
 from server.engine.request import GenerationRequest
 from server.generation import Generation, Generator, Options, Piece
 
+# How often a full queue is asked again.
+_RETRY_SECONDS = 0.05
+
 
 class Batch:
     """The sequences of one request. Iterate `pieces` once; `abort` is safe at any time.
@@ -48,7 +51,8 @@ class Batch:
         """Yield (index in `requests`, piece) until every sequence has ended.
 
         Raises:
-            EngineOverloaded, EngineUnavailable: a sequence could not be begun.
+            EngineOverloaded: the queue is full, and no sequence was begun yet.
+            EngineUnavailable: a sequence could not be begun.
             RequestFailed: the engine gave one up; the others are given up with it.
         """
         try:
@@ -59,6 +63,10 @@ class Batch:
                 return
             num_ended = 0
             while num_ended < len(self._requests):
+                while not self._num_active and self._arrived.empty():
+                    # Others took the places: what was begun is not given up for that.
+                    await asyncio.sleep(_RETRY_SECONDS)
+                    self._begin_more()
                 index, arrived = await self._arrived.get()
                 if isinstance(arrived, Exception):
                     raise arrived
@@ -84,9 +92,9 @@ class Batch:
             try:
                 generation = self._generator.submit(self._requests[index], self._options)
             except EngineOverloaded:
-                if not self._num_active:
+                if not self.generations:
                     raise
-                return  # a full queue: this request's later sequences wait for its earlier ones
+                return  # a full queue: this request's later sequences wait
             self.generations.append(generation)
             self._num_active += 1
             if len(self._requests) > 1:

@@ -77,6 +77,7 @@ def home(base: Path, data_dir: Path, **changes: Any) -> Iterator[Home]:
         base_name=BASE_NAME,
         dtype="float32",
         checkpoint_seconds=0.2,
+        nice=1,  # the tests wait for it, and the machine may be busy
     )
     registry = Registry(data_dir, reserved=(BASE_NAME,))
     store = JobStore(data_dir)
