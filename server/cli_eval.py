@@ -14,7 +14,6 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from adapters.errors import JobInvalid
 from adapters.training.job import Tokenization
 from server.cli_data import (
     AppendEos,
@@ -262,16 +261,9 @@ def _engine(settings: Settings, num_adapters: int) -> Iterator[OfflineEngine]:
 def _contestant(
     engine_name: str | None, name: str, words: dict[str, Any], num_virtual_tokens: int = 0
 ) -> Contestant:
-    from server.evaluation import Contestant, Wording
+    from server.evaluation import Contestant, Wording, require_words
 
-    for field in ("template", "target", "labels"):
-        if not words.get(field):
-            raise JobInvalid(
-                f"{name} has no stored {field}; give --{field}",
-                field=field,
-                expected=f"--{field}",
-                came="none",
-            )
+    require_words(name, words)
     known = {key: value for key, value in words.items() if value is not None}
     return Contestant(engine_name, Wording(**known), num_virtual_tokens)
 

@@ -7,7 +7,7 @@ mixed batch of the engine. Knows no command and no registry.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +68,25 @@ class Wording:
             num_rows=0,
             trainable_params=0,
         )
+
+
+def require_words(name: str, words: Mapping[str, object]) -> None:
+    """Without these nothing can be ranked.
+
+    Args:
+        name: whose words they are, for the message.
+
+    Raises:
+        JobInvalid: neither stored nor given.
+    """
+    for field in ("template", "target", "labels"):
+        if not words.get(field):
+            raise JobInvalid(
+                f"{name} has no stored {field}; give --{field}",
+                field=field,
+                expected=f"--{field}",
+                came="none",
+            )
 
 
 @dataclass(frozen=True)

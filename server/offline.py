@@ -7,7 +7,6 @@ engine in a process of its own.
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from server.engine.request import (
     SamplingParams,
     TokenEvent,
 )
+from server.scoring import score_of, scoring
 
 # A target to be scored: the adapter's name (None: the base), the ids of a prompt, those of the target.
 Target = tuple[str | None, Sequence[int], Sequence[int]]
@@ -155,20 +155,15 @@ class OfflineEngine:
             while done < len(targets):
                 while waiting < len(targets) and len(in_flight) < _IN_FLIGHT:
                     name, prompt, target = targets[waiting]
-                    scoring = SamplingParams(
-                        max_new_tokens=1,
-                        ignore_eos=True,
-                        prompt_logprobs=True,
-                        prompt_logprobs_from=len(prompt),
-                    )
-                    in_flight[self._submit(name, (*prompt, *target), scoring)] = waiting
+                    params = scoring(len(prompt))
+                    in_flight[self._submit(name, (*prompt, *target), params)] = waiting
                     waiting += 1
                 for event in self._engine.step():
                     if isinstance(event, FailedEvent):
                         raise GenerationFailed(event.message)
                     if isinstance(event, TokenEvent):
                         index = in_flight.pop(event.request_id)
-                        scores[index] = _last(event, len(targets[index][2]))
+                        scores[index] = score_of(event.prompt_logprobs, len(targets[index][2]))
                         done += 1
                         on_done(done)
         finally:
@@ -203,9 +198,3 @@ class OfflineEngine:
 
     def _read(self, digest: str) -> ServingForm:
         return load_serving_form(self._directories[digest], self.spec, self._limits)
-
-
-def _last(event: TokenEvent, num_tokens: int) -> float:
-    """Sum of the last log-probabilities of a prompt."""
-    prompt = event.prompt_logprobs or ()
-    return math.fsum(entry.logprob for entry in prompt[-num_tokens:] if entry is not None)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapters.registry import AdapterRecord
-from server.engine.request import SamplingParams, TokenLogprob
 from server.errors import RequestInvalid
 from server.generation import Generation, Generator, Options, Prompt
+from server.scoring import score_of, scoring
 
 Normalization = Literal["sum", "token_mean"]
 Target = tuple[int, ...]
@@ -124,7 +124,7 @@ async def _score_all(
         generator.prepare(
             Prompt(prompt.text, prompt.token_ids + target),
             adapter,
-            _options(len(prompt.token_ids)),
+            Options(scoring(len(prompt.token_ids)), max_new_tokens=1),
             f"{batch}-{index}",
         )
         for index, (prompt, target) in enumerate(wanted)
@@ -133,14 +133,14 @@ async def _score_all(
 
     async def score(index: int) -> float:
         async with slots:
-            generation = generator.submit(requests[index], _options(0))
+            generation = generator.submit(requests[index], Options(requests[index].sampling))
             on_begun(generation)
             try:
                 async for _ in generation:
                     pass
             finally:
                 generation.abort()
-            return _target_logprob(generation.prompt_logprobs or (), len(wanted[index][1]))
+            return score_of(generation.prompt_logprobs, len(wanted[index][1]))
 
     tasks = [asyncio.ensure_future(score(index)) for index in range(len(requests))]
     try:
@@ -149,16 +149,3 @@ async def _score_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _options(num_prompt_tokens: int) -> Options:
-    # One token is generated and thrown away: the engine reports a prompt's logprobs with it.
-    sampling = SamplingParams(
-        prompt_logprobs=True, prompt_logprobs_from=num_prompt_tokens, ignore_eos=True
-    )
-    return Options(sampling, max_new_tokens=1)
-
-
-def _target_logprob(prompt: Sequence[TokenLogprob | None], num_tokens: int) -> float:
-    """Sum over the last `num_tokens` entries of a prompt's log-probabilities."""
-    return math.fsum(entry.logprob for entry in prompt[-num_tokens:] if entry is not None)

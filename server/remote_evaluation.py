@@ -17,7 +17,7 @@ from adapters.errors import DataInvalid, JobInvalid, TemplateInvalid
 from adapters.template import Template, text_of
 from adapters.training.ranking import score
 from adapters.training.rows import Row
-from server.evaluation import Evaluation, Normalization, Result
+from server.evaluation import Evaluation, Normalization, Result, require_words
 from server.remote import RemoteServer
 
 # Enough for the server to fill its steps, and few enough for a bar that moves.
@@ -74,14 +74,7 @@ def contestant_of(
     """
     words = {**inherited, **stored_words(shown), **given}
     name = f"{shown['name']}@{shown['version']}" if shown else "the base"
-    for field in ("template", "target", "labels"):
-        if not words.get(field):
-            raise JobInvalid(
-                f"{name} has no stored {field}; give --{field}",
-                field=field,
-                expected=f"--{field}",
-                came="none",
-            )
+    require_words(name, words)
     for field, default in _OF_THE_BASE.items():
         served = shown.get(field) if shown else default
         if field in given and given[field] != served:

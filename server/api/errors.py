@@ -263,12 +263,17 @@ def _retry_headers(error: Exception) -> dict[str, str]:
     if isinstance(error, ours.KeyRequired):
         return {"www-authenticate": 'Bearer realm="graftwork"'}
     if isinstance(error, (engine.EngineOverloaded, ours.RateLimited)):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))}
+        return {"retry-after": str(retry_after(error.retry_after_seconds))}
     if isinstance(error, ours.TooManyJobs):
         return {"retry-after": "30"}
     if isinstance(error, (ours.NotReady, engine.EngineUnavailable, library.StorageUnavailable)):
         return {"retry-after": "5"}
     return {}
+
+
+def retry_after(seconds: float) -> int:
+    """Whole seconds for the header, at least one."""
+    return max(1, math.ceil(seconds))
 
 
 def _tell_http(error: HTTPException) -> Told:

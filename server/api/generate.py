@@ -5,9 +5,7 @@ Thin: a body becomes `Options`; `generate_reply` does the rest.
 
 from __future__ import annotations
 
-import secrets
 import uuid
-from typing import Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -16,9 +14,9 @@ from adapters.registry import AdapterRecord
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.generate_reply import Job, stream, whole
 from server.api.headers import note_ignored
+from server.api.sampling import invalid, sampling_of
 from server.api.schemas import GenerateBody, GenerateParameters, set_extras
 from server.api.services import Services, UseServices
-from server.engine.request import SamplingParams
 from server.errors import Contradiction, RequestInvalid
 from server.generation import Generator, Options, Prompt
 from server.guidance import grammar_from
@@ -108,9 +106,9 @@ def _check_inputs(body: GenerateBody) -> None:
 
 def _check_stream(parameters: GenerateParameters) -> None:
     if parameters.decoder_input_details:
-        raise _invalid("decoder_input_details", "false when streaming", "true")
+        raise invalid("decoder_input_details", "false when streaming", "true")
     if (parameters.best_of or 1) > 1:
-        raise _invalid("best_of", "1 when streaming", parameters.best_of)
+        raise invalid("best_of", "1 when streaming", parameters.best_of)
 
 
 async def _prompt(generator: Generator, body: GenerateBody, record: AdapterRecord | None) -> Prompt:
@@ -129,25 +127,13 @@ def options_from(parameters: GenerateParameters, max_best_of: int) -> Options:
     sampled = _samples(parameters)
     best_of = parameters.best_of or 1
     if best_of > max_best_of:
-        raise _invalid("best_of", f"at most {max_best_of}", best_of)
+        raise invalid("best_of", f"at most {max_best_of}", best_of)
     if best_of > 1 and not sampled:
-        raise _invalid("best_of", "1 unless do_sample is true", best_of)
-    seed = parameters.seed
-    if seed is None:
-        # 53 bits: every JSON reader gets the seed back that was used.
-        seed = secrets.randbits(53) if sampled else 0
+        raise invalid("best_of", "1 unless do_sample is true", best_of)
     return Options(
-        sampling=SamplingParams(
+        sampling=sampling_of(
+            parameters,
             do_sample=sampled,
-            temperature=_or(parameters.temperature, 1.0),
-            top_k=_or(parameters.top_k, 0),
-            top_p=_or(parameters.top_p, 1.0),
-            min_p=_or(parameters.min_p, 0.0),
-            typical_p=_or(parameters.typical_p, 1.0),
-            repetition_penalty=_or(parameters.repetition_penalty, 1.0),
-            presence_penalty=_or(parameters.presence_penalty, 0.0),
-            frequency_penalty=_or(parameters.frequency_penalty, 0.0),
-            seed=seed,
             ignore_eos=bool(parameters.ignore_eos or parameters.ignore_eos_token),
             num_logprobs=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
             prompt_logprobs=bool(parameters.decoder_input_details),
@@ -173,14 +159,4 @@ def _samples(parameters: GenerateParameters) -> bool:
         or parameters.top_p not in (None, 1.0)
         or parameters.typical_p not in (None, 1.0)
         or bool(parameters.min_p)
-    )
-
-
-def _or(value: Any, neutral: Any) -> Any:
-    return neutral if value is None else value
-
-
-def _invalid(name: str, expected: str, came: Any) -> RequestInvalid:
-    return RequestInvalid(
-        f"{name}: expected {expected}, came {came}", field=name, expected=expected, came=str(came)
     )

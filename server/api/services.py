@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from server.jobs.supervisor import Supervisor
     from server.keys.ring import KeyRing
     from server.uploads import FileStore
+
+
+TableT = TypeVar("TableT")
 
 
 @dataclass
@@ -104,9 +107,7 @@ class Services:
         Raises:
             NotReady: this server has no table of them.
         """
-        if self.jobs is None:
-            raise NotReady("not ready: this server has no table of training jobs")
-        return self.jobs
+        return _there(self.jobs, "training jobs")
 
     def need_keys(self) -> KeyRing:
         """The API keys.
@@ -114,9 +115,7 @@ class Services:
         Raises:
             NotReady: this server has no table of them.
         """
-        if self.keys is None:
-            raise NotReady("not ready: this server has no table of keys")
-        return self.keys
+        return _there(self.keys, "keys")
 
     def need_files(self) -> FileStore:
         """The files that were uploaded to train on.
@@ -124,9 +123,7 @@ class Services:
         Raises:
             NotReady: this server has no table of them.
         """
-        if self.files is None:
-            raise NotReady("not ready: this server has no table of files")
-        return self.files
+        return _there(self.files, "files")
 
     def adapter_headers(self, record: AdapterRecord | None) -> dict[str, str]:
         """`x-adapter-id` and `x-adapter-version`; the base goes by its id and its digest."""
@@ -137,6 +134,12 @@ class Services:
     def name_adapter(self, request: Request, record: AdapterRecord | None) -> None:
         """Put the adapter's headers on this request's reply."""
         set_headers(request, self.adapter_headers(record))
+
+
+def _there(table: TableT | None, what: str) -> TableT:
+    if table is None:
+        raise NotReady(f"not ready: this server has no table of {what}")
+    return table
 
 
 async def get_services(request: Request) -> Services:

@@ -9,7 +9,6 @@ each count for themselves, and a restart begins anew. Knows no HTTP.
 
 from __future__ import annotations
 
-import math
 import time
 
 import limits
@@ -159,8 +158,3 @@ def _ledger(tokens: str) -> limits.RateLimitItem:
     """The quota's window, without its limit."""
     item = limits.parse(tokens)
     return type(item)(_WITHOUT_END, item.multiples, "tokens")
-
-
-def retry_after(seconds: float) -> int:
-    """Whole seconds, at least one."""
-    return max(1, math.ceil(seconds))

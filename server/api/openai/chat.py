@@ -16,8 +16,9 @@ from server.api.openai.messages import render_chat, row_of
 from server.api.openai.model import chosen_model, note_extras
 from server.api.openai.prompts import Given, from_row, require_one
 from server.api.openai.reply import stream, whole
-from server.api.openai.sampling import invalid, options_of, samples_of
+from server.api.openai.sampling import options_of, samples_of
 from server.api.openai.schemas import ChatBody
+from server.api.sampling import invalid
 from server.api.services import Services, UseServices
 from server.errors import Contradiction
 from server.generation import Generator, Piece

@@ -14,8 +14,9 @@ from server.api.openai.logprobs import CompletionLogprobs
 from server.api.openai.model import chosen_model, note_extras
 from server.api.openai.prompts import encode_all, from_row, require_one, token_offsets
 from server.api.openai.reply import stream, whole
-from server.api.openai.sampling import invalid, options_of, samples_of
+from server.api.openai.sampling import options_of, samples_of
 from server.api.openai.schemas import DEFAULT_MAX_TOKENS, CompletionBody
+from server.api.sampling import invalid
 from server.api.services import Services, UseServices
 from server.generation import Generator, Piece
 

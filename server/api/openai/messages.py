@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from adapters.registry import AdapterRecord
 from adapters.template import Template
 from server.api.errors import shown
-from server.api.openai.sampling import invalid
 from server.api.openai.schemas import Message, TextPart
+from server.api.sampling import invalid
 from server.api.schemas import Row
 from server.errors import RequestInvalid
 from server.text.chat import ConversationRefused

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import anyio.to_thread
 
 from adapters.registry import AdapterRecord
-from server.api.openai.sampling import invalid
+from server.api.sampling import invalid
 from server.api.schemas import Row
 from server.errors import Contradiction
 from server.generation import Generator, Prompt

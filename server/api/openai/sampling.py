@@ -5,17 +5,12 @@ Knows no prompt, no adapter and no reply.
 
 from __future__ import annotations
 
-import secrets
-from typing import TypeVar
-
 from server.api.errors import shown
 from server.api.openai.schemas import OpenAIBody
-from server.engine.request import SamplingParams
-from server.errors import Contradiction, RequestInvalid
+from server.api.sampling import invalid, sampling_of
+from server.errors import Contradiction
 from server.generation import Options
 from server.guidance import grammar_from
-
-ValueT = TypeVar("ValueT")
 
 
 def options_of(
@@ -43,22 +38,10 @@ def options_of(
         Contradiction: two fields disagree.
         RequestInvalid: a value that does not fit.
     """
-    sampled = body.temperature != 0
-    seed = body.seed
-    if seed is None:
-        seed = secrets.randbits(53) if sampled else 0
     return Options(
-        sampling=SamplingParams(
-            do_sample=sampled,
-            temperature=body.temperature or 1.0,
-            top_k=max(0, _or(body.top_k, 0)),
-            top_p=_or(body.top_p, 1.0),
-            min_p=_or(body.min_p, 0.0),
-            typical_p=_or(body.typical_p, 1.0),
-            repetition_penalty=_or(body.repetition_penalty, 1.0),
-            presence_penalty=_or(body.presence_penalty, 0.0),
-            frequency_penalty=_or(body.frequency_penalty, 0.0),
-            seed=seed,
+        sampling=sampling_of(
+            body,
+            do_sample=body.temperature != 0,
             ignore_eos=bool(body.ignore_eos),
             num_logprobs=num_logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -98,13 +81,6 @@ def samples_of(n: int | None, best_of: int | None, max_best_of: int) -> tuple[in
     return wanted, drawn
 
 
-def invalid(field: str, expected: str, came: object) -> RequestInvalid:
-    """The refusal of one value."""
-    return RequestInvalid(
-        f"{field}: expected {expected}, came {came}", field=field, expected=expected, came=str(came)
-    )
-
-
 def _max_tokens(body: OpenAIBody, max_tokens: int | None) -> int | None:
     newer = body.max_completion_tokens
     if newer is not None and max_tokens is not None and newer != max_tokens:
@@ -125,7 +101,3 @@ def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, f
             raise invalid("logit_bias", f"token ids from 0 to {vocab_size - 1}", shown(key))
         known[int(key)] = bias
     return tuple(known.items())
-
-
-def _or(value: ValueT | None, neutral: ValueT) -> ValueT:
-    return neutral if value is None else value

@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 
 import pytest
 
+from server.api.errors import retry_after
 from server.engine.request import GenerationRequest
 from server.errors import QuotaExceeded, RateLimited
 from server.keys.caller import calling
 from server.keys.key import Key
-from server.keys.quotas import Quotas, checked_limit, retry_after
+from server.keys.quotas import Quotas, checked_limit
 
 # A whole hour, so that windows of an hour begin with it.
 START = 1_795_348_800.0
