@@ -90,6 +90,9 @@ FAMILIES: dict[str, Family] = {
     "vllm:prefix_cache_hits_total": Family(
         "counter", _VLLM, "Prompt tokens found in the prefix cache."
     ),
+    "graftwork_engine_restarts_total": Family(
+        "counter", (), "Times the engine's process was replaced by another one."
+    ),
     "vllm:prompt_tokens_total": Family(
         "counter", _VLLM, "Prompt tokens of requests that got a first token."
     ),

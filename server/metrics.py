@@ -42,6 +42,7 @@ class Now:
     Attributes:
         base_id: the base's name.
         stats: the engine's latest.
+        num_restarts: times that its process was replaced.
         jobs: training jobs by state.
         num_adapters: adapters stored.
         build: labels of `graftwork_build_info`, in their order.
@@ -49,6 +50,7 @@ class Now:
 
     base_id: str
     stats: StatsEvent
+    num_restarts: int
     jobs: Mapping[State, int]
     num_adapters: int
     build: tuple[str, ...]
@@ -194,6 +196,7 @@ class Metrics:
         }
         for name, value in values.items():
             yield Row(name, (now.base_id, _ENGINE), value)
+        yield Row("graftwork_engine_restarts_total", (), now.num_restarts)
 
     def _total_rows(self, base_id: str) -> Iterator[Row]:
         labels, totals = (base_id, _ENGINE), self._totals

@@ -12,11 +12,16 @@ from server.errors import NotReady
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/livez", summary="The process answers, and its engine serves or will")
+@router.get("/livez", summary="The process answers, and its engine does not hang")
 async def livez(services: UseServices) -> dict[str, Any]:
-    """503 once only a new process helps: the engine has ended and is not started again."""
+    """503 from an engine that hangs until another one serves, and once there will be no other.
+
+    An engine that ended is started again: 200 meanwhile, and `/readyz` is 503.
+    """
     if services.client.lost:
         raise NotReady("not alive: the engine has ended and is not started again")
+    if services.client.hung:
+        raise NotReady("not alive: the engine hung, and another one is being started")
     return {"status": "alive"}
 
 

@@ -42,6 +42,7 @@ def _look(services: Services) -> Now:
     return Now(
         base_id=services.base_id,
         stats=services.client.stats,
+        num_restarts=services.client.num_restarts,
         jobs={} if services.jobs is None else services.jobs.count_by_state(),
         num_adapters=services.registry.count(),
         build=(

@@ -112,6 +112,7 @@ class EngineClient:
         stats: the engine's latest counts.
         num_restarts: times that the process was replaced.
         lost: whether the process has ended and will not be replaced: only a new server helps.
+        hung: whether the process fell silent, was ended for that, and is not replaced yet.
         on_residency: called on the event loop for every adapter that moved.
     """
 
@@ -125,6 +126,7 @@ class EngineClient:
         self.stats = StatsEvent(0, 0, 0, 0)
         self.num_restarts = 0
         self.lost = False
+        self.hung = False
         self.on_residency: Callable[[ResidencyEvent], None] = lambda _event: None
         self._streams: dict[str, RequestStream] = {}
         self._residency: dict[str, ResidencyEvent] = {}
@@ -271,7 +273,7 @@ class EngineClient:
 
     def _serve(self, engine: RunningEngine) -> None:
         self._serves = self._has_served = True
-        self.lost = False
+        self.lost = self.hung = False
         self._silent_ticks = 0
         self._served_since = self._heard_at = time.monotonic()
         engine.serve(
@@ -292,6 +294,7 @@ class EngineClient:
             if engine is None or not self.alive or silent < self.config.silence_seconds:
                 continue
             log.error("engine_silent", seconds=silent, pid=self.pid)
+            self.hung = True
             self._fail_all("engine_error", f"the engine has said nothing for {silent:.0f} seconds")
             engine.kill()
             await asyncio.to_thread(engine.process.join, _STOP_SECONDS)

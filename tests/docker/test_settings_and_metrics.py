@@ -7,6 +7,7 @@ import re
 import pytest
 
 from server.api import errors
+from server.engine import client
 from server.exposition import FAMILIES
 from server.settings import Settings
 from tests.docker.files import (
@@ -108,6 +109,14 @@ def test_refusals_of_the_proxy_have_codes_of_ours():
     for status, code in bodies:
         assert code in statuses, code
         assert int(status) in (statuses[code], 408, 504), code
+
+
+def test_a_server_that_replaces_its_engine_is_not_ended_meanwhile():
+    probe = pod()["containers"][0]["livenessProbe"]
+    # Time to end the one that hangs, the pause, and what the next one is given to start: twice.
+    once = client._STOP_SECONDS + client._LEAST_START_SECONDS
+    pauses = client._PAUSE_SECONDS * (1 + 2)
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 2 * once + pauses
 
 
 def test_time_is_left_for_streams_and_checkpoints_to_end():

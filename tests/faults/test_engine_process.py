@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -208,6 +209,24 @@ def wait(condition, seconds=60.0):
         time.sleep(0.02)
 
 
+def restarts(client):
+    text = client.get("/metrics").text
+    return float(re.search(r"^graftwork_engine_restarts_total (\S+)$", text, re.MULTILINE)[1])
+
+
+def test_an_engine_that_ended_is_started_again_by_a_server_that_lives(tmp_path):
+    base = save_tiny_base(tmp_path / "base")
+    with running_server(make_settings(base, tmp_path / "data")) as client:
+        assert restarts(client) == 0
+        os.kill(client.app_services().client.pid, signal.SIGKILL)
+        wait(lambda: client.get("/readyz").status_code == 503)
+        reply = client.get("/readyz")
+        assert "started again" in reply.json()["error"]
+        while client.get("/readyz").status_code == 503:
+            assert client.get("/livez").status_code == 200
+        assert restarts(client) == 1
+
+
 def test_over_http_a_stream_ends_in_an_error_and_probes_say_what_helps(tmp_path):
     base = save_tiny_base(tmp_path / "base")
     settings = make_settings(base, tmp_path / "data", engine_restarts=1, engine_silence_seconds=2.0)
@@ -226,14 +245,19 @@ def test_over_http_a_stream_ends_in_an_error_and_probes_say_what_helps(tmp_path)
         assert reply.status_code == 503
         assert "started again" in reply.json()["error"]
         assert client.get("/readyz").status_code == 503
-        assert client.get("/livez").status_code == 200
+        reply = client.get("/livez")
+        assert reply.status_code == 503
+        assert "the engine hung" in reply.json()["error"]
         wait(lambda: client.get("/readyz").status_code == 200)
+        assert client.get("/livez").status_code == 200
+        assert restarts(client) == 1
         after = client.post("/generate", json=body).json()
         assert after["generated_text"] == before["generated_text"]
         assert after["details"]["tokens"] == before["details"]["tokens"]
         # The one restart is used up: now only a new server helps, and /livez says so.
         os.kill(engine.pid, signal.SIGKILL)
         wait(lambda: client.get("/livez").status_code == 503)
+        assert restarts(client) == 1
         assert "not started again" in client.get("/livez").text
         assert client.get("/readyz").status_code == 503
         assert client.get("/adapters").status_code == 200

@@ -17,7 +17,7 @@ IDLE = StatsEvent(0, 0, 0, 0)
 
 
 def now(stats: StatsEvent = IDLE) -> Now:
-    return Now("base", stats, JOBS, 3, ("1", "base", "d", "float32", "cpu"))
+    return Now("base", stats, 2, JOBS, 3, ("1", "base", "d", "float32", "cpu"))
 
 
 def numbers(metrics: Metrics, at: Now | None = None) -> dict:
@@ -157,7 +157,7 @@ def test_a_base_of_any_name_makes_no_series_twice(name):
     metrics = Metrics()
     metrics.began(request())
     metrics.began(request("a"))
-    text, _ = encode(metrics.rows(Now(name, now().stats, {}, 0, now().build)), "", None)
+    text, _ = encode(metrics.rows(Now(name, now().stats, 0, {}, 0, now().build)), "", None)
     series = [line.split(" ")[0] for line in text.decode().splitlines() if line[0] != "#"]
     assert len(series) == len(set(series))
 
