@@ -349,6 +349,12 @@ class Registry:
             names = select(func.count(VersionRow.name.distinct()))
             return session.scalar(names.where(_among(self._visible()))) or 0
 
+    def gone(self, names: Collection[str]) -> frozenset[str]:
+        """Those of the names that have no version."""
+        with self._database.read() as session:
+            there = set(session.scalars(select(VersionRow.name).distinct()))
+        return frozenset(names) - there
+
     def versions(self, name: str) -> tuple[AdapterRecord, ...]:
         """Every version of an adapter, oldest first.
 

@@ -224,6 +224,8 @@ async def close_services(services: Services) -> None:
 async def collect_garbage(services: Services) -> tuple[str, ...]:
     """Take adapters off the disk that were deleted and that no request needs any more.
 
+    What the engine holds of them goes as well, and what is counted by their names.
+
     Returns:
         Their digests; what is still in use is left for the next time.
     """
@@ -239,6 +241,11 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
     for digest in removed:
         for fold in (services.settings.data_dir / "folds").glob(f"{digest}-*"):
             fold.unlink(missing_ok=True)
+        services.client.drop(digest)
+    if services.requests_by_adapter:
+        counted = tuple(services.requests_by_adapter)
+        for name in await anyio.to_thread.run_sync(registry.gone, counted):
+            del services.requests_by_adapter[name]
     return removed
 
 

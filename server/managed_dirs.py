@@ -277,6 +277,9 @@ class AdapterDirectory:
             )
             changes.removed.append(name)
         self._missing = set(gone)
+        # Refused folders come and go, too.
+        kept = {folder.name for folder in gone.values()}.union(found)
+        self._dealt_with = {n: s for n, s in self._dealt_with.items() if n in kept}
 
 
 def is_from(record: AdapterRecord, source: Managed, folder: Path | None = None) -> bool:

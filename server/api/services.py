@@ -50,7 +50,8 @@ class Services:
         started_at: Unix time, seconds.
         metrics: what is counted here.
         tracing: where spans go; None where nobody asked for them.
-        requests_by_adapter: generations asked of each name since the start.
+        requests_by_adapter: generations asked of each name since the start; a name whose last version
+            was deleted begins anew.
         jobs: the training jobs; None in a server that has no table of them.
         files: the files that were uploaded to train on; None likewise.
         keys: the API keys; None in a server that asks for none.

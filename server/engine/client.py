@@ -30,6 +30,7 @@ from server.engine.process import Ready, StartFailed
 from server.engine.request import (
     Abort,
     AdapterRef,
+    Drop,
     Event,
     FailedEvent,
     GenerationRequest,
@@ -233,12 +234,16 @@ class EngineClient:
         """Let an adapter leave the device unless it is in use."""
         self._send(Unload(digest))
 
+    def drop(self, digest: str) -> None:
+        """Let go of all that is held of an adapter whose stored bytes are gone."""
+        self._send(Drop(digest))
+
     def residency(self, digest: str) -> Literal["disk", "host", "device"]:
         """Where an adapter is, as last heard."""
         event = self._residency.get(digest)
         return "disk" if event is None else event.residency
 
-    def _send(self, command: Abort | Preload | Unload) -> None:
+    def _send(self, command: Abort | Preload | Unload | Drop) -> None:
         if self._engine is not None:
             self._engine.send(command)
 
@@ -251,10 +256,17 @@ class EngineClient:
             if isinstance(event, StatsEvent):
                 self.stats = event
             elif isinstance(event, ResidencyEvent):
-                self._residency[event.digest] = event
-                self.on_residency(event)
+                self._moved(event)
             else:
                 self._deliver(event)
+
+    def _moved(self, event: ResidencyEvent) -> None:
+        # What is on disk only is not kept here: of those there is no end.
+        if event.residency == "disk":
+            self._residency.pop(event.digest, None)
+        else:
+            self._residency[event.digest] = event
+        self.on_residency(event)
 
     def _deliver(self, event: TokenEvent | FailedEvent) -> None:
         ended = isinstance(event, FailedEvent) or event.finish_reason is not None
@@ -308,9 +320,7 @@ class EngineClient:
         self._fail_all("engine_error", "the engine process ended unexpectedly")
         self.stats = dataclasses.replace(self.stats, num_running=0, num_waiting=0, kv_blocks_used=0)
         for event in list(self._residency.values()):
-            moved = dataclasses.replace(event, residency="disk", loads=0, evictions=0)
-            self._residency[event.digest] = moved
-            self.on_residency(moved)
+            self._moved(dataclasses.replace(event, residency="disk", loads=0, evictions=0))
         if time.monotonic() - self._served_since >= _GOOD_SECONDS:
             self._tries = 0
         log.error("engine_ended", pid=engine.process.pid, tries=self._tries)

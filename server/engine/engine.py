@@ -153,6 +153,12 @@ class Engine:
         """Release an adapter's slot unless it is in use."""
         self.scheduler.unload(digest)
 
+    def drop(self, digest: str) -> None:
+        """As `unload`, and give its room in host memory back too."""
+        self.scheduler.unload(digest)
+        if self._host.drop(digest):
+            self.scheduler.adapter_dropped(digest)
+
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do, or will once a load ends or a grammar is compiled."""

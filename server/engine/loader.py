@@ -1,12 +1,11 @@
 """Stored bytes to serving forms, off the engine's thread, and the host memory that keeps them.
 
-A folded soft prompt is written beside the adapters, named by adapter, base and dtype, so that neither an
-eviction nor a restart folds twice. Knows nothing of the scheduler: results are polled.
+Folded soft prompts are kept on disk too (`server.engine.folds`). Knows nothing of the scheduler: results
+are polled.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from adapters.base_model import BaseModelSpec
-from adapters.errors import AdapterCorrupt, AdapterError
+from adapters.errors import AdapterCorrupt
 from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+from server.engine.folds import FoldFiles
 from server.engine.openmp import one_thread_here
 
 
@@ -70,6 +68,13 @@ class HostCache:
             dropped.append(old)
         return dropped
 
+    def drop(self, digest: str) -> bool:
+        """Keep a form no longer; whether it was here."""
+        form = self._forms.pop(digest, None)
+        if form is not None:
+            self._bytes -= form_bytes(form)
+        return form is not None
+
 
 def form_bytes(form: ServingForm) -> int:
     """Bytes that a serving form takes."""
@@ -104,7 +109,7 @@ class AdapterLoader:
         self._read_form = read_form
         self._base = base
         self._dtype = dtype
-        self._folds_dir = folds_dir
+        self._folds = FoldFiles(folds_dir, base)
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._executor = ThreadPoolExecutor(1, "adapter-loader", initializer=one_thread_here)
 
@@ -123,8 +128,7 @@ class AdapterLoader:
 
     def keep_fold(self, digest: str, form: KVPrefix) -> None:
         """Write a folded soft prompt beside the adapters, off the engine's thread."""
-        if self._folds_dir is not None:
-            self._executor.submit(self._write_fold, digest, form)
+        self._executor.submit(self._folds.write, digest, form)
 
     def close(self) -> None:
         """Let what is under way end and stop the thread."""
@@ -132,7 +136,7 @@ class AdapterLoader:
 
     def _load(self, digest: str) -> None:
         try:
-            form = self._read_fold(digest) or self._read_form(digest)
+            form = self._folds.read(digest) or self._read_form(digest)
             form.check(self._base)
             self._done.put(Loaded(digest, self._cast(form)))
         except Exception as error:  # whatever it is, somebody waits for this load to end
@@ -149,33 +153,3 @@ class AdapterLoader:
             {path: v.float() for path, v in side.items()} for side in (form.inputs, form.outputs)
         ]
         return ActivationScales(*floats)
-
-    def _fold_path(self, digest: str) -> Path | None:
-        if self._folds_dir is None:
-            return None
-        return self._folds_dir / f"{digest}-{self._base.digest[:16]}-{self._base.dtype}.safetensors"
-
-    def _read_fold(self, digest: str) -> KVPrefix | None:
-        path = self._fold_path(digest)
-        if path is None or not path.exists():
-            return None
-        try:
-            tensors = load_file(path)
-            form = KVPrefix(tensors["keys"], tensors["values"])
-            form.check(self._base)
-        except (AdapterError, KeyError, OSError, SafetensorError):
-            path.unlink(missing_ok=True)  # half a file from a crash: fold again
-            return None
-        return form
-
-    def _write_fold(self, digest: str, form: KVPrefix) -> None:
-        path = self._fold_path(digest)
-        if path is None:
-            return
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"keys": form.keys, "values": form.values}, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError):
-            temporary.unlink(missing_ok=True)  # only a cache: the adapter is on the device already

@@ -22,6 +22,7 @@ from server.engine.config import EngineConfig
 from server.engine.request import (
     Abort,
     Command,
+    Drop,
     Event,
     FailedEvent,
     Preload,
@@ -166,4 +167,6 @@ def _apply(engine: Any, command: Command) -> list[Event]:
         engine.preload(command.adapter)
     elif isinstance(command, Unload):
         engine.unload(command.digest)
+    elif isinstance(command, Drop):
+        engine.drop(command.digest)
     return []

@@ -149,11 +149,18 @@ class Unload:
 
 
 @dataclass(frozen=True)
+class Drop:
+    """Let go of all that is held of an adapter whose stored bytes are gone."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """Abort what is running and end the loop."""
 
 
-Command: TypeAlias = Submit | Abort | Preload | Unload | Shutdown
+Command: TypeAlias = Submit | Abort | Preload | Unload | Drop | Shutdown
 
 
 # --- events: engine -> API -----------------------------------------------------------------

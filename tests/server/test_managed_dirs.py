@@ -223,6 +223,18 @@ def test_what_is_no_adapter_is_passed_over_and_what_has_no_name_is_told(watched:
     assert watched.names() == {"fine": [1]}
 
 
+def test_refused_folders_that_are_gone_are_forgotten(watched: Watched) -> None:
+    for number in range(20):
+        folder = watched.directory / f"broken-{number}"
+        soft_prompt(folder)
+        (folder / "adapter_config.json").write_text("{")
+        watched.sync(2)
+        shutil.rmtree(folder)
+        watched.sync(2)
+    assert len(watched.logs) == 0
+    assert watched.watcher._dealt_with == {}
+
+
 def test_a_folder_that_is_gone_takes_its_versions_along(watched: Watched) -> None:
     soft_prompt(watched.directory / "one")
     soft_prompt(watched.directory / "two", seed=1)

@@ -568,6 +568,28 @@ def test_a_damaged_fold_is_folded_again(refs, solo, start, folders, tmp_path):
     assert [path.stat().st_size > 0 for path in sorted(folds.iterdir())] == [True, True]
 
 
+def test_a_fold_in_which_one_bit_changed_is_folded_again(refs, solo, start, folders, tmp_path):
+    folds = tmp_path / "folds"
+    load = [one for one in mixed_load(refs, 39) if one.adapter in (refs["cpt-1"], refs["cpt-2"])]
+    expected = {one.request_id: solo[one.request_id] for one in load}
+    engine = start(folds_dir=str(folds))
+    check(run(engine, load), expected)
+    engine.close()
+    first, second = sorted(folds.iterdir())
+    good = {path: path.read_bytes() for path in (first, second)}
+    changed = bytearray(good[first])
+    changed[-2] ^= 0x40  # an exponent's: a number of another size
+    first.write_bytes(changed)
+    # Whole, but another adapter's.
+    second.write_bytes(good[first])
+    reader = Reader(folders)
+    engine = start(reader, folds_dir=str(folds))
+    check(run(engine, load), expected)
+    engine.close()
+    assert reader.counts == {"cpt-1": 1, "cpt-2": 1}
+    assert {path: path.read_bytes() for path in (first, second)} == good
+
+
 def test_folds_that_cannot_be_written_cost_nothing_but_time(refs, solo, start, tmp_path):
     blocked = tmp_path / "folds"
     blocked.write_text("a file where a folder is wanted")
@@ -641,6 +663,37 @@ def test_preload_and_unload(refs, start):
     engine.unload("ia3-1")  # in use: stays
     assert entries["ia3-1"].residency is Residency.DEVICE
     run(engine, [])
+
+
+def test_an_adapter_that_is_dropped_leaves_host_memory_too(refs, solo, start):
+    engine = start()
+    expected = run(engine, mixed_load(refs, 39))
+    told = {}
+    for digest in refs:
+        engine.drop(digest)
+        engine.drop(digest)
+    for event in engine.residency_changes():
+        told[event.digest] = event.residency
+    assert told == dict.fromkeys(refs, "disk")
+    assert engine._host._forms == {}
+    assert engine._host._bytes == 0
+    assert engine.stats().kv_blocks_used == 0
+    assert run(engine, mixed_load(refs, 39)).keys() == expected.keys()  # and comes back
+    engine.scheduler.check_integrity()
+
+
+def test_an_adapter_that_is_dropped_while_it_runs_serves_who_uses_it(refs, start):
+    engine = start()
+    for ref in refs.values():
+        one = request("r", prompt_ids(5), ref, 5)
+        expected = tokens(run(engine, [one])["r"])
+        engine.submit(one)
+        events = engine.step()
+        engine.drop(ref.digest)
+        while engine.has_work:
+            events += engine.step()
+        assert tokens([e for e in events if not isinstance(e, ResidencyEvent)]) == expected
+        engine.scheduler.check_integrity()
 
 
 def test_a_row_of_the_scale_tables_is_clean_for_its_next_user(refs, start):
