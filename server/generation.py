@@ -145,6 +145,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self.queue_seconds: float | None = None
+        self.cached_tokens = 0
         self.first_token_seconds: float | None = None
         self._stream = stream
         self._detokenizer = detokenizer
@@ -196,6 +197,7 @@ class Generation:
     def _take(self, event: TokenEvent) -> Piece:
         if self.num_tokens == 0:
             self.prompt_logprobs = event.prompt_logprobs
+            self.cached_tokens = event.cached_tokens or 0
         self._tell_token(self._stream.heard_at, event.queue_seconds)
         self.num_tokens += 1
         if event.token_id in self._tokenizer.special_ids:

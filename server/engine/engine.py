@@ -115,7 +115,8 @@ class Engine:
         self._guides = Guides(read_vocabulary, spec.vocab_size)
         self._held: dict[str, GenerationRequest] = {}  # until their grammar is compiled
         self._submitted_at: dict[str, float] = {}
-        self._queue_seconds: dict[str, float] = {}
+        # (seconds in the queue, tokens found in the prefix cache), until the first token
+        self._started: dict[str, tuple[float, int]] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         # (residency, loads, evictions) as last told
         self._told: dict[str, tuple[str, int, int]] = {}
@@ -332,13 +333,16 @@ class Engine:
         reason = _finish_reason(sequence, drawn.token_id, guide)
         first = sequence.num_output_tokens == 1
         prompt_logprobs = self._prompt_logprobs.pop(request.request_id, None) if first else None
+        started = self._started.pop(request.request_id, None) if first else None
+        queue_seconds, cached_tokens = started or (None, None)
         event = TokenEvent(
             request.request_id,
             drawn.token_id,
             drawn.logprob,
             reason,
             None if prompt_logprobs is None else tuple(prompt_logprobs),
-            self._queue_seconds.pop(request.request_id, None) if first else None,
+            queue_seconds,
+            cached_tokens,
         )
         if reason is not None:
             self.scheduler.finish(sequence)
@@ -353,7 +357,8 @@ class Engine:
             request = chunk.sequence.request
             if request is not None and request.request_id in self._submitted_at:
                 waited = now - self._submitted_at.pop(request.request_id)
-                self._queue_seconds[request.request_id] = waited
+                # A prompt's first chunk begins where what was cached ends.
+                self._started[request.request_id] = (waited, chunk.start)
 
     def _collect_prompt_logprobs(self, row: StepRows, out: torch.Tensor) -> None:
         sequence = row.chunk.sequence
@@ -510,7 +515,7 @@ class Engine:
 
     def _forget(self, request_id: str) -> None:
         self._submitted_at.pop(request_id, None)
-        self._queue_seconds.pop(request_id, None)
+        self._started.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
         self._held.pop(request_id, None)
         self._guides.forget(request_id)

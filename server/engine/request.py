@@ -188,6 +188,7 @@ class TokenEvent:
         finish_reason: None while the sequence goes on.
         prompt_logprobs: with the first token, one entry a prompt token (the first is None), if asked.
         queue_seconds: with the first token, time from submission to the first scheduled step.
+        cached_tokens: with the first token, prompt tokens whose keys and values were in the cache.
     """
 
     request_id: str
@@ -196,6 +197,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     queue_seconds: float | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,14 @@ class Output:
         return "".join(piece.added for piece in self.pieces)
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of its prompt that were in the cache; known with the first token.
+
+        None of a further sample, as its prompt is counted with the first one.
+        """
+        return self._generation.cached_tokens if self._generation is self._first else 0
+
+    @property
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
         """One entry a prompt token, where asked for; known with the first token."""
         return self._generation.prompt_logprobs or self._first.prompt_logprobs or ()
@@ -156,7 +164,7 @@ class Job:
             "choices": choices,
         }
 
-    def usage(self, outputs: Sequence[Output]) -> dict[str, int]:
+    def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """Prompt tokens, each prompt once, and every token that was drawn; virtual tokens are not
         among them."""
         prompt = sum(len(given.prompt.token_ids) for given in self.prompts)
@@ -165,6 +173,9 @@ class Job:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(output.cached_tokens for output in outputs)
+            },
         }
 
 

@@ -107,12 +107,19 @@ class GenerateFrame(Reply):
 # --- OpenAI ------------------------------------------------------------------------------------
 
 
+class PromptTokens(Reply):
+    """What became of the prompt's tokens."""
+
+    cached_tokens: int = shows(0, "Their keys and values were in the cache already.")
+
+
 class Usage(Reply):
     """Tokens of a request; virtual tokens are not among them."""
 
     prompt_tokens: int = shows(9, "Each prompt once.")
     completion_tokens: int = shows(2, "Everything that was drawn.")
     total_tokens: int = shows(11, "The sum of both.")
+    prompt_tokens_details: PromptTokens = shows({"cached_tokens": 0}, "More on `prompt_tokens`.")
 
 
 class CompletionLogprobs(Reply):

@@ -114,6 +114,23 @@ def test_a_key_finds_no_prompts_of_another(guarded):
     assert hits(guarded, second, prompt) > 40
 
 
+def cached(guarded, key, prompt):
+    """Tokens of a prompt that OpenAI's reply says were in the cache."""
+    body = {"model": "tiny-base", "prompt": prompt, "max_tokens": 1}
+    reply = guarded.ask("POST", "/v1/completions", key, json=body).json()
+    return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_a_reply_tells_of_no_prompt_of_another_key(guarded):
+    prompt = "what one tenant asked is not to be learnt from the usage of what another one asks"
+    mine, again = (guarded.key("generate", tenant="mine") for _ in range(2))
+    other = guarded.key("generate")
+    assert cached(guarded, mine, prompt) == 0
+    assert cached(guarded, other, prompt) == 0
+    assert cached(guarded, mine, prompt) > 40
+    assert cached(guarded, again, prompt) > 40
+
+
 def test_keys_of_one_tenant_share_their_prompts(guarded):
     prompt = "a system prompt that all keys of the tenant send, and that is computed once for them"
     first, again = (guarded.key("generate", tenant="one") for _ in range(2))

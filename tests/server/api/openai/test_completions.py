@@ -34,7 +34,9 @@ def test_a_completion(chatting):
         {"index": 0, "text": want["generated_text"], "logprobs": None, "finish_reason": "length"}
     ]
     prompt = len(ids_of("the tweet"))
-    assert body["usage"] == {
+    usage = body["usage"]
+    assert 0 <= usage.pop("prompt_tokens_details")["cached_tokens"] < prompt
+    assert usage == {
         "prompt_tokens": prompt,
         "completion_tokens": 12,
         "total_tokens": prompt + 12,
@@ -42,6 +44,27 @@ def test_a_completion(chatting):
     assert reply.headers["x-adapter-id"] == BASE
     assert int(reply.headers["x-time-to-first-token"]) >= 0
     assert int(reply.headers["x-queue-time"]) >= 0
+
+
+def cached(usage):
+    return usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_usage_tells_how_much_of_the_prompts_was_cached(chatting):
+    prompts = [[7 + number, *range(40, 100)] for number in (0, 1)]
+    first = complete(chatting, prompt=prompts, n=2, temperature=0, max_tokens=2).json()["usage"]
+    assert cached(first) == 0  # neither of each other nor of the second sample of each
+    assert first["prompt_tokens"] == 122
+    one = complete(chatting, prompt=prompts[0], max_tokens=2).json()["usage"]
+    # All but the last token, whose logits are needed, in whole blocks or not.
+    assert 30 < cached(one) < 61
+    again = complete(chatting, prompt=prompts, n=2, max_tokens=2).json()["usage"]
+    assert cached(again) == 2 * cached(one)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = complete(chatting, prompt=prompts, n=2, max_tokens=2, **options)
+    assert frames(streamed)[-1]["usage"] == again
+    beyond = complete(chatting, prompt=prompts[0], max_tokens=2, echo=True, logprobs=0).json()
+    assert cached(beyond["usage"]) == 0  # the log-probabilities of a prompt are computed
 
 
 def test_max_tokens_is_16_or_what_fits(chatting):
