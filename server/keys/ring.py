@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
+import anyio
 import anyio.to_thread
 import structlog
 from sqlalchemy.exc import DatabaseError
@@ -46,6 +47,8 @@ class KeyRing:
         self._store = store
         self._clock = clock
         self._reading = asyncio.Lock()
+        # Its own: with the common threads all at work for requests, every other one would wait at the door.
+        self._threads = anyio.CapacityLimiter(1)
         self._used: dict[str, datetime] = {}
         self._keys = _by_id(store)
         self._read_at = self._noted_at = clock()
@@ -85,7 +88,7 @@ class KeyRing:
             if self._read_at > moment:
                 return
             await asyncio.sleep(self._read_at + _BETWEEN_LOOKS_SECONDS - self._clock())
-            await anyio.to_thread.run_sync(self._read)
+            await anyio.to_thread.run_sync(self._read, limiter=self._threads)
 
     def _read(self) -> None:
         began = self._clock()

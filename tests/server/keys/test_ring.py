@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
 from datetime import timedelta
 from itertools import pairwise
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from server.errors import NotReady
@@ -51,6 +54,23 @@ async def test_a_key_that_was_revoked_elsewhere_is_known_within_a_second(places)
     clock.now += 1.1
     assert await ring.find(second.text) is None
     assert await ring.find(first.text) == first.key
+
+
+async def test_a_key_is_found_while_every_common_thread_is_busy(places):
+    ring, _, first, clock = places
+    released = threading.Event()
+    busy = anyio.to_thread.current_default_thread_limiter()
+    async with anyio.create_task_group() as group:
+        for _ in range(int(busy.total_tokens)):
+            group.start_soon(anyio.to_thread.run_sync, released.wait)
+        try:
+            while busy.available_tokens:
+                await asyncio.sleep(0.01)
+            clock.now += 1.1  # it has to look
+            with anyio.fail_after(20):
+                assert await ring.find(first.text) == first.key
+        finally:
+            released.set()
 
 
 async def test_an_expired_key_is_found_no_more(places):
