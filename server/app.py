@@ -38,6 +38,7 @@ from server.api.openai_tuning import files as tuning_files
 from server.api.openai_tuning import jobs as tuning_jobs
 from server.api.openapi.page import DocumentedApp
 from server.api.services import Services
+from server.api.slow_clients import SlowClients
 from server.api.watched import Watched
 from server.base.convert import read_manifest
 from server.data_dir import sweep_folds
@@ -50,7 +51,7 @@ from server.keys.caller import visible_adapters
 from server.keys.ring import KeyRing
 from server.keys.store import KeyStore
 from server.metrics import Metrics
-from server.settings import MIB, Settings
+from server.settings import KIB, MIB, Settings
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 from server.tracing import open_tracing
 from server.uploads import FileStore
@@ -137,6 +138,11 @@ def create_app(
     )
     app.add_middleware(
         Auth, required=settings.keys_required, metrics_public=settings.metrics_public
+    )
+    app.add_middleware(
+        SlowClients,
+        idle_seconds=settings.body_idle_seconds,
+        bytes_per_second=settings.client_kib_per_second * KIB,
     )
     app.add_middleware(errors.CatchAll)
     app.add_middleware(Watched)

@@ -201,6 +201,7 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
 
     from server.api.services import Services
     from server.app import create_app
+    from server.http_protocol import uvicorn_options
     from server.logs import configure
 
     configure(settings.log_format, settings.log_level)
@@ -225,6 +226,7 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=settings.shutdown_seconds,
+            **uvicorn_options(settings),
         )
     )
     try:

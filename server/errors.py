@@ -7,6 +7,10 @@
     |   `-- TooLong          more tokens than the base or the engine can hold
     |-- BodyTooLarge         more bytes than the limit, counted while they arrive
     |-- WrongContentType     a body of another media type
+    |-- RequestTimeout       headers or a body that came too slowly
+    |-- UrlTooLong           a longer URL than may be
+    |-- HeadersTooLarge      more headers, or more bytes of them, than may be
+    |-- TooManyConnections   as many connections are open as may
     |-- NotReady             the engine is still starting, or is gone
     |-- JobNotFound          no training job of that id
     |-- UploadNotFound       no uploaded file of that id
@@ -78,6 +82,27 @@ class BodyTooLarge(RequestRefused):
 
 class WrongContentType(RequestRefused):
     """A body of another media type."""
+
+
+class RequestTimeout(RequestRefused):
+    """Headers or a body that came too slowly."""
+
+
+class UrlTooLong(RequestRefused):
+    """A longer URL than may be."""
+
+
+class HeadersTooLarge(RequestRefused):
+    """More headers, or more bytes of them, than may be."""
+
+
+class TooManyConnections(RequestRefused):
+    """As many connections are open as may."""
+
+    def __init__(self, max_connections: int) -> None:
+        super().__init__(
+            f"{max_connections} connections are open, which is as many as the server takes"
+        )
 
 
 class NotReady(RequestRefused):

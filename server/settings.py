@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from server.engine.config import EngineConfig
 from server.jobs.config import WorkerConfig
 
+KIB = 1024
 MIB = 1024 * 1024
 HOME = Path(".graftwork")
 DEFAULT_BASE = HOME / "base"
@@ -124,6 +125,29 @@ class Settings(BaseSettings):
     max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
     max_data_mib: Count = Field(64, description="Size of a file of training rows in MiB at most.")
     max_upload_mib: Count = Field(1100, description="Size of an uploaded adapter in MiB at most.")
+    max_connections: Count = Field(
+        1024, description="Connections that are open at once at most; more are refused (503)."
+    )
+    max_url_kib: Count = Field(8, description="Length of a URL in KiB at most.")
+    max_header_kib: Count = Field(
+        32, description="Size of a request's line and headers together in KiB at most."
+    )
+    max_headers: Count = Field(100, description="Headers of a request at most.")
+    header_seconds: float = Field(
+        10.0, gt=0, description="Time in which a request's line and headers have to come."
+    )
+    body_idle_seconds: float = Field(
+        30.0, gt=0, description="Longest pause in a body; also what it has beyond its pace."
+    )
+    stream_send_seconds: float = Field(
+        30.0, gt=0, description="Time in which a client has to take what was sent to it."
+    )
+    client_kib_per_second: float = Field(
+        8.0, gt=0, description="Least pace of a client, in its bodies and in reading replies."
+    )
+    keep_alive_seconds: float = Field(
+        75.0, gt=0, description="Time that an idle connection stays open; more than a proxy's."
+    )
     metrics_adapters: int = Field(
         32,
         ge=0,

@@ -90,6 +90,10 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.TooLong: Refusal(422, "too_long"),
     ours.BodyTooLarge: Refusal(413, "body_too_large"),
     ours.WrongContentType: Refusal(415, "wrong_content_type"),
+    ours.RequestTimeout: Refusal(408, "request_timeout"),
+    ours.UrlTooLong: Refusal(414, "url_too_long"),
+    ours.HeadersTooLarge: Refusal(431, "headers_too_large"),
+    ours.TooManyConnections: Refusal(503, "too_many_connections", "unavailable"),
     ours.NotReady: Refusal(503, "not_ready", "unavailable"),
     ours.JobNotFound: Refusal(404, "job_not_found"),
     ours.UploadNotFound: Refusal(404, "file_not_found"),
@@ -264,6 +268,10 @@ def _retry_headers(error: Exception) -> dict[str, str]:
         return {"www-authenticate": 'Bearer realm="graftwork"'}
     if isinstance(error, (engine.EngineOverloaded, ours.RateLimited)):
         return {"retry-after": str(retry_after(error.retry_after_seconds))}
+    if isinstance(error, ours.RequestTimeout):
+        return {"connection": "close"}
+    if isinstance(error, ours.TooManyConnections):
+        return {"retry-after": "5", "connection": "close"}
     if isinstance(error, ours.TooManyJobs):
         return {"retry-after": "30"}
     if isinstance(error, (ours.NotReady, engine.EngineUnavailable, library.StorageUnavailable)):

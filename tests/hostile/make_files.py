@@ -376,7 +376,7 @@ def http_files() -> dict[str, bytes]:
         "method_unknown": get.replace(b"GET", b"BREW") + b"\r\n",
         "version_9": get.replace(b"HTTP/1.1", b"HTTP/9.9") + b"\r\n",
         "tls_hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
-        "websocket": get.replace(b"Connection: close", b"Connection: Upgrade")
+        "websocket": get.replace(b"Connection: close", b"Connection: Upgrade, close")
         + b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         + b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
     }

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from server.api.services import Services
 from server.app import create_app
+from server.http_protocol import uvicorn_options
 from server.logs import configure
 from server.settings import Settings
 
@@ -120,7 +121,14 @@ def running_server(settings: Settings, **options: Any) -> Iterator[ServerClient]
     configure(settings.log_format, settings.log_level)
     app = create_app(settings, **options)
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False)
+        uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=0,
+            log_config=None,
+            access_log=False,
+            **uvicorn_options(settings),
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -41,6 +41,9 @@ NOT_TOLD = {
     "merge_invalid",  # the command line's
     "base_unsupported",  # a server's that does not start
     "engine_start_failed",
+    "url_too_long",  # before a route is known, as the next two
+    "headers_too_large",
+    "too_many_connections",
 }
 
 

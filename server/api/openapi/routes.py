@@ -69,7 +69,12 @@ def _ok(model: type[BaseModel], description: str = "Done.", status: int = 200) -
 
 _QUERY: tuple[Kind, ...] = (ours.UnknownParameter, ours.Contradiction)
 _NUMBERS: tuple[Kind, ...] = (*_QUERY, ours.RequestInvalid)
-_BODY: tuple[Kind, ...] = (ours.RequestInvalid, ours.BodyTooLarge, ours.WrongContentType)
+_BODY: tuple[Kind, ...] = (
+    ours.RequestInvalid,
+    ours.RequestTimeout,
+    ours.BodyTooLarge,
+    ours.WrongContentType,
+)
 _NAMED: tuple[Kind, ...] = (
     library.AdapterNotFound,
     library.VersionNotFound,
