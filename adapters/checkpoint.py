@@ -224,6 +224,14 @@ def check_checkpoint(
     """
     check_file_set(directory)
     raw, method, config, facts = _check_without_values(directory, base, limits)
+    if facts.num_virtual_tokens > limits.virtual_tokens:
+        raise CheckpointTooLarge(
+            f"the adapter has {facts.num_virtual_tokens} virtual tokens, at most "
+            f"{limits.virtual_tokens} are accepted",
+            field="num_virtual_tokens",
+            expected=f"at most {limits.virtual_tokens} virtual tokens",
+            came=f"{facts.num_virtual_tokens} virtual tokens",
+        )
     tensors = directory / TENSORS_FILE
     largest = _largest_served(base.dtype)
     for _ in _iterate_tensors(tensors, read_header(tensors, limits), largest):

@@ -24,6 +24,7 @@ class CheckpointLimits:
         rank: dimensions of one tensor.
         dimension: length of one dimension; also bounds tensors that hold no element at all.
         file_bytes: size of `adapter_model.safetensors`.
+        virtual_tokens: positions that an adapter takes before the prompt.
         archive_members: files and folders in an uploaded archive.
         archive_extra_bytes: bytes that an archive may hold beside the two files.
         archive_ratio: inflated bytes for each compressed byte, once `archive_ratio_from` is passed
@@ -38,6 +39,7 @@ class CheckpointLimits:
     rank: int = 8
     dimension: int = 2**31 - 1
     file_bytes: int = 1 * GIB
+    virtual_tokens: int = 1_000_000
     archive_members: int = 4_096
     archive_extra_bytes: int = 64 * MIB
     archive_ratio: int = 200

@@ -160,7 +160,7 @@ class Registry:
     Args:
         root: made if it is not there.
         reserved: names nobody may give an adapter (the base's id).
-        limits: what an uploaded checkpoint may ask for.
+        limits: what a checkpoint may ask for on its way in; what is stored is read in any case.
         visible: asked at every call: the names, and beginnings of names that end in `*`, of which
             whoever calls may know; None is all. Adapters that are asked for by digest are not hidden.
 
@@ -180,7 +180,8 @@ class Registry:
         self._limits = limits
         self._visible = visible
         self._reserved = frozenset(name.casefold() for name in reserved)
-        self._blobs = BlobStore(root, limits)
+        # An operator who lowers a limit does not lose what is there.
+        self._blobs = BlobStore(root, DEFAULT_LIMITS)
         self._database = Database(root / "registry.db")
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ from server.api import (
 )
 from server.api.access_log import AccessLog
 from server.api.auth import Auth
+from server.api.bounds import HoldLimits
 from server.api.headers import BodyLimit, ReplyHeaders
 from server.api.metrics import router as metrics_router
 from server.api.openai import chat, completions
@@ -134,7 +135,10 @@ def create_app(
     errors.install(app)
     # The last one added is the outermost.
     app.add_middleware(
-        BodyLimit, max_bytes=settings.max_body_mib * MIB, exempt=frozenset(UPLOAD_PATHS)
+        BodyLimit,
+        max_bytes=settings.max_body_mib * MIB,
+        max_values=settings.max_json_values,
+        exempt=frozenset(UPLOAD_PATHS),
     )
     app.add_middleware(
         Auth, required=settings.keys_required, metrics_public=settings.metrics_public
@@ -145,6 +149,7 @@ def create_app(
         bytes_per_second=settings.client_kib_per_second * KIB,
     )
     app.add_middleware(errors.CatchAll)
+    app.add_middleware(HoldLimits, by=settings)
     app.add_middleware(Watched)
     app.add_middleware(AccessLog)
     app.add_middleware(ReplyHeaders)
@@ -155,12 +160,17 @@ def open_services(settings: Settings) -> Services:
     """The registry and the jobs, swept; an engine and a supervisor that are not started yet."""
     base_id = base_name(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    registry = Registry(settings.data_dir, reserved=(base_id,), visible=visible_adapters)
+    registry = Registry(
+        settings.data_dir,
+        reserved=(base_id,),
+        limits=settings.checkpoint_limits(),
+        visible=visible_adapters,
+    )
     report = registry.sweep(deep=False)
     if report.corrupt:
         log.warning("adapters_corrupt", digests=report.corrupt)
     sweep_folds(settings.data_dir, registry)
-    jobs = JobStore(settings.data_dir)
+    jobs = JobStore(settings.data_dir, max_queued=settings.max_queued_jobs)
     jobs.sweep()
     files = FileStore(
         settings.data_dir,
@@ -206,6 +216,7 @@ async def start_engine(services: Services) -> Generator:
         services.base_id,
         watchers,
         admit=services.quotas.check_tokens,
+        limits=services.settings,
     )
 
 

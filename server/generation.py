@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeAlias, TypeVar
 
 import anyio
@@ -23,6 +24,7 @@ from adapters.errors import AdapterCorrupt, BaseMismatch
 from adapters.registry import AdapterRecord, Registry
 from adapters.template import Template, Value
 from server.engine.client import (
+    AdapterOverloaded,
     EngineClient,
     EngineOverloaded,
     EngineUnavailable,
@@ -38,6 +40,7 @@ from server.engine.request import (
 )
 from server.errors import RequestInvalid, TooLong
 from server.keys.caller import owner
+from server.limits import Limits
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
 from server.text.tokenizer import TextTokenizer, TokenSpan
@@ -52,11 +55,15 @@ Row: TypeAlias = Mapping[str, Value]
 DEFAULT_MAX_NEW_TOKENS = 64
 # Longer texts are tokenised off the event loop: a megabyte takes about a second.
 _INLINE_CHARACTERS = 4_096
+# Many texts are tokenised so many characters, and so many texts, at a time.
+_PIECE_CHARACTERS = 65_536
+_PIECE_TEXTS = 256
 # A resolved adapter counts as in use for so long, whether or not its request was submitted yet.
 _RESOLVED_SECONDS = 60.0
 _MAX_THREADS = 16
 # Why a generation for an adapter that exists is not begun, as watchers are told it.
 _REFUSALS: dict[type[Exception], str] = {
+    AdapterOverloaded: "adapter_overloaded",
     EngineOverloaded: "overloaded",
     EngineUnavailable: "engine_unavailable",
     AdapterCorrupt: "adapter_corrupt",
@@ -256,6 +263,7 @@ class Generator:
         base_id: the name by which a caller may ask for the base itself.
         watchers: told of every generation.
         admit: called before each is begun; what it raises refuses it.
+        limits: on prompts and outputs.
     """
 
     def __init__(
@@ -266,8 +274,10 @@ class Generator:
         base_id: str,
         watchers: Sequence[Watcher] = (),
         admit: Callable[[], None] = lambda: None,
+        limits: Limits | None = None,
     ) -> None:
         self._client = client
+        self._limits = limits or Limits()
         self._admit = admit
         self._registry = registry
         self.tokenizer = tokenizer
@@ -310,16 +320,63 @@ class Generator:
         """Ids that a prompt may hold: those that tokenizer and base both have."""
         return min(self.tokenizer.vocab_size, self._client.base.vocab_size)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
-        """A prompt from text, with the special tokens that the tokenizer adds, or without."""
-        ids = await self._run(
-            len(text),
-            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens),
-        )
-        return Prompt(text, ids)
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, field: str = "inputs"
+    ) -> Prompt:
+        """A prompt from text, with the special tokens that the tokenizer adds, or without.
 
-    async def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
-        """Tokens of a text with the characters that each covers."""
+        Raises:
+            TooLong: more characters than may be tokenised.
+        """
+        [prompt] = await self.encode_all([text], add_special_tokens=add_special_tokens, field=field)
+        return prompt
+
+    async def encode_all(
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        plain: bool = False,
+        field: str = "inputs",
+    ) -> list[Prompt]:
+        """Prompts from texts, a piece of them at a time and off the event loop where they are long.
+
+        Args:
+            texts: any strings.
+            add_special_tokens: see `TextTokenizer.encode`, as for the next.
+            plain: the same.
+            field: what the caller calls them, for refusals.
+
+        Raises:
+            TooLong: a text of more characters than may be tokenised.
+        """
+        for text in texts:
+            self._check_characters(text, field)
+
+        def encoded(piece: Sequence[str]) -> list[Prompt]:
+            return [
+                Prompt(
+                    text,
+                    self.tokenizer.encode(text, add_special_tokens=add_special_tokens, plain=plain),
+                )
+                for text in piece
+            ]
+
+        prompts: list[Prompt] = []
+        for piece in _pieces(texts):
+            work = partial(encoded, piece)
+            prompts += await self._run(sum(map(len, piece)), work)
+        return prompts
+
+    async def spans(
+        self, text: str, *, add_special_tokens: bool, field: str = "inputs"
+    ) -> list[TokenSpan]:
+        """Tokens of a text with the characters that each covers.
+
+        Raises:
+            TooLong: more characters than may be tokenised.
+        """
+        self._check_characters(text, field)
         return await self._run(
             len(text), lambda: self.tokenizer.spans(text, add_special_tokens=add_special_tokens)
         )
@@ -330,7 +387,13 @@ class Generator:
         Raises:
             RequestInvalid: no adapter was named, or it has no template.
             TemplateInvalid: the row does not fit the template.
+            TooLong: it makes a text of more characters than may be tokenised.
         """
+        [prompt] = await self.encode_rows([row], adapter)
+        return prompt
+
+    async def encode_rows(self, rows: Sequence[Row], adapter: AdapterRecord | None) -> list[Prompt]:
+        """As `encode_row`, for each row."""
         if adapter is None or adapter.template is None:
             whose = "the base" if adapter is None else f"the adapter {adapter.name!r}"
             raise RequestInvalid(
@@ -340,34 +403,39 @@ class Generator:
                 came=whose,
             )
         as_written = adapter.tokenization == "as_written"
-        text = Template.parse(adapter.template, keep_trailing_space=as_written).render(row)
-        ids = await self._run(len(text), lambda: self.tokenizer.encode(text, plain=True))
-        return Prompt(text, ids)
+        template = Template.parse(adapter.template, keep_trailing_space=as_written)
+        texts: list[str] = []
+        for start in range(0, len(rows), _PIECE_TEXTS):
+            piece = rows[start : start + _PIECE_TEXTS]
+            work = partial(lambda piece: [template.render(row) for row in piece], piece)
+            texts += await self._run(sum(map(_num_characters, piece)), work)
+        return await self.encode_all(texts, plain=True, field="row")
 
-    async def encode_target(self, text: str, *, append_eos: bool) -> tuple[int, ...]:
+    async def encode_targets(
+        self, texts: Sequence[str], *, append_eos: bool
+    ) -> list[tuple[int, ...]]:
         """Ids of what stands after a prompt, as in training: plain text, then end of sequence.
 
         Args:
-            text: separator and target.
+            texts: separator and target of each.
             append_eos: end with the end-of-sequence token, if the base has one.
 
         Raises:
-            RequestInvalid: no token at all.
+            RequestInvalid: one of no token at all.
+            TooLong: one of more characters than may be tokenised.
         """
-        ids = await self._run(
-            len(text),
-            lambda: self.tokenizer.encode(text, add_special_tokens=False, plain=True),
-        )
-        if append_eos and self.tokenizer.eos_token_id is not None:
-            ids = (*ids, self.tokenizer.eos_token_id)
-        if not ids:
+        eos = self.tokenizer.eos_token_id if append_eos else None
+        end = () if eos is None else (eos,)
+        encoded = await self.encode_all(texts, add_special_tokens=False, plain=True, field="labels")
+        targets = [target.token_ids + end for target in encoded]
+        if not all(targets):
             raise RequestInvalid(
                 "labels: expected labels of at least one token, came an empty one",
                 field="labels",
                 expected="at least one token",
                 came="none",
             )
-        return ids
+        return targets
 
     def prepare(
         self, prompt: Prompt, adapter: AdapterRecord | None, options: Options, request_id: str
@@ -388,8 +456,7 @@ class Generator:
                 expected="at least one token",
                 came="none",
             )
-        virtual = 0 if adapter is None else adapter.num_virtual_tokens
-        max_new_tokens = self._max_new_tokens(len(ids), virtual, options)
+        max_new_tokens = self.check_length(len(ids), adapter, options)
         sampling = replace(
             options.sampling,
             max_new_tokens=max_new_tokens,
@@ -435,6 +502,39 @@ class Generator:
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt, one new token beside it, that are taken."""
+        room = self.max_sequence_tokens - 1
+        most = self._limits.max_prompt_tokens
+        return room if most is None else min(room, most)
+
+    def check_length(
+        self, num_prompt_tokens: int, adapter: AdapterRecord | None, options: Options
+    ) -> int:
+        """Hold lengths against the limits before anything is made of that length.
+
+        Returns:
+            How many tokens the output may have.
+
+        Raises:
+            TooLong: see `prepare`.
+        """
+        prompt = num_prompt_tokens
+        virtual = 0 if adapter is None else adapter.num_virtual_tokens
+        for field, came, most in (
+            (options.prompt_field, prompt, self._limits.max_prompt_tokens),
+            (options.length_field, options.max_new_tokens, self._limits.max_output_tokens),
+        ):
+            if most is not None and (came or 0) > most:
+                raise _too_long(field, f"at most {most} tokens", f"{came}")
+        return self._max_new_tokens(prompt, virtual, options)
+
+    def _check_characters(self, text: str, field: str) -> None:
+        most = self._limits.max_prompt_characters
+        if len(text) > most:
+            raise _too_long(field, f"at most {most} characters", str(len(text)))
+
     def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
         asked = options.max_new_tokens
         room = self.max_sequence_tokens - virtual - prompt
@@ -452,7 +552,32 @@ class Generator:
             )
         if asked is not None:
             return asked
-        return room if options.default_new_tokens is None else min(options.default_new_tokens, room)
+        bounds = (room, options.default_new_tokens, self._limits.max_output_tokens)
+        return min(bound for bound in bounds if bound is not None)
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, so many and so long a piece as may be tokenised at a time."""
+    piece: list[str] = []
+    size = 0
+    for text in texts:
+        if piece and (size + len(text) > _PIECE_CHARACTERS or len(piece) == _PIECE_TEXTS):
+            yield piece
+            piece, size = [], 0
+        piece.append(text)
+        size += len(text)
+    if piece:
+        yield piece
+
+
+def _num_characters(row: Row) -> int:
+    return sum(len(value) for value in row.values() if isinstance(value, str))
+
+
+def _too_long(field: str, expected: str, came: str) -> TooLong:
+    return TooLong(
+        f"{field}: expected {expected}, came {came}", field=field, expected=expected, came=came
+    )
 
 
 def adapter_ref(record: AdapterRecord) -> AdapterRef:

@@ -51,10 +51,9 @@ async def encode_labels(
     """
     separator = _DEFAULT_SEPARATOR if adapter is None else adapter.target_separator
     append_eos = adapter is not None and bool(adapter.append_eos)
-    return {
-        label: await generator.encode_target(separator + label, append_eos=append_eos)
-        for label in labels
-    }
+    texts = [separator + label for label in labels]
+    targets = await generator.encode_targets(texts, append_eos=append_eos)
+    return dict(zip(labels, targets, strict=True))
 
 
 async def rank(
@@ -111,6 +110,48 @@ async def _score_all(
     max_parallel: int,
     on_begun: Callable[[Generation], None],
 ) -> list[float]:
+    _check_lengths(generator, wanted, adapter)
+    batch = uuid.uuid4().hex
+    logprobs = [0.0] * len(wanted)
+    # Shared: whoever is free takes the next. A request is made when its turn comes, since each
+    # holds its prompt.
+    turns = iter(enumerate(wanted))
+
+    async def work() -> None:
+        for index, (prompt, target) in turns:
+            request = generator.prepare(
+                Prompt(prompt.text, prompt.token_ids + target),
+                adapter,
+                _options(prompt),
+                f"{batch}-{index}",
+            )
+            generation = generator.submit(request, Options(request.sampling))
+            on_begun(generation)
+            try:
+                async for _ in generation:
+                    pass
+            finally:
+                generation.abort()
+            logprobs[index] = score_of(generation.prompt_logprobs, len(target))
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(min(max_parallel, len(wanted)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return logprobs
+
+
+def _options(prompt: Prompt) -> Options:
+    return Options(scoring(len(prompt.token_ids)), max_new_tokens=1)
+
+
+def _check_lengths(
+    generator: Generator, wanted: Sequence[tuple[Prompt, Target]], adapter: AdapterRecord | None
+) -> None:
+    """Refuse all before the first is begun."""
     if any(not prompt.token_ids for prompt, _ in wanted):
         # The first token of a text has no likelihood: a target cannot stand there.
         raise RequestInvalid(
@@ -119,33 +160,5 @@ async def _score_all(
             expected="at least one token",
             came="none",
         )
-    batch = uuid.uuid4().hex
-    requests = [
-        generator.prepare(
-            Prompt(prompt.text, prompt.token_ids + target),
-            adapter,
-            Options(scoring(len(prompt.token_ids)), max_new_tokens=1),
-            f"{batch}-{index}",
-        )
-        for index, (prompt, target) in enumerate(wanted)
-    ]
-    slots = asyncio.Semaphore(max_parallel)
-
-    async def score(index: int) -> float:
-        async with slots:
-            generation = generator.submit(requests[index], Options(requests[index].sampling))
-            on_begun(generation)
-            try:
-                async for _ in generation:
-                    pass
-            finally:
-                generation.abort()
-            return score_of(generation.prompt_logprobs, len(wanted[index][1]))
-
-    tasks = [asyncio.ensure_future(score(index)) for index in range(len(requests))]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    prompt, target = max(wanted, key=lambda one: len(one[0].token_ids) + len(one[1]))
+    generator.check_length(len(prompt.token_ids) + len(target), adapter, _options(prompt))

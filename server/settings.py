@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.engine.config import EngineConfig
 from server.jobs.config import WorkerConfig
+from server.limits import Count, Limits
 
 KIB = 1024
 MIB = 1024 * 1024
@@ -24,7 +25,6 @@ HOME = Path(".graftwork")
 DEFAULT_BASE = HOME / "base"
 
 Dtype = Literal["bfloat16", "float32", "float16"]
-Count = Annotated[int, Field(ge=1)]
 
 
 def _paths(value: Any) -> Any:
@@ -34,8 +34,8 @@ def _paths(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class Settings(BaseSettings):
-    """What one server is started with."""
+class _OwnSettings(BaseSettings):
+    """Those that are no limit on what clients may ask for."""
 
     model_config = SettingsConfigDict(env_prefix="GRAFTWORK_", extra="ignore")
 
@@ -96,7 +96,6 @@ class Settings(BaseSettings):
         None, description="Threads within one operation. Left out: one a core."
     )
     max_running: Count = Field(64, description="Sequences that decode together at most.")
-    max_queued: Count = Field(1024, description="Requests that may wait; more are refused (429).")
     max_step_tokens: Count = Field(512, description="Tokens that one step computes at most.")
     kv_mib: Count = Field(
         1024, description="Memory for keys and values in MiB, adapters' prefixes included."
@@ -119,12 +118,6 @@ class Settings(BaseSettings):
     prefix_caching: bool = Field(
         True, description="Reuse the keys and values of prompts that begin the same."
     )
-    max_best_of: Count = Field(
-        8, description="Samples of one prompt that a request may draw, by n or best_of."
-    )
-    max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
-    max_data_mib: Count = Field(64, description="Size of a file of training rows in MiB at most.")
-    max_upload_mib: Count = Field(1100, description="Size of an uploaded adapter in MiB at most.")
     max_connections: Count = Field(
         1024, description="Connections that are open at once at most; more are refused (503)."
     )
@@ -153,10 +146,6 @@ class Settings(BaseSettings):
         ge=0,
         le=1000,
         description="Adapters that /metrics shows by name: the busiest; the others are one row.",
-    )
-    max_files: Count = Field(1000, description="Files for fine-tuning that are kept at most.")
-    max_files_mib: Count = Field(
-        1024, description="Size of all files for fine-tuning together in MiB at most."
     )
     shutdown_seconds: Count = Field(
         30, description="Time that running streams are given to end at shutdown."
@@ -221,6 +210,17 @@ class Settings(BaseSettings):
         kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-/") else "-" for c in name)
         return kept or "base"
 
+
+class Settings(Limits, _OwnSettings):
+    """What one server is started with."""
+
+    @property
+    def queued_per_adapter(self) -> int:
+        """Requests for one adapter that may run or wait."""
+        if self.max_queued_per_adapter is not None:
+            return self.max_queued_per_adapter
+        return self.max_running + (self.max_queued + 1) // 2
+
     def engine_config(self) -> EngineConfig:
         """The engine's part."""
         options: dict[str, Any] = {
@@ -244,6 +244,7 @@ class Settings(BaseSettings):
             folds_dir=str(self.data_dir / "folds"),
             silence_seconds=self.engine_silence_seconds,
             max_restarts=self.engine_restarts,
+            max_queued_per_adapter=self.queued_per_adapter,
             kv_bytes=self.kv_mib * MIB,
             host_bytes=self.host_mib * MIB,
         )

@@ -73,6 +73,7 @@ def make_plan(
     base_name: str,
     num_validation_rows: int = 0,
     prompts: Prompts = "template",
+    max_virtual_tokens: int | None = None,
 ) -> Plan:
     """Resolve and check a request.
 
@@ -86,6 +87,7 @@ def make_plan(
         base_name: what it is called; recorded in the config.
         num_validation_rows: the last so many rows came to be held out; fewer than there are rows.
         prompts: see `TrainingJob.prompts`.
+        max_virtual_tokens: that an adapter may have.
 
     Raises:
         JobInvalid: a field is wrong, or two of them disagree.
@@ -112,6 +114,9 @@ def make_plan(
     method = METHODS[peft_type]
     config = method.complete_config(method_config.parse(raw, peft_type), base)
     count = getattr(config, "num_virtual_tokens", None) or 0
+    if max_virtual_tokens is not None and count > max_virtual_tokens:
+        expected = f"at most {max_virtual_tokens}"
+        raise _wrong("config.num_virtual_tokens", "too many virtual tokens", expected, str(count))
     job = job.model_copy(
         update={
             "config": config.model_dump(mode="json"),

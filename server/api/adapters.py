@@ -21,11 +21,12 @@ from adapters.template import Template
 from server.api.adapter_choice import only_query
 from server.api.errors import shown
 from server.api.headers import set_headers
-from server.api.schemas import MAX_LABELS, AliasBody, RollbackBody
+from server.api.schemas import AliasBody, RollbackBody
 from server.api.services import Services, UseServices
 from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.errors import RequestInvalid
 from server.generation import adapter_ref
+from server.limits import limits
 from server.settings import MIB
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
@@ -36,8 +37,14 @@ Version = Annotated[
     int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
 ]
 
-FORM_FIELDS = small_fields(
-    ("name", "description", "template", "labels", "target_separator", "append_eos", "tokenization")
+FORM_FIELDS = (
+    "name",
+    "description",
+    "template",
+    "labels",
+    "target_separator",
+    "append_eos",
+    "tokenization",
 )
 _CURL = "-F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors"
 _FORM = {
@@ -100,7 +107,9 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
     services.need_generator()
     registry = services.registry
     with registry.staging_dir() as received, registry.staging_dir() as staged:
-        form = Form(FORM_FIELDS, "files", services.settings.max_upload_mib * MIB, _CURL)
+        form = Form(
+            small_fields(FORM_FIELDS), "files", services.settings.max_upload_mib * MIB, _CURL
+        )
         upload = await receive_upload(request, received, form)
         create_only = _create_only(request)
         published, ignored = await _off_loop(
@@ -375,7 +384,7 @@ def _labels(upload: Upload) -> list[str] | None:
     texts = [label for label in labels if isinstance(label, str) and label.strip()]
     if len(texts) != len(labels) or len(set(texts)) != len(texts) or not texts:
         raise _labels_invalid("with an empty, repeated or non-text label, or without any")
-    if len(texts) > MAX_LABELS:
+    if len(texts) > limits().max_labels:
         raise _labels_invalid(f"of {len(texts)}")
     return texts
 
@@ -391,7 +400,7 @@ def _json_list(text: str) -> list[Any]:
 
 
 def _labels_invalid(came: str) -> RequestInvalid:
-    expected = f"1 to {MAX_LABELS} different texts: a JSON list, or the field repeated"
+    expected = f"1 to {limits().max_labels} different texts: a JSON list, or the field repeated"
     return RequestInvalid(
         f"labels: expected {expected}; came a list {came}",
         field="labels",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
 
 from adapters.registry import AdapterRecord
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
@@ -22,8 +23,6 @@ from server.ranking import Ranking, encode_labels, rank
 
 router = APIRouter(tags=["generation"])
 
-# Each is a request in the engine.
-MAX_RANKED = 10_000
 _ADAPTER = Query(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.")
 _INPUTS = ("inputs", "row", "rows")
 
@@ -43,15 +42,8 @@ async def classify(
     record = await generator.resolve(chosen_adapter(adapter, None))
     services.name_adapter(request, record)
     labels = _labels(body, record)
+    _check_number(body, labels, services.settings.max_ranked)
     prompts = await _prompts(generator, body, record)
-    if len(prompts) * len(labels) > MAX_RANKED:
-        raise RequestInvalid(
-            f"{len(prompts)} inputs with {len(labels)} labels each are "
-            f"{len(prompts) * len(labels)} to rank; at most {MAX_RANKED} are taken at once",
-            field="inputs",
-            expected=f"at most {MAX_RANKED}",
-            came=str(len(prompts) * len(labels)),
-        )
     targets = await encode_labels(generator, labels, record)
     if record is not None:
         services.requests_by_adapter[record.name] += len(prompts)
@@ -67,7 +59,8 @@ async def classify(
     )
     replies = [_reply(one) for one in await unless_gone(request.receive, work)]
     set_headers(request, timing_headers(*begun))
-    return replies if isinstance(body.inputs, list) or body.rows is not None else replies[0]
+    several = isinstance(body.inputs, list) or body.rows is not None
+    return JSONResponse(replies if several else replies[0])
 
 
 def _check_fields(body: ClassifyBody) -> None:
@@ -98,6 +91,20 @@ def _check_fields(body: ClassifyBody) -> None:
         )
 
 
+def _check_number(body: ClassifyBody, labels: list[str], most: int) -> None:
+    """Hold inputs times labels to their limit, before anything is tokenised."""
+    given = body.inputs if isinstance(body.inputs, list) else body.rows
+    number = 1 if given is None else len(given)
+    if number * len(labels) > most:
+        raise RequestInvalid(
+            f"{number} inputs with {len(labels)} labels each are {number * len(labels)} to rank; "
+            f"at most {most} are taken at once",
+            field="inputs",
+            expected=f"at most {most}",
+            came=str(number * len(labels)),
+        )
+
+
 def _labels(body: ClassifyBody, record: AdapterRecord | None) -> list[str]:
     if body.labels is None:
         if record is not None and record.labels:
@@ -124,9 +131,9 @@ async def _prompts(
 ) -> list[Prompt]:
     if body.inputs is not None:
         texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-        return [await generator.encode(text) for text in texts]
+        return await generator.encode_all(texts)
     rows = body.rows if body.rows is not None else [body.row or {}]
-    return [await generator.encode_row(row, record) for row in rows]
+    return await generator.encode_rows(rows, record)
 
 
 def _reply(ranking: Ranking) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapters.combine import MAX_ADAPTERS
 from server.api.adapter_choice import only_query
 from server.api.adapters import record_json
-from server.api.schemas import MAX_LABELS, LabelText, Text
+from server.api.schemas import Labels, Text
 from server.api.services import UseServices
 from server.combining import combine_stored
 from server.errors import RequestInvalid
@@ -58,7 +58,7 @@ class CombineBody(BaseModel):
     template: Text | None = Field(
         None, description="Template of its prompts. Left out, that of the adapters if they agree."
     )
-    labels: Annotated[list[LabelText], Field(min_length=1, max_length=MAX_LABELS)] | None = Field(
+    labels: Labels | None = Field(
         None, description="What it may answer. Left out, those of the adapters if they agree."
     )
     target_separator: Text | None = Field(

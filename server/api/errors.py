@@ -11,6 +11,7 @@ here. Every refusal gets a reply: unknown routes, methods and unforeseen errors 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ TABLE: dict[type[Exception], Refusal] = {
     engine.EngineError: UNFORESEEN,
     engine.EngineStartFailed: Refusal(503, "engine_start_failed", "unavailable"),
     engine.EngineOverloaded: Refusal(429, "overloaded", "overloaded"),
+    engine.AdapterOverloaded: Refusal(429, "adapter_overloaded", "overloaded"),
     engine.EngineUnavailable: Refusal(503, "engine_unavailable", "unavailable"),
     engine.RequestFailed: UNFORESEEN,
 }
@@ -333,8 +335,26 @@ def _place(loc: Iterable[Any]) -> str:
 
 def shown(value: Any, limit: int = 80) -> str:
     """A value as it may stand in a message: short and plain ASCII."""
-    text = ascii(value)
+    text = ascii(_beginning(value, [limit + 1]))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _beginning(value: Any, left: list[int]) -> Any:
+    """So much of a value that what is said of it is the same: it may be of megabytes.
+
+    Args:
+        value: as JSON has them.
+        left: how many more characters are of use; every value takes one at least.
+    """
+    left[0] -= 1
+    if isinstance(value, str):
+        return value[: max(left[0], 0) + 2]
+    if isinstance(value, list):
+        return [_beginning(one, left) for one in itertools.takewhile(lambda _: left[0] > 0, value)]
+    if isinstance(value, dict):
+        items = itertools.takewhile(lambda _: left[0] > 0, value.items())
+        return {_beginning(key, left): _beginning(one, left) for key, one in items}
+    return value
 
 
 def _wrong_content_type(request: Request) -> ours.WrongContentType | None:

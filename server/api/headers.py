@@ -6,6 +6,7 @@ for watching a client that goes away. Knows no route.
 
 from __future__ import annotations
 
+import heapq
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.value_count import ValueCount
 from server.errors import BodyTooLarge, WrongContentType
 from server.generation import Generation
 
@@ -21,6 +23,9 @@ from server.generation import Generation
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # No adapter, and not the base either: the reply came from neither. Not a possible name.
 NOBODY = "-"
+# Characters of `x-ignored-parameters`, and of each name in it.
+_MAX_TOLD = 1_000
+_MAX_NAME = 64
 _STATE = "reply_headers"
 
 
@@ -53,14 +58,18 @@ class ReplyHeaders:
 
 
 class BodyLimit:
-    """Middleware: refuse a body that is compressed, or of more than `max_bytes`, while it arrives.
+    """Middleware: refuse a body that is compressed, or larger than may be, while it arrives.
 
+    A body may have `max_bytes`, and be made of `max_values`, see `ValueCount`.
     Uploads have a limit of their own, so paths in `exempt` are let through.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, exempt: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, max_values: int, exempt: frozenset[str]
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_values = max_values
         self._exempt = exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,13 +86,16 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         received = 0
+        values = ValueCount(self._max_values)
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            data = message.get("body", b"")
+            received += len(data)
             if received > self._max_bytes:
                 raise body_too_large(self._max_bytes)
+            values.feed(data)
             return message
 
         await self._app(scope, counted, send)
@@ -116,10 +128,10 @@ def set_headers(connection: HTTPConnection, headers: Mapping[str, str]) -> None:
 
 def note_ignored(connection: HTTPConnection, names: Iterable[str]) -> None:
     """Say in `x-ignored-parameters` which fields of the body had no effect."""
-    printable = (
-        "".join(c if c.isascii() and c.isalnum() else "_" for c in n) for n in sorted(names)
-    )
-    if told := ", ".join(name[:64] for name in printable)[:1000]:
+    # No more of them than there is room for: a body may have a hundred thousand, of any length.
+    cut = heapq.nsmallest(_MAX_TOLD, (name[:_MAX_NAME] for name in names))
+    printable = ("".join(c if c.isascii() and c.isalnum() else "_" for c in name) for name in cut)
+    if told := ", ".join(printable)[:_MAX_TOLD]:
         set_headers(connection, {"x-ignored-parameters": told})
 
 

@@ -14,7 +14,7 @@ from adapters.training.job import METHOD_NAMES
 from adapters.training.recipes import RECIPES
 from server.api.adapter_choice import only_query
 from server.api.openai.model import chosen_model
-from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS
+from server.api.schemas import MAX_TOP_TOKENS
 from server.api.services import Services, UseServices
 
 router = APIRouter(tags=["models"])
@@ -56,9 +56,9 @@ async def info(request: Request, services: UseServices) -> dict[str, Any]:
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": settings.max_running + settings.max_queued,
         "max_best_of": settings.max_best_of,
-        "max_stop_sequences": MAX_STOPS,
+        "max_stop_sequences": settings.max_stops,
         "max_top_n_tokens": MAX_TOP_TOKENS,
-        "max_input_tokens": generator.max_sequence_tokens - 1,
+        "max_input_tokens": generator.max_prompt_tokens,
         "max_total_tokens": generator.max_sequence_tokens,
         "max_batch_total_tokens": settings.max_step_tokens,
         "router": "graftwork",

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from adapters.training.rows import DataLimits
+from server.api.bounds import AtMost
+
 MAX_TOP_TOKENS = 20
-MAX_STOPS = 16
-MAX_LABELS = 1_000
 
 
 def _encodable(text: str) -> str:
@@ -25,10 +26,13 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-StopString = Annotated[Text, StringConstraints(min_length=1, max_length=1_000)]
+StopString = Annotated[
+    Text, StringConstraints(min_length=1), AtMost("max_stop_characters", "string")
+]
 LabelText = Annotated[Text, StringConstraints(min_length=1, max_length=10_000)]
 RowValue = Text | bool | int | float
-Row = dict[Text, RowValue]
+Labels = Annotated[list[LabelText], Field(min_length=1, fail_fast=True), AtMost("max_labels")]
+Row = Annotated[dict[Text, RowValue], Field(max_length=DataLimits.max_columns)]
 
 
 class OpenBody(BaseModel):
@@ -94,9 +98,8 @@ class GenerateParameters(OpenBody):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Of the draws. Left out, one is drawn and reported."
     )
-    stop: list[StopString] | None = Field(
+    stop: Annotated[list[StopString], AtMost("max_stops")] | None = Field(
         None,
-        max_length=MAX_STOPS,
         description="Texts that end the output; the one that did is part of it.",
     )
     temperature: float | None = Field(None, gt=0, description="Divides the logits.")
@@ -137,14 +140,15 @@ class GenerateBody(OpenBody):
 class ClassifyBody(OpenBody):
     """Body of `/classify`: texts as they are, or rows for the adapter's stored template."""
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="A prompt, or a list of them."
-    )
+    inputs: Annotated[
+        Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None,
+        AtMost("max_ranked"),
+    ] = Field(None, description="A prompt, or a list of them.")
     row: Row | None = Field(None, description="Columns for the adapter's stored template.")
-    rows: Annotated[list[Row], Field(min_length=1)] | None = Field(
-        None, description="Several of them."
+    rows: Annotated[list[Row], Field(min_length=1, fail_fast=True), AtMost("max_ranked")] | None = (
+        Field(None, description="Several of them.")
     )
-    labels: Annotated[list[LabelText], Field(min_length=1, max_length=MAX_LABELS)] | None = Field(
+    labels: Labels | None = Field(
         None, description="What to choose from. Left out: the labels stored with the adapter."
     )
     normalization: Literal["sum", "token_mean"] | None = Field(
@@ -168,7 +172,9 @@ class TokenizeBody(OpenBody):
 class DetokenizeBody(OpenBody):
     """vLLM's `{"tokens"}`."""
 
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(description="Ids of the vocabulary.")
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] = Field(
+        description="Ids of the vocabulary."
+    )
 
 
 class RollbackBody(ClosedBody):

@@ -5,14 +5,20 @@ Virtual tokens never appear here. Knows nothing of adapters.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
 
 from server.api.adapter_choice import only_query
 from server.api.schemas import DetokenizeBody, TokenizeBody
 from server.api.services import UseServices
 from server.errors import Contradiction, RequestInvalid
+from server.text.tokenizer import TokenSpan
 
 router = APIRouter(tags=["tokenizer"])
 
@@ -38,17 +44,20 @@ async def tokenize(request: Request, services: UseServices, body: TokenizeBody) 
             came="nothing",
         )
     with_special = body.add_special_tokens is not False
-    spans = await generator.spans(text, add_special_tokens=with_special)
+    field = "inputs" if body.inputs is not None else "prompt"
+    spans = await generator.spans(text, add_special_tokens=with_special, field=field)
     if body.inputs is not None:
-        return [
-            {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop}
-            for span in spans
-        ]
-    return {
-        "count": len(spans),
-        "max_model_len": generator.max_sequence_tokens,
-        "tokens": [span.id for span in spans],
-    }
+        written = await anyio.to_thread.run_sync(_written, spans)
+        return Response(written, media_type="application/json")
+    ids = [span.id for span in spans]
+    return JSONResponse(
+        {"count": len(ids), "max_model_len": generator.max_sequence_tokens, "tokens": ids}
+    )
+
+
+def _written(spans: Sequence[TokenSpan]) -> str:
+    """A list of tokens as JSON, one after another: others may run in between."""
+    return "[" + ",".join(json.dumps(asdict(span), ensure_ascii=False) for span in spans) + "]"
 
 
 @router.post("/detokenize", summary="Token ids to text, in vLLM's shape")
@@ -58,15 +67,14 @@ async def detokenize(
     """Special tokens are kept by name."""
     only_query(request)
     tokenizer = services.need_generator().tokenizer
-    for token_id in body.tokens:
-        if token_id >= tokenizer.vocab_size:
-            raise RequestInvalid(
-                f"tokens: {token_id} is not in the vocabulary of {tokenizer.vocab_size} tokens",
-                field="tokens",
-                expected=f"ids from 0 to {tokenizer.vocab_size - 1}",
-                came=str(token_id),
-            )
-    return {"prompt": tokenizer.decode(body.tokens)}
+    if (largest := max(body.tokens, default=0)) >= tokenizer.vocab_size:
+        raise RequestInvalid(
+            f"tokens: {largest} is not in the vocabulary of {tokenizer.vocab_size} tokens",
+            field="tokens",
+            expected=f"ids from 0 to {tokenizer.vocab_size - 1}",
+            came=str(largest),
+        )
+    return {"prompt": await anyio.to_thread.run_sync(tokenizer.decode, body.tokens)}
 
 
 @router.get("/tokenizer_info", summary="Special tokens and chat template, in vLLM's shape")

@@ -11,21 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 from pydantic import Field, ValidationError
 from starlette.requests import Request
 
 from adapters.errors import UnsupportedFile
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import TrainingRequest
-from adapters.training.rows import DataLimits, Kind, Row, check_rows, kind_of, read_rows
+from adapters.training.rows import Kind, Row, check_rows, kind_of, read_rows
 from server.api.errors import shown, tell_validation
 from server.api.headers import body_too_large
 from server.api.upload import Form, Upload, UploadedFile, receive_upload
+from server.api.value_count import ValueCount
 from server.errors import Contradiction, RequestInvalid, WrongContentType
+from server.limits import limits
 from server.settings import MIB, Settings
 
 # The body, its rows, a row, the config, and one level of lists or objects within.
 _DEPTH = 12
+# Bytes that are counted at a time: others may run in between.
+_SLICE = 1 << 16
 _CURL = "-F job=@job.json -F data=@rows.jsonl"
 _KINDS: dict[str, Kind] = {
     "text/csv": "csv",
@@ -85,7 +90,7 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
             expected="application/json or multipart/form-data",
             came=shown(content_type),
         )
-    raw = _parse(await _read_body(request, settings.max_body_mib * MIB), "body")
+    raw = await _parse(await _read_body(request, settings), "body")
     rows = raw.pop("rows", None)
     return Received(_validated(raw), _inline(rows, settings))
 
@@ -102,7 +107,7 @@ async def _receive_form(request: Request, directory: Path, settings: Settings) -
             expected="a form field",
             came="nothing",
         )
-    raw = _parse(job.encode(), "job")
+    raw = await _parse(job.encode(), "job")
     rows = raw.pop("rows", None)
     file = _one_file(upload)
     if file is None:
@@ -115,11 +120,12 @@ async def _receive_form(request: Request, directory: Path, settings: Settings) -
             came="both",
         )
     kind = _kind(file)
-    limits = DataLimits(max_bytes=max_data)
-    return Received(_validated(raw), lambda: read_rows(file.path, kind, limits))
+    data_limits = settings.data_limits()
+    return Received(_validated(raw), lambda: read_rows(file.path, kind, data_limits))
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _read_body(request: Request, settings: Settings) -> bytes:
+    max_bytes = settings.max_body_mib * MIB
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -128,7 +134,14 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _parse(data: bytes, field: str) -> dict[str, Any]:
+async def _parse(data: bytes, field: str) -> dict[str, Any]:
+    return await anyio.to_thread.run_sync(_parsed, data, field)
+
+
+def _parsed(data: bytes, field: str) -> dict[str, Any]:
+    values = ValueCount(limits().max_json_values)
+    for start in range(0, len(data), _SLICE):
+        values.feed(data[start : start + _SLICE])
     try:
         return parse_object(data, _DEPTH)
     except StrictJsonError as error:
@@ -165,7 +178,7 @@ def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:
             expected="a list of objects",
             came=shown(rows),
         )
-    return lambda: check_rows(rows, DataLimits(max_bytes=settings.max_data_mib * MIB))
+    return lambda: check_rows(rows, settings.data_limits())
 
 
 def _one_file(upload: Upload) -> UploadedFile | None:

@@ -21,9 +21,9 @@ from adapters.durable import disk_failure_is_told
 from server.api.errors import shown
 from server.api.headers import body_too_large
 from server.errors import RequestInvalid, WrongContentType
+from server.limits import limits
 
-MAX_FIELD_BYTES = 64 * 1024
-MAX_PARTS = 64
+KIB = 1024
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Form:
 
 def small_fields(names: Collection[str]) -> dict[str, int]:
     """Fields that hold a word or a few."""
-    return dict.fromkeys(names, MAX_FIELD_BYTES)
+    return dict.fromkeys(names, limits().max_field_kib * KIB)
 
 
 class UploadedFile(NamedTuple):
@@ -142,6 +142,7 @@ class _Sorter:
         self._directory = directory
         self._form = form
         self._num_parts = 0
+        self._max_parts = limits().max_parts
         self._complete = False
         self._header_name = b""
         self._header_value = b""
@@ -188,8 +189,8 @@ class _Sorter:
 
     def _begin(self) -> None:
         self._num_parts += 1
-        if self._num_parts > MAX_PARTS:
-            raise _broken(f"more than {MAX_PARTS} parts")
+        if self._num_parts > self._max_parts:
+            raise _broken(f"more than {self._max_parts} parts")
         self._headers = {}
         self._value = bytearray()
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
@@ -20,6 +21,7 @@ import structlog
 from adapters.base_model import BaseModelSpec
 from server.engine.config import EngineConfig
 from server.engine.errors import (
+    AdapterOverloaded,
     EngineError,
     EngineOverloaded,
     EngineStartFailed,
@@ -44,6 +46,7 @@ from server.engine.request import (
 from server.engine.running import RunningEngine
 
 __all__ = [
+    "AdapterOverloaded",
     "EngineClient",
     "EngineError",
     "EngineOverloaded",
@@ -102,6 +105,11 @@ class RequestStream:
         self._client.release(self.request_id)
 
 
+def _name_of(adapter: AdapterRef | None) -> str | None:
+    # All versions of an adapter are one in what they may take.
+    return None if adapter is None else adapter.name or adapter.digest
+
+
 class EngineClient:
     """Starts an engine process and speaks with it. Use from one event loop.
 
@@ -130,6 +138,8 @@ class EngineClient:
         self.hung = False
         self.on_residency: Callable[[ResidencyEvent], None] = lambda _event: None
         self._streams: dict[str, RequestStream] = {}
+        # Requests in flight by their adapter's name; None is the base.
+        self._num_by_adapter: Counter[str | None] = Counter()
         self._residency: dict[str, ResidencyEvent] = {}
         self._engine: RunningEngine | None = None
         self._serves = False
@@ -208,6 +218,7 @@ class EngineClient:
         Raises:
             EngineUnavailable: the process is not running.
             EngineOverloaded: `max_queued` requests wait already, or the process takes no commands.
+            AdapterOverloaded: too many of them are for this adapter.
         """
         if self._engine is None or not self.alive:
             raise EngineUnavailable("the engine is not running")
@@ -216,15 +227,34 @@ class EngineClient:
         # What was dropped again is a command too, and a process that hangs reads none.
         if waiting >= self.config.max_queued or self._engine.num_unsent > 4 * places:
             raise EngineOverloaded(retry_after_seconds=1 + waiting // self.config.max_running)
+        self._require_room_for(request.adapter)
         stream = RequestStream(self, request.request_id, request.adapter)
         self._streams[request.request_id] = stream
+        self._num_by_adapter[_name_of(request.adapter)] += 1
         self._engine.send(Submit(request))
         return stream
 
     def release(self, request_id: str) -> None:
         """Forget a request, and tell the engine to drop it if it has not ended."""
-        if self._streams.pop(request_id, None) is not None:
+        if self._forget(request_id) is not None:
             self._send(Abort(request_id))
+
+    def _forget(self, request_id: str) -> RequestStream | None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            name = _name_of(stream.adapter)
+            self._num_by_adapter[name] -= 1
+            if not self._num_by_adapter[name]:
+                del self._num_by_adapter[name]
+        return stream
+
+    def _require_room_for(self, adapter: AdapterRef | None) -> None:
+        most, name = self.config.max_queued_per_adapter, _name_of(adapter)
+        number = self._num_by_adapter[name]
+        if most is not None and number >= most:
+            raise AdapterOverloaded(
+                name, number, retry_after_seconds=1 + number // self.config.max_running
+            )
 
     def preload(self, adapter: AdapterRef) -> None:
         """Make an adapter resident when there is room."""
@@ -270,8 +300,7 @@ class EngineClient:
 
     def _deliver(self, event: TokenEvent | FailedEvent) -> None:
         ended = isinstance(event, FailedEvent) or event.finish_reason is not None
-        take = self._streams.pop if ended else self._streams.get
-        stream = take(event.request_id, None)
+        stream = (self._forget if ended else self._streams.get)(event.request_id)
         if stream is not None:
             stream.put(event, self._heard_at)
 

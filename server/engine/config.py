@@ -22,6 +22,8 @@ class EngineConfig:
         folds_dir: where folded soft prompts are kept across restarts; None keeps them in memory only.
         max_running: sequences that decode together at most.
         max_queued: requests that may wait before new ones are refused.
+        max_queued_per_adapter: requests for one adapter, or for the base, that may run or wait; None
+            is as many as there is room for.
         max_step_tokens: tokens of one packed step at most; at least max_running + prefill_chunk.
         prefill_chunk: tokens a prompt is prefilled by; chunks end at multiples of it, counted from
             the start of the sequence, so that a row's arithmetic never depends on its neighbours.
@@ -47,6 +49,7 @@ class EngineConfig:
     folds_dir: str | None = None
     max_running: int = 64
     max_queued: int = 1024
+    max_queued_per_adapter: int | None = None
     max_step_tokens: int = 512
     prefill_chunk: int = 128
     block_size: int = 16

@@ -9,6 +9,7 @@ class EngineError(Exception):
     |-- EngineStartFailed   the process could not start; the message gives the reason
     |-- EngineUnavailable   the process is not running
     |-- EngineOverloaded    the queue is full
+    |   `-- AdapterOverloaded   as many requests for one adapter run or wait as may
     `-- RequestFailed       one request ended without tokens
     """
 
@@ -33,9 +34,25 @@ class EngineOverloaded(EngineError):
         retry_after_seconds: when to try again.
     """
 
-    def __init__(self, retry_after_seconds: int) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after_seconds} s")
+    def __init__(self, retry_after_seconds: int, why: str = "the queue is full") -> None:
+        super().__init__(f"{why}; try again in {retry_after_seconds} s")
         self.retry_after_seconds = retry_after_seconds
+
+
+class AdapterOverloaded(EngineOverloaded):
+    """As many requests for one adapter run or wait as may; others are taken.
+
+    Args:
+        adapter: its name; None is the base.
+        number: of those requests.
+        retry_after_seconds: when to try again.
+    """
+
+    def __init__(self, adapter: str | None, number: int, retry_after_seconds: int) -> None:
+        whose = "the base" if adapter is None else f"the adapter {adapter!r}"
+        super().__init__(
+            retry_after_seconds, f"{number} requests for {whose} run or wait, as many as may"
+        )
 
 
 class RequestFailed(EngineError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from server.text.chat import ChatTemplate
 
@@ -30,6 +30,8 @@ def _letters_of_bytes() -> Iterator[tuple[int, str]]:
 # How byte-level tokenizers write bytes (GPT-2's table), and those that fall back to bytes.
 _BYTE_OF_LETTER = {letter: byte for byte, letter in _letters_of_bytes()}
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+# Characters or ids that take longer than a thread may keep the others waiting.
+_LONG = 4_096
 
 
 @dataclass(frozen=True)
@@ -85,26 +87,29 @@ class TextTokenizer:
             plain: take names of special tokens inside `text` as plain text.
         """
         backend = self._plain if plain else self._backend
-        return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return tuple(_encoded(backend, text, add_special_tokens=add_special_tokens).ids)
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, plain: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """See `adapters.training.encoding.Encoder`."""
         backend = self._plain if plain else self._backend
-        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
-        return list(encoding.ids), list(encoding.offsets)
+        encoding = _encoded(backend, text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids), _offsets(encoding)
 
     def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
         """Text to ids with the characters that each covers."""
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = _encoded(self._backend, text, add_special_tokens=add_special_tokens)
         return [
             TokenSpan(token_id, text[start:stop], start, stop)
-            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            for token_id, (start, stop) in zip(encoding.ids, _offsets(encoding), strict=True)
         ]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids to text; invalid UTF-8 becomes U+FFFD, ids that the vocabulary lacks nothing."""
+        if len(ids) > _LONG:  # see `_encoded`
+            batch = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+            return str(batch[0])
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -148,6 +153,20 @@ def read_eos_token_ids(base: Path) -> tuple[int, ...]:
         if value is not None:
             return tuple(value) if isinstance(value, list) else (int(value),)
     return ()
+
+
+def _encoded(backend: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
+    if len(text) <= _LONG:
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+    # Of a batch: only then the library lets other threads run meanwhile.
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _offsets(encoding: Encoding) -> list[tuple[int, int]]:
+    if len(encoding) <= _LONG:
+        return list(encoding.offsets)
+    # One by one, though slower: the whole list is made while every other thread waits.
+    return [encoding.token_to_chars(index) or (0, 0) for index in range(len(encoding))]
 
 
 def _private_copy(serialized: str) -> Tokenizer:

@@ -20,9 +20,9 @@ from server.api import errors
 from server.api.openapi.page import models
 from server.api.openapi.refusals import body_model
 from server.api.openapi.routes import EVENTS, JSON, ROUTES
-from server.api.schemas import MAX_LABELS
 from server.app import create_app
 from server.cli import app as command_line
+from server.limits import Limits
 from server.settings import Settings
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server, save_prefix_adapter, save_tiny_base, upload
@@ -368,7 +368,7 @@ def test_refusals_of_a_running_server_stand_on_the_page(served):
         ("POST", "/v1/completions", {"url": "/v1/completions", "json": {"model": "none"}}),
         ("POST", "/v1/completions", {"url": "/v1/completions", "content": b"x" * (9 * 2**20)}),
         ("POST", "/classify", {"url": "/classify", "content": b"x"}),
-        ("POST", "/classify", {"url": "/classify", "json": {"labels": ["x"] * (MAX_LABELS + 1)}}),
+        ("POST", "/classify", {"url": "/classify", "json": {"labels": ["x"] * (Limits().max_labels + 1)}}),
         ("GET", "/adapters/{name}", {"url": "/adapters/none"}),
         ("GET", "/adapters", {"url": "/adapters?offset=-1"}),
         ("GET", "/train/{job_id}", {"url": f"/train/{job}"}),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -119,14 +120,16 @@ async def _prompt(generator: Generator, body: ChatBody, record: AdapterRecord | 
         _check_own_template(body)
         return await from_row(generator, row_of(messages, templated), templated)
     goes_on = bool(body.continue_final_message)
-    text = render_chat(
-        generator.tokenizer,
-        messages,
-        add_generation_prompt=not goes_on and body.add_generation_prompt is not False,
-        continue_final_message=goes_on,
+    text = await anyio.to_thread.run_sync(
+        lambda: render_chat(
+            generator.tokenizer,
+            messages,
+            add_generation_prompt=not goes_on and body.add_generation_prompt is not False,
+            continue_final_message=goes_on,
+        )
     )
     # The template has written what special tokens there are.
-    return Given(await generator.encode(text, add_special_tokens=False), "text")
+    return Given(await generator.encode(text, add_special_tokens=False, field="messages"), "text")
 
 
 def _check_own_template(body: ChatBody) -> None:

@@ -55,7 +55,9 @@ async def _prepare(request: Request, services: Services, body: CompletionBody) -
     if body.row is not None:
         prompts = [await from_row(generator, body.row, record)]
     else:
-        prompts = await encode_all(generator, body.prompt)
+        prompts = await encode_all(
+            generator, body.prompt, lambda number: generator.check_length(number, record, options)
+        )
     return make_job(
         services,
         generator,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from adapters.registry import AdapterRecord
 from server.api.openai.batch import Batch
 from server.api.openai.prompts import Given
-from server.api.openai.schemas import MAX_SEQUENCES, OpenAIBody
+from server.api.openai.schemas import OpenAIBody
 from server.api.services import Services
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.errors import Contradiction, RequestInvalid
@@ -202,12 +202,13 @@ def make_job(
         TooLong: a prompt with its output does not fit the base or the engine.
     """
     n, best_of = samples
-    if len(prompts) * best_of > MAX_SEQUENCES:
+    most = services.settings.max_sequences
+    if len(prompts) * best_of > most:
         raise RequestInvalid(
             f"{options.prompt_field}: {len(prompts)} prompts with {best_of} samples each are "
-            f"{len(prompts) * best_of} sequences; at most {MAX_SEQUENCES} are taken at once",
+            f"{len(prompts) * best_of} sequences; at most {most} are taken at once",
             field=options.prompt_field,
-            expected=f"at most {MAX_SEQUENCES} sequences",
+            expected=f"at most {most} sequences",
             came=str(len(prompts) * best_of),
         )
     # The engine's ids are ours: two requests in flight may carry the same x-request-id.

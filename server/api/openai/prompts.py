@@ -6,19 +6,24 @@ and no reply.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import anyio.to_thread
 
 from adapters.registry import AdapterRecord
+from server.api.errors import shown
 from server.api.sampling import invalid
 from server.api.schemas import Row
 from server.errors import Contradiction
 from server.generation import Generator, Prompt
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.tokenizer import TextTokenizer
+
+# Prompts of ids that become text at a time.
+_PIECE_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,32 @@ def require_one(
         raise invalid(field, expected, "nothing")
 
 
-async def encode_all(generator: Generator, value: Any) -> list[Given]:
+async def encode_all(
+    generator: Generator, value: Any, check_length: Callable[[int], object]
+) -> list[Given]:
     """Every prompt of a completion, from what `CompletionBody.prompt` holds.
+
+    Args:
+        generator: knows the tokenizer.
+        value: one prompt or several, all of one kind.
+        check_length: called with the number of tokens before ids are looked at; refuses it or not.
 
     Raises:
         RequestInvalid: an id that is not in the vocabulary.
+        TooLong: a text of more characters than may be tokenised, or what `check_length` refuses.
     """
     one_alone = isinstance(value, str) or isinstance(value[0], int)
-    return [
-        await _from_text(generator, one) if isinstance(one, str) else _from_ids(generator, one)
-        for one in ([value] if one_alone else value)
-    ]
+    values = [value] if one_alone else value
+    if isinstance(values[0], str):
+        return [Given(one, "text") for one in await generator.encode_all(values, field="prompt")]
+    for ids in values:
+        check_length(len(ids))
+        _check_ids(ids, generator.vocab_size)
+    given: list[Given] = []
+    for start in range(0, len(values), _PIECE_PROMPTS):
+        work = partial(_from_ids, generator.tokenizer, values[start : start + _PIECE_PROMPTS])
+        given += await anyio.to_thread.run_sync(work)
+    return given
 
 
 async def from_row(generator: Generator, row: Row, adapter: AdapterRecord | None) -> Given:
@@ -77,16 +97,14 @@ async def from_row(generator: Generator, row: Row, adapter: AdapterRecord | None
     return Given(await generator.encode_row(row, adapter), "row")
 
 
-async def _from_text(generator: Generator, text: str) -> Given:
-    return Given(await generator.encode(text), "text")
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    for wrong in (min(ids), max(ids)):
+        if not 0 <= wrong < vocab_size:
+            raise invalid("prompt", f"token ids from 0 to {vocab_size - 1}", shown(wrong))
 
 
-def _from_ids(generator: Generator, ids: Sequence[int]) -> Given:
-    vocab_size = generator.vocab_size
-    wrong = next((one for one in ids if not 0 <= one < vocab_size), None)
-    if wrong is not None:
-        raise invalid("prompt", f"token ids from 0 to {vocab_size - 1}", wrong)
-    return Given(Prompt(generator.tokenizer.decode(ids), tuple(ids)), "ids")
+def _from_ids(tokenizer: TextTokenizer, values: Sequence[Sequence[int]]) -> list[Given]:
+    return [Given(Prompt(tokenizer.decode(ids), tuple(ids)), "ids") for ids in values]
 
 
 async def token_offsets(generator: Generator, given: Given) -> list[int]:

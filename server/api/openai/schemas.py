@@ -11,13 +11,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
-from server.api.schemas import MAX_STOPS, MAX_TOP_TOKENS, OpenBody, Row, StopString, Text
+from server.api.bounds import AtMost
+from server.api.schemas import MAX_TOP_TOKENS, OpenBody, Row, StopString, Text
 
 DEFAULT_MAX_TOKENS = 16
-MAX_LOGIT_BIASES = 1_024
-# Each is a request in the engine.
-MAX_SEQUENCES = 1_024
-MAX_MESSAGES = 10_000
 
 PromptInput: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 _PROMPTS = "a text, a list of texts, a list of token ids or a list of such lists"
@@ -27,6 +24,7 @@ def _check_prompt(value: Any) -> Any:
     """Told in one sentence, where a union of types would tell of each of its members."""
     if value is None or _is_text(value) or _is_ids(value):
         return value
+    AtMost("max_sequences").checked(value)
     if (
         isinstance(value, list)
         and value
@@ -66,7 +64,7 @@ _Prompt = Annotated[
 ]
 _Stops = Annotated[
     list[StopString] | None,
-    Field(max_length=MAX_STOPS),
+    AtMost("max_stops"),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str | None] | None),
 ]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -93,16 +91,17 @@ class OpenAIBody(OpenBody):
     frequency_penalty: float | None = Field(
         None, ge=-2, le=2, description="Taken from a token's logit for each time it was put out."
     )
-    guided_choice: list[str] | None = Field(None, description="vLLM's: one of these texts.")
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="vLLM's: one of these texts."
+    )
     guided_json: Any = Field(None, description="vLLM's: a JSON Schema, or the text of one.")
     guided_regex: str | None = Field(None, description="vLLM's: the whole output matches it.")
     ignore_eos: bool | None = Field(None, description="vLLM's: go on to the limit regardless.")
     include_stop_str_in_output: bool | None = Field(
         None, description="vLLM's: leave the stop string that ended the output in it."
     )
-    logit_bias: dict[Text, _Bias] | None = Field(
+    logit_bias: Annotated[dict[Text, _Bias], AtMost("max_logit_biases", "object")] | None = Field(
         None,
-        max_length=MAX_LOGIT_BIASES,
         description="Token ids, as texts, with what is added to their logits.",
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="Newer name of max_tokens.")
@@ -194,6 +193,7 @@ def _check_content(value: Any) -> Any:
         return value
     if not isinstance(value, list):
         raise ValueError("expected a text or a list of parts")
+    AtMost("max_messages").checked(value)
     return [_read_part(part, number) for number, part in enumerate(value)]
 
 
@@ -233,8 +233,8 @@ class ChatBody(OpenAIBody):
         }
     )
 
-    messages: list[Message] | None = Field(
-        None, max_length=MAX_MESSAGES, description="The conversation so far."
+    messages: Annotated[list[Message], Field(fail_fast=True), AtMost("max_messages")] | None = (
+        Field(None, description="The conversation so far.")
     )
     add_generation_prompt: bool | None = Field(
         None, description="vLLM's: end the prompt where the assistant begins; true if left out."

@@ -17,7 +17,6 @@ from fastapi import APIRouter, Query, Request
 
 from adapters.errors import AdapterExists, JobInvalid, NameInvalid, TemplateInvalid
 from adapters.training.plan import Plan, make_plan
-from adapters.training.rows import DataLimits
 from server.api.adapter_choice import only_query, refuse_stray_adapters
 from server.api.errors import shown
 from server.api.headers import note_ignored
@@ -29,7 +28,6 @@ from server.api.schemas import set_extras
 from server.api.services import Services, UseServices
 from server.errors import Contradiction, RequestInvalid, UnknownParameter
 from server.jobs.store import JobRecord
-from server.settings import MIB
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -157,7 +155,7 @@ def _create(services: Services, asked: Asked) -> JobRecord:
     except (NameInvalid, AdapterExists) as error:
         error.field = "suffix"
         raise
-    limits = DataLimits(max_bytes=services.settings.max_data_mib * MIB)
+    limits = services.settings.data_limits()
     tokenizer = services.need_generator().tokenizer
     data = read_data(services.need_files(), asked, tokenizer, limits)
     with data.told_by_place():
@@ -175,6 +173,7 @@ def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan
             base_name=services.base_id,
             num_validation_rows=data.num_validation_rows,
             prompts=data.prompts,
+            max_virtual_tokens=services.settings.max_virtual_tokens,
         )
     except (JobInvalid, TemplateInvalid) as error:
         # Their fields are those of /train, which stand in the method's block here.

@@ -1,0 +1,86 @@
+"""Bounds of bodies that are settings.
+
+`AtMost` marks a field of a schema, and asks for the setting when a body is checked and when the
+OpenAPI page is made. Knows no route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.limits import Limits, limited, limits
+
+Kind = Literal["array", "object", "string"]
+
+_TYPES: Mapping[str, type[Sized]] = {"array": list, "object": dict, "string": str}
+_NAMES = {"array": "List", "object": "Dictionary"}
+_KEYWORDS = {"array": "maxItems", "object": "maxProperties", "string": "maxLength"}
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """Marks a field: a list, an object or a text of no more than a setting allows.
+
+    The length is looked at first: a list that is too long costs nothing.
+
+    Attributes:
+        setting: a field of `Limits`.
+        kind: what is counted; values of other kinds pass.
+    """
+
+    setting: str
+    kind: Kind = "array"
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """The field's schema behind the check."""
+        return core_schema.no_info_before_validator_function(self.checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The field's JSON schema with the bound."""
+        made = handler(schema)
+        for one in (made, *made.get("anyOf", ())):
+            if one.get("type") == self.kind:
+                one[_KEYWORDS[self.kind]] = self._most
+        return made
+
+    def checked(self, value: Any) -> Any:
+        """The value.
+
+        Raises:
+            PydanticKnownError: it is too long.
+        """
+        most = self._most
+        if not isinstance(value, _TYPES[self.kind]) or len(value) <= most:
+            return value
+        if self.kind == "string":
+            raise PydanticKnownError("string_too_long", {"max_length": most})
+        context = {"field_type": _NAMES[self.kind], "max_length": most}
+        raise PydanticKnownError("too_long", {**context, "actual_length": len(value)})
+
+    @property
+    def _most(self) -> int:
+        most: int = getattr(limits(), self.setting)
+        return most
+
+
+class HoldLimits:
+    """Middleware: while a request is answered, `limits()` is this server's."""
+
+    def __init__(self, app: ASGIApp, by: Limits) -> None:
+        self._app = app
+        self._by = by
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app."""
+        with limited(self._by):
+            await self._app(scope, receive, send)
