@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -68,6 +69,8 @@ class Auth:
         """
         method, path = scope["method"], scope["path"]
         rule = rule_of(method, path)
+        if rule is None and PUBLIC in rules_of(path).values():
+            raise _no_route(path)
         if rule == PUBLIC or (rule is not None and path == _METRICS and self._metrics_public):
             return None
         services: Services = scope["app"].state.services
@@ -82,6 +85,14 @@ class Auth:
         if not key.may(rule):
             raise _scope_missing(rule)
         return key
+
+
+def asks_for_keys(app: Starlette) -> bool:
+    """Whether this door stands before an app, and asks for keys."""
+    doors: list[tuple[object, bool]] = [
+        (one.cls, bool(one.kwargs.get("required"))) for one in app.user_middleware
+    ]
+    return (Auth, True) in doors
 
 
 def _key_text(headers: Headers) -> str | None:

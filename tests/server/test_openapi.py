@@ -80,19 +80,23 @@ def test_every_route_and_every_parameter_is_described(page):
     assert missing == []
 
 
-def fields_without_words(schema: Any, where: str) -> Iterator[str]:
-    """Properties anywhere in a schema that have no description."""
+def fields_without_words(
+    schema: Any, where: str, described: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Properties anywhere in a schema that have no description, there or above."""
     if isinstance(schema, list):
         for part in schema:
-            yield from fields_without_words(part, where)
+            yield from fields_without_words(part, where, described)
     if not isinstance(schema, dict):
         return
     for name, field in schema.get("properties", {}).items():
-        if not field.get("description"):
+        if not field.get("description") and name not in described:
             yield f"{where}.{name}"
         yield from fields_without_words(field, f"{where}.{name}")
+    described |= schema.get("properties", {}).keys()
     for key in ("items", "anyOf", "oneOf", "allOf", "prefixItems", "additionalProperties"):
-        yield from fields_without_words(schema.get(key), where)
+        same = described if key.endswith("Of") else frozenset[str]()
+        yield from fields_without_words(schema.get(key), where, same)
 
 
 def test_every_field_of_every_body_and_reply_is_described(page):

@@ -14,7 +14,10 @@ from pydantic.json_schema import models_json_schema
 
 from server import errors as ours
 from server.api.access import ANY_KEY, PUBLIC, rule_of
+from server.api.auth import asks_for_keys
 from server.api.openai_tuning.body import MethodBlock
+from server.api.openapi import links
+from server.api.openapi.bodies import BODIES, PARAMETERS, UNNAMED, merge
 from server.api.openapi.refusals import ERROR_BODIES, Kind, responses
 from server.api.openapi.routes import EVENTS, JSON, ROUTES, Answer, Doc
 
@@ -42,7 +45,7 @@ _KEYS: dict[str, Any] = {
         "description": "The same.",
     },
 }
-_SECURITY: list[dict[str, list[str]]] = [{}, {"bearer": []}, {"x-api-key": []}]
+_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
 _TEXT: dict[str, Any] = {"type": "string"}
 _HEADERS = {
     "x-request-id": "The request's own, or a new one.",
@@ -62,23 +65,32 @@ class DocumentedApp(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The page; made once."""
         if self.openapi_schema is None:
-            complete(super().openapi())
+            complete(super().openapi(), keys_required=asks_for_keys(self))
         return super().openapi()
 
 
-def complete(page: dict[str, Any]) -> None:
-    """Put the table's entries into a page. Routes that have none are left as they are."""
+def complete(page: dict[str, Any], *, keys_required: bool = False) -> None:
+    """Put the table's entries into a page. Routes that have none are left as they are.
+
+    Args:
+        page: FastAPI's.
+        keys_required: whether the server asks for keys; else they are optional.
+    """
+    security = _SECURITY if keys_required else [{}, *_SECURITY]
     page["components"]["securitySchemes"] = _KEYS
     schemas = page["components"]["schemas"]
     for name in _NOT_OURS:
         schemas.pop(name, None)
     schemas |= _schemas()
+    for name, more in BODIES.items():
+        merge(schemas[name], more)
     for path, operations in page["paths"].items():
         for method, operation in operations.items():
             doc = ROUTES.get((method.upper(), path))
             if doc is not None:
-                _complete_operation(path, operation, doc, schemas)
-                _say_who(method.upper(), path, operation, doc)
+                _complete_operation(method.upper(), path, operation, doc, schemas)
+                _say_who(method.upper(), path, operation, doc, security)
+    links.put_in(page["paths"])
 
 
 def models() -> list[type[BaseModel]]:
@@ -98,13 +110,16 @@ def _schemas() -> dict[str, Any]:
 
 
 def _complete_operation(
-    path: str, operation: dict[str, Any], doc: Doc, schemas: dict[str, Any]
+    method: str, path: str, operation: dict[str, Any], doc: Doc, schemas: dict[str, Any]
 ) -> None:
     for parameter in operation.get("parameters", []):
         name = parameter["name"]
         said = doc.parameters.get(name) or parameter.get("description") or _PARAMETERS.get(name)
         if said is not None:
             parameter["description"] = said
+        merge(parameter["schema"], PARAMETERS.get((method, path, name), {}))
+    for kind, body in operation.get("requestBody", {}).get("content", {}).items():
+        merge(body["schema"], UNNAMED.get((method, path, kind), {}))
     if doc.example is not None:
         operation["requestBody"]["content"][JSON]["example"] = doc.example
     answers = {
@@ -113,13 +128,19 @@ def _complete_operation(
     operation["responses"] = answers
 
 
-def _say_who(method: str, path: str, operation: dict[str, Any], doc: Doc) -> None:
+def _say_who(
+    method: str,
+    path: str,
+    operation: dict[str, Any],
+    doc: Doc,
+    security: list[dict[str, list[str]]],
+) -> None:
     """Which keys a route takes, and everything that it refuses."""
     rule = rule_of(method, path)
     at_the_door: tuple[Kind, ...] = ()
     if rule != PUBLIC:
         at_the_door = (ours.KeyRequired, ours.RateLimited)
-        operation["security"] = _SECURITY
+        operation["security"] = security
     if rule not in (None, PUBLIC, ANY_KEY):
         scopes = " or ".join(f"`{scope}`" for scope in sorted(rule))
         operation["description"] += f"\n\nWhere keys are asked for: one with the scope {scopes}."
@@ -135,11 +156,7 @@ def _response(answer: Answer, doc: Doc, schemas: dict[str, Any]) -> dict[str, An
         content[JSON] = {"schema": reference, "example": example_of(reference, schemas)}
     if answer.frame is not None:
         reference = {"$ref": _REFERENCE.format(model=answer.frame.__name__)}
-        content[EVENTS] = {
-            # Of one event's data: OpenAPI 3.1 has no word for events.
-            "schema": reference,
-            "example": answer.example,
-        }
+        content[EVENTS] = {"schema": _event(reference), "example": answer.example}
     if answer.media is not None:
         kind = _TEXT if answer.media == "text/plain" else {**_TEXT, "format": "binary"}
         content[answer.media] = {"schema": kind}
@@ -151,6 +168,24 @@ def _response(answer: Answer, doc: Doc, schemas: dict[str, Any]) -> dict[str, An
         "headers": {name: {"description": said, "schema": _TEXT} for name, said in headers.items()},
     }
     return {**response, "content": content} if content else response
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """One event of a stream. OpenAPI 3.1 has no word for events; this is how 3.2 describes one."""
+    read = {"contentMediaType": JSON, "contentSchema": data}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {
+            "data": {
+                **_TEXT,
+                "description": "JSON; of OpenAI's routes the last one is [DONE].",
+                "anyOf": [{"const": "[DONE]"}, read],
+            },
+            "event": {**_TEXT, "description": "What happened, where the events have names."},
+            "id": {**_TEXT, "description": "Of the event, where a client may go on from it."},
+        },
+    }
 
 
 def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:

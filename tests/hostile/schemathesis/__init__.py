@@ -1,0 +1,1 @@
+"""What schemathesis is told of our page: its configuration, and what a schema cannot say."""

@@ -1,0 +1,84 @@
+"""Read by schemathesis: files that are worth sending, and refusals that no JSON Schema can foresee.
+
+`UNSAYABLE` is the list of exclusions from "what the schema allows is taken": each a pattern of the
+refusal's sentence and the reason. The schema says all the rest.
+"""
+
+from __future__ import annotations
+
+import re
+
+import schemathesis
+from hypothesis import strategies as st
+from schemathesis.core.failures import Failure
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests.hostile.make_files import pair, zip_of
+
+ROWS = b'{"text": "late", "label": "complaint"}\n{"text": "fine", "label": "no complaint"}\n'
+TUNING_ROWS = b'{"prompt": "late", "completion": "complaint"}\n' * 2
+
+_TWO_PLACES = "JSON Schema cannot say that two fields are equal"
+_STORED = "depends on what is stored, which the page does not know"
+_TEXT = "the text is in a language of its own, which JSON Schema cannot say"
+_DATA = "template, target, labels and rows must fit one another"
+_FILES = "OpenAPI cannot say names of files, nor what is in them"
+_OPERATOR = "the operator's limit, or the base's size: not the same on every server"
+_FLOATS = "the tool counts with floats here: to it 2^63 + 190 is 2^63"
+_WHOLE = "JSON Schema takes 1.0 for an integer; bodies are strict"
+
+# Refusals of well-formed requests: what their sentences match, and why the schema cannot foresee them.
+UNSAYABLE: dict[str, str] = {
+    r"\?adapter= says .* and parameters.adapter_id says": _TWO_PLACES,
+    r"hyperparameters\.\w+: .* are both given": _TWO_PLACES,
+    r"max_tokens says \d+ and max_completion_tokens says": _TWO_PLACES,
+    r"best_of: expected (at least n|1 )": _TWO_PLACES,
+    r"weights: expected": _TWO_PLACES,
+    r"there is an adapter '.*' already": _STORED,
+    r"has already been loaded": _STORED,
+    r"adapter '.*' was \w+, not loaded": _STORED,
+    r"row: (the base|the adapter '.*') has no stored template": _STORED,
+    r"labels: (the base|the adapter '.*') has no stored labels": _STORED,
+    r"model: expected the base": _STORED,
+    r"cannot be an alias": _STORED,
+    r"'.*' is reserved": _STORED,
+    r"after: expected the id of an event of": _STORED,
+    r"job is (queued|running)": _STORED,
+    r"guided_json: expected the text of a JSON Schema": _TEXT,
+    r"labels: expected 1 to 1000 different texts": _TEXT,
+    r"job: expected a JSON object": _TEXT,
+    r"template: ": _TEXT,
+    r"structured_outputs: expected one of .* came none of them": "all of its fields are null",
+    r"the target column, .* is missing": _DATA,
+    r"labels: .* is given twice": _DATA,
+    r"labels: expected different texts": "different once white space is not counted",
+    r"messages\.\d+\.content": "the base's chat template takes texts only",
+    r"data: expected a file named": _FILES,
+    r"the upload is refused: .* is there twice": _FILES,
+    r"expected adapter_config.json and adapter_model.safetensors": _FILES,
+    r"(best_of|n): expected at most": _OPERATOR,
+    r"tokens: \d+ is not in the vocabulary": _OPERATOR,
+    r"token ids from 0 to \d+": _OPERATOR,
+    r"should be less than 9223372036854775808; came: 9223372036854775\d{3}\b": _FLOATS,
+    r"should be greater than or equal to -9223372036854775808; came: -9223372036854775": _FLOATS,
+    r"should be a valid integer; came: -?[0-9.e+]+": _WHOLE,
+    r"a list of such lists; came: \[.*\.0": _WHOLE,
+}
+
+
+def _reason(text: str) -> str | None:
+    return next((why for what, why in UNSAYABLE.items() if re.search(what, text)), None)
+
+
+schemathesis.openapi.format("binary", st.sampled_from([zip_of(pair()), ROWS, TUNING_ROWS]))
+
+
+@schemathesis.check
+def well_formed_is_taken(ctx, response, case) -> bool | None:
+    """What the schema allows is not refused, but for a reason that no schema can say."""
+    try:
+        return positive_data_acceptance(ctx, response, case)
+    except Failure:
+        if _reason(response.text) is None:
+            raise
+        return None
