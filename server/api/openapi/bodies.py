@@ -127,8 +127,8 @@ BODIES: Mapping[str, Schema] = {
             **_OPENAI_FIELDS,
             "prompt": {
                 "anyOf": _nullable(
-                    _TEXT,
-                    {"type": "array", "minItems": 1, "items": _TEXT},
+                    _SOME_TEXT,
+                    {"type": "array", "minItems": 1, "items": _SOME_TEXT},
                     _IDS,
                     {"type": "array", "minItems": 1, "items": _IDS},
                 )

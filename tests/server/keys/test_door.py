@@ -214,6 +214,10 @@ def test_a_route_that_is_none_and_a_method_that_is_none(guarded, keys):
     assert (reply.status_code, reply.json()["code"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "GET, POST"
     assert guarded.ask("HEAD", "/docs", keys["generate"]).status_code == 200
+    # What everybody may read has no methods to hide.
+    reply = guarded.ask("TRACE", "/livez")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "GET")
+    assert guarded.ask("PUT", "/adapters").status_code == 401
 
 
 def test_keys_are_asked_for_unless_the_server_is_this_machines_own():
