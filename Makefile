@@ -2,7 +2,8 @@
 # make test    set up what the tests need and run most of them
 # make test-systems    the others: real clients, hostile input, faults, load, deployment
 # make lint    formatting, lint, types, import rules
-# make bench   output tokens a second, here and in PEFT
+# make bench   the engine beside PEFT, transformers, llama.cpp and vLLM: ratios, table, plots
+# make bench-peers   install llama.cpp and vLLM for it (optional: ten minutes, 4 GB)
 # make image-test   build the container image and use it (root, buildah, podman, runc, debootstrap)
 # make demo-adapters   train the demo adapters anew and measure them
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: serve test test-systems lint bench image-test demo-adapters setup setup-test base
+.PHONY: serve test test-systems lint bench bench-peers image-test demo-adapters setup setup-test base
 
 serve: setup base
 	@$(BIN)/graftwork serve --demo
@@ -33,8 +34,11 @@ lint: setup-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup-test base
-	$(BIN)/python -m tests.benchmarks.serving $(BENCH)
+bench: setup-bench base
+	$(BIN)/python -m tests.benchmarks.run $(BENCH)
+
+bench-peers: setup-bench
+	$(BIN)/python -m tests.benchmarks.peers.install $(PEERS)
 
 image-test:
 	@$(PYTHON) docker/image_test $(IMAGE_TEST)
@@ -65,6 +69,7 @@ demo-adapters: setup base
 
 setup: $(VENV)/.serve
 setup-test: $(VENV)/.test
+setup-bench: $(VENV)/.bench
 base: $(BASE)/graftwork_base.json
 
 $(VENV)/.serve: pyproject.toml constraints.txt
@@ -77,6 +82,11 @@ $(VENV)/.test: $(VENV)/.serve tests/clients/standalone.txt
 	@echo "== installing the test dependencies (once)"
 	$(PIP) -e '.[test]'
 	$(PIP) --no-deps --upgrade --target $(VENV)/clients -r tests/clients/standalone.txt
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@echo "== installing what the benchmark draws with (once)"
+	$(PIP) -e '.[bench]'
 	@touch $@
 
 $(BASE)/graftwork_base.json: | $(VENV)/.serve

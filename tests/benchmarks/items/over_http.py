@@ -1,0 +1,138 @@
+"""7. The server costs little: its processor time a token, streaming over HTTP, over the engine's own.
+
+The same prompts go to both, with the same settings. The client's time is not the server's, but it takes its
+share of the cores meanwhile; that is why the wall ratio is printed and the bar is on processor time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import httpx
+
+from server.engine.request import AdapterRef
+from tests.benchmarks.adapters import BenchAdapter
+from tests.benchmarks.items import Bench
+from tests.benchmarks.own import Ask, Own
+from tests.benchmarks.paired import Bar, Contestant
+from tests.benchmarks.server_process import ServerProcess, serving
+from tests.benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, prompt
+
+HTTP, ENGINE = "server, streaming over HTTP", "engine in process"
+
+
+def run(bench: Bench) -> None:
+    """W on a server and on an engine here, in turn."""
+    if bench.is_done(7, "processor time"):
+        return
+    own = bench.own()
+    adapters = bench.adapters(own)
+    settings = {
+        "threads": bench.threads,
+        "dtype": bench.engine.dtype,
+        "prefix_caching": "false",
+        "train_workers": 0,
+    }
+    with serving(bench.engine.base, bench.scratch / "data", **settings) as server:
+        _upload(server, adapters)
+        sides = Sides(own, server, [adapter.ref for adapter in adapters], bench.concurrency)
+        sides.http(-1)
+        sides.engine(-1)
+        cpu: dict[str, Contestant] = {HTTP: sides.http, ENGINE: sides.engine}
+        unit = "ms of processor time a token"
+        bench.compare(7, "processor time", cpu, [Bar(HTTP, ENGINE, 1.07, "at most")], unit=unit)
+        walls: dict[str, Contestant] = {
+            name: lambda number, name=name: sides.walls[name][number]  # type: ignore[misc]
+            for name in cpu
+        }
+        bench.compare(7, "wall time", walls, [Bar(HTTP, ENGINE)], unit="tokens/s")
+    own.close()
+
+
+class Sides:
+    """Both sides of the comparison.
+
+    Attributes:
+        walls: tokens a second, by side and round.
+    """
+
+    def __init__(self, own: Own, server: ServerProcess, refs: list[AdapterRef], c: int) -> None:
+        self._own, self._server, self._refs, self._c = own, server, refs, c
+        self.walls: dict[str, dict[int, float]] = {HTTP: {}, ENGINE: {}}
+
+    def http(self, number: int) -> float:
+        """Milliseconds of the server's processes a token."""
+        bodies = [_body(ask) for ask in self._asks(number)]
+        cpu, began = self._server.cpu_seconds(), time.perf_counter()
+        tokens = asyncio.run(_stream_all(self._server.port, bodies))
+        seconds = time.perf_counter() - began
+        cpu = self._server.cpu_seconds() - cpu
+        self.walls[HTTP][number] = tokens / seconds
+        return 1000 * cpu / tokens
+
+    def engine(self, number: int) -> float:
+        """Milliseconds of this process a token."""
+        done = self._own.run(self._asks(number))
+        self.walls[ENGINE][number] = done.rate
+        return 1000 * done.cpu_seconds / done.tokens
+
+    def _asks(self, number: int) -> list[Ask]:
+        vocabulary = self._own.spec.vocab_size
+        return [
+            Ask(
+                prompt(PROMPT_TOKENS, vocabulary, (number, index)),
+                NEW_TOKENS,
+                self._refs[index % len(self._refs)],
+            )
+            for index in range(self._c)
+        ]
+
+
+def _upload(server: ServerProcess, adapters: list[BenchAdapter]) -> None:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        for adapter in adapters:
+            paths: list[Path] = sorted(adapter.directory.iterdir())
+            files = [("files", (path.name, path.read_bytes())) for path in paths]
+            client.post("/adapters", data={"name": adapter.name}, files=files).raise_for_status()
+
+
+def _body(ask: Ask) -> bytes:
+    assert ask.adapter is not None
+    return json.dumps(
+        {
+            "model": ask.adapter.digest,  # the workload's digests are its names
+            "prompt": list(ask.prompt),
+            "max_tokens": ask.new_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+
+
+async def _stream_all(port: int, bodies: list[bytes]) -> int:
+    return sum(await asyncio.gather(*(_stream(port, body) for body in bodies)))
+
+
+async def _stream(port: int, body: bytes) -> int:
+    """One streamed completion; the number of tokens. Written by hand, so that the client costs little."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    writer.write(head.encode() + body)
+    reply = await reader.read(-1)
+    writer.close()
+    lines = reply.split(b"\n")
+    usages = [
+        line for line in lines if line.startswith(b"data:") and b'"completion_tokens"' in line
+    ]
+    if not reply.startswith(b"HTTP/1.1 200") or not usages:
+        raise RuntimeError(f"expected a stream to its end, came {reply[-600:]!r}")
+    usage = json.loads(usages[-1].removeprefix(b"data:"))["usage"]
+    return int(usage["completion_tokens"])

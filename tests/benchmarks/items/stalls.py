@@ -1,0 +1,82 @@
+"""8. Long prompts do not stall others: the largest gap between two tokens of a stream while one arrives."""
+
+from __future__ import annotations
+
+import statistics
+
+from server.engine.request import AdapterRef
+from tests.benchmarks.items import Bench
+from tests.benchmarks.own import Ask, Own
+from tests.benchmarks.paired import Bar, Contestant
+from tests.benchmarks.workload import PROMPT_TOKENS, prompt
+
+LARGEST, MEDIAN = "largest gap while it is read", "median gap before"
+_STREAMS, _LONG = 16, 2000
+_STEPS_BEFORE = 40
+
+
+def run(bench: Bench) -> None:
+    """16 streams of mixed adapters; the long prompt is the base's."""
+    if bench.is_done(8, "stalls"):
+        return
+    own = bench.own()
+    refs = [adapter.ref for adapter in bench.adapters(own)]
+    own.preload(refs)
+    before: dict[int, float] = {}
+    largest: dict[int, float] = {}
+
+    def measure(number: int) -> None:
+        before[number], largest[number] = gaps(own, refs, number)
+
+    def of(figures: dict[int, float]) -> Contestant:
+        def figure(number: int) -> float:
+            if number not in figures:
+                measure(number)
+            return 1000 * figures[number]
+
+        return figure
+
+    measure(-1)
+    contestants = {LARGEST: of(largest), MEDIAN: of(before)}
+    bench.compare(8, "stalls", contestants, [Bar(LARGEST, MEDIAN, 3.0, "at most")], unit="ms")
+    own.close()
+
+
+def gaps(own: Own, refs: list[AdapterRef], seed: int) -> tuple[float, float]:
+    """Seconds between two tokens of a stream: the median before, the largest during."""
+    last: dict[str, float] = {}
+    for index in range(_STREAMS):
+        ids = prompt(PROMPT_TOKENS, own.spec.vocab_size, (seed, index))
+        last[own.submit(Ask(ids, 2000, refs[index % len(refs)]))] = 0.0
+    while not all(last.values()):
+        last.update(own.step())
+    before = []
+    for _ in range(_STEPS_BEFORE):
+        before += _step(own, last)
+    long = own.submit(Ask(prompt(_LONG, own.spec.vocab_size, seed), 1))
+    during: list[float] = []
+    last_of_long: dict[str, float] = {}
+    while not last_of_long:
+        during += _step(own, last, last_of_long, long)
+    for request_id in last:
+        own.engine.abort(request_id)
+    while own.engine.has_work:
+        own.step()
+    return statistics.median(before), max(during)
+
+
+def _step(
+    own: Own,
+    last: dict[str, float],
+    others: dict[str, float] | None = None,
+    other: str = "",
+) -> list[float]:
+    """Gaps that end with this step."""
+    found = []
+    for request_id, at in own.step():
+        if request_id == other and others is not None:
+            others[request_id] = at
+            continue
+        found.append(at - last[request_id])
+        last[request_id] = at
+    return found

@@ -1,0 +1,177 @@
+"""1. W beside PEFT, transformers' continuous batching, llama.cpp and vLLM.
+
+Peers that are not installed are left out, and so are their bars.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.adapters import lora_adapters
+from tests.benchmarks.children import Child
+from tests.benchmarks.items import Bench, w_asks
+from tests.benchmarks.own import Own
+from tests.benchmarks.paired import Bar, Contestant
+from tests.benchmarks.peers import llama
+from tests.benchmarks.peers.install import vllm_python
+from tests.benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, prompts
+
+OURS = "ours, mixed adapters"
+PEFT_ONE = "PEFT, one at a time"
+PEFT_BATCHES = "PEFT, a batch an adapter"
+TRANSFORMERS = "transformers continuous batching, base only"
+LLAMA = "llama.cpp, base only"
+VLLM = "vLLM, base only"
+VLLM_LORA = "vLLM, 8 LoRA adapters"
+
+BARS = {
+    32: [
+        Bar(OURS, PEFT_ONE, 20.0),
+        Bar(OURS, PEFT_BATCHES, 6.0),
+        Bar(OURS, TRANSFORMERS, 4.0),
+        Bar(OURS, LLAMA, 1.2),
+        Bar(OURS, VLLM_LORA, 3.5),
+        Bar(OURS, VLLM, 1.0),
+    ],
+    8: [Bar(OURS, LLAMA, 1.0), Bar(OURS, VLLM), Bar(OURS, VLLM_LORA)],
+    1: [Bar(OURS, LLAMA, 0.6), Bar(OURS, VLLM), Bar(OURS, VLLM_LORA)],
+}
+# PEFT's rate is the same for two requests as for eight; one adapter of each method is asked.
+_PEFT_ADAPTERS = slice(0, None, 2)
+
+# Makes a contestant, which lasts as long as the stack; the argument is c.
+Maker = Callable[[Bench, Own, int, ExitStack], Contestant]
+
+
+def run(bench: Bench) -> None:
+    """W(1), W(8) and W(32), the shortest first."""
+    for concurrency in sorted({1, 8, bench.concurrency}):
+        wanted = set(MAKERS) if concurrency > 8 else {OURS, LLAMA, VLLM, VLLM_LORA}
+        measure_w(bench, concurrency, wanted)
+
+
+def measure_w(bench: Bench, concurrency: int, wanted: set[str]) -> None:
+    """One comparison at W(c)."""
+    measure = f"W({concurrency})"
+    if bench.is_done(1, measure):
+        return
+    own = bench.own()
+    with ExitStack() as stack:
+        stack.callback(own.close)
+        contestants = {}
+        for name, make in MAKERS.items():
+            if name in wanted and is_there(bench, name):
+                contestants[name] = make(bench, own, concurrency, stack)
+                contestants[name](0)  # loads adapters, allocates, compiles
+        bars = BARS.get(concurrency, BARS[32])
+        # Where all that are compared are ours there is nothing to divide by.
+        bench.compare(1, measure, contestants, bars)
+
+
+def is_there(bench: Bench, name: str) -> bool:
+    """Whether a contestant is installed."""
+    if name == LLAMA:
+        return llama.is_installed(bench.peers)
+    if name in (VLLM, VLLM_LORA):
+        return vllm_python(bench.peers).exists()
+    return True
+
+
+def _ours(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+    asks = w_asks(own, concurrency, [adapter.ref for adapter in bench.adapters(own)])
+    return lambda number: own.run(asks).rate
+
+
+def _peft(how: str) -> Maker:
+    def make(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+        asked = bench.adapters(own)[_PEFT_ADAPTERS]
+        module = (sys.executable, "-m", "tests.benchmarks.peers.peft_child")
+        fixed = (bench.engine.base, bench.engine.dtype, str(bench.threads))
+        command = [*module, *fixed, *(adapter.directory for adapter in asked)]
+        child = stack.enter_context(_child(bench, f"peft {how}", command))
+        each = 1 if how == "one by one" else max(1, concurrency // 8)
+        names = [adapter.name for adapter in asked for _ in range(each)]
+        request = {
+            "how": how,
+            "adapters": names,
+            "prompts": prompts(len(names), own.spec.vocab_size),
+            "new_tokens": NEW_TOKENS,
+        }
+        return lambda number: _rate(child, request)
+
+    return make
+
+
+def _transformers(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+    module = (sys.executable, "-m", "tests.benchmarks.peers.transformers_child")
+    command = [*module, bench.engine.base, bench.engine.dtype, str(bench.threads)]
+    child = stack.enter_context(_child(bench, "transformers", command))
+    return _w(child, own, concurrency)
+
+
+def _llama(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+    lengths = (PROMPT_TOKENS, NEW_TOKENS)
+    return lambda number: llama.rate(bench.peers, bench.threads, concurrency, *lengths)
+
+
+def _vllm(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+    return _w(stack.enter_context(_vllm_child(bench, "vllm", [])), own, concurrency)
+
+
+def _vllm_lora(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+    folder = bench.scratch / "lora"
+    paths = sorted(folder.glob("*")) or lora_adapters(folder, bench.engine.base)
+    return _w(stack.enter_context(_vllm_child(bench, "vllm-lora", paths)), own, concurrency)
+
+
+MAKERS: dict[str, Maker] = {
+    OURS: _ours,
+    PEFT_ONE: _peft("one by one"),
+    PEFT_BATCHES: _peft("batches"),
+    TRANSFORMERS: _transformers,
+    LLAMA: _llama,
+    VLLM: _vllm,
+    VLLM_LORA: _vllm_lora,
+}
+
+
+@contextmanager
+def _child(bench: Bench, name: str, command: list[Any], **environment: str) -> Iterator[Child]:
+    log = bench.scratch / f"{name.replace(' ', '-')}.log"
+    child = Child(command, log, environment)
+    try:
+        child.wait_ready()
+        yield child
+    finally:
+        child.close()
+
+
+def _vllm_child(bench: Bench, name: str, loras: list[Path]) -> Any:
+    script = Path(__file__).parent.parent / "peers" / "vllm_child.py"
+    base = Path(bench.engine.base).resolve()
+    return _child(
+        bench,
+        name,
+        [vllm_python(bench.peers), script, base, *loras],
+        # Its engine in the child itself: nothing of it runs while another is measured.
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="2",
+        VLLM_CPU_OMP_THREADS_BIND=f"0-{bench.threads - 1}",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_CACHE_ROOT=str((bench.peers / "vllm-cache").resolve()),
+        HF_HUB_OFFLINE="1",
+    )
+
+
+def _w(child: Child, own: Own, concurrency: int) -> Contestant:
+    asked = prompts(concurrency, own.spec.vocab_size)
+    return lambda number: child.rate(asked, NEW_TOKENS)
+
+
+def _rate(child: Child, request: dict[str, Any]) -> float:
+    answer = child.ask(request)
+    return float(answer["tokens"] / answer["seconds"])
