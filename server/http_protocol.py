@@ -19,6 +19,7 @@ import json
 import socket
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import h11
@@ -28,15 +29,16 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from server.api.errors import body_of, tell
 from server.api.headers import NOBODY
 from server.api.slow_clients import CROWDED
+from server.descriptors import room_for
 from server.errors import RequestTimeout, TooManyConnections
 from server.http_limits import BoundedConnection, ConnectionLimits, path_of
 from server.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-# Of one connection in the kernel, which takes twice as much for its own books. Left alone it would
-# grow to megabytes that a client need not read.
-SEND_BUFFER_BYTES = 128 * 1024
+# Of one connection, in the kernel, which then holds about 100 KB for a client that does not read. Left
+# alone it would grow to megabytes.
+SEND_BUFFER_BYTES = 64 * 1024
 # Above `max_connections`: who only asks after the server's health must be answered even then.
 NUM_RESERVED = 32
 _CROWDED_SECONDS = 1.0
@@ -272,6 +274,7 @@ def uvicorn_options(settings: Settings, on_cut: CutHook = lambda _why: None) -> 
             of it.
     """
     limits = ConnectionLimits.of(settings)
+    limits = replace(limits, max_connections=room_for(limits.max_connections))
 
     class Connection(BoundedProtocol):
         def __init__(self, **options: Any) -> None:

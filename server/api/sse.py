@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 ResultT = TypeVar("ResultT")
 
@@ -80,13 +80,21 @@ class EventStream(Response):
         self.background = None
         self._frames = frames
         self._on_end = on_end
+        self._gone = False
         # No proxy may keep frames back or store them.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send every frame, or stop where the client stopped reading."""
+
+        async def watched() -> Message:
+            message = await receive()
+            # Told here: who was stopped in `send` goes on before a cancellation reaches it.
+            self._gone = message["type"] == "http.disconnect"
+            return message
+
         try:
-            await unless_gone(receive, self._send_all(send))
+            await unless_gone(watched, self._send_all(send))
         except ClientGone:
             return
         finally:
@@ -103,4 +111,6 @@ class EventStream(Response):
             )
             async for frame in frames:
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
+                if self._gone:
+                    return
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -372,7 +372,11 @@ def test_refusals_of_a_running_server_stand_on_the_page(served):
         ("POST", "/v1/completions", {"url": "/v1/completions", "json": {"model": "none"}}),
         ("POST", "/v1/completions", {"url": "/v1/completions", "content": b"x" * (9 * 2**20)}),
         ("POST", "/classify", {"url": "/classify", "content": b"x"}),
-        ("POST", "/classify", {"url": "/classify", "json": {"labels": ["x"] * (Limits().max_labels + 1)}}),
+        (
+            "POST",
+            "/classify",
+            {"url": "/classify", "json": {"labels": ["x"] * (Limits().max_labels + 1)}},
+        ),
         ("GET", "/adapters/{name}", {"url": "/adapters/none"}),
         ("GET", "/adapters", {"url": "/adapters?offset=-1"}),
         ("GET", "/train/{job_id}", {"url": f"/train/{job}"}),
