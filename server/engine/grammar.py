@@ -33,11 +33,16 @@ from server.engine.grammar_compiler import (
     allowed_ids,
     thread_pool,
 )
+from server.engine.process_memory import give_back_free_memory
 from server.engine.request import Grammar, SamplingParams
 
 # The library bounds the work of one mask to less; beyond this the output has had its share.
 MASK_SECONDS = 5.0
 CACHED_GRAMMARS = 64
+# Together; the newest one stays in any case.
+CACHED_BYTES = 64 << 20
+# The allocator keeps what is freed; of less than this it is not worth asking back.
+_WORTH_TRIMMING = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Guide:
         self._pool = pool
         self._vocabulary_size = vocabulary_size
         self._eos_token_ids = compiled.eos_token_ids
+        self.num_bytes = compiled.num_bytes
         self._ignore_eos = ignore_eos
         self._begun_at = time.monotonic()
         self._next: Future[TokenIds] = Future()
@@ -194,7 +200,9 @@ class Guides:
 
     def forget(self, request_id: str) -> None:
         """A request has ended; unknown ids are ignored."""
-        self._guides.pop(request_id, None)
+        guide = self._guides.pop(request_id, None)
+        if guide is not None and guide.num_bytes > _WORTH_TRIMMING:
+            self._trim()
         self._started = [one for one in self._started if one.request_id != request_id]
         sampling = self._waiting.pop(request_id, None)
         if sampling is None or sampling.grammar is None:
@@ -230,8 +238,18 @@ class Guides:
         if isinstance(result, GrammarRefused) and not result.lasting:
             return
         self._cache[grammar] = result
-        while len(self._cache) > CACHED_GRAMMARS:
-            self._cache.popitem(last=False)
+        while len(self._cache) > 1 and (
+            len(self._cache) > CACHED_GRAMMARS
+            or sum(map(_num_bytes, self._cache.values())) > CACHED_BYTES
+        ):
+            _, dropped = self._cache.popitem(last=False)
+            if _num_bytes(dropped) > _WORTH_TRIMMING:
+                self._trim()
+
+    def _trim(self) -> None:
+        if self._maskers is not None:
+            # Behind what it waits for, and not here: it takes some hundredths of a second.
+            self._maskers.submit(give_back_free_memory)
 
     def _pool(self) -> ThreadPoolExecutor:
         if self._compilers is None:
@@ -248,3 +266,7 @@ class Guides:
         except BaseException as error:  # whatever it is, somebody waits for this to end
             result = GrammarRefused(f"the grammar was not compiled: {error!r}", lasting=False)
         self._done.put((grammar, result))
+
+
+def _num_bytes(result: Compiled | GrammarRefused) -> int:
+    return result.num_bytes if isinstance(result, Compiled) else 0

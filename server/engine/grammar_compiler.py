@@ -25,6 +25,7 @@ from server.engine.grammar_check import (
     refused,
     source_of,
 )
+from server.engine.process_memory import resident_bytes
 from server.engine.request import Grammar
 
 _THREADS = 2
@@ -61,11 +62,13 @@ class Compiled:
         matcher: at the start; to be copied, never moved.
         first: ids that may come first, (K,) ascending, K >= 1.
         eos_token_ids: ids that end an output, among those of a mask where it may end.
+        num_bytes: about what it takes, by how much this process grew; rather too much than too little.
     """
 
     matcher: LLMatcher
     first: TokenIds
     eos_token_ids: frozenset[int]
+    num_bytes: int = 0
 
 
 class GrammarCompiler:
@@ -95,9 +98,11 @@ class GrammarCompiler:
         source = source_of(grammar)
         self._checker().check(grammar, source)
         tokenizer = self._vocabulary()
+        before = resident_bytes()
         matcher = LLMatcher(tokenizer, source, log_level=0, limits=compile_limits())
         first = allowed_ids(matcher, grammar, self._vocabulary_size)
-        return Compiled(matcher, first, frozenset(tokenizer.eos_tokens))
+        grown = max(0, resident_bytes() - before)
+        return Compiled(matcher, first, frozenset(tokenizer.eos_tokens), grown)
 
     def stop(self) -> None:
         """End the checking processes, so that who waits for one goes on; before `close`."""

@@ -111,6 +111,19 @@ def test_prometheus_takes_its_configuration_and_the_alerts_fire_as_they_should()
 
 
 @needs_promtool
+def test_prometheus_has_nothing_to_say_against_alerts_and_metrics(server):
+    linted = run("promtool", "check", "rules", "--lint=all", "--lint-fatal", str(ALERTS))
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+    metrics = run("promtool", "check", "metrics", input=server.get("/metrics").text)
+    said = [line for line in (metrics.stdout + metrics.stderr).splitlines() if line]
+    # The colon is vLLM's, and meant for rules; dashboards look for these names.
+    colons = {line for line in said if line.endswith("metric names should not contain ':'")}
+    assert [line for line in said if line not in colons] == []
+    assert all(line.startswith("vllm:") for line in colons)
+    assert len(colons) > 10  # it has looked
+
+
+@needs_promtool
 def test_prometheus_can_parse_every_expression_of_the_dashboard(tmp_path):
     rules = [
         {"record": f"panel:{i}", "expr": one.replace("$__rate_interval", "1m")}

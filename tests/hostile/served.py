@@ -55,6 +55,14 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """What one process takes: bytes of its own, shared files apart, and threads."""
+
+    private_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
 class Served:
     """A server that answers.
 
@@ -92,9 +100,17 @@ class Served:
             time.sleep(0.02)
         return now
 
-    def memory(self) -> int:
-        """Bytes that the server and its engine hold of their own, shared files apart."""
-        return sum(_private_bytes(pid) for pid in _descendants(self.process.pid))
+    def weights(self) -> dict[str, Weight]:
+        """What every process of the server takes, the checking of grammars as one."""
+        found: dict[str, Weight] = {}
+        for pid in _descendants(self.process.pid):
+            name = "server" if pid == self.process.pid else _told(pid)
+            before = found.get(name, Weight(0, 0))
+            taken = Weight(_private_bytes(pid), len(list(Path(f"/proc/{pid}/task").iterdir())))
+            found[name] = Weight(
+                before.private_bytes + taken.private_bytes, before.threads + taken.threads
+            )
+        return found
 
 
 @contextmanager
