@@ -67,6 +67,15 @@ _ROW: Schema = {
     "additionalProperties": {"type": ["string", "boolean", "integer", "number"]},
 }
 _CLOSED: Schema = {"additionalProperties": False}
+_TYPED: Schema = {
+    "required": ["type"],
+    "properties": {
+        "type": {
+            "enum": ["text", "json_object", "json_schema", "json", "regex"],
+            "description": "What the output is held to.",
+        }
+    },
+}
 _OPENAI_FIELDS: Schema = {
     "model": {"pattern": r"\S"},
     "stop": {
@@ -80,7 +89,7 @@ _OPENAI_FIELDS: Schema = {
     },
     "guided_json": {"anyOf": _nullable(_OBJECT, {**_SOME_TEXT, "contentMediaType": _JSON})},
     "guided_regex": {"anyOf": _nullable({**_SOME_TEXT, "format": "regex", "maxLength": 4096})},
-    "response_format": _OBJECT_OR_NULL,
+    "response_format": {**_OBJECT_OR_NULL, **_TYPED},
     "structured_outputs": {
         **_OBJECT_OR_NULL,
         **_CLOSED,
@@ -114,7 +123,13 @@ _BLOCK: Schema = {"anyOf": _nullable({"$ref": "#/components/schemas/MethodBlock"
 # Merged into the schemas of these names: objects into objects, all else takes the place of what was.
 BODIES: Mapping[str, Schema] = {
     "GenerateBody": {"anyOf": one_of(inputs=_SOME_TEXT, row=_OBJECT)},
-    "GenerateParameters": {"properties": {"adapter_id": {"pattern": r"\S"}}},
+    "GenerateParameters": {
+        "properties": {
+            "adapter_id": {"pattern": r"\S"},
+            "grammar": _TYPED,
+            "response_format": _TYPED,
+        }
+    },
     "ClassifyBody": {
         **_CLOSED,
         "anyOf": one_of(
@@ -232,6 +247,7 @@ PARAMETERS: Mapping[tuple[str, str, str], Schema] = {
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events", "after"): {
         "pattern": "^(ftevent-job-[0-9a-f]{24}-)?[0-9]{1,18}$"
     },
+    ("GET", "/v1/models/{name}", "name"): {"pattern": r"\S"},
     **{
         ("POST", path, "adapter"): {"pattern": r"\S"}
         for path in ("/", "/generate", "/generate_stream", "/classify")

@@ -11,7 +11,7 @@ import re
 import schemathesis
 from hypothesis import strategies as st
 from schemathesis.core.failures import Failure
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from tests.hostile.make_files import pair, zip_of
 
@@ -52,6 +52,8 @@ UNSAYABLE: dict[str, str] = {
     r"the target column, .* is missing": _DATA,
     r"labels: .* is given twice": _DATA,
     r"row: the template takes the columns": _DATA,
+    r"training_file: row \d+": _FILES,
+    r"(grammar|response_format)\.(value|json_schema|schema)": "what it must be depends on the type",
     r"row \d+: mixed types in column": _DATA,
     r"row \d+: expected a column name": "white space alone is no name",
     r"does not fit 64 bits": _FLOATS,
@@ -65,7 +67,7 @@ UNSAYABLE: dict[str, str] = {
     r"token ids from 0 to \d+": _OPERATOR,
     r"should be less than 9223372036854775808; came: 9223372036854775\d{3}\b": _FLOATS,
     r"should be greater than or equal to -9223372036854775808; came: -9223372036854775": _FLOATS,
-    r"should be a valid integer; came: -?[0-9.e+]+": _WHOLE,
+    r"should be (a valid integer|'auto'); came: -?[0-9.e+]+": _WHOLE,
     r"a list of such lists; came: \[.*\.0": _WHOLE,
 }
 
@@ -84,5 +86,17 @@ def well_formed_is_taken(ctx, response, case) -> bool | None:
         return positive_data_acceptance(ctx, response, case)
     except Failure:
         if _reason(response.text) is None:
+            raise
+        return None
+
+
+@schemathesis.check
+def malformed_is_refused(ctx, response, case) -> bool | None:
+    """What the schema forbids is refused, if it was sent: a form has no way to say an empty list."""
+    try:
+        return negative_data_rejection(ctx, response, case)
+    except Failure:
+        form = case.media_type == "multipart/form-data" and isinstance(case.body, dict)
+        if not form or [] not in case.body.values():
             raise
         return None
