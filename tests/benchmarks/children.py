@@ -48,9 +48,9 @@ class Child:
         """Until it has loaded everything."""
         self._read()
 
-    def rate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-        """Output tokens a second of all prompts at once."""
-        answer = self.ask({"prompts": prompts, "new_tokens": new_tokens})
+    def rate(self, prompts: Sequence[Sequence[int]], new_tokens: int, **more: Any) -> float:
+        """Output tokens a second of all prompts at once; `more` is for children that want it."""
+        answer = self.ask({"prompts": prompts, "new_tokens": new_tokens, **more})
         return float(answer["tokens"] / answer["seconds"])
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def main() -> None:
             threads=options.threads,
         )
         wanted = {OURS, PEFT_ONE, PEFT_BATCHES} if options.peft else {OURS}
-        measure_w(bench, options.concurrency, wanted)
+        measure_w(bench, [options.concurrency], wanted)
     show(book, Console())
 
 

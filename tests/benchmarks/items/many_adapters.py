@@ -81,12 +81,7 @@ def _working_sets(bench: Bench) -> None:
     for contestant in shown.values():
         contestant(0)
     bench.compare(4, "working set", shown, [Bar(*two, 0.6)])
-    rounds = 3
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds):
-        for name, contestant in contestants.items():
-            samples[name].append(contestant(number))
-    curve = [sorted(values)[rounds // 2] for values in samples.values()]
+    curve = [contestant(0) for contestant in contestants.values()]
     bench.book.put(
         4,
         "working set sizes",

@@ -26,7 +26,7 @@ MIXED, PER_ADAPTER = "mixed batches", "a batch an adapter"
 WITH, WITHOUT = "beside an adapter with 90 % of the load", "without it"
 EVEN = "the same load, from all adapters alike"
 # Requests whose first tokens are timed; how much of W's rate is asked for in all, and who by.
-_OTHERS = 24
+_OTHERS = 6
 _LOAD, _GREEDY_SHARE = 0.9, 0.9
 
 

@@ -6,7 +6,7 @@ Peers that are not installed are left out, and so are their bars.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from tests.benchmarks.adapters import lora_adapters
 from tests.benchmarks.children import Child
 from tests.benchmarks.items import Bench, w_asks
-from tests.benchmarks.own import Own
+from tests.benchmarks.own import Own, rate_of
 from tests.benchmarks.paired import Bar, Contestant
 from tests.benchmarks.peers import llama
 from tests.benchmarks.peers.install import vllm_python
@@ -42,34 +42,40 @@ BARS = {
 }
 # PEFT's rate is the same for two requests as for eight; one adapter of each method is asked.
 _PEFT_ADAPTERS = slice(0, None, 2)
+_SLOW = {PEFT_ONE, PEFT_BATCHES, TRANSFORMERS}
 
-# Makes a contestant, which lasts as long as the stack; the argument is c.
-Maker = Callable[[Bench, Own, int, ExitStack], Contestant]
+# Starts somebody, who lasts as long as the stack; what it returns makes a contestant of W(c) for each c.
+Starter = Callable[[Bench, Own, ExitStack], Callable[[int], Contestant]]
 
 
 def run(bench: Bench) -> None:
-    """W(1), W(8) and W(32), the shortest first."""
-    for concurrency in sorted({1, 8, bench.concurrency}):
-        wanted = set(MAKERS) if concurrency > 8 else {OURS, LLAMA, VLLM, VLLM_LORA}
-        measure_w(bench, concurrency, wanted)
+    """W(1), W(8) and W(32), the shortest first; the slowest take part in the last alone."""
+    measure_w(bench, sorted({1, 8, bench.concurrency}), set(STARTERS))
 
 
-def measure_w(bench: Bench, concurrency: int, wanted: set[str]) -> None:
-    """One comparison at W(c)."""
-    measure = f"W({concurrency})"
-    if bench.is_done(1, measure):
+def measure_w(bench: Bench, concurrencies: Sequence[int], wanted: set[str]) -> None:
+    """Comparisons at W(c) of those that are wanted and installed."""
+    missing = [c for c in concurrencies if not bench.is_done(1, f"W({c})")]
+    if not missing:
         return
     own = bench.own()
     with ExitStack() as stack:
         stack.callback(own.close)
-        contestants = {}
-        for name, make in MAKERS.items():
-            if name in wanted and is_there(bench, name):
-                contestants[name] = make(bench, own, concurrency, stack)
-                contestants[name](0)  # loads adapters, allocates, compiles
-        bars = BARS.get(concurrency, BARS[32])
-        # Where all that are compared are ours there is nothing to divide by.
-        bench.compare(1, measure, contestants, bars)
+        started = {
+            name: start(bench, own, stack)
+            for name, start in STARTERS.items()
+            if name in wanted and is_there(bench, name)
+        }
+        for concurrency in missing:
+            contestants = {
+                name: contestant_of(concurrency)
+                for name, contestant_of in started.items()
+                if name not in _SLOW or concurrency == max(concurrencies)
+            }
+            for contestant in contestants.values():
+                contestant(0)  # loads adapters, allocates, compiles
+            bars = BARS.get(concurrency, BARS[32])
+            bench.compare(1, f"W({concurrency})", contestants, bars)
 
 
 def is_there(bench: Bench, name: str) -> bool:
@@ -81,54 +87,53 @@ def is_there(bench: Bench, name: str) -> bool:
     return True
 
 
-def _ours(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
-    asks = w_asks(own, concurrency, [adapter.ref for adapter in bench.adapters(own)])
-    return lambda number: own.run(asks).rate
+def _ours(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
+    refs = [adapter.ref for adapter in bench.adapters(own)]
+    return lambda c: rate_of(own, lambda number: w_asks(own, c, refs))
 
 
-def _peft(how: str) -> Maker:
-    def make(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+def _peft(how: str) -> Starter:
+    def start(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
         asked = bench.adapters(own)[_PEFT_ADAPTERS]
         module = (sys.executable, "-m", "tests.benchmarks.peers.peft_child")
         fixed = (bench.engine.base, bench.engine.dtype, str(bench.threads))
         command = [*module, *fixed, *(adapter.directory for adapter in asked)]
         child = stack.enter_context(_child(bench, f"peft {how}", command))
-        each = 1 if how == "one by one" else max(1, concurrency // 8)
-        names = [adapter.name for adapter in asked for _ in range(each)]
-        request = {
-            "how": how,
-            "adapters": names,
-            "prompts": prompts(len(names), own.spec.vocab_size),
-            "new_tokens": NEW_TOKENS,
-        }
-        return lambda number: _rate(child, request)
 
-    return make
+        def contestant_of(c: int) -> Contestant:
+            each = 1 if how == "one by one" else max(1, c // 8)
+            names = [adapter.name for adapter in asked for _ in range(each)]
+            asked_of = prompts(len(names), own.spec.vocab_size)
+            return lambda number: child.rate(asked_of, NEW_TOKENS, how=how, adapters=names)
+
+        return contestant_of
+
+    return start
 
 
-def _transformers(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+def _transformers(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
     module = (sys.executable, "-m", "tests.benchmarks.peers.transformers_child")
     command = [*module, bench.engine.base, bench.engine.dtype, str(bench.threads)]
     child = stack.enter_context(_child(bench, "transformers", command))
-    return _w(child, own, concurrency)
+    return _w(child, own)
 
 
-def _llama(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
-    lengths = (PROMPT_TOKENS, NEW_TOKENS)
-    return lambda number: llama.rate(bench.peers, bench.threads, concurrency, *lengths)
+def _llama(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
+    fixed = (bench.peers, bench.threads)
+    return lambda c: lambda number: llama.rate(*fixed, c, PROMPT_TOKENS, NEW_TOKENS)
 
 
-def _vllm(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
-    return _w(stack.enter_context(_vllm_child(bench, "vllm", [])), own, concurrency)
+def _vllm(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
+    return _w(stack.enter_context(_vllm_child(bench, "vllm", [])), own)
 
 
-def _vllm_lora(bench: Bench, own: Own, concurrency: int, stack: ExitStack) -> Contestant:
+def _vllm_lora(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
     folder = bench.scratch / "lora"
     paths = sorted(folder.glob("*")) or lora_adapters(folder, bench.engine.base)
-    return _w(stack.enter_context(_vllm_child(bench, "vllm-lora", paths)), own, concurrency)
+    return _w(stack.enter_context(_vllm_child(bench, "vllm-lora", paths)), own)
 
 
-MAKERS: dict[str, Maker] = {
+STARTERS: dict[str, Starter] = {
     OURS: _ours,
     PEFT_ONE: _peft("one by one"),
     PEFT_BATCHES: _peft("batches"),
@@ -167,11 +172,5 @@ def _vllm_child(bench: Bench, name: str, loras: list[Path]) -> Any:
     )
 
 
-def _w(child: Child, own: Own, concurrency: int) -> Contestant:
-    asked = prompts(concurrency, own.spec.vocab_size)
-    return lambda number: child.rate(asked, NEW_TOKENS)
-
-
-def _rate(child: Child, request: dict[str, Any]) -> float:
-    answer = child.ask(request)
-    return float(answer["tokens"] / answer["seconds"])
+def _w(child: Child, own: Own) -> Callable[[int], Contestant]:
+    return lambda c: lambda number: child.rate(prompts(c, own.spec.vocab_size), NEW_TOKENS)

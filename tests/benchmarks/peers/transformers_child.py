@@ -35,9 +35,7 @@ def run(model: Any, request: dict[str, Any]) -> int:
         GenerationConfig(
             max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
         ),
-        ContinuousBatchingConfig(
-            allow_block_sharing=False, num_blocks=256, page_size=32, max_batch_tokens=512
-        ),
+        ContinuousBatchingConfig(allow_block_sharing=False, num_blocks=64, max_batch_tokens=512),
         persistent_manager=True,
     )
     counts = [len(output.generated_tokens) for output in outputs.values()]
