@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from server.api import (
     adapters,
     classify,
     combine,
+    drain,
     errors,
     generate,
     health,
@@ -127,6 +129,7 @@ def create_app(
         tokens,
         train,
         health,
+        drain,
     ):
         app.include_router(module.router)
     for tuning in (tuning_files, tuning_jobs):
@@ -134,6 +137,7 @@ def create_app(
     app.include_router(metrics_router)
     errors.install(app)
     # The last one added is the outermost.
+    app.add_middleware(drain.DrainGate)
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_mib * MIB,
@@ -223,6 +227,7 @@ async def start_engine(services: Services) -> Generator:
 async def close_services(services: Services) -> None:
     """Let training jobs write a checkpoint, stop the engine, close the registry."""
     services.generator = None
+    gc.unfreeze()
     if services.supervisor is not None:
         seconds = min(STOP_SECONDS, services.settings.shutdown_seconds)
         await anyio.to_thread.run_sync(services.supervisor.stop, seconds)
@@ -294,6 +299,10 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
         # What lay in the watched directory meanwhile is served from the first request on.
         await watch.sync()
         services.generator = generator
+        # All that is here stays: looked through again and again, it made everybody wait for a
+        # second where a body had a hundred thousand lists in it.
+        gc.collect()
+        gc.freeze()
         if services.supervisor is not None:
             # Not before: two processes that load the base at once make both wait.
             services.supervisor.start()

@@ -222,8 +222,13 @@ def _check_size(size: int, field: str) -> None:
 
 def _check_depth(schema: Mapping[str, Any], field: str) -> None:
     level: list[Any] = [schema]
+    number = 0
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [inner for value in level for inner in _parts(value)]
+        # Each is a byte at least: nobody waits until half a million of them are written.
+        number += len(level)
+        if number > MAX_SCHEMA_BYTES:
+            raise _wrong(field, f"a JSON Schema of at most {MAX_SCHEMA_BYTES} bytes", "more")
         if not level:
             return
     expected = f"a JSON Schema of at most {MAX_SCHEMA_DEPTH} levels"

@@ -32,8 +32,8 @@ class Limits(BaseModel):
     max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
     max_json_values: Count = Field(
         500_000,
-        description="Commas, brackets and braces outside the texts of a JSON body at most: what it "
-        "takes to read it grows with them, and not with its size.",
+        description="Values in a JSON body at most, a field, list or object counting 4: what it takes "
+        "to read a body grows with them, and not with its size.",
     )
     max_parts: Count = Field(64, description="Parts of a form at most.")
     max_field_kib: Count = Field(64, description="Size of a plain field of a form in KiB at most.")

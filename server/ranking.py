@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from adapters.registry import AdapterRecord
+from server.engine.client import EngineOverloaded
 from server.errors import RequestInvalid
 from server.generation import Generation, Generator, Options, Prompt
 from server.scoring import score_of, scoring
@@ -24,6 +26,8 @@ Normalization = Literal["sum", "token_mean"]
 Target = tuple[int, ...]
 
 _DEFAULT_SEPARATOR = " "
+# How often a full queue is asked again.
+_RETRY_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -113,19 +117,35 @@ async def _score_all(
     _check_lengths(generator, wanted, adapter)
     batch = uuid.uuid4().hex
     logprobs = [0.0] * len(wanted)
-    # Shared: whoever is free takes the next. A request is made when its turn comes, since each
-    # holds its prompt.
-    turns = iter(enumerate(wanted))
+    # Whoever is free takes the next. A request is made when its turn comes, since each holds its
+    # prompt.
+    turns = deque(enumerate(wanted))
+    num_working = min(max_parallel, len(wanted))
+    has_begun = False
 
     async def work() -> None:
-        for index, (prompt, target) in turns:
+        nonlocal num_working, has_begun
+        while turns:
+            index, (prompt, target) = turns.popleft()
             request = generator.prepare(
                 Prompt(prompt.text, prompt.token_ids + target),
                 adapter,
                 _options(prompt),
                 f"{batch}-{index}",
             )
-            generation = generator.submit(request, Options(request.sampling))
+            try:
+                generation = generator.submit(request, Options(request.sampling))
+            except EngineOverloaded:
+                if not has_begun:
+                    raise
+                # What was begun is not given up because others took the places.
+                turns.appendleft((index, (prompt, target)))
+                if num_working > 1:
+                    num_working -= 1
+                    return
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            has_begun = True
             on_begun(generation)
             try:
                 async for _ in generation:
@@ -134,7 +154,7 @@ async def _score_all(
                 generation.abort()
             logprobs[index] = score_of(generation.prompt_logprobs, len(target))
 
-    tasks = [asyncio.ensure_future(work()) for _ in range(min(max_parallel, len(wanted)))]
+    tasks = [asyncio.ensure_future(work()) for _ in range(num_working)]
     try:
         await asyncio.gather(*tasks)
     finally:

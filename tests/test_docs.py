@@ -7,6 +7,8 @@ from pathlib import Path
 
 from server.api import errors
 from server.jobs import failures
+from server.limits import Limits
+from server.settings import Settings
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -18,3 +20,21 @@ def test_every_error_code_is_documented():
     codes |= set(failures.CODES.values()) | failures.OTHER_CODES
     documented = set(re.findall(r"`([a-z_0-9]+)`", README.split("## Errors")[1]))
     assert codes - documented == set()
+
+
+# Sizes of the machine, and of no request.
+NO_LIMITS = {"max_running", "max_step_tokens"}
+
+
+def test_every_limit_stands_in_the_readme_with_its_default_and_its_error():
+    section = README.split("### Limits")[1].split("\n### ")[0]
+    table = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| .+? \| (.+?) \|$", section, re.MULTILINE)
+    limits = {name for name in Settings.model_fields if name.startswith("max_")} - NO_LIMITS
+    assert {name.lower() for name, _, _ in table} >= limits | set(Limits.model_fields)
+    refusals = {(refusal.status, refusal.code) for refusal in errors.TABLE.values()}
+    for name, default, told in table:
+        value = Settings.model_fields[name.lower()].default
+        if value is not None:
+            assert float(default.replace(",", "")) == value, name
+        for status, code in re.findall(r"(\d{3}) `(\w+)`", told):
+            assert (int(status), code) in refusals, name

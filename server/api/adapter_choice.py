@@ -15,6 +15,8 @@ from server.errors import Contradiction, UnknownParameter
 
 # `model` is not among them everywhere: on OpenAI's routes it is where an adapter belongs.
 _LOOKS_LIKE_ADAPTER = re.compile(r"adapter|lora|peft", re.IGNORECASE)
+# A field may be named with megabytes.
+_MAX_NAME = 200
 
 
 def only_query(request: Request, *known: str) -> None:
@@ -82,7 +84,7 @@ def refuse_stray_adapters(
     Raises:
         Contradiction: naming the field and where the adapter belongs.
     """
-    for name in fields:
+    for name in (field[:_MAX_NAME] for field in fields):
         if name in also or _LOOKS_LIKE_ADAPTER.search(name):
             raise Contradiction(
                 f"the field {name!r} looks like an adapter, and is not where one belongs; "
