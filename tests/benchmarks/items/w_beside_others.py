@@ -165,6 +165,7 @@ def _vllm_child(bench: Bench, name: str, loras: list[Path]) -> Any:
         # Its engine in the child itself: nothing of it runs while another is measured.
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="2",
+        OMP_NUM_THREADS=str(bench.threads),
         VLLM_CPU_OMP_THREADS_BIND=f"0-{bench.threads - 1}",
         VLLM_NO_USAGE_STATS="1",
         VLLM_CACHE_ROOT=str((bench.peers / "vllm-cache").resolve()),

@@ -1,0 +1,75 @@
+"""What the benchmark concludes from figures: pairs, intervals, bars. The engines are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.benchmarks.book import Book
+from tests.benchmarks.paired import Bar, interval, is_met, take_turns
+from tests.benchmarks.workload import NEW_RANGE, PROMPT_RANGE, mixed_lengths
+
+
+def test_a_bar_is_met_when_the_interval_reaches_it() -> None:
+    assert is_met(Bar("a", "b", 1.2), 9, 1.1, 1.2)
+    assert is_met(Bar("a", "b", 1.2), 9, 1.1, 1.19) is False
+    assert is_met(Bar("a", "b", 1.07, "at most"), 9, 1.07, 1.3)
+    assert is_met(Bar("a", "b", 1.07, "at most"), 9, 1.08, 1.3) is False
+
+
+def test_few_pairs_and_no_bar_are_no_verdict() -> None:
+    assert is_met(Bar("a", "b", 1.0), 8, 2.0, 3.0) is None
+    assert is_met(Bar("a", "b"), 9, 2.0, 3.0) is None
+
+
+def test_drift_that_both_halves_share_is_not_in_the_ratio() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def contestant(name: str, speed: float):
+        def measure(number: int) -> float:
+            asked.append((name, number))
+            return speed * (1 + number)  # the machine gets faster all the time
+
+        return measure
+
+    kept: list[int] = []
+    result = take_turns(
+        {"ours": contestant("ours", 3.0), "theirs": contestant("theirs", 2.0)},
+        [Bar("ours", "theirs", 1.4), Bar("ours", "absent", 9.0)],
+        rounds=9,
+        unit="tokens/s",
+        keep=lambda result: kept.append(result["rounds"]),
+    )
+    [ratio] = result["ratios"]
+    assert (ratio["low"], ratio["ratio"], ratio["high"], ratio["met"]) == (1.5, 1.5, 1.5, True)
+    assert kept == list(range(1, 10))
+    # Nobody is always the first.
+    assert asked[:4] == [("ours", 0), ("theirs", 0), ("theirs", 1), ("ours", 1)]
+
+
+def test_the_interval_holds_the_median_and_not_the_outlier() -> None:
+    low, high = interval([1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 50.0])
+    assert 1.0 <= low < 1.4 < high <= 1.7
+
+
+def test_lengths_of_two_seeds_add_up_to_the_same() -> None:
+    totals = []
+    for seed in (1, 2):
+        lengths = mixed_lengths(seed)
+        block = [next(lengths) for _ in range(32)]
+        assert all(PROMPT_RANGE[0] <= one.prompt <= PROMPT_RANGE[1] for one in block)
+        assert all(NEW_RANGE[0] <= one.new <= NEW_RANGE[1] for one in block)
+        totals.append((sum(one.prompt for one in block), sum(one.new for one in block)))
+    (prompt_a, new_a), (prompt_b, new_b) = totals
+    assert abs(prompt_a / prompt_b - 1) < 0.05
+    assert abs(new_a / new_b - 1) < 0.05
+
+
+def test_a_book_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    Book(path).put(1, "W(8)", {"rounds": 3})
+    book = Book(path)
+    assert book.is_done(1, "W(8)", 3)
+    assert not book.is_done(1, "W(8)", 9)
+    assert not book.is_done(1, "W(32)", 1)
+    book.drop(1)
+    assert Book(path).items() == []
