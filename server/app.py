@@ -22,7 +22,6 @@ from server.api import (
     adapters,
     classify,
     combine,
-    drain,
     errors,
     generate,
     health,
@@ -129,7 +128,6 @@ def create_app(
         tokens,
         train,
         health,
-        drain,
     ):
         app.include_router(module.router)
     for tuning in (tuning_files, tuning_jobs):
@@ -137,7 +135,6 @@ def create_app(
     app.include_router(metrics_router)
     errors.install(app)
     # The last one added is the outermost.
-    app.add_middleware(drain.DrainGate)
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_mib * MIB,
