@@ -59,6 +59,7 @@ _BROKEN = (
     RecursionError,  # tarfile: a chain of extended headers
     UnicodeError,
     ValueError,
+    IndexError,  # zipfile: a member without a name
 )
 
 

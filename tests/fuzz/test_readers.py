@@ -92,6 +92,15 @@ def test_a_zip_whose_table_of_contents_claims_to_begin_elsewhere(offset, tmp_pat
         stage_upload([("a.zip", path)], tmp_path / "out")
 
 
+def test_a_zip_with_a_member_that_has_no_name(tmp_path):
+    # Found by tests.fuzz.with_atheris: zipfile looks at a name's last character.
+    path = tmp_path / "a.zip"
+    path.write_bytes(zip_of({"": b"x"}))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArchiveInvalid, match="cannot be read"):
+        stage_upload([("a.zip", path)], tmp_path / "out")
+
+
 @settings(max_examples=100)
 @given(mutated(CONFIG, *seeds("bodies/")), st.integers(1, 16))
 def test_strict_json(data, depth):
