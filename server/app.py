@@ -22,6 +22,7 @@ from server.api import (
     adapters,
     classify,
     combine,
+    drain,
     errors,
     generate,
     health,
@@ -128,6 +129,7 @@ def create_app(
         tokens,
         train,
         health,
+        drain,
     ):
         app.include_router(module.router)
     for tuning in (tuning_files, tuning_jobs):
@@ -135,6 +137,7 @@ def create_app(
     app.include_router(metrics_router)
     errors.install(app)
     # The last one added is the outermost.
+    app.add_middleware(drain.DrainGate)
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_mib * MIB,

@@ -197,12 +197,10 @@ def main() -> None:
 
 def _serve(settings: Settings, *, with_demo: bool) -> int:
     """Run until a signal; the exit status."""
-    import uvicorn
-
     from server.api.services import Services
     from server.app import create_app
-    from server.http_protocol import uvicorn_options
     from server.logs import configure
+    from server.serving import GraftworkServer
 
     configure(settings.log_format, settings.log_level)
     _require_data_dir(settings)
@@ -210,7 +208,6 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
     port = bound.getsockname()[1]
 
     async def on_ready(services: Services) -> None:
-        services.stopping = lambda: server.should_exit
         if with_demo:
             await _install_and_measure(services)
         _greet(services, port)
@@ -220,21 +217,10 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_ready=on_ready, on_failure=on_failure)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=settings.shutdown_seconds,
-            **uvicorn_options(settings),
-        )
-    )
-    try:
-        server.run(sockets=[bound])
-    except KeyboardInterrupt:
-        return 0
-    services: Services | None = getattr(app.state, "services", None)
-    return 0 if services is not None and services.failure is None else 1
+    server = GraftworkServer(app, settings)
+    server.run(sockets=[bound])
+    failed = server.services is None or server.services.failure is not None
+    return 1 if failed and not server.signalled else 0
 
 
 def _require_data_dir(settings: Settings) -> None:

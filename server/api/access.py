@@ -81,6 +81,8 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): _TRAIN,
     # what shows or moves everybody's, or reads folders of the server
     ("GET", "/metrics"): _ADMIN,
+    ("POST", "/drain"): _ADMIN,
+    ("DELETE", "/drain"): _ADMIN,
     ("POST", "/v1/load_lora_adapter"): _ADMIN,
     ("POST", "/v1/unload_lora_adapter"): _ADMIN,
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from server.api.services import UseServices
+from server.api.services import Services, UseServices
 from server.errors import NotReady
 
 router = APIRouter(tags=["operations"])
@@ -25,15 +25,22 @@ async def livez(services: UseServices) -> dict[str, Any]:
     return {"status": "alive"}
 
 
+def _require_ready(services: Services) -> None:
+    # Not in `need_generator`: requests that were taken before the drain need it until they end.
+    if services.draining.active:
+        raise NotReady("not ready: draining")
+    services.need_generator()
+
+
 @router.get("/readyz", summary="A generation would be taken now")
 async def readyz(services: UseServices) -> dict[str, Any]:
-    """200 when the engine is up, else 503 with the reason."""
-    services.need_generator()
+    """200 when the engine is up and the server does not drain, else 503 with the reason."""
+    _require_ready(services)
     return {"status": "ready"}
 
 
 @router.get("/health", summary="As /readyz; the path TGI's and vLLM's clients know")
 async def health(services: UseServices) -> dict[str, Any]:
-    """200 when the engine is up, else 503 with the reason."""
-    services.need_generator()
+    """200 when the engine is up and the server does not drain, else 503 with the reason."""
+    _require_ready(services)
     return {"status": "ready"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -17,6 +16,7 @@ from fastapi import Depends, Request
 
 from adapters.registry import AdapterRecord, Registry
 from server.api.headers import set_headers
+from server.draining import Draining
 from server.engine.client import EngineClient
 from server.errors import NotReady
 from server.generation import Generator
@@ -57,7 +57,7 @@ class Services:
         keys: the API keys; None in a server that asks for none.
         quotas: what each key has used.
         supervisor: what runs them here; None where `graftwork worker` does.
-        stopping: whether the server is about to go; streams without an end of their own end then.
+        draining: whether new work is refused, and what runs.
         planning: held while a job is planned: one at a time, since each may hold a whole file.
     """
 
@@ -77,13 +77,17 @@ class Services:
     keys: KeyRing | None = None
     quotas: Quotas = field(default_factory=Quotas)
     supervisor: Supervisor | None = None
-    stopping: Callable[[], bool] = field(default=lambda: False)
+    draining: Draining = field(default_factory=Draining)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     @property
     def ready(self) -> bool:
         """Whether a generation would be taken now."""
         return self.generator is not None and self.client.alive
+
+    def stopping(self) -> bool:
+        """Whether the server is about to go; streams without an end of their own end then."""
+        return self.draining.going
 
     def need_generator(self) -> Generator:
         """The generator.

@@ -168,6 +168,13 @@ class Methods(Reply):
     methods: list[MethodInfo] = shows([], "One entry each.")
 
 
+class Drain(Reply):
+    """How far a drain is."""
+
+    status: Literal["draining", "drained", "ready"] = shows("drained", "ready: no drain.")
+    running: int = shows(0, "Requests that still run.")
+
+
 class Status(Reply):
     """How the server is."""
 

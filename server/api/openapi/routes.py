@@ -382,6 +382,8 @@ ROUTES: dict[tuple[str, str], Doc] = {
     ("GET", "/livez"): Doc(_ok(management.Status, "It lives."), (ours.NotReady,)),
     ("GET", "/readyz"): Doc(_ok(management.Status, "It is ready."), (ours.NotReady,)),
     ("GET", "/health"): Doc(_ok(management.Status, "It is ready."), (ours.NotReady,)),
+    ("POST", "/drain"): Doc(_ok(management.Drain, "As it stands now."), (ours.RequestInvalid,)),
+    ("DELETE", "/drain"): Doc(_ok(management.Drain, "As it stands now.")),
     ("GET", "/metrics"): Doc(
         {
             200: Answer(
