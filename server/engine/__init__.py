@@ -9,13 +9,17 @@ scheduler        what the next step computes                     (pure)
 kv_cache         the block tensors
 attention        `attend`, and how a transformers model comes to call it
 decode_kernel    the CPU's fast path for single-token rows
-vector_ops       its inner loops
+layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
+fused_layers     which layers of the base those take over
+vector_loops     the kernels' inner loops
+vector_ops       what those are made of
 openmp           torch's own threads
 packed_linear    bf16 weights packed for the CPU
 scales           IA3's tables and the hooks that apply them
 model_runner     a planned step -> logits
 self_check       can this base be served?
 sampler          logits -> tokens
+sampling_kernels the CPU's fast path for draws and log-probabilities
 grammar_check    can this grammar be compiled? asked in a process that may be lost
 grammar_compiler a grammar -> its compiled form, off the engine's thread
 grammar          who waits for a grammar, and what each output may say next

@@ -84,6 +84,7 @@ class Engine:
         read_vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
         self.spec = spec
+        self._fast_kernels = config.fast_kernels
         dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         num_blocks = _num_blocks(spec, config, dtype)
         self.limits = SchedulerLimits(
@@ -260,7 +261,8 @@ class Engine:
         def draw(part: list[tuple[Chunk, torch.Tensor]]) -> list[tuple[Chunk, Drawn]]:
             packed = torch.cat([out for _, out in part])
             rows = [_sample_row(chunk.sequence, masks[chunk.sequence]) for chunk, _ in part]
-            return list(zip((chunk for chunk, _ in part), sample(packed, rows), strict=True))
+            drawn = sample(packed, rows, fast=self._fast_kernels)
+            return list(zip((chunk for chunk, _ in part), drawn, strict=True))
 
         for chunk, drawn in self._in_halves(draw, sampling, what, events, lambda item: item[0]):
             try:
@@ -374,7 +376,9 @@ class Engine:
         known = len(collected) - first
         if known < len(targets):
             part = out[known : len(targets)]
-            collected += logprobs_of(part, targets[known:], sampling.num_logprobs or 0)
+            collected += logprobs_of(
+                part, targets[known:], sampling.num_logprobs or 0, fast=self._fast_kernels
+            )
         if row.chunk.samples:
             sequence.prompt_logprobs_done = True
 

@@ -15,10 +15,12 @@ from torch import nn
 from adapters.attention_hook import connect
 from adapters.base_model import BaseModelSpec
 from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+from server.engine import layer_kernels, sampling_kernels
 from server.engine.adapter_slots import AdapterEntry
 from server.engine.attention import AttentionPath, Rows
 from server.engine.blocks import blocks_for
 from server.engine.decode_kernel import DecodeKernel
+from server.engine.fused_layers import fuse_layers
 from server.engine.kv_cache import KVBlocks, StepCache
 from server.engine.scales import ScaleTables
 from server.engine.scheduler import Chunk
@@ -53,7 +55,8 @@ class ModelRunner:
         num_blocks: KV blocks.
         block_size: tokens a block holds.
         num_scale_slots: IA3 adapters resident at once.
-        fast_kernels: let `decode_kernel` take single-token rows where it can.
+        fast_kernels: let `decode_kernel` take single-token rows and `layer_kernels` parts of layers,
+            where they can.
     """
 
     def __init__(
@@ -74,11 +77,16 @@ class ModelRunner:
         self._blocks = KVBlocks(spec, num_blocks, block_size, self.dtype, self.device)
         self._cache = StepCache()
         self._path = AttentionPath(self._blocks)
-        self._scales = ScaleTables(model, spec, num_scale_slots, self.device)
+        fast_layers = fast_kernels and layer_kernels.fits(self.device, self.dtype)
+        self._scales = ScaleTables(model, spec, num_scale_slots, self.device, fast=fast_layers)
         self._kernel: DecodeKernel | None = None
         if fast_kernels and DecodeKernel.fits(self.device, self.dtype, spec.head_dim):
             self._kernel = DecodeKernel(self._blocks)
         connect(model, self._path)
+        if fast_layers:
+            layer_kernels.prepare(self.dtype)
+            sampling_kernels.prepare()
+            fuse_layers(model, self._path)
 
     def install(self, entry: AdapterEntry, form: ServingForm) -> None:
         """Fill the slot of an adapter with its serving form."""

@@ -30,6 +30,21 @@ def torch_openmp() -> Any:
     return library
 
 
+def run_on_threads(kernel: Any, argument: int, most: int) -> None:
+    """Call a kernel, numba's `cfunc` of one pointer, once on each thread that torch may use.
+
+    Args:
+        kernel: shares the work out by itself, whatever the number of threads.
+        argument: the pointer.
+        most: threads that have anything to do.
+    """
+    threads, openmp = min(torch.get_num_threads(), most), torch_openmp()
+    if threads <= 1 or openmp is None:
+        kernel.ctypes(argument)
+    else:
+        openmp.GOMP_parallel(kernel.address, argument, threads, 0)
+
+
 def one_thread_here() -> None:
     """Let operations of the calling thread use no other thread.
 

@@ -7,14 +7,21 @@ round about one element in 30,000 the other way, as `nn.Linear` itself does.
 
 A pack is a private copy. The weight it was made from is kept, so that it can be read and hashed;
 where that is a mapped file, its pages are the kernel's to drop.
+
+Layers that read the same input (query, key and value; gate and up) are packed as one, which computes
+all of them when the first is called. Each stays a module of its own with its own hooks: the others
+then find their part ready, unless a hook gave them another input.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+# Names of layers that the models of transformers call with one and the same tensor.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class PackedLinear(nn.Module):
@@ -25,26 +32,57 @@ class PackedLinear(nn.Module):
         bias: (out_features,) or None.
     """
 
-    def __init__(self, linear: nn.Linear, expected_tokens: int) -> None:
+    def __init__(self, linear: nn.Linear, pack: Pack, part: int) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
-        self._packed = _pack(linear.weight, expected_tokens)
+        self._pack = pack
+        self._part = part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        if x.shape.numel() == 0:
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, "none", [], ""
-        )
+        """x (..., in_features) -> (..., out_features); rows need not be dense."""
+        return self._pack.part(self._part, x)
+
+
+class Pack:
+    """The packed weights of one layer, or of several that read the same input.
+
+    Args:
+        linears: layers of equal `in_features`, all with a bias or none.
+        expected_tokens: what oneDNN is told to pack for.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], expected_tokens: int) -> None:
+        self._sizes = [linear.out_features for linear in linears]
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, expected_tokens)
+        self._bias = None
+        if linears[0].bias is not None:
+            self._bias = torch.cat([linear.bias.detach() for linear in linears])
+        # The last input, and what is left of its products.
+        self._input: torch.Tensor | None = None
+        self._ready: dict[int, torch.Tensor] = {}
+
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The product of layer `index` with x; nothing is kept of an input whose parts are taken."""
+        if self._input is not x or index not in self._ready:
+            parts = torch.split(self._product(x), self._sizes, dim=-1)
+            self._ready = dict(enumerate(parts))
+            self._input = x
+        out = self._ready.pop(index)
+        if not self._ready:
+            self._input = None
         return out
 
-
-def _pack(weight: torch.Tensor, expected_tokens: int) -> Any:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), expected_tokens)
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape.numel() == 0:
+            return x.new_empty(*x.shape[:-1], sum(self._sizes))
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._packed, self._bias, "none", [], ""
+        )
+        return out
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -66,8 +104,25 @@ def pack_linears(model: nn.Module, expected_tokens: int = 32) -> int:
     """
     count = 0
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child, expected_tokens))
-                count += 1
+        linears = {
+            name: child for name, child in parent.named_children() if type(child) is nn.Linear
+        }
+        for names in _groups(linears):
+            pack = Pack([linears[name] for name in names], expected_tokens)
+            for part, name in enumerate(names):
+                setattr(parent, name, PackedLinear(linears[name], pack, part))
+            count += len(names)
     return count
+
+
+def _groups(linears: dict[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """The names of `linears`, those that may be packed as one together."""
+    groups = [
+        names
+        for names in _SIBLINGS
+        if all(name in linears for name in names)
+        and len({linears[name].in_features for name in names}) == 1
+        and len({linears[name].bias is None for name in names}) == 1
+    ]
+    grouped = {name for names in groups for name in names}
+    return groups + [(name,) for name in linears if name not in grouped]

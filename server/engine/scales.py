@@ -17,6 +17,7 @@ from torch import nn
 
 from adapters.base_model import BaseModelSpec
 from adapters.serving import ActivationScales
+from server.engine.layer_kernels import scale_rows
 
 
 class ScaleTables:
@@ -27,20 +28,29 @@ class ScaleTables:
         spec: its dimensions.
         num_slots: IA3 adapters resident at once.
         device: where the tables lie.
+        fast: let `layer_kernels` do it.
     """
 
     def __init__(
-        self, model: nn.Module, spec: BaseModelSpec, num_slots: int, device: torch.device
+        self,
+        model: nn.Module,
+        spec: BaseModelSpec,
+        num_slots: int,
+        device: torch.device,
+        *,
+        fast: bool,
     ) -> None:
         self._modules = dict(model.named_modules())
         self._spec = spec
         self._num_rows = num_slots + 1
         self._device = device
+        self._fast = fast
         self._inputs: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
         self._targets: dict[int, ActivationScales] = {}
         self._span: slice | None = None
         self._rows = torch.empty(0, dtype=torch.long)
+        self._slots = torch.empty(0, dtype=torch.long)
 
     def set_rows(self, slots: list[int]) -> None:
         """Say which row of the tables each packed token (T,) uses in the coming step.
@@ -55,7 +65,8 @@ class ScaleTables:
         if end - start != len(used):
             raise ValueError("tokens that use scales must stand together in a step")
         self._span = slice(start, end)
-        self._rows = torch.tensor(slots[start:end], device=self._device)
+        self._slots = torch.tensor(slots, device=self._device)
+        self._rows = self._slots[start:end]
 
     def install(self, slot: int, scales: ActivationScales) -> None:
         """Fill row `slot`; what its last user had targeted beyond `scales` goes back to one."""
@@ -86,21 +97,24 @@ class ScaleTables:
     def _hook(self, path: str, table: torch.Tensor, *, is_input: bool) -> None:
         module = self._modules[path]
 
-        def scale(tensor: torch.Tensor) -> None:
+        def scale(tensor: torch.Tensor, *, in_place: bool) -> torch.Tensor:
             # Multiply in float32 and round once, as PEFT's float32 vectors do on a bf16 base.
-            part = tensor[..., self._span, :]
+            if self._fast and tensor.dim() == 3 and tensor.stride(-1) == 1:
+                return scale_rows(tensor, table, self._slots, in_place=in_place)
+            scaled = tensor if in_place else tensor.clone()
+            part = scaled[..., self._span, :]
             part.copy_(part * table[self._rows])
+            return scaled
 
         def on_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._span is None:
                 return None
-            scaled = args[0].clone()  # others may read this input too
-            scale(scaled)
-            return (scaled, *args[1:])
+            # Others may read this input too.
+            return (scale(args[0], in_place=False), *args[1:])
 
         def on_output(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
             if self._span is not None:
-                scale(out)
+                scale(out, in_place=True)
 
         if is_input:
             module.register_forward_pre_hook(on_input)

@@ -1,82 +1,82 @@
-"""Vector loops for `decode_kernel`, written in LLVM's terms.
+"""What the kernels' loops are made of: vectors of floats in LLVM's terms, and a few scalars.
 
-numba's own loops over arrays reload and store their accumulators at every turn, since nothing tells
-LLVM that the arrays do not overlap; that was half of the kernel's time. These intrinsics name the
-registers. Elements of the KV blocks are float32, or the bits of a bf16 (uint16): the type of the
-array `like` says which. Sums are kept in float32, in one fixed order.
-
-Memory is given by address, lengths are multiples of LANES, and bounds are the caller's affair.
+Elements in memory are float32, or the bits of a bf16 (uint16): numba's type `element` says which.
+Memory is given by address, and bounds are the caller's affair. Knows no kernel.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+import numpy as np
+from llvmlite import binding, ir
 from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-LANES = 8
-# Accumulators that `weighted_sum` keeps in registers at once.
-_TILE = 8
+# Floats that one register holds.
+LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 
-_F32 = ir.FloatType()
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_F32, LANES)
-
-
-def _int(value: int) -> Any:
-    return ir.Constant(_I64, value)
+F32 = ir.FloatType()
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VECTOR = ir.VectorType(F32, LANES)
+VECTOR_I32 = ir.VectorType(I32, LANES)
 
 
-def _load(builder: Any, address: Any, element: Any) -> Any:
+def integer(value: int) -> Any:
+    """A constant of 64 bits."""
+    return ir.Constant(I64, value)
+
+
+def load(builder: Any, address: Any, element: Any) -> Any:
     """LANES floats from `address`, where elements of numba's type `element` lie."""
     bf16 = element == types.uint16
-    kind = ir.VectorType(_I16, LANES) if bf16 else _VECTOR
+    kind = ir.VectorType(I16, LANES) if bf16 else VECTOR
     raw = builder.load(builder.inttoptr(address, kind.as_pointer()), align=2 if bf16 else 4)
     if not bf16:
         return raw
-    wide_type = ir.VectorType(_I32, LANES)
+    wide_type = ir.VectorType(I32, LANES)
     wide = builder.shl(builder.zext(raw, wide_type), ir.Constant(wide_type, [16] * LANES))
-    return builder.bitcast(wide, _VECTOR)
+    return builder.bitcast(wide, VECTOR)
 
 
-def _bytes(element: Any) -> int:
+def size_of(element: Any) -> int:
+    """Bytes of one element."""
     return 2 if element == types.uint16 else 4
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, a vector each, rounded once."""
-    function_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    function_type = ir.FunctionType(VECTOR, [VECTOR] * 3)
     name = f"llvm.fma.v{LANES}f32"
     return builder.call(get_or_insert_function(builder.module, function_type, name), [a, b, c])
 
 
-def _splat(builder: Any, scalar: Any) -> Any:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    one = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+def splat(builder: Any, scalar: Any) -> Any:
+    """A vector with `scalar` in every lane."""
+    undefined = ir.Constant(VECTOR, ir.Undefined)
+    one = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(
-        one, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+        one, undefined, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
     )
 
 
-def _sum_lanes(builder: Any, vector: Any) -> Any:
+def sum_lanes(builder: Any, vector: Any) -> Any:
     """The sum of a vector's lanes, halves added to halves."""
     lanes = LANES
     while lanes > 1:
         half = lanes // 2
         undefined = ir.Constant(vector.type, ir.Undefined)
-        indices = ir.VectorType(_I32, half)
+        indices = ir.VectorType(I32, half)
         low = builder.shuffle_vector(vector, undefined, ir.Constant(indices, list(range(half))))
         high = builder.shuffle_vector(
             vector, undefined, ir.Constant(indices, list(range(half, lanes)))
         )
         vector, lanes = builder.fadd(low, high), half
-    return builder.extract_element(vector, ir.Constant(_I32, 0))
+    return builder.extract_element(vector, ir.Constant(I32, 0))
 
 
-class _Loop:
+class Loop:
     """`for index in range(0, end, step)` with values carried round; `end` is at least `step`."""
 
     def __init__(self, builder: Any, end: Any, step: int, carried: list[Any]) -> None:
@@ -85,8 +85,8 @@ class _Loop:
         self._body = builder.append_basic_block("body")
         builder.branch(self._body)
         builder.position_at_end(self._body)
-        self.index = builder.phi(_I64)
-        self.index.add_incoming(_int(0), before)
+        self.index = builder.phi(I64)
+        self.index.add_incoming(integer(0), before)
         self.values = []
         for value in carried:
             phi = builder.phi(value.type)
@@ -96,7 +96,7 @@ class _Loop:
     def close(self, values: list[Any]) -> None:
         """End the body; `values` are what it carries on, and what is left after the last turn."""
         builder = self._builder
-        following = builder.add(self.index, _int(self._step))
+        following = builder.add(self.index, integer(self._step))
         again = builder.icmp_signed("<", following, self._end)
         end_of_body = builder.block
         self.index.add_incoming(following, end_of_body)
@@ -107,60 +107,67 @@ class _Loop:
         builder.position_at_end(after)
 
 
-@intrinsic
-def dot(typing_context: Any, query: Any, key: Any, length: Any, like: Any) -> Any:
-    """Sum of `length` products: float32 at address `query`, elements like `like` at `key`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        query_at, key_at, number, _ = arguments
-        loop = _Loop(builder, number, LANES, [ir.Constant(_VECTOR, [0.0] * LANES)])
-        (total,) = loop.values
-        q_at = builder.add(query_at, builder.mul(loop.index, _int(4)))
-        k_at = builder.add(key_at, builder.mul(loop.index, _int(_bytes(like.dtype))))
-        q, k = _load(builder, q_at, types.float32), _load(builder, k_at, like.dtype)
-        total = _fma(builder, q, k, total)
-        loop.close([total])
-        return _sum_lanes(builder, total)
-
-    return types.float32(types.int64, types.int64, types.int64, like), generate
+def store(builder: Any, vector: Any, address: Any, element: Any) -> None:
+    """LANES floats to `address`, rounded to `element`."""
+    if element == types.uint16:
+        bits = _bf16_bits(builder, builder.bitcast(vector, VECTOR_I32))
+        vector = builder.trunc(bits, ir.VectorType(I16, LANES))
+    pointer = builder.inttoptr(address, vector.type.as_pointer())
+    builder.store(vector, pointer, align=size_of(element))
 
 
-def _tile_of_sums(builder: Any, arguments: Any, element: Any, tile: int) -> None:
-    """sums[0:tile * LANES] += weights @ values[:, 0:tile * LANES]."""
-    weights, values, count, sums, row_bytes = arguments
-    places = [builder.add(sums, _int(4 * LANES * i)) for i in range(tile)]
-    loop = _Loop(builder, count, 1, [_load(builder, at, types.float32) for at in places])
-    at_weight = builder.add(weights, builder.mul(loop.index, _int(4)))
-    weight = _splat(builder, builder.load(builder.inttoptr(at_weight, _F32.as_pointer()), align=4))
-    row = builder.add(values, builder.mul(loop.index, row_bytes))
-    after = []
-    for i, running in enumerate(loop.values):
-        at = builder.add(row, _int(_bytes(element) * LANES * i))
-        after.append(_fma(builder, weight, _load(builder, at, element), running))
-    loop.close(after)
-    for at, value in zip(places, after, strict=True):
-        builder.store(value, builder.inttoptr(at, _VECTOR.as_pointer()), align=4)
+def rounded(builder: Any, vector: Any, element: Any) -> Any:
+    """Each float as `element` holds it."""
+    if element != types.uint16:
+        return vector
+    bits = _bf16_bits(builder, builder.bitcast(vector, VECTOR_I32))
+    return builder.bitcast(builder.shl(bits, _same(16)), VECTOR)
 
 
-def _weighted_sum(tile: int) -> Any:
-    @intrinsic
-    def weighted_sum(
-        typing_context: Any, weights: Any, values: Any, count: Any, sums: Any, row: Any, like: Any
-    ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _tile_of_sums(builder, arguments[:5], like.dtype, tile)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 5, like), generate
-
-    return weighted_sum
+def _bf16_bits(builder: Any, bits: Any) -> Any:
+    """The upper halves of float32 bits, a vector or one, rounded to nearest, ties to even."""
+    one, half, places = (ir.Constant(I32, n) for n in (1, 0x7FFF, 16))
+    if bits.type != I32:
+        one, half, places = _same(1), _same(0x7FFF), _same(16)
+    odd = builder.and_(builder.lshr(bits, places), one)
+    return builder.lshr(builder.add(builder.add(bits, half), odd), places)
 
 
-# weighted_sum(weights, values, count, sums, row_bytes, like): sums += weights @ values, for the
-# first WIDE (or LANES) columns of `count` >= 1 rows of values that lie `row_bytes` apart.
-WIDE = _TILE * LANES
-weighted_sum_wide = _weighted_sum(_TILE)
-weighted_sum_narrow = _weighted_sum(1)
+def _same(value: int) -> Any:
+    return ir.Constant(VECTOR_I32, [value] * LANES)
+
+
+def constant(value: float) -> Any:
+    """A vector of one number, as float32 holds it."""
+    return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
+
+
+def exp(builder: Any, x: Any) -> Any:
+    """exp of a vector of x <= 0: Cephes' expf. 0 where x < -87; NaN stays NaN."""
+    too_small = builder.fcmp_ordered("<", x, constant(-87.0))
+    kept = builder.select(too_small, constant(-87.0), x)
+    scaled = fma(builder, kept, constant(1.44269504), constant(0.5))
+    function_type = ir.FunctionType(VECTOR, [VECTOR])
+    name = f"llvm.floor.v{LANES}f32"
+    n = builder.call(get_or_insert_function(builder.module, function_type, name), [scaled])
+    r = fma(builder, n, constant(-0.693359375), kept)
+    r = fma(builder, n, constant(2.12194440e-4), r)
+    p = constant(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
+        p = fma(builder, p, r, constant(factor))
+    p = builder.fadd(fma(builder, builder.fmul(p, r), r, r), constant(1.0))
+    power = builder.add(builder.fptosi(n, VECTOR_I32), _same(127))
+    power = builder.bitcast(builder.shl(power, _same(23)), VECTOR)
+    return builder.select(too_small, constant(0.0), builder.fmul(p, power))
+
+
+def max_lane(builder: Any, vector: Any) -> Any:
+    """The largest of a vector's lanes; NaN is passed over."""
+    best = builder.extract_element(vector, ir.Constant(I32, 0))
+    for lane in range(1, LANES):
+        other = builder.extract_element(vector, ir.Constant(I32, lane))
+        best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
+    return best
 
 
 @intrinsic
@@ -178,8 +185,8 @@ def take_number(typing_context: Any, address: Any) -> Any:
     """The int64 at `address`, which becomes one more: no two threads get the same."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, _int(1), "monotonic")
+        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, integer(1), "monotonic")
 
     return types.int64(types.int64), generate
 
@@ -193,10 +200,10 @@ def float_of_bits(typing_context: Any, bits: Any) -> Any:
         if bits == types.float32:
             return value
         if bits == types.uint16:
-            value = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16))
-        elif value.type != _I32:
-            value = builder.trunc(value, _I32)
-        return builder.bitcast(value, _F32)
+            value = builder.shl(builder.zext(value, I32), ir.Constant(I32, 16))
+        elif value.type != I32:
+            value = builder.trunc(value, I32)
+        return builder.bitcast(value, F32)
 
     return types.float32(bits), generate
 
@@ -209,9 +216,6 @@ def round_like(typing_context: Any, value: Any, like: Any) -> Any:
         number = arguments[0]
         if like == types.float32:
             return number
-        bits = builder.bitcast(number, _I32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        rounded = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
-        return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), _I16)
+        return builder.trunc(_bf16_bits(builder, builder.bitcast(number, I32)), I16)
 
     return like(types.float32, like), generate

@@ -14,6 +14,7 @@ from adapters.attention_hook import alibi_slopes
 from server.engine.attention import AttentionPath, Rows
 from server.engine.decode_kernel import DecodeKernel
 from server.engine.kv_cache import KVBlocks
+from server.engine.vector_ops import LANES
 from tests.tiny_models import tiny_model, tiny_spec
 
 NOWHERE = 2**31 - 1
@@ -52,8 +53,9 @@ CASES = {
     "no groups": Case(num_kv_heads=4),
     "one kv head": Case(num_heads=8, num_kv_heads=1),
     "nine heads over three": Case(num_heads=9, num_kv_heads=3, head_dim=64),
-    "small heads": Case(head_dim=8),
-    "odd head size": Case(head_dim=40),
+    "a register a head": Case(head_dim=LANES),
+    "odd head size": Case(head_dim=5 * LANES),
+    "seven heads over one": Case(num_heads=7, num_kv_heads=1, head_dim=48),
     "large heads": Case(head_dim=256, rows=((4, 30),)),
     "blocks of sixteen": Case(block_size=16),
     "blocks of three": Case(block_size=3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -25,6 +26,14 @@ from tests.tiny_models import tiny_model
 
 VOCAB = 1000
 SAMPLED = SamplingParams(do_sample=True)
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["kernel", "plain"])
+def _path(request, monkeypatch):
+    """Every test runs by the kernels and without them."""
+    for function in (sample, logprobs_of):
+        one = functools.partial(function, fast=request.param)
+        monkeypatch.setitem(globals(), function.__name__, one)
 
 
 def random_logits(seed: int, vocabulary: int = VOCAB, spread: float = 3.0) -> torch.Tensor:

@@ -1,0 +1,276 @@
+"""The CPU's fast path for what stands between a layer's products: RMSNorm, gated SiLU, rotation, scales.
+
+transformers writes each as five or six operations on whole tensors; here each is one pass over its
+rows. Every intermediate result is rounded where transformers rounds it, so that the results are the
+same but for the last bit of a sum or of exp. A row's result does not depend on the others.
+
+Compiled by numba, run on torch's own OpenMP threads: see `decode_kernel`. Knows tensors; no model.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+
+from server.engine.openmp import run_on_threads
+from server.engine.vector_loops import VERSION
+from server.engine.vector_loops import silu_times as silu_times_row
+from server.engine.vector_ops import array_at, float_of_bits, round_like, take_number
+
+# No contraction: a product is rounded before it is added to, as in torch. Only sums may be reordered.
+_SUM_FLAGS = {"reassoc", "nsz"}
+_ELEMENTS_FOR_THREADS = 1 << 15
+
+# Fields of a job table, int64. The first four are common to all kernels.
+_NEXT_ROW, _TABLE_AT, _ROWS, _WIDTH = range(4)
+_SIZE = 16
+_ENTRY = types.void(types.voidptr)
+
+
+@njit(fastmath=_SUM_FLAGS)
+def _sum_of_squares(x: Any) -> Any:
+    total = np.float32(0.0)
+    for i in range(x.shape[0]):
+        value = float_of_bits(x[i])
+        total += value * value
+    return total
+
+
+@njit
+def _norm_rows(table: Any, like: Any) -> None:
+    """Fields: x, weight, out (dense rows), bits of eps as float64."""
+    width, size = table[_WIDTH], like.itemsize
+    weight = carray(array_at(table[5]), (width,), like.dtype)
+    eps = np.float32(carray(array_at(table[7]), (1,), np.float64)[0])
+    row = take_number(table[_TABLE_AT])
+    while row < table[_ROWS]:
+        x = carray(array_at(table[4] + row * width * size), (width,), like.dtype)
+        out = carray(array_at(table[6] + row * width * size), (width,), like.dtype)
+        mean = _sum_of_squares(x) / np.float32(width)
+        inverse = np.float32(1.0) / np.sqrt(mean + eps)
+        for i in range(width):
+            normal = float_of_bits(round_like(float_of_bits(x[i]) * inverse, out[i]))
+            out[i] = round_like(float_of_bits(weight[i]) * normal, out[i])
+        row = take_number(table[_TABLE_AT])
+
+
+@njit
+def _gate_rows(table: Any, like: Any) -> None:
+    """Fields: gate, up (elements from row to row in 7 and 8), out (dense rows)."""
+    width, size = table[_WIDTH], like.itemsize
+    row = take_number(table[_TABLE_AT])
+    while row < table[_ROWS]:
+        gate_at, up_at = table[4] + row * table[7] * size, table[5] + row * table[8] * size
+        silu_times_row(gate_at, up_at, table[6] + row * width * size, width, like)
+        row = take_number(table[_TABLE_AT])
+
+
+@njit
+def _rotate_head(head: Any, cos: Any, sin: Any, half: Any) -> None:
+    for i in range(half):
+        low, high = float_of_bits(head[i]), float_of_bits(head[half + i])
+        low_cos = float_of_bits(round_like(low * float_of_bits(cos[i]), head[i]))
+        low_sin = float_of_bits(round_like(low * float_of_bits(sin[half + i]), head[i]))
+        high_cos = float_of_bits(round_like(high * float_of_bits(cos[half + i]), head[i]))
+        high_sin = float_of_bits(round_like(high * float_of_bits(sin[i]), head[i]))
+        head[i] = round_like(low_cos - high_sin, head[i])
+        head[half + i] = round_like(high_cos + low_sin, head[i])
+
+
+@njit
+def _rotate_rows(table: Any, like: Any) -> None:
+    """Fields: heads, cos, sin (dense rows), number of heads, elements from row to row, from head to
+    head. `_WIDTH` is that of a head."""
+    width, size = table[_WIDTH], like.itemsize
+    row = take_number(table[_TABLE_AT])
+    while row < table[_ROWS]:
+        cos = carray(array_at(table[5] + row * width * size), (width,), like.dtype)
+        sin = carray(array_at(table[6] + row * width * size), (width,), like.dtype)
+        for index in range(table[7]):
+            at = table[4] + (row * table[8] + index * table[9]) * size
+            _rotate_head(carray(array_at(at), (width,), like.dtype), cos, sin, width // 2)
+        row = take_number(table[_TABLE_AT])
+
+
+@njit
+def _scale_rows(table: Any, like: Any) -> None:
+    """Fields: x, scales (dense float32 rows), slots (int64), out, elements from row to row of x and of
+    out. Slot 0 leaves a row as it is."""
+    width, size = table[_WIDTH], like.itemsize
+    slots = carray(array_at(table[6]), (table[_ROWS],), np.int64)
+    row = take_number(table[_TABLE_AT])
+    while row < table[_ROWS]:
+        x = carray(array_at(table[4] + row * table[8] * size), (width,), like.dtype)
+        out = carray(array_at(table[7] + row * table[9] * size), (width,), like.dtype)
+        if slots[row]:
+            at = table[5] + slots[row] * width * 4
+            scales = carray(array_at(at), (width,), np.float32)
+            for i in range(width):
+                out[i] = round_like(float_of_bits(x[i]) * scales[i], out[i])
+        elif table[4] != table[7]:
+            for i in range(width):
+                out[i] = x[i]
+        row = take_number(table[_TABLE_AT])
+
+
+# What is called, compiled when first asked for; `version` see `vector_loops`.
+@cache
+def _norm(dtype: torch.dtype, version: int = VERSION) -> Any:
+    if dtype == torch.bfloat16:
+
+        @cfunc(_ENTRY, cache=True)
+        def norm_bf16(table_at: Any) -> None:
+            if version:
+                _norm_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+        return norm_bf16
+
+    @cfunc(_ENTRY, cache=True)
+    def norm_float32(table_at: Any) -> None:
+        if version:
+            _norm_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.float32))
+
+    return norm_float32
+
+
+@cache
+def _gate(dtype: torch.dtype, version: int = VERSION) -> Any:
+    if dtype == torch.bfloat16:
+
+        @cfunc(_ENTRY, cache=True)
+        def gate_bf16(table_at: Any) -> None:
+            if version:
+                _gate_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+        return gate_bf16
+
+    @cfunc(_ENTRY, cache=True)
+    def gate_float32(table_at: Any) -> None:
+        if version:
+            _gate_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.float32))
+
+    return gate_float32
+
+
+@cache
+def _rotate(dtype: torch.dtype, version: int = VERSION) -> Any:
+    if dtype == torch.bfloat16:
+
+        @cfunc(_ENTRY, cache=True)
+        def rotate_bf16(table_at: Any) -> None:
+            if version:
+                _rotate_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+        return rotate_bf16
+
+    @cfunc(_ENTRY, cache=True)
+    def rotate_float32(table_at: Any) -> None:
+        if version:
+            _rotate_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.float32))
+
+    return rotate_float32
+
+
+@cache
+def _scale(dtype: torch.dtype, version: int = VERSION) -> Any:
+    if dtype == torch.bfloat16:
+
+        @cfunc(_ENTRY, cache=True)
+        def scale_bf16(table_at: Any) -> None:
+            if version:
+                _scale_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+        return scale_bf16
+
+    @cfunc(_ENTRY, cache=True)
+    def scale_float32(table_at: Any) -> None:
+        if version:
+            _scale_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.float32))
+
+    return scale_float32
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (..., d), weight (d,) of the same dtype -> (..., d). Zhang & Sennrich (2019)."""
+    dense = x.contiguous()
+    out = torch.empty_like(dense)
+    epsilon = np.array([eps])
+    fields = (dense.data_ptr(), weight.data_ptr(), out.data_ptr(), epsilon.ctypes.data)
+    width = x.shape[-1]
+    _run(_norm(x.dtype), x.numel() // max(width, 1), width, fields, x.numel())
+    return out
+
+
+def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, each (..., d) with equal distances between rows -> (..., d)."""
+    width = gate.shape[-1]
+    rows, other = (_rows_of(x) for x in (gate, up))
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    fields = (rows.data_ptr(), other.data_ptr(), out.data_ptr(), rows.stride(0), other.stride(0))
+    _run(_gate(gate.dtype), rows.shape[0], width, fields, gate.numel())
+    return out
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate heads (T, H, D) in place, by halves: cos and sin (T, D). Su et al. (2021).
+
+    As transformers' `apply_rotary_pos_emb`: x * cos + (-x[D/2:], x[:D/2]) * sin.
+    """
+    num_rows, num_heads, width = heads.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
+    sizes = (num_heads, heads.stride(0), heads.stride(1))
+    fields = (heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes)
+    _run(_rotate(heads.dtype), num_rows, width, fields, heads.numel())
+
+
+def scale_rows(
+    x: torch.Tensor, scales: torch.Tensor, slots: torch.Tensor, *, in_place: bool
+) -> torch.Tensor:
+    """Row t of x times row slots[t] of a table; slot 0 leaves a row as it is.
+
+    Args:
+        x: (1, T, d), rows dense.
+        scales: (N, d) float32, dense.
+        slots: (T,) int64.
+        in_place: write to x; else to a new tensor.
+    """
+    width, num_rows = x.shape[-1], x.shape[-2]
+    if x.stride(-1) != 1:
+        raise ValueError(f"rows must be dense, strides are {x.stride()}")
+    out = x if in_place else torch.empty(x.shape, dtype=x.dtype)
+    fields = (
+        x.data_ptr(), scales.data_ptr(), slots.data_ptr(), out.data_ptr(), x.stride(-2), out.stride(-2)
+    )  # fmt: skip
+    _run(_scale(x.dtype), num_rows, width, fields, x.numel())
+    return out
+
+
+def fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels serve this device and dtype."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float32)
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compile everything now, so that no request waits for it."""
+    for kernel in (_norm, _gate, _rotate, _scale):
+        kernel(dtype)
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """(..., d) as (T, d) whose rows are dense; a copy only where they are not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _run(
+    kernel: Any, num_rows: int, width: int, fields: tuple[int, ...], num_elements: int
+) -> None:
+    table = np.zeros(_SIZE, dtype=np.int64)
+    at = table.ctypes.data
+    table[: 4 + len(fields)] = (0, at, num_rows, width, *fields)
+    # Below that, handing rows to a second thread takes longer than they do.
+    run_on_threads(kernel, at, 1 if num_elements < _ELEMENTS_FOR_THREADS else num_rows)

@@ -1,0 +1,367 @@
+"""The kernels' inner loops over vectors.
+
+numba's own loops over arrays reload and store their accumulators at every turn, since nothing tells
+LLVM that the arrays do not overlap; that was half of the decode kernel's time. These intrinsics name
+the registers. Elements are float32 or bf16 as the type of the array `like` says; sums are kept in
+float32, in one fixed order. Lengths are multiples of LANES unless said otherwise.
+
+HEADS query heads that read the same keys and values go through a loop together: each is then loaded
+and widened once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+
+from server.engine.vector_ops import (
+    F32,
+    I32,
+    LANES,
+    Loop,
+    constant,
+    exp,
+    fma,
+    integer,
+    load,
+    max_lane,
+    rounded,
+    size_of,
+    splat,
+    store,
+    sum_lanes,
+)
+
+
+def _version() -> int:
+    here = Path(__file__)
+    parts = [here.with_name(name).read_bytes() for name in ("vector_ops.py", here.name)]
+    return int.from_bytes(hashlib.sha256(b"".join([bytes([LANES]), *parts])).digest()[:6])
+
+
+# numba keeps compiled kernels by the file they stand in, and does not see that these files changed.
+# A kernel that names this number in a closure is compiled again when they did.
+VERSION = _version()
+
+HEADS = 4
+# Columns of values that one loop sums, in registers.
+_WIDE = 4
+WIDE = _WIDE * LANES
+# Keys that one loop scores.
+KEYS = 4
+_CACHE_LINE = 64
+
+
+def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+    return builder.shuffle_vector(a, b, mask)
+
+
+def _sums_of_four(builder: Any, vectors: list[Any]) -> Any:
+    """(4,): the sum of each vector's lanes, halves added to halves as `sum_lanes` does."""
+    half, quarter = LANES // 2, LANES // 4
+    low, high = list(range(half)), list(range(half, LANES))
+    pairs = []
+    for a, b in (vectors[:2], vectors[2:]):
+        first = _shuffled(builder, a, b, low + [LANES + i for i in low])
+        second = _shuffled(builder, a, b, high + [LANES + i for i in high])
+        pairs.append(builder.fadd(first, second))
+    lows = [part * half + i for part in range(4) for i in range(quarter)]
+    highs = [index + quarter for index in lows]
+    total = builder.fadd(_shuffled(builder, *pairs, lows), _shuffled(builder, *pairs, highs))
+    width = quarter
+    while width > 1:
+        lows = [part * width + i for part in range(4) for i in range(width // 2)]
+        highs = [index + width // 2 for index in lows]
+        nothing = ir.Constant(total.type, ir.Undefined)
+        total = builder.fadd(
+            _shuffled(builder, total, nothing, lows), _shuffled(builder, total, nothing, highs)
+        )
+        width //= 2
+    return total
+
+
+def _dots_of(builder: Any, arguments: Any, element: Any, heads: int, keys: int) -> None:
+    """scores[h, k] = query[h] . key[k] for `heads` heads and `keys` keys."""
+    query, query_bytes, key, key_bytes, length, scores, score_bytes = arguments
+    zero = constant(0.0)
+    loop = Loop(builder, length, LANES, [zero] * (heads * keys))
+    after = []
+    at_query = builder.add(query, builder.mul(loop.index, integer(4)))
+    at_key = builder.add(key, builder.mul(loop.index, integer(size_of(element))))
+    queries = [
+        load(builder, builder.add(at_query, builder.mul(query_bytes, integer(h))), types.float32)
+        for h in range(heads)
+    ]
+    for k in range(keys):
+        at = builder.add(at_key, builder.mul(key_bytes, integer(k)))
+        vector = load(builder, at, element)
+        after += [
+            fma(builder, queries[h], vector, loop.values[k * heads + h]) for h in range(heads)
+        ]
+    loop.close(after)
+    for h in range(heads):
+        at = builder.add(scores, builder.mul(score_bytes, integer(h)))
+        mine = after[h::heads]
+        total = sum_lanes(builder, *mine) if keys == 1 else _sums_of_four(builder, mine)
+        builder.store(total, builder.inttoptr(at, total.type.as_pointer()), align=4)
+
+
+def _dots(heads: int, keys: int) -> Any:
+    @intrinsic
+    def dots(
+        typing_context: Any, query: Any, query_bytes: Any, key: Any, key_bytes: Any, length: Any,
+        scores: Any, score_bytes: Any, like: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _dots_of(builder, arguments[:7], like.dtype, heads, keys)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7, like), generate
+
+    return dots
+
+
+def _add_columns(builder: Any, arguments: Any, element: Any, heads: int, tile: int) -> None:
+    """sums[h, 0:tile * LANES] += weights[h] @ values[:, 0:tile * LANES]."""
+    weights, weight_bytes, values, row_bytes, count, sums, sum_bytes = arguments
+    places = [
+        builder.add(builder.add(sums, builder.mul(sum_bytes, integer(h))), integer(4 * LANES * i))
+        for h in range(heads)
+        for i in range(tile)
+    ]
+    loop = Loop(builder, count, 1, [load(builder, at, types.float32) for at in places])
+    row = builder.add(values, builder.mul(loop.index, row_bytes))
+    columns = [
+        load(builder, builder.add(row, integer(size_of(element) * LANES * i)), element)
+        for i in range(tile)
+    ]
+    after = []
+    for h in range(heads):
+        at = builder.add(weights, builder.mul(weight_bytes, integer(h)))
+        at = builder.add(at, builder.mul(loop.index, integer(4)))
+        weight = splat(builder, builder.load(builder.inttoptr(at, F32.as_pointer()), align=4))
+        after += [fma(builder, weight, columns[i], loop.values[h * tile + i]) for i in range(tile)]
+    loop.close(after)
+    for at, value in zip(places, after, strict=True):
+        store(builder, value, at, types.float32)
+
+
+def _weighted_sums(heads: int, tile: int) -> Any:
+    @intrinsic
+    def weighted_sums(
+        typing_context: Any, weights: Any, weight_bytes: Any, values: Any, row_bytes: Any,
+        count: Any, sums: Any, sum_bytes: Any, like: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _add_columns(builder, arguments[:7], like.dtype, heads, tile)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7, like), generate
+
+    return weighted_sums
+
+
+_dots_1_1, _dots_2_1, _dots_3_1, _dots_4_1 = (_dots(heads, 1) for heads in (1, 2, 3, 4))
+_dots_1_4, _dots_2_4, _dots_3_4, _dots_4_4 = (_dots(heads, KEYS) for heads in (1, 2, 3, 4))
+_sums_1_1, _sums_2_1, _sums_3_1, _sums_4_1 = (_weighted_sums(heads, 1) for heads in (1, 2, 3, 4))
+_sums_1_4, _sums_2_4, _sums_3_4, _sums_4_4 = (
+    _weighted_sums(heads, _WIDE) for heads in (1, 2, 3, 4)
+)
+
+
+@njit
+def dots(
+    heads: Any, query: Any, query_bytes: Any, key: Any, key_bytes: Any, length: Any, scores: Any,
+    score_bytes: Any, like: Any,
+) -> None:  # fmt: skip
+    """Scores of 1 to HEADS heads against one key.
+
+    Args:
+        heads: how many.
+        query, key, scores: addresses; float32, like `like`, float32.
+        query_bytes, score_bytes: from head to head. key_bytes: from key to key.
+        length: of a query and a key.
+        like: an array of the keys' type.
+    """
+    if heads == 4:
+        _dots_4_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+    elif heads == 3:
+        _dots_3_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+    elif heads == 2:
+        _dots_2_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+    else:
+        _dots_1_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+
+
+@njit
+def dots_of_keys(
+    heads: Any, query: Any, query_bytes: Any, key: Any, key_bytes: Any, length: Any, scores: Any,
+    score_bytes: Any, like: Any,
+) -> None:  # fmt: skip
+    """As `dots`, against KEYS keys; their scores lie side by side."""
+    if heads == 4:
+        _dots_4_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+    elif heads == 3:
+        _dots_3_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+    elif heads == 2:
+        _dots_2_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+    else:
+        _dots_1_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+
+
+@njit
+def weighted_sums(
+    heads: Any, weights: Any, weight_bytes: Any, values: Any, row_bytes: Any, count: Any, sums: Any,
+    sum_bytes: Any, like: Any,
+) -> None:  # fmt: skip
+    """sums += weights @ values for 1 to HEADS heads and the first LANES columns.
+
+    Args:
+        heads: how many.
+        weights, values, sums: addresses; float32, like `like`, float32.
+        weight_bytes, sum_bytes: from head to head. row_bytes: from one row of values to the next.
+        count: rows, at least one.
+        like: an array of the values' type.
+    """
+    if heads == 4:
+        _sums_4_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+    elif heads == 3:
+        _sums_3_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+    elif heads == 2:
+        _sums_2_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+    else:
+        _sums_1_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+
+
+@njit
+def weighted_sums_wide(
+    heads: Any, weights: Any, weight_bytes: Any, values: Any, row_bytes: Any, count: Any, sums: Any,
+    sum_bytes: Any, like: Any,
+) -> None:  # fmt: skip
+    """As `weighted_sums`, for the first WIDE columns."""
+    if heads == 4:
+        _sums_4_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+    elif heads == 3:
+        _sums_3_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+    elif heads == 2:
+        _sums_2_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+    else:
+        _sums_1_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+
+
+@intrinsic
+def softmax(typing_context: Any, scores: Any, length: Any) -> Any:
+    """Softmax of the `length` float32 at address `scores`, in place; -inf weighs nothing.
+
+    A NaN, or an infinity that is not below all others, makes all of them NaN.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scores_at, number = arguments
+
+        def at(loop: Loop) -> Any:
+            return builder.add(scores_at, builder.mul(loop.index, integer(4)))
+
+        loop = Loop(builder, number, LANES, [constant(float("-inf"))])
+        each = load(builder, at(loop), types.float32)
+        larger = builder.fcmp_ordered(">", each, loop.values[0])
+        best = builder.select(larger, each, loop.values[0])
+        loop.close([best])
+        best = splat(builder, max_lane(builder, best))
+
+        loop = Loop(builder, number, LANES, [constant(0.0)])
+        place = at(loop)
+        each = exp(builder, builder.fsub(load(builder, place, types.float32), best))
+        store(builder, each, place, types.float32)
+        total = builder.fadd(loop.values[0], each)
+        loop.close([total])
+        inverse = builder.fdiv(ir.Constant(F32, 1.0), sum_lanes(builder, total))
+        inverse = splat(builder, inverse)
+
+        loop = Loop(builder, number, LANES, [])
+        place = at(loop)
+        each = builder.fmul(load(builder, place, types.float32), inverse)
+        store(builder, each, place, types.float32)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def largest(typing_context: Any, x: Any, length: Any) -> Any:
+    """The largest of the `length` float32 at address `x`; NaN is passed over."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        loop = Loop(builder, arguments[1], LANES, [constant(float("-inf"))])
+        at = builder.add(arguments[0], builder.mul(loop.index, integer(4)))
+        each = load(builder, at, types.float32)
+        larger = builder.fcmp_ordered(">", each, loop.values[0])
+        best = builder.select(larger, each, loop.values[0])
+        loop.close([best])
+        return max_lane(builder, best)
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def exponentials(typing_context: Any, x: Any, length: Any) -> Any:
+    """exp of the `length` float32 <= 0 at address `x`, in place."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        loop = Loop(builder, arguments[1], LANES, [])
+        at = builder.add(arguments[0], builder.mul(loop.index, integer(4)))
+        store(builder, exp(builder, load(builder, at, types.float32)), at, types.float32)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def silu_times(typing_context: Any, gate: Any, up: Any, out: Any, length: Any, like: Any) -> Any:
+    """out = silu(gate) * up over `length` elements at these addresses; silu is rounded first."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        element = like.dtype
+        loop = Loop(builder, arguments[3], LANES, [])
+        offset = builder.mul(loop.index, integer(size_of(element)))
+        gate_at, up_at, out_at = (builder.add(at, offset) for at in arguments[:3])
+        x = load(builder, gate_at, element)
+        positive = builder.fcmp_ordered(">=", x, constant(0.0))
+        # Not fneg of x: the sign of a NaN or a zero does not matter here.
+        below_zero = builder.select(positive, builder.fsub(constant(0.0), x), x)
+        e = exp(builder, below_zero)
+        numerator = builder.select(positive, constant(1.0), e)
+        sigmoid = builder.fdiv(numerator, builder.fadd(constant(1.0), e))
+        silu = rounded(builder, builder.fmul(x, sigmoid), element)
+        store(builder, builder.fmul(silu, load(builder, up_at, element)), out_at, element)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, like), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any, length: Any) -> Any:
+    """Ask for `length` >= 1 bytes from `address` on, ahead of their use; any address will do."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kinds = [pointer, I32, I32, I32]
+        function_type = ir.FunctionType(ir.VoidType(), kinds)
+        function = get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        loop = Loop(builder, arguments[1], _CACHE_LINE, [])
+        at = builder.inttoptr(builder.add(arguments[0], loop.index), pointer)
+        builder.call(function, [at, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
