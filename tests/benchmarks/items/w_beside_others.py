@@ -158,6 +158,8 @@ def _child(bench: Bench, name: str, command: list[Any], **environment: str) -> I
 def _vllm_child(bench: Bench, name: str, loras: list[Path]) -> Any:
     script = Path(__file__).parent.parent / "peers" / "vllm_child.py"
     base = Path(bench.engine.base).resolve()
+    # vLLM asks for this library before all others "for best performance"; it comes with its requirements.
+    openmp = vllm_python(bench.peers).parent.parent / "lib" / "libiomp5.so"
     return _child(
         bench,
         name,
@@ -166,6 +168,7 @@ def _vllm_child(bench: Bench, name: str, loras: list[Path]) -> Any:
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="2",
         OMP_NUM_THREADS=str(bench.threads),
+        LD_PRELOAD=str(openmp.absolute()) if openmp.exists() else "",
         VLLM_CPU_OMP_THREADS_BIND=f"0-{bench.threads - 1}",
         VLLM_NO_USAGE_STATS="1",
         VLLM_CACHE_ROOT=str((bench.peers / "vllm-cache").resolve()),
