@@ -34,6 +34,8 @@ ADAPTERS = ("complaints", "refunds", "refunds")
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
 TEMPLATE = "Tweet text : {text} Label :"
 LABELS = '["complaint", "no complaint"]'
+# After it nothing is served any more; the tests of shutdown ask for it.
+NOT_ASKED = ("/drain",)
 LONGER = shlex.split(os.environ.get("GRAFTWORK_SCHEMATHESIS", ""))
 
 
@@ -84,6 +86,8 @@ def test_every_check_on_every_route(guarded, tmp_path):
     file.write_text(json.dumps(page))
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]
     command += [str(file), "--url", guarded.url, "--no-color", "--generation-database", "none"]
+    for path in NOT_ASKED:
+        command += ["--exclude-path", path]
     command += ["--max-examples", "20", "--seed", "6", *LONGER]
     environment = os.environ | {
         "GRAFTWORK_API_KEY": guarded.key,
@@ -97,6 +101,7 @@ def test_every_check_on_every_route(guarded, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     told = " ".join(done.stdout.split())
     routes = sum(len(methods) for methods in page["paths"].values())
-    assert f"Selected: {routes}/{routes} Tested: {routes}" in told
+    asked = routes - sum(len(page["paths"][path]) for path in NOT_ASKED)
+    assert f"Selected: {asked}/{routes} Tested: {asked}" in told
     for phase in ("Examples", "Coverage", "Fuzzing", "Stateful"):
         assert f"✅ {phase}" in told
