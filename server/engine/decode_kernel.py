@@ -16,6 +16,7 @@ Knows KV blocks and the planned tables; not sequences, adapters or the model.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from functools import cache
@@ -26,7 +27,7 @@ import torch
 from numba import carray, cfunc, njit, types
 
 from server.engine.kv_cache import KVBlocks
-from server.engine.openmp import run_on_threads
+from server.engine.openmp import Kernel
 from server.engine.vector_loops import (
     HEADS,
     KEYS,
@@ -41,6 +42,8 @@ from server.engine.vector_loops import (
 )
 from server.engine.vector_ops import LANES, array_at, float_of_bits, round_like, take_number
 
+# Query heads of a model at most, for those that have no slopes.
+_MOST_HEADS = 1024
 # reassoc and friends let loops vectorise; infinities and NaN keep their meaning.
 _FLAGS = {"contract", "reassoc", "nsz"}
 
@@ -233,7 +236,7 @@ def _take_jobs(table: Any, like: Any) -> None:
 
 
 @cache
-def _entry(dtype: torch.dtype, version: int = VERSION) -> Any:
+def _entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
     """What is called, compiled when first asked for; `version` see `vector_loops`."""
     if dtype == torch.bfloat16:
 
@@ -242,14 +245,14 @@ def _entry(dtype: torch.dtype, version: int = VERSION) -> Any:
             if version:
                 _take_jobs(carray(table_at, (_TABLE_SIZE,), np.int64), np.zeros(1, np.uint16))
 
-        return run_bf16
+        return Kernel(run_bf16)
 
     @cfunc(types.void(types.voidptr), cache=True)
     def run_float32(table_at: Any) -> None:
         if version:
             _take_jobs(carray(table_at, (_TABLE_SIZE,), np.int64), np.zeros(1, np.float32))
 
-    return run_float32
+    return Kernel(run_float32)
 
 
 class DecodeKernel:
@@ -294,13 +297,17 @@ class DecodeKernel:
             for side, part in enumerate(parts):
                 padded[side, row, : counts[row]] = part
         held = (tokens.copy(), positions.copy(), counts, padded)
-        table = np.zeros(_TABLE_SIZE, dtype=np.int64)
+        no_slopes = np.zeros(_MOST_HEADS, np.float32)
         scales = np.zeros(2)
-        table[[_TOKENS, _POSITIONS, _COUNTS]] = [array.ctypes.data for array in held[:3]]
-        table[[_BLOCKS, _FIRST, _FILLED]] = [part.ctypes.data for part in padded]
-        table[[_ROWS, _MAX_BLOCKS]] = padded.shape[1:]
-        table[[_KV_HEADS, _BLOCK_SIZE, _HEAD_DIM]] = self._sizes
-        table[[_SCALES, _TABLE_AT]] = scales.ctypes.data, table.ctypes.data
+        # Not numpy's: an item of it takes ten times as long to set, thirty of them in every layer.
+        table = (ctypes.c_int64 * _TABLE_SIZE)()
+        at = ctypes.addressof(table)
+        table[_TOKENS], table[_POSITIONS], table[_COUNTS] = (a.ctypes.data for a in held[:3])
+        table[_BLOCKS], table[_FIRST], table[_FILLED] = (part.ctypes.data for part in padded)
+        table[_ROWS], table[_MAX_BLOCKS] = padded.shape[1:]
+        table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM] = self._sizes
+        table[_SCALES], table[_TABLE_AT] = scales.ctypes.data, at
+        slopes_at = no_slopes.ctypes.data
 
         def run(
             layer: int,
@@ -312,24 +319,24 @@ class DecodeKernel:
             window: int | None,
             softcap: float | None,
             alibi_slopes: torch.Tensor | None,
-            _held: tuple[np.ndarray, ...] = held,
+            _held: tuple[np.ndarray, ...] = (*held, no_slopes),
         ) -> None:
-            heads = query.shape[1]
-            slopes = np.zeros(heads, np.float32)
-            if alibi_slopes is not None:
-                slopes[:] = alibi_slopes.numpy()
             query, new_keys, new_values = map(_with_dense_rows, (query, new_keys, new_values))
-            table[[_QUERY, _OUT]] = query.data_ptr(), out.data_ptr()
-            table[[_NEW_KEYS, _NEW_VALUES]] = new_keys.data_ptr(), new_values.data_ptr()
-            table[[_KEY_TOKEN_STRIDE, _KEY_HEAD_STRIDE]] = new_keys.stride()[:2]
-            table[[_VALUE_TOKEN_STRIDE, _VALUE_HEAD_STRIDE]] = new_values.stride()[:2]
-            table[[_KEYS, _VALUES]] = self._keys[layer], self._values[layer]
-            table[[_SLOPES, _HEADS]] = slopes.ctypes.data, heads
-            table[[_TOKEN_STRIDE, _HEAD_STRIDE]] = query.stride(0), query.stride(1)
-            table[[_WINDOW, _NEXT_JOB]] = window or 0, 0
+            table[_QUERY], table[_OUT] = query.data_ptr(), out.data_ptr()
+            table[_NEW_KEYS], table[_NEW_VALUES] = new_keys.data_ptr(), new_values.data_ptr()
+            table[_TOKEN_STRIDE], table[_HEAD_STRIDE], _ = query.stride()
+            table[_KEY_TOKEN_STRIDE], table[_KEY_HEAD_STRIDE], _ = new_keys.stride()
+            table[_VALUE_TOKEN_STRIDE], table[_VALUE_HEAD_STRIDE], _ = new_values.stride()
+            table[_KEYS], table[_VALUES] = self._keys[layer], self._values[layer]
+            table[_SLOPES], table[_HEADS] = slopes_at, query.shape[1]
+            if alibi_slopes is not None:
+                table[_SLOPES] = alibi_slopes.data_ptr()
+            elif query.shape[1] > _MOST_HEADS:
+                raise ValueError(f"{query.shape[1]} query heads, expected at most {_MOST_HEADS}")
+            table[_WINDOW], table[_NEXT_JOB] = window or 0, 0
             table[_BENT] = softcap is not None or alibi_slopes is not None
-            scales[:] = scale, softcap or 0.0
-            run_on_threads(self._run, table.ctypes.data, torch.get_num_threads())
+            scales[0], scales[1] = scale, softcap or 0.0
+            self._run.run(at, torch.get_num_threads())
 
         return run
 

@@ -259,9 +259,9 @@ class Engine:
         sampling = [(chunk, out) for chunk, out in due if chunk.sequence in masks]
 
         def draw(part: list[tuple[Chunk, torch.Tensor]]) -> list[tuple[Chunk, Drawn]]:
-            packed = torch.cat([out for _, out in part])
+            logits = [out[0] for _, out in part]
             rows = [_sample_row(chunk.sequence, masks[chunk.sequence]) for chunk, _ in part]
-            drawn = sample(packed, rows, fast=self._fast_kernels)
+            drawn = sample(logits, rows, fast=self._fast_kernels)
             return list(zip((chunk for chunk, _ in part), drawn, strict=True))
 
         for chunk, drawn in self._in_halves(draw, sampling, what, events, lambda item: item[0]):

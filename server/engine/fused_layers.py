@@ -21,6 +21,9 @@ from server.engine.vector_ops import LANES
 _NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 _GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 _ATTENTIONS = frozenset({"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"})
+_LAYERS = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+)
 
 Forward = Callable[..., Any]
 
@@ -44,6 +47,8 @@ def _forward_of(module: Any, path: Attention) -> Forward | None:
         return _gated(module)
     if kind in _ATTENTIONS:
         return _attention(module, path)
+    if kind in _LAYERS:
+        return _layer(module)
     return None
 
 
@@ -62,6 +67,18 @@ def _gated(module: Any) -> Forward:
     def forward(x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = module.down_proj(silu_times(module.gate_proj(x), module.up_proj(x)))
         return out
+
+    return forward
+
+
+def _layer(module: Any) -> Forward:
+    before, after = module.input_layernorm, module.post_attention_layernorm
+
+    def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = module.self_attn(hidden_states=before(hidden_states), **kwargs)
+        # Attention's share is added to the hidden states in the pass that normalises them.
+        normal = rms_norm(hidden_states, after.weight, after.variance_epsilon, added=attended)
+        return hidden_states.add_(module.mlp(normal))
 
     return forward
 
@@ -85,12 +102,27 @@ def _attention(module: Any, path: Attention) -> Forward:
         values = module.v_proj(hidden_states)[0].view(split)
         if query_norm is not None and key_norm is not None:
             query, keys = query_norm(query), key_norm(keys)
-        cos, sin = position_embeddings
-        rotate(query, cos[0], sin[0])
-        rotate(keys, cos[0], sin[0])
+        cos, sin = position_embeddings[0][0], position_embeddings[1][0]
+        both = _side_by_side(query, keys)
+        if both is not None:
+            rotate(both, cos, sin)
+        else:
+            rotate(query, cos, sin)
+            rotate(keys, cos, sin)
         out = path.attend(
             module.layer_idx, query, keys, values, scale=module.scaling, window=window
         )
         return module.o_proj(out.view(1, num_tokens, -1)), None
 
     return forward
+
+
+def _side_by_side(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+    """(T, H + H_kv, D) where the keys follow the query heads in memory, as in a packed product."""
+    width = query.shape[1] * query.stride(1) * query.element_size()
+    if keys.data_ptr() - query.data_ptr() != width or keys.stride() != query.stride():
+        return None
+    if query.stride(0) < (query.shape[1] + keys.shape[1]) * query.stride(1):
+        return None
+    shape = (query.shape[0], query.shape[1] + keys.shape[1], query.shape[2])
+    return query.as_strided(shape, query.stride())

@@ -85,7 +85,7 @@ class ModelRunner:
         connect(model, self._path)
         if fast_layers:
             layer_kernels.prepare(self.dtype)
-            sampling_kernels.prepare()
+            sampling_kernels.prepare(self.dtype)
             fuse_layers(model, self._path)
 
     def install(self, entry: AdapterEntry, form: ServingForm) -> None:

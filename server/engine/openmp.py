@@ -30,19 +30,31 @@ def torch_openmp() -> Any:
     return library
 
 
-def run_on_threads(kernel: Any, argument: int, most: int) -> None:
-    """Call a kernel, numba's `cfunc` of one pointer, once on each thread that torch may use.
+class Kernel:
+    """A compiled function of one pointer.
 
     Args:
-        kernel: shares the work out by itself, whatever the number of threads.
-        argument: the pointer.
-        most: threads that have anything to do.
+        compiled: numba's `cfunc`. It is held, since its code goes with it.
     """
-    threads, openmp = min(torch.get_num_threads(), most), torch_openmp()
-    if threads <= 1 or openmp is None:
-        kernel.ctypes(argument)
-    else:
-        openmp.GOMP_parallel(kernel.address, argument, threads, 0)
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._address = int(compiled.address)
+        self._call = compiled.ctypes
+
+    def run(self, argument: int, most: int) -> None:
+        """Call it once on each thread that torch may use.
+
+        Args:
+            argument: the pointer. What is there says how the threads share the work.
+            most: threads that have anything to do.
+        """
+        threads = min(torch.get_num_threads(), most) if most > 1 else 1
+        openmp = torch_openmp() if threads > 1 else None
+        if openmp is None:
+            self._call(argument)
+        else:
+            openmp.GOMP_parallel(self._address, argument, threads, 0)
 
 
 def one_thread_here() -> None:

@@ -24,6 +24,9 @@ from torch import nn
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+_linear = torch.ops.mkldnn._linear_pointwise.default
+
+
 class PackedLinear(nn.Module):
     """An `nn.Linear` that computes from a packed copy of its weight.
 
@@ -68,7 +71,9 @@ class Pack:
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The product of layer `index` with x; nothing is kept of an input whose parts are taken."""
         if self._input is not x or index not in self._ready:
-            parts = torch.split(self._product(x), self._sizes, dim=-1)
+            if len(self._sizes) == 1:
+                return self._product(x)
+            parts = torch.split_with_sizes(self._product(x), self._sizes, dim=-1)
             self._ready = dict(enumerate(parts))
             self._input = x
         out = self._ready.pop(index)
@@ -79,9 +84,7 @@ class Pack:
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape.numel() == 0:
             return x.new_empty(*x.shape[:-1], sum(self._sizes))
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self._bias, "none", [], ""
-        )
+        out: torch.Tensor = _linear(x, self._packed, self._bias, "none", [], "")
         return out
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.request import SamplingParams, TokenLogprob
-from server.engine.sampling_kernels import draw_places, log_normalisers
+from server.engine.sampling_kernels import draw_places, first_best, log_normalisers
 
 CANDIDATES = 256
 _MASK64 = (1 << 64) - 1
@@ -69,16 +69,25 @@ def uniform(seed: int, position: int) -> float:
     return (state >> 11) / float(1 << 53)
 
 
-def sample(logits: torch.Tensor, rows: list[SampleRow], *, fast: bool = True) -> list[Drawn]:
-    """Choose a token for every row of `logits` (R, V); any float dtype, worked on in float32.
+def sample(
+    row_logits: SequenceType[torch.Tensor] | torch.Tensor,
+    rows: list[SampleRow],
+    *,
+    fast: bool = True,
+) -> list[Drawn]:
+    """Choose a token for every row.
 
     Args:
-        logits: what the model said.
+        row_logits: what the model said, (V,) a row; any float dtype, worked on in float32.
         rows: what each choice depends on.
         fast: let `sampling_kernels` do it on the CPU.
     """
-    logits = logits.float()
-    fast = fast and logits.device.type == "cpu"
+    if not rows:
+        return []
+    fast = fast and row_logits[0].device.type == "cpu"
+    if fast and row_logits[0].dtype in (torch.bfloat16, torch.float32) and _all_plain(rows):
+        return [Drawn(place if place >= 0 else None) for place in first_best(list(row_logits))]
+    logits = torch.stack(list(row_logits)).float()
     best, argmax = logits.max(dim=-1)
     # max() passes NaN on, and an infinity shows as the maximum (or as a maximum of -inf).
     finite = torch.isfinite(best).tolist()
@@ -154,6 +163,10 @@ def _logprobs(
         token, *top = (row[at].double() - log_normaliser).tolist()
         found[i] = TokenLogprob(token, tuple(zip(some, top, strict=True)))
     return found
+
+
+def _all_plain(rows: list[SampleRow]) -> bool:
+    return all(_is_plain(row) and row.params.num_logprobs is None for row in rows)
 
 
 def _is_plain(row: SampleRow) -> bool:

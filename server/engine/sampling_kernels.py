@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
 
-from server.engine.openmp import run_on_threads
-from server.engine.vector_loops import VERSION, exponentials, largest
-from server.engine.vector_ops import LANES, array_at, take_number
+from server.engine.openmp import Kernel
+from server.engine.vector_loops import VERSION, exponentials, largest, largest_or_nan
+from server.engine.vector_ops import LANES, array_at, float_of_bits, take_number
 
 _BUCKETS = 2048
 # Buckets a natural unit: the last one holds everything below exp(-32) of the best.
@@ -272,30 +272,93 @@ def _normalise_rows(table: Any) -> None:
         row = take_number(table[_TABLE_AT])
 
 
+@njit
+def _first_best_rows(table: Any, like: Any) -> None:
+    """The place of each row's largest, the first of equals; -1 where it is not finite."""
+    addresses = carray(array_at(table[_ADDRESSES]), (table[_ROWS],), np.int64)
+    places = carray(array_at(table[_TOKENS]), (table[_ROWS],), np.int64)
+    count = table[_LONGEST]
+    whole = count // LANES * LANES
+    row = take_number(table[_TABLE_AT])
+    while row < table[_ROWS]:
+        x = carray(array_at(addresses[row]), (count,), like.dtype)
+        best = np.float32(-np.inf)
+        if whole:
+            best = largest_or_nan(addresses[row], whole, like)
+        for i in range(whole, count):
+            value = float_of_bits(x[i])
+            if value > best or np.isnan(value):
+                best = value
+        places[row] = -1
+        if np.isfinite(best):
+            place = 0
+            while float_of_bits(x[place]) != best:
+                place += 1
+            places[row] = place
+        row = take_number(table[_TABLE_AT])
+
+
 @cache
-def _draw_entry(version: int = VERSION) -> Any:
+def _first_best(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+    if dtype == torch.bfloat16:
+
+        @cfunc(types.void(types.voidptr), cache=True)
+        def first_best_bf16(table_at: Any) -> None:
+            if version:
+                _first_best_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+        return Kernel(first_best_bf16)
+
+    @cfunc(types.void(types.voidptr), cache=True)
+    def first_best_float32(table_at: Any) -> None:
+        if version:
+            _first_best_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.float32))
+
+    return Kernel(first_best_float32)
+
+
+@cache
+def _draw_entry(version: int = VERSION) -> Kernel:
     @cfunc(types.void(types.voidptr), cache=True)
     def draw(table_at: Any) -> None:
         if version:
             _draw_rows(carray(table_at, (_SIZE,), np.int64))
 
-    return draw
+    return Kernel(draw)
 
 
 @cache
-def _normalise_entry(version: int = VERSION) -> Any:
+def _normalise_entry(version: int = VERSION) -> Kernel:
     @cfunc(types.void(types.voidptr), cache=True)
     def normalise(table_at: Any) -> None:
         if version:
             _normalise_rows(carray(table_at, (_SIZE,), np.int64))
 
-    return normalise
+    return Kernel(normalise)
 
 
-def prepare() -> None:
-    """Compile everything now, so that no request waits for it."""
+def prepare(dtype: torch.dtype) -> None:
+    """Compile everything now for logits of this dtype, so that no request waits for it."""
+    _first_best(dtype)
     _draw_entry()
     _normalise_entry()
+
+
+def first_best(rows: Sequence[torch.Tensor]) -> list[int]:
+    """Where the largest of each row is, the first of equal ones; -1 where a row is not finite.
+
+    Args:
+        rows: at least one, (V,) each, bfloat16 or float32 on the CPU, of one length V >= 1. A row of
+            -inf alone, with +inf or with NaN anywhere is not finite.
+    """
+    dense = [row.contiguous() for row in rows]
+    addresses = np.array([row.data_ptr() for row in dense], dtype=np.int64)
+    places = np.zeros(len(dense), dtype=np.int64)
+    table = np.zeros(_SIZE, dtype=np.int64)
+    table[[_ADDRESSES, _TOKENS]] = addresses.ctypes.data, places.ctypes.data
+    table[[_ROWS, _LONGEST, _TABLE_AT]] = len(dense), len(dense[0]), table.ctypes.data
+    _first_best(dense[0].dtype).run(table.ctypes.data, len(dense))
+    return [int(place) for place in places]
 
 
 def draw_places(
@@ -320,7 +383,7 @@ def draw_places(
     table[[_ADDRESSES, _LENGTHS]] = addresses.ctypes.data, lengths.ctypes.data
     table[[_NUMBERS, _TOKENS]] = given.ctypes.data, places.ctypes.data
     table[[_ROWS, _LONGEST, _TABLE_AT]] = len(dense), lengths.max(), table.ctypes.data
-    run_on_threads(_draw_entry(), table.ctypes.data, len(dense))
+    _draw_entry().run(table.ctypes.data, len(dense))
     return places.tolist()
 
 
@@ -341,5 +404,5 @@ def log_normalisers(
     table[[_ADDRESSES, _NUMBERS]] = addresses.ctypes.data, sums.ctypes.data
     table[[_NUM_TOP, _TOP_IDS]] = num_top, top.ctypes.data
     table[[_ROWS, _LONGEST, _TABLE_AT]] = len(dense), len(dense[0]), table.ctypes.data
-    run_on_threads(_normalise_entry(), table.ctypes.data, len(dense))
+    _normalise_entry().run(table.ctypes.data, len(dense))
     return sums.tolist(), top.tolist()

@@ -312,6 +312,27 @@ def largest(typing_context: Any, x: Any, length: Any) -> Any:
 
 
 @intrinsic
+def largest_or_nan(typing_context: Any, x: Any, length: Any, like: Any) -> Any:
+    """The largest of the `length` elements at address `x`, or NaN where any of them is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_at, number, _ = arguments
+        none = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
+        loop = Loop(builder, number, LANES, [constant(float("-inf")), none])
+        at = builder.add(x_at, builder.mul(loop.index, integer(size_of(like.dtype))))
+        each = load(builder, at, like.dtype)
+        larger = builder.fcmp_ordered(">", each, loop.values[0])
+        best = builder.select(larger, each, loop.values[0])
+        bad = builder.or_(loop.values[1], builder.fcmp_unordered("uno", each, each))
+        loop.close([best, bad])
+        lanes = ir.IntType(LANES)
+        any_bad = builder.icmp_unsigned("!=", builder.bitcast(bad, lanes), ir.Constant(lanes, 0))
+        return builder.select(any_bad, ir.Constant(F32, float("nan")), max_lane(builder, best))
+
+    return types.float32(types.int64, types.int64, like), generate
+
+
+@intrinsic
 def exponentials(typing_context: Any, x: Any, length: Any) -> Any:
     """exp of the `length` float32 <= 0 at address `x`, in place."""
 

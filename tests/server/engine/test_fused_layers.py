@@ -12,13 +12,13 @@ from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
 from tests.tiny_models import tiny_model, tiny_spec
 
-# Norms (one after the layers, two a layer, two more for query and key), gated blocks, attentions.
+# Norms (one after the layers, two a layer, two more for query and key), gated block, attention, layer.
 LAYERS = 3
 FUSED = {
-    "llama": 1 + LAYERS * (2 + 1 + 1),
-    "mistral": 1 + LAYERS * (2 + 1 + 1),
-    "qwen2": 1 + LAYERS * (2 + 1 + 1),
-    "qwen3": 1 + LAYERS * (4 + 1 + 1),
+    "llama": 1 + LAYERS * (2 + 1 + 1 + 1),
+    "mistral": 1 + LAYERS * (2 + 1 + 1 + 1),
+    "qwen2": 1 + LAYERS * (2 + 1 + 1 + 1),
+    "qwen3": 1 + LAYERS * (4 + 1 + 1 + 1),
 }
 OTHERS = ["gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "phi", "bloom"]
 

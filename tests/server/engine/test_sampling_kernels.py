@@ -10,7 +10,7 @@ import torch
 
 from server.engine.request import SamplingParams
 from server.engine.sampler import _filter, _inverse_cdf, _tempered
-from server.engine.sampling_kernels import draw_places, log_normalisers
+from server.engine.sampling_kernels import draw_places, first_best, log_normalisers
 
 
 def vector(length: int, spread: float, seed: int, *, coarse: bool = False) -> torch.Tensor:
@@ -129,3 +129,20 @@ def test_normalisers_and_the_largest(length, torch_threads):
 def test_the_first_of_equal_logits_is_told_first():
     _, largest = log_normalisers([torch.tensor([1.0, 3.0, 3.0, 1.0] * 100)], 4)
     assert largest == [[1, 2, 5, 6]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 15, 16, 131, 49152])
+def test_the_first_of_the_best(length, dtype, torch_threads):
+    torch_threads(3)
+    # In bf16 many tie.
+    rows = [vector(length, 4.0, seed).to(dtype) for seed in range(9)]
+    rows.append(torch.stack([rows[0]] * 2, dim=1)[:, 1])
+    expected = [int((row == row.max()).nonzero()[0]) for row in rows]
+    assert first_best(rows) == expected
+    for bad in (math.nan, math.inf):
+        for place in {0, length // 2, length - 1}:
+            spoilt = rows[1].clone()
+            spoilt[place] = bad
+            assert first_best([rows[0], spoilt, rows[2]]) == [expected[0], -1, expected[2]]
+    assert first_best([torch.full((length,), -math.inf, dtype=dtype)]) == [-1]
