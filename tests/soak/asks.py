@@ -85,8 +85,10 @@ def tgi(reply: Reply) -> Answer:
         ids, last = [frame["token"]["id"] for frame in reply], reply[-1]
         text, details = last["generated_text"], last["details"]
         told = "".join(f["token"]["text"] for f in reply if not f["token"]["special"])
-        # An output that ends inside a character has a replacement for it, with the end of sequence.
-        _require(text.startswith(told) and not text[len(told) :].strip("\ufffd"), (told, text))
+        # An output that ends inside a character has a replacement for it, with the end of sequence;
+        # and before it what was held back, since no token after it ended between characters.
+        whole = text == told or (text.startswith(told) and text.endswith("\ufffd"))
+        _require(whole, (told, text))
     else:
         text, details = reply["generated_text"], reply["details"]
         ids = [token["id"] for token in details["tokens"]]
