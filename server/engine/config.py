@@ -27,6 +27,8 @@ class EngineConfig:
         max_step_tokens: tokens of one packed step at most; at least max_running + prefill_chunk.
         prefill_chunk: tokens a prompt is prefilled by; chunks end at multiples of it, counted from
             the start of the sequence, so that a row's arithmetic never depends on its neighbours.
+        prefill_tokens_beside: tokens of prompts that one step computes at most while a sequence
+            decodes, so that a long prompt does not stall the streams; None sets no such bound.
         block_size: tokens a KV block holds.
         kv_bytes: memory for KV blocks, adapters' prefixes included.
         adapter_kv_share: share of the KV blocks that adapters' prefixes may take.
@@ -52,6 +54,7 @@ class EngineConfig:
     max_queued_per_adapter: int | None = None
     max_step_tokens: int = 512
     prefill_chunk: int = 128
+    prefill_tokens_beside: int | None = 128
     block_size: int = 16
     kv_bytes: int = 1 << 30
     adapter_kv_share: float = 0.5
@@ -69,6 +72,12 @@ class EngineConfig:
                 f"max_step_tokens is {self.max_step_tokens}, expected at least max_running + "
                 f"prefill_chunk = {self.max_running + self.prefill_chunk}: every running sequence "
                 "must get its token and a prompt its chunk in one step"
+            )
+        beside = self.prefill_tokens_beside
+        if beside is not None and beside < self.prefill_chunk:
+            raise ValueError(
+                f"prefill_tokens_beside is {beside}, expected at least prefill_chunk = "
+                f"{self.prefill_chunk}: beside streams a prompt must get its chunk in one step"
             )
         if not 0.0 < self.adapter_kv_share <= 1.0:
             raise ValueError(

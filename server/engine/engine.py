@@ -96,6 +96,7 @@ class Engine:
             max_adapter_blocks=max(1, int(num_blocks * config.adapter_kv_share)),
             num_scale_slots=config.scale_slots,
             prefix_caching=config.prefix_caching,
+            prefill_tokens_beside=config.prefill_tokens_beside,
         )
         self.scheduler = Scheduler(self.limits)
         expected = reference_logits(model, spec)

@@ -18,6 +18,11 @@ The rules, in the order in which `schedule` applies them:
 A sequence starts from the longest beginning that the prefix cache knows. While a running sequence is
 still computing a longer part of the same beginning, it waits: that part is computed once, for all.
 
+While a sequence decodes, a step computes `prefill_tokens_beside` tokens of prompts at most, so that a
+long prompt does not stall the streams. Adapters take turns in that share, those that wait for
+admission included: one chunk each, the oldest sequence of an adapter first. The oldest sequence of all
+then moves once a round instead of in every step, and keeps its blocks meanwhile.
+
 A prompt's chunks end at multiples of `prefill_chunk` from the start of its own tokens. A step's token
 budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any company.
 """
@@ -32,6 +37,7 @@ from server.engine.blocks import BlockPool, blocks_for
 from server.engine.prefix_cache import NOTHING, PrefixCache
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.sequence import Sequence, SequenceState
+from server.engine.turns import Budget, Turns
 
 MAX_PASSED_OVER = 64
 # What is read must be kept until a step takes it; more would outgrow host memory unseen.
@@ -50,6 +56,7 @@ class SchedulerLimits:
     max_adapter_blocks: int
     num_scale_slots: int
     prefix_caching: bool = True
+    prefill_tokens_beside: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class StepPlan:
         installs: adapters whose slot must be filled before the forward pass.
         chunks: what the forward pass computes; rows of one adapter stand together.
         preempted: sequences that lost their blocks in this step.
+        joined: whether a sequence began to run in this step; nobody yields to others after that.
     """
 
     loads: list[str] = field(default_factory=list)
@@ -85,11 +93,17 @@ class StepPlan:
     installs: list[AdapterEntry] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    joined: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the packed step."""
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+def _turn_of(sequence: Sequence) -> str | None:
+    """Whose turn a sequence takes: its adapter's, and a fold that of the adapter that it makes."""
+    return sequence.fold_digest or sequence.adapter_digest
 
 
 def _side_by_side(chunk: Chunk) -> tuple[bool, str]:
@@ -119,6 +133,8 @@ class Scheduler:
         self._preloads: deque[AdapterEntry] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._turns = Turns()
+        self._oldest_waited = 0  # steps since the oldest sequence moved
 
     # --- what comes in ---------------------------------------------------------------------
 
@@ -290,9 +306,9 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step; blocks and slots it needs are taken when it returns."""
         plan = StepPlan()
-        budget = self._schedule_running(plan, self.limits.max_step_tokens)
+        budget = self._schedule_running(plan)
         if not plan.preempted:
-            budget = self._resume(plan, budget)
+            self._resume(plan, budget)
             if not self._preempted:
                 self._admit(plan, budget)
                 self._start_preloads(plan)
@@ -306,46 +322,93 @@ class Scheduler:
             if self.limits.prefix_caching and chunk.sequence.request is not None:
                 self.prefixes.note(chunk.sequence)
 
-    def _schedule_running(self, plan: StepPlan, budget: int) -> int:
-        for sequence in self._in_order():
-            if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted for an older one in this very step
-            size = sequence.next_chunk(self.limits.prefill_chunk)
-            if size <= budget and self._grow(sequence, size, plan):
-                budget -= self._take(plan, sequence, size)
-        return budget
+    def _schedule_running(self, plan: StepPlan) -> Budget:
+        """Plan what is under way; returns what is left of the step.
 
-    def _in_order(self) -> list[Sequence]:
-        """The oldest request first, since nobody may take its blocks before it; then single tokens.
-
-        The budget holds one chunk and a token for everybody else, so that every decode has a place,
-        whatever prompts are under way.
+        The oldest request comes first, since nobody may take its blocks before it; then single
+        tokens. The budget holds one chunk and a token for everybody else, so that every decode has
+        a place, whatever prompts are under way.
         """
         by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
-        oldest = next((s for s in by_age if s.request is not None), None)
-        rest = [s for s in by_age if s is not oldest]
-        decodes = [s for s in rest if self._is_decode(s)]
-        prompts = [s for s in rest if not self._is_decode(s)]
-        return ([] if oldest is None else [oldest]) + decodes + prompts
+        decodes = [s for s in by_age if self._is_decode(s)]
+        prompts = [s for s in by_age if not self._is_decode(s)]
+        oldest = self._oldest()
+        beside = self.limits.prefill_tokens_beside
+        shared = beside is not None and any(s.request is not None for s in decodes)
+        most = self.limits.max_step_tokens
+        budget = Budget(most, beside if shared and beside is not None else most)
+        first = oldest
+        if oldest is not None and shared and not self._is_decode(oldest) and not self._is_overdue():
+            first = None
+        for sequence in ([] if first is None else [first]) + [s for s in decodes if s is not first]:
+            self._continue(plan, sequence, budget)
+        if shared:
+            self._take_turns(plan, prompts, budget)
+        taken = {id(chunk.sequence) for chunk in plan.chunks}
+        for sequence in [s for s in prompts if id(s) not in taken]:
+            self._continue(plan, sequence, budget)
+        moved = oldest is None or any(chunk.sequence is oldest for chunk in plan.chunks)
+        self._oldest_waited = 0 if moved else self._oldest_waited + 1
+        return budget
+
+    def _continue(self, plan: StepPlan, sequence: Sequence, budget: Budget) -> None:
+        """Compute a running sequence's next chunk if there is a place and room for it."""
+        if sequence.state is not SequenceState.RUNNING:
+            return  # preempted for an older one in this very step
+        size = sequence.next_chunk(self.limits.prefill_chunk)
+        if budget.allows(size) and self._grow(sequence, size, plan):
+            self._take(plan, sequence, size, budget)
+
+    def _take_turns(self, plan: StepPlan, prompts: list[Sequence], budget: Budget) -> None:
+        """One chunk for each adapter whose turn it is, of prompts that run or could join."""
+        heads: dict[str | None, Sequence] = {}
+        taken = {id(chunk.sequence) for chunk in plan.chunks}
+        for sequence in [s for s in prompts if id(s) not in taken]:
+            heads.setdefault(_turn_of(sequence), sequence)
+        back = [_turn_of(sequence) for sequence in self._preempted[:1]]
+        for key in self._turns.order([*heads, *back, *self._queues]):
+            if budget.prompt_tokens <= 0:
+                return
+            if key in heads:
+                self._continue(plan, heads[key], budget)
+            elif not plan.preempted:
+                self._join(plan, key, budget)
+
+    def _join(self, plan: StepPlan, key: str | None, budget: Budget) -> None:
+        if self._preempted:
+            if _turn_of(self._preempted[0]) == key:
+                self._resume_first(plan, budget)
+        elif key in self._queues and key in self._admissible():
+            self._admit_from(plan, key, budget)
+
+    def _is_overdue(self) -> bool:
+        """Whether the oldest sequence has waited for a round of turns."""
+        return self._oldest_waited >= min(len(self._turns), self.limits.max_running)
+
+    def _oldest(self) -> Sequence | None:
+        requests = [s for s in self.running if s.request is not None]
+        return min(requests, key=lambda sequence: sequence.arrival, default=None)
 
     def _is_decode(self, sequence: Sequence) -> bool:
         return sequence.num_tokens - sequence.num_computed == 1
 
-    def _take(self, plan: StepPlan, sequence: Sequence, size: int) -> int:
+    def _take(self, plan: StepPlan, sequence: Sequence, size: int, budget: Budget) -> None:
         end = sequence.num_computed + size
         samples = sequence.request is not None and end == sequence.num_tokens
         plan.chunks.append(Chunk(sequence, sequence.num_computed, size, samples))
         entry = self._entry_of(sequence)
         if entry is not None:
             self.slots.touch(entry)
-        return size
+        budget.take(size)
+        if size > 1:
+            self._turns.served(_turn_of(sequence))
 
     def _grow(self, sequence: Sequence, size: int, plan: StepPlan) -> bool:
         """Give `sequence` blocks for `size` more tokens, preempting the youngest if need be."""
         total = blocks_for(sequence.num_computed + size, self.limits.block_size)
         need = total - len(sequence.block_ids)
         while need > 0 and not self.slots.make_room(need):
-            victim = self._youngest(plan)
+            victim = None if plan.joined else self._youngest(plan, sequence)
             if victim is None or (victim is sequence and not self._is_youngest(sequence)):
                 return False  # younger ones already move in this step: wait, they will end
             self._preempt(victim, plan)
@@ -361,9 +424,15 @@ class Scheduler:
             sequence.block_ids += taken
             plan.clears += taken[-1:]
 
-    def _youngest(self, plan: StepPlan) -> Sequence | None:
-        """The youngest running request that this step does not compute already; folds never yield."""
+    def _youngest(self, plan: StepPlan, growing: Sequence) -> Sequence | None:
+        """The youngest running request that this step does not compute already.
+
+        Folds never yield, nor does the oldest request to another, though it may not have moved yet.
+        """
         taken = {id(chunk.sequence) for chunk in plan.chunks}
+        oldest = self._oldest()
+        if oldest is not None and oldest is not growing:
+            taken.add(id(oldest))
         candidates = [s for s in self.running if s.request is not None and id(s) not in taken]
         return max(candidates, key=lambda sequence: sequence.arrival, default=None)
 
@@ -379,40 +448,52 @@ class Scheduler:
         plan.preempted.append(sequence)
         self.num_preemptions += 1
 
-    def _resume(self, plan: StepPlan, budget: int) -> int:
-        while self._preempted:
-            sequence = self._preempted[0]
-            admitted = self._try_start(plan, sequence, budget)
-            if not admitted:
-                break
-            self._preempted.pop(0)
-            budget -= self._start(plan, sequence)
-        return budget
+    def _resume(self, plan: StepPlan, budget: Budget) -> None:
+        while self._preempted and self._resume_first(plan, budget):
+            pass
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
+    def _resume_first(self, plan: StepPlan, budget: Budget) -> bool:
+        sequence = self._preempted[0]
+        if not self._try_start(plan, sequence, budget):
+            return False
+        self._preempted.pop(0)
+        self._start(plan, sequence, budget)
+        return True
+
+    def _admit(self, plan: StepPlan, budget: Budget) -> None:
         # Every pass over the rotation admits at most one sequence an adapter.
         admitted = True
         while admitted:
             admitted = False
-            starved = [k for k, count in self._passed_over.items() if count >= MAX_PASSED_OVER]
-            for key in starved or list(self._queues):
-                sequence = self._queues[key][0]
-                if self._try_start(plan, sequence, budget):
-                    self._dequeue(sequence)
-                    if key in self._queues:
-                        self._queues.move_to_end(key)
-                    budget -= self._start(plan, sequence)
-                    self._passed_over.pop(key, None)
-                    for other in self._passed_over:
-                        self._passed_over[other] += 1
-                    admitted = True
+            for key in self._admissible():
+                admitted = self._admit_from(plan, key, budget) or admitted
 
-    def _try_start(self, plan: StepPlan, sequence: Sequence, budget: int) -> bool:
+    def _admissible(self) -> list[str | None]:
+        """Adapters that somebody waits for, in rotation; only those passed by too often, if any are."""
+        starved = [k for k, count in self._passed_over.items() if count >= MAX_PASSED_OVER]
+        return starved or list(self._queues)
+
+    def _admit_from(self, plan: StepPlan, key: str | None, budget: Budget) -> bool:
+        sequence = self._queues[key][0]
+        if not self._try_start(plan, sequence, budget):
+            return False
+        self._dequeue(sequence)
+        if key in self._queues:
+            self._queues.move_to_end(key)
+        self._start(plan, sequence, budget)
+        self._passed_over.pop(key, None)
+        for other in self._passed_over:
+            self._passed_over[other] += 1
+        return True
+
+    def _try_start(self, plan: StepPlan, sequence: Sequence, budget: Budget) -> bool:
         """Whether `sequence` can join now; its adapter is made resident on the way.
 
         True leaves the blocks of the sequence's first chunk free for the taking.
         """
-        if len(self.running) >= self.limits.max_running or budget <= 0:
+        if len(self.running) >= self.limits.max_running:
+            return False
+        if budget.tokens <= 0 or budget.prompt_tokens <= 0:
             return False
         entry = self._entry_of(sequence)
         away = entry is not None and entry.residency is not Residency.DEVICE
@@ -420,7 +501,7 @@ class Scheduler:
             return False
         if not self._take_prefix(plan, sequence, entry):
             return False
-        if sequence.next_chunk(self.limits.prefill_chunk) > budget:
+        if not budget.allows(sequence.next_chunk(self.limits.prefill_chunk)):
             self._leave_prefix(plan, sequence)
             return False
         return True
@@ -487,7 +568,7 @@ class Scheduler:
         if sequence.state is SequenceState.WAITING:
             self._passed_over.setdefault(sequence.adapter_digest, 0)
 
-    def _start(self, plan: StepPlan, sequence: Sequence) -> int:
+    def _start(self, plan: StepPlan, sequence: Sequence, budget: Budget) -> None:
         size = sequence.next_chunk(self.limits.prefill_chunk)
         need = blocks_for(sequence.num_computed + size, self.limits.block_size)
         self._take_blocks(plan, sequence, need - len(sequence.block_ids))
@@ -495,10 +576,11 @@ class Scheduler:
         self.prefix_hit_tokens += sequence.num_computed
         sequence.to(SequenceState.RUNNING)
         self.running.append(sequence)
+        plan.joined = True
         entry = self._entry_of(sequence)
         if entry is not None:
             entry.pins += 1
-        return self._take(plan, sequence, size)
+        self._take(plan, sequence, size, budget)
 
     def _start_preloads(self, plan: StepPlan) -> None:
         for entry in list(self._preloads):

@@ -67,6 +67,7 @@ class Simulation:
     live: dict[str, Sequence] = field(default_factory=dict)
     num_folds: dict[str, int] = field(default_factory=dict)
     num_steps: int = 0
+    oldest_waits: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits)
@@ -135,10 +136,11 @@ class Simulation:
         self.num_steps += 1
         while self.auto_load and self.loading:
             self.finish_load()
-        oldest = self._oldest_running()
+        oldest, decodes = self._oldest_running(), self._any_decodes()
         before = {id(sequence): sequence.state for sequence in self.live.values()}
         plan = self.scheduler.schedule()
         self._check_plan(plan, oldest)
+        self._check_prompts(plan, decodes)
         self._check_order(plan, before)
         for digest in plan.loads:
             self._start_load(digest)
@@ -271,8 +273,24 @@ class Simulation:
         for chunk in plan.chunks:
             self._check_chunk(chunk)
         folding = any(s.request is None for s in self.scheduler.running)
-        if oldest is not None and not folding:
-            assert oldest in planned, "the oldest sequence did not move"
+        if oldest is None or folding or oldest in planned:
+            self.oldest_waits = 0
+        else:
+            self.oldest_waits += 1
+        # Where prompts share a part of the step it moves once in a round of their adapters.
+        most = 0 if limits.prefill_tokens_beside is None else limits.max_running
+        assert self.oldest_waits <= most, "the oldest sequence did not move"
+
+    def _any_decodes(self) -> bool:
+        running = [s for s in self.scheduler.running if s.request is not None]
+        return any(s.num_tokens - s.num_computed == 1 for s in running)
+
+    def _check_prompts(self, plan: StepPlan, decodes: bool) -> None:
+        """Beside sequences that decode, prompts get their share of the step and no more."""
+        beside = self.limits.prefill_tokens_beside
+        if decodes and beside is not None:
+            sizes = [chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1]
+            assert sum(sizes) <= beside, "prompts took more than their share of the step"
 
     def _check_order(self, plan: StepPlan, before: dict[int, SequenceState]) -> None:
         """Who was preempted comes back before anybody new, oldest first."""

@@ -41,6 +41,9 @@ TIGHT = [
     replace(LIMITS, max_adapter_blocks=4, num_scale_slots=2, num_blocks=30),
     replace(LIMITS, max_running=6, max_step_tokens=14, max_adapter_blocks=12),
     replace(LIMITS, prefill_chunk=4, block_size=3, num_blocks=20, max_adapter_blocks=10),
+    replace(LIMITS, max_running=6, max_step_tokens=30, prefill_tokens_beside=8),
+    replace(LIMITS, num_blocks=9, max_step_tokens=20, prefill_tokens_beside=11),
+    replace(LIMITS, prefill_chunk=4, num_blocks=30, max_step_tokens=30, prefill_tokens_beside=4),
 ]
 # Never fits: more blocks than adapters may hold.
 TOO_LARGE = kv_adapter("huge", 30)
@@ -318,6 +321,69 @@ def test_every_stream_gets_its_token_whatever_prompts_come():
     for expected in range(2, 30):
         sim.step()
         assert [len(sim.emitted[r]) for r in streams] == [expected] * 3
+
+
+def prompt_sizes(plan):
+    """What a plan computes of prompts, by request."""
+    chunks = [c for c in plan.chunks if c.num_tokens > 1 and c.sequence.request is not None]
+    return {c.sequence.request.request_id: c.num_tokens for c in chunks}
+
+
+def beside_a_stream(tokens, **changes):
+    """A simulation with a stream of the base under way, one chunk of 8 in a step beside it."""
+    sim = roomy(max_running=8, max_step_tokens=64, prefill_tokens_beside=tokens, **changes)
+    stream = sim.add(num_prompt=1, max_new_tokens=200)
+    sim.step()
+    return sim, stream
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(8, 1), (20, 2), (None, 6)])
+def test_beside_a_stream_prompts_get_their_share_of_the_step(tokens, expected):
+    sim, stream = beside_a_stream(tokens)
+    for name in "abcdef":
+        sim.scheduler.preload(kv_adapter(name))
+    sim.step()
+    sim.step()
+    ids = [sim.add(kv_adapter(name), num_prompt=16, max_new_tokens=1) for name in "abcdef"]
+    sizes = prompt_sizes(sim.step())
+    assert sizes == dict.fromkeys(ids[:expected], 8)
+    assert len(sim.emitted[stream]) == sim.num_steps
+
+
+def test_where_nothing_decodes_prompts_get_the_whole_step():
+    sim = roomy(max_step_tokens=32, prefill_tokens_beside=8)
+    ids = [sim.add(num_prompt=16) for _ in range(4)]
+    assert prompt_sizes(sim.step()) == dict.fromkeys(ids, 8)
+
+
+def test_a_short_prompt_does_not_wait_for_the_long_ones_of_another_adapter():
+    sim, _ = beside_a_stream(8)
+    busy, other = kv_adapter("busy"), kv_adapter("other")
+    sim.scheduler.preload(other)
+    long = [sim.add(busy, num_prompt=80, max_new_tokens=1) for _ in range(3)]
+    sim.step()
+    sim.step()
+    short = sim.add(other, num_prompt=6, max_new_tokens=1)
+    sim.step()
+    sim.step()
+    assert short in sim.finished
+    sim.step()
+    # Within an adapter it is first come, first served.
+    assert [sim.live[r].num_computed > 0 for r in long] == [True, False, False]
+
+
+def test_a_long_prompt_moves_every_second_step_beside_a_crowd_of_short_ones():
+    sim, _ = beside_a_stream(8)
+    crowd = kv_adapter("crowd")
+    sim.scheduler.preload(crowd)
+    long = sim.add(kv_adapter("long"), num_prompt=80, max_new_tokens=1)
+    sim.step()
+    sim.step()
+    before = sim.live[long].num_computed
+    for _ in range(12):
+        sim.add(crowd, num_prompt=8, max_new_tokens=1)
+        sim.step()
+    assert sim.live[long].num_computed - before == 6 * 8
 
 
 def test_a_load_that_fails_ends_its_own_requests_only():
