@@ -207,9 +207,8 @@ async def start_engine(services: Services) -> Generator:
     Raises:
         BaseUnsupported, EngineUnavailable: it cannot be started, with the reason.
     """
-    await services.client.start()
+    tokenizer = await _read_beside(services.client.start(), services.settings)
     services.base_notes = services.client.notes
-    tokenizer = await anyio.to_thread.run_sync(load_text_tokenizer, services.settings)
     watchers: list[Watcher] = [services.metrics, services.quotas]
     if services.tracing is not None:
         watchers.append(services.tracing)
@@ -222,6 +221,23 @@ async def start_engine(services: Services) -> Generator:
         admit=services.quotas.check_tokens,
         limits=services.settings,
     )
+
+
+async def _read_beside(starting: Awaitable[None], settings: Settings) -> TextTokenizer:
+    """Await the engine's start; the tokenizer, read meanwhile if its files are here already."""
+    read = functools.partial(
+        anyio.to_thread.run_sync, load_text_tokenizer, settings, abandon_on_cancel=True
+    )
+    if not Path(settings.base).is_dir():
+        await starting
+        return await read()
+    reading = asyncio.create_task(read())
+    try:
+        await starting
+        return await reading
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 async def close_services(services: Services) -> None:
@@ -279,7 +295,7 @@ def base_name(settings: Settings) -> str:
 
 def load_text_tokenizer(settings: Settings) -> TextTokenizer:
     """The base's tokenizer, once the base itself is on this machine."""
-    from server.base.load import load_tokenizer
+    from server.base.tokenizer import load_tokenizer
 
     directory = Path(settings.base)
     if not directory.is_dir():

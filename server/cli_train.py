@@ -358,7 +358,8 @@ def _require_free(asked: TrainingRequest, settings: Settings, base_name: str) ->
 def _load(settings: Settings) -> tuple[LoadedBase, TextTokenizer]:
     import torch
 
-    from server.base.load import load_base, load_tokenizer
+    from server.base.load import load_base
+    from server.base.tokenizer import load_tokenizer
     from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
     if settings.threads is not None:

@@ -18,7 +18,8 @@ from adapters.archive import stage_upload
 from adapters.checkpoint import CheckedCheckpoint, check_checkpoint, load_serving_form
 from adapters.limits import CheckpointLimits
 from adapters.serving import ServingForm
-from server.base.load import load_base, load_tokenizer
+from server.base.load import load_base
+from server.base.tokenizer import load_tokenizer
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.grammar_compiler import Vocabulary

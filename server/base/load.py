@@ -17,10 +17,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -138,21 +136,6 @@ def describe_base(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return describe(model, digest=base_digest(directory), dtype=_dtype_name(served))
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base directory (`LoadedBase.tokenizer_dir`).
-
-    Raises:
-        BaseUnsupported: the directory holds none that loads without code of its own.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            Path(path), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseUnsupported(f"{path}: the tokenizer does not load: {error}") from error
-    return tokenizer
 
 
 def default_dtype(device: str) -> str:

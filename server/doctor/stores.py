@@ -31,7 +31,8 @@ def check_base(settings: Settings, *, deep: bool) -> tuple[list[Finding], BaseMo
         deep: load the weights too.
     """
     from server.base.convert import is_prepared, read_manifest
-    from server.base.load import describe_base, load_base, load_tokenizer
+    from server.base.load import describe_base, load_base
+    from server.base.tokenizer import load_tokenizer
 
     directory = Path(settings.base)
     ours = directory == DEFAULT_BASE

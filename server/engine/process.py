@@ -97,7 +97,8 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
 
     from adapters.checkpoint import load_serving_form
     from adapters.limits import CheckpointLimits
-    from server.base.load import load_base, load_tokenizer
+    from server.base.load import load_base
+    from server.base.tokenizer import load_tokenizer
     from server.engine.engine import Engine
     from server.engine.grammar_compiler import Vocabulary
 

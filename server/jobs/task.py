@@ -26,7 +26,8 @@ from adapters.registry import Registry
 from adapters.training.examples import make_examples
 from adapters.training.job import TrainingJob
 from adapters.training.loop import Stopped, TrainingEvent, train
-from server.base.load import LoadedBase, load_base, load_tokenizer
+from server.base.load import LoadedBase, load_base
+from server.base.tokenizer import load_tokenizer
 from server.errors import LeaseLost
 from server.jobs import failures
 from server.jobs.config import (

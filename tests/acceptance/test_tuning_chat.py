@@ -6,7 +6,7 @@ import pytest
 
 from adapters.training.plan import make_plan
 from server.api.openai_tuning.conversations import turns
-from server.base.load import load_tokenizer
+from server.base.tokenizer import load_tokenizer
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 from tests.acceptance.real_base import BASE_DIR, needs_base
 from tests.adapters.training.jobs import request, spec

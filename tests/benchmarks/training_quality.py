@@ -40,7 +40,8 @@ from adapters.training.loop import train
 from adapters.training.packed import PackedBase
 from adapters.training.plan import Plan, make_plan
 from adapters.training.ranking import rank, score
-from server.base.load import load_base, load_tokenizer
+from server.base.load import load_base
+from server.base.tokenizer import load_tokenizer
 from server.text.tokenizer import TextTokenizer
 from tests.benchmarks.peft_training import PlainLoop, wrap
 

@@ -32,7 +32,8 @@ from adapters.training.loop import make_optimizer
 from adapters.training.objective import num_targets, summed_loss
 from adapters.training.packed import PackedBase
 from adapters.training.plan import Plan, make_plan
-from server.base.load import load_base, load_tokenizer
+from server.base.load import load_base
+from server.base.tokenizer import load_tokenizer
 from server.text.tokenizer import TextTokenizer
 from tests.benchmarks.peft_training import PlainLoop, wrap
 

@@ -30,7 +30,8 @@ from adapters.training.packed import PackedBase
 from adapters.training.plan import make_plan
 from adapters.training.ranking import rank, score
 from adapters.training.rows import read_rows
-from server.base.load import load_base, load_tokenizer
+from server.base.load import load_base
+from server.base.tokenizer import load_tokenizer
 from server.cli import app
 from server.evaluation import Contestant, Wording, evaluate
 from server.offline import GenerationFailed, OfflineEngine

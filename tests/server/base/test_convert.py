@@ -18,7 +18,8 @@ from server.base.convert import (
 )
 from server.base.digest import DIGEST_CACHE_FILE, compute_digest
 from server.base.fetch import FetchFailed
-from server.base.load import LoadedBase, load_base, load_tokenizer
+from server.base.load import LoadedBase, load_base
+from server.base.tokenizer import load_tokenizer
 
 BASE_DIR = Path(__file__).parents[3] / ".graftwork" / "base"
 
