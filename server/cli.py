@@ -63,6 +63,7 @@ from server.cli_options import (
     print_table,
     settings_from,
 )
+from server.engine.config import Batching
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def serve(
     train_workers: TrainWorkers = None,
     max_running: Annotated[int | None, option("max_running", "--max-running")] = None,
     kv_mib: Annotated[int | None, option("kv_mib", "--kv-mib")] = None,
+    batching: Annotated[Batching | None, option("batching", "--batching")] = None,
     log_format: LogFormat = None,
     log_level: LogLevel = None,
     demo: Annotated[
@@ -142,6 +144,7 @@ def serve(
         train_workers=train_workers,
         max_running=max_running,
         kv_mib=kv_mib,
+        batching=batching,
         log_format=log_format,
         log_level=log_level,
     )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, DirectoryPath, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from server.engine.config import EngineConfig
+from server.engine.config import Batching, EngineConfig
 from server.jobs.config import WorkerConfig
 from server.limits import Count, Limits
 
@@ -97,6 +97,11 @@ class _OwnSettings(BaseSettings):
     )
     max_running: Count = Field(64, description="Sequences that decode together at most.")
     max_step_tokens: Count = Field(512, description="Tokens that one step computes at most.")
+    batching: Batching = Field(
+        "mixed",
+        description="What a step computes: mixed, rows of all adapters; per-adapter, those of one "
+        "adapter, in turns that are weighed by tokens.",
+    )
     kv_mib: Count = Field(
         1024, description="Memory for keys and values in MiB, adapters' prefixes included."
     )
@@ -234,6 +239,7 @@ class Settings(Limits, _OwnSettings):
                 "max_running",
                 "max_queued",
                 "max_step_tokens",
+                "batching",
                 "scale_slots",
                 "prefix_caching",
             )

@@ -6,6 +6,9 @@ Knows nothing of the environment: `server.settings` reads that and fills this in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Batching = Literal["mixed", "per-adapter"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class EngineConfig:
             the start of the sequence, so that a row's arithmetic never depends on its neighbours.
         prefill_tokens_beside: tokens of prompts that one step computes at most while a sequence
             decodes, so that a long prompt does not stall the streams; None sets no such bound.
+        batching: "mixed", where a step computes rows of all adapters, or "per-adapter", where it
+            computes those of one, which take turns by deficit round robin over tokens.
         block_size: tokens a KV block holds.
         kv_bytes: memory for KV blocks, adapters' prefixes included.
         adapter_kv_share: share of the KV blocks that adapters' prefixes may take.
@@ -55,6 +60,7 @@ class EngineConfig:
     max_step_tokens: int = 512
     prefill_chunk: int = 128
     prefill_tokens_beside: int | None = 128
+    batching: Batching = "mixed"
     block_size: int = 16
     kv_bytes: int = 1 << 30
     adapter_kv_share: float = 0.5

@@ -97,6 +97,7 @@ class Engine:
             num_scale_slots=config.scale_slots,
             prefix_caching=config.prefix_caching,
             prefill_tokens_beside=config.prefill_tokens_beside,
+            per_adapter=config.batching == "per-adapter",
         )
         self.scheduler = Scheduler(self.limits)
         expected = reference_logits(model, spec)

@@ -23,6 +23,10 @@ long prompt does not stall the streams. Adapters take turns in that share, those
 admission included: one chunk each, the oldest sequence of an adapter first. The oldest sequence of all
 then moves once a round instead of in every step, and keeps its blocks meanwhile.
 
+With `per_adapter` a step computes rows of one adapter only, by deficit round robin over tokens; the
+base counts as one. The rules hold within that adapter. While a sequence is preempted, the oldest one's
+adapter is served, so that it ends and gives back its blocks.
+
 A prompt's chunks end at multiples of `prefill_chunk` from the start of its own tokens. A step's token
 budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any company.
 """
@@ -36,6 +40,7 @@ from server.engine.adapter_slots import AdapterEntry, AdapterSlots, Residency
 from server.engine.blocks import BlockPool, blocks_for
 from server.engine.prefix_cache import NOTHING, PrefixCache
 from server.engine.request import AdapterRef, GenerationRequest
+from server.engine.round_robin import RoundRobin
 from server.engine.sequence import Sequence, SequenceState
 from server.engine.turns import Budget, Turns
 
@@ -57,6 +62,7 @@ class SchedulerLimits:
     num_scale_slots: int
     prefix_caching: bool = True
     prefill_tokens_beside: int | None = None
+    per_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,8 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self._turns = Turns()
+        # Worth a step of single tokens, so that adapters whose sequences decode serve a step each.
+        self._served_alone = RoundRobin(limits.max_running)
         self._oldest_waited = 0  # steps since the oldest sequence moved
 
     # --- what comes in ---------------------------------------------------------------------
@@ -306,12 +314,12 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step; blocks and slots it needs are taken when it returns."""
         plan = StepPlan()
-        budget = self._schedule_running(plan)
-        if not plan.preempted:
-            self._resume(plan, budget)
-            if not self._preempted:
-                self._admit(plan, budget)
-                self._start_preloads(plan)
+        if self.limits.per_adapter:
+            self._serve_one_adapter(plan)
+        else:
+            self._serve_all(plan)
+        if not self._preempted:
+            self._start_preloads(plan)
         plan.chunks.sort(key=_side_by_side)
         return plan
 
@@ -321,6 +329,50 @@ class Scheduler:
             chunk.sequence.num_computed += chunk.num_tokens
             if self.limits.prefix_caching and chunk.sequence.request is not None:
                 self.prefixes.note(chunk.sequence)
+
+    def _serve_all(self, plan: StepPlan) -> None:
+        budget = self._schedule_running(plan)
+        if not plan.preempted:
+            self._resume(plan, budget)
+            if not self._preempted:
+                self._admit(plan, budget)
+
+    def _serve_one_adapter(self, plan: StepPlan) -> None:
+        """Plan the adapter whose turn it is; who can do nothing now, while it is read, is passed by."""
+        by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
+        adapters = [_turn_of(sequence) for sequence in by_age + self._preempted]
+        order = self._served_alone.order([*adapters, *self._queues])
+        oldest = self._oldest()
+        if self._preempted and oldest is not None:
+            # Memory is short: the oldest sequence has to end for the others to come back.
+            order.insert(0, _turn_of(oldest))
+        for key in order:
+            self._serve(plan, key, [s for s in by_age if _turn_of(s) == key])
+            if plan.chunks:
+                self._served_alone.served(key, plan.num_tokens)
+                return
+
+    def _serve(self, plan: StepPlan, key: str | None, running: list[Sequence]) -> None:
+        """Plan one adapter's sequences, the oldest first, then single tokens, then who may join."""
+        decodes = [s for s in running if self._is_decode(s)]
+        budget = self._budget(decodes)
+        first = [s for s in running if s.request is not None][:1]
+        rest = [s for s in running if not self._is_decode(s)]
+        for sequence in first + [s for s in decodes + rest if s not in first]:
+            self._continue(plan, sequence, budget)
+        if plan.preempted:
+            return
+        while self._preempted and _turn_of(self._preempted[0]) == key:
+            if not self._resume_first(plan, budget):
+                return
+        while not self._preempted and key in self._queues and key in self._admissible():
+            if not self._admit_from(plan, key, budget):
+                return
+
+    def _budget(self, decodes: list[Sequence]) -> Budget:
+        most, beside = self.limits.max_step_tokens, self.limits.prefill_tokens_beside
+        shared = beside is not None and any(s.request is not None for s in decodes)
+        return Budget(most, beside if shared and beside is not None else most)
 
     def _schedule_running(self, plan: StepPlan) -> Budget:
         """Plan what is under way; returns what is left of the step.
@@ -333,10 +385,8 @@ class Scheduler:
         decodes = [s for s in by_age if self._is_decode(s)]
         prompts = [s for s in by_age if not self._is_decode(s)]
         oldest = self._oldest()
-        beside = self.limits.prefill_tokens_beside
-        shared = beside is not None and any(s.request is not None for s in decodes)
-        most = self.limits.max_step_tokens
-        budget = Budget(most, beside if shared and beside is not None else most)
+        budget = self._budget(decodes)
+        shared = budget.prompt_tokens < budget.tokens
         first = oldest
         if oldest is not None and shared and not self._is_decode(oldest) and not self._is_overdue():
             first = None

@@ -279,6 +279,13 @@ class Simulation:
             self.oldest_waits += 1
         # Where prompts share a part of the step it moves once in a round of their adapters.
         most = 0 if limits.prefill_tokens_beside is None else limits.max_running
+        if limits.per_adapter:
+            users = {s.fold_digest or s.adapter_digest for s in planned}
+            assert len(users) <= 1, "rows of several adapters in one step"
+            keys = {
+                s.adapter_digest for s in self.live.values()
+            } | self.scheduler.slots.entries.keys()
+            most = (len(keys) + 1) * (limits.max_step_tokens // limits.max_running + 2)
         assert self.oldest_waits <= most, "the oldest sequence did not move"
 
     def _any_decodes(self) -> bool:
@@ -288,7 +295,7 @@ class Simulation:
     def _check_prompts(self, plan: StepPlan, decodes: bool) -> None:
         """Beside sequences that decode, prompts get their share of the step and no more."""
         beside = self.limits.prefill_tokens_beside
-        if decodes and beside is not None:
+        if decodes and beside is not None and not self.limits.per_adapter:
             sizes = [chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1]
             assert sum(sizes) <= beside, "prompts took more than their share of the step"
 

@@ -217,6 +217,20 @@ def test_logprobs_of_a_preempted_prompt_are_whole(refs, start):
         assert numbers[0] == pytest.approx(numbers[1], abs=1e-3)
 
 
+POLICIES = {
+    "one adapter a step": {"batching": "per-adapter"},
+    "one adapter a step, and little KV": {"batching": "per-adapter", "kv_bytes": kv_bytes(60)},
+    "one chunk beside streams": {"prefill_tokens_beside": 16},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_gives_the_tokens_of_the_request_alone(refs, solo, start, policy):
+    engine = start(**POLICIES[policy])
+    check(run(engine, mixed_load(refs, 39)), solo)
+    assert (engine.scheduler.num_preemptions > 0) == ("kv_bytes" in POLICIES[policy])
+
+
 TOO_SMALL = {
     "one at a time": {"adapter_kv_share": 0.02, "scale_slots": 1},
     "host memory for one": {"host_bytes": 1},

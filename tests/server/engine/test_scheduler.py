@@ -44,6 +44,9 @@ TIGHT = [
     replace(LIMITS, max_running=6, max_step_tokens=30, prefill_tokens_beside=8),
     replace(LIMITS, num_blocks=9, max_step_tokens=20, prefill_tokens_beside=11),
     replace(LIMITS, prefill_chunk=4, num_blocks=30, max_step_tokens=30, prefill_tokens_beside=4),
+    replace(LIMITS, per_adapter=True),
+    replace(LIMITS, num_blocks=9, per_adapter=True, prefill_tokens_beside=8),
+    replace(LIMITS, num_blocks=30, max_running=6, max_step_tokens=30, per_adapter=True),
 ]
 # Never fits: more blocks than adapters may hold.
 TOO_LARGE = kv_adapter("huge", 30)
@@ -118,8 +121,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Nothing new comes and every load ends: everything ends, in steps bounded by the work."""
         self.sim.auto_load = True
         work = sum(s.num_tokens + s.request.sampling.max_new_tokens for s in self.sim.live.values())
-        # A token a step at worst, each request alone, with a load and a fold before it.
-        self.sim.run(max_steps=50 + work + 20 * len(self.sim.live))
+        # A token a step at worst, each request alone, with a load and a fold before it; where an
+        # adapter has the step to itself, each waits for the turns of all.
+        turns = len(ADAPTERS) if self.sim.limits.per_adapter else 1
+        self.sim.run(max_steps=turns * (50 + work + 20 * len(self.sim.live)))
         assert not self.sim.live
         scheduler = self.sim.scheduler
         scheduler.check_integrity()
@@ -384,6 +389,35 @@ def test_a_long_prompt_moves_every_second_step_beside_a_crowd_of_short_ones():
         sim.add(crowd, num_prompt=8, max_new_tokens=1)
         sim.step()
     assert sim.live[long].num_computed - before == 6 * 8
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_adapters_that_have_the_step_to_themselves_take_turns(rows):
+    sim = roomy(max_running=12, max_step_tokens=64, per_adapter=True)
+    names = [None, *(kv_adapter(name) for name in "abc")]
+    ids = {sim.add(a, num_prompt=1, max_new_tokens=40): a for a in names for _ in range(rows)}
+    for _ in range(12):
+        sim.step()
+    before = {request_id: len(sim.emitted[request_id]) for request_id in ids}
+    served = [{c.sequence.adapter_digest for c in sim.step().chunks} for _ in range(40)]
+    assert all(len(adapters) == 1 for adapters in served)
+    assert {len(sim.emitted[r]) - before[r] for r in ids} == {10}
+
+
+def test_an_adapter_with_long_prompts_gets_its_share_of_tokens_and_not_of_steps():
+    sim = roomy(max_running=4, max_step_tokens=32, per_adapter=True)
+    stream = sim.add(num_prompt=1, max_new_tokens=200)
+    long = kv_adapter("long")
+    sim.scheduler.preload(long)
+    sim.step()
+    sim.step()
+    for _ in range(9):
+        sim.add(long, num_prompt=64, max_new_tokens=1)
+    before = len(sim.emitted[stream])
+    sizes = [sum(prompt_sizes(sim.step()).values()) for _ in range(40)]
+    # A step of three chunks is paid for by six turns of four tokens.
+    assert [size for size in sizes if size] == [24] * 6
+    assert len(sim.emitted[stream]) - before == 34
 
 
 def test_a_load_that_fails_ends_its_own_requests_only():
