@@ -46,6 +46,7 @@ from server.api.watched import Watched
 from server.base.convert import read_manifest
 from server.data_dir import sweep_folds
 from server.engine.client import EngineClient
+from server.engine.process_memory import give_back_free_memory
 from server.folder_watch import FolderWatch
 from server.generation import Generator
 from server.jobs.store import JobStore
@@ -347,3 +348,5 @@ async def _collect_for_ever(services: Services, seconds: float) -> None:
             continue
         if removed:
             log.info("adapters_removed", digests=removed)
+        # What a burst of requests took; the allocator would keep it.
+        await anyio.to_thread.run_sync(give_back_free_memory)
