@@ -49,6 +49,12 @@ def test_the_engine_gets_bytes_and_paths(tmp_path):
     assert config.threads == 2
 
 
+def test_the_engine_gets_the_batching(tmp_path, monkeypatch):
+    assert Settings(data_dir=tmp_path).engine_config().batching == "mixed"
+    monkeypatch.setenv("GRAFTWORK_BATCHING", "per-adapter")
+    assert Settings(data_dir=tmp_path).engine_config().batching == "per-adapter"
+
+
 def test_a_base_is_named_after_its_place(tmp_path):
     directory = tmp_path / "Tiny base ä"
     directory.mkdir()
