@@ -78,6 +78,7 @@ async def _nothing(_services: Services) -> None:
 def create_app(
     settings: Settings,
     *,
+    client: EngineClient | None = None,
     on_ready: Hook = _nothing,
     on_failure: Hook = _nothing,
     collect_seconds: float = COLLECT_SECONDS,
@@ -86,6 +87,7 @@ def create_app(
 
     Args:
         settings: what it is started with.
+        client: an engine of these settings, launched already; None makes one.
         on_ready: awaited once the engine is up and requests are taken.
         on_failure: awaited when the engine did not start; `Services.failure` has the reason.
         collect_seconds: how often what was deleted is taken off the disk.
@@ -93,7 +95,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = await anyio.to_thread.run_sync(open_services, settings)
+        services = await anyio.to_thread.run_sync(open_services, settings, client)
         services.tracing = await anyio.to_thread.run_sync(open_tracing)
         app.state.services = services
         watch = FolderWatch(services)
@@ -161,7 +163,7 @@ def create_app(
     return app
 
 
-def open_services(settings: Settings) -> Services:
+def open_services(settings: Settings, client: EngineClient | None = None) -> Services:
     """The registry and the jobs, swept; an engine and a supervisor that are not started yet."""
     base_id = base_name(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -186,7 +188,7 @@ def open_services(settings: Settings) -> Services:
     supervisor = Supervisor(
         jobs, registry, settings.worker_config(base_id), workers=settings.train_workers
     )
-    client = EngineClient(settings.engine_config())
+    client = client or EngineClient(settings.engine_config())
     metrics = Metrics(settings.metrics_adapters)
     client.on_residency = metrics.adapter_moved
     return Services(

@@ -200,15 +200,19 @@ def main() -> None:
 
 def _serve(settings: Settings, *, with_demo: bool) -> int:
     """Run until a signal; the exit status."""
-    from server.api.services import Services
-    from server.app import create_app
+    from server.engine.client import EngineClient
     from server.logs import configure
-    from server.serving import GraftworkServer
 
     configure(settings.log_format, settings.log_level)
     _require_data_dir(settings)
     bound = _bind(settings)
     port = bound.getsockname()[1]
+    client = EngineClient(settings.engine_config())
+    client.launch()
+    # These take as long to import as the engine does.
+    from server.api.services import Services
+    from server.app import create_app
+    from server.serving import GraftworkServer
 
     async def on_ready(services: Services) -> None:
         if with_demo:
@@ -219,7 +223,7 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
         err.print(f"[red]graftwork:[/red] {services.failure}", highlight=False)
         server.should_exit = True
 
-    app = create_app(settings, on_ready=on_ready, on_failure=on_failure)
+    app = create_app(settings, client=client, on_ready=on_ready, on_failure=on_failure)
     server = GraftworkServer(app, settings)
     server.run(sockets=[bound])
     failed = server.services is None or server.services.failure is not None

@@ -148,24 +148,31 @@ class EngineClient:
         # A sign of life comes every second; a long step takes less than `silence_seconds`.
         self._tick_seconds = min(1.0, config.silence_seconds / 4)
         self._silent_ticks = 0
+        self._launched_at = 0.0
         self._start_seconds = 0.0
         self._served_since = 0.0
         self._tries = 0
         self._watching: asyncio.Task[None] | None = None
         self._restarting: asyncio.Task[None] | None = None
 
+    def launch(self) -> RunningEngine:
+        """Spawn the process, so that it gets ready while the caller does something else."""
+        if self._engine is None:
+            self._launched_at = time.monotonic()
+            self._engine = RunningEngine(self.config)
+        return self._engine
+
     async def start(self) -> None:
-        """Spawn the process and wait until it serves.
+        """Spawn the process, unless `launch` did, and wait until it serves.
 
         Raises:
             EngineStartFailed: with the reason that the process gave.
         """
-        began = time.monotonic()
-        engine = self._engine = RunningEngine(self.config)
+        engine = self.launch()
         first = await asyncio.to_thread(engine.first_message)
         if isinstance(first, StartFailed):
             raise EngineStartFailed(first.kind, first.message)
-        self._start_seconds = time.monotonic() - began
+        self._start_seconds = time.monotonic() - self._launched_at
         self.base = BaseModelSpec.from_dict(first.base)
         self.base_name = first.base_name
         self.notes = first.notes
