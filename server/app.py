@@ -248,9 +248,11 @@ async def close_services(services: Services) -> None:
     services.generator = None
     gc.unfreeze()
     if services.supervisor is not None:
-        seconds = min(STOP_SECONDS, services.settings.shutdown_seconds)
+        seconds = float(min(STOP_SECONDS, services.settings.shutdown_seconds))
+        if services.draining.hurried:
+            seconds = 0.0
         await anyio.to_thread.run_sync(services.supervisor.stop, seconds)
-    await services.client.stop()
+    await services.client.stop(0.0 if services.draining.hurried else None)
     if services.tracing is not None:
         await anyio.to_thread.run_sync(services.tracing.close)
     if services.jobs is not None:

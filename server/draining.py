@@ -16,12 +16,14 @@ class Draining:
     Attributes:
         asked: a client began a drain, and may end it.
         going: a signal came; that is not taken back.
+        hurried: a second signal came: nothing is waited for any more.
         running: requests that a drain waits for.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.going = False
+        self.hurried = False
         self.running = 0
 
     @property

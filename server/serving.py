@@ -2,7 +2,8 @@
 
 The first SIGTERM or SIGINT begins a drain: the socket goes on accepting, so that probes and new
 requests hear a 503 in words. Once nothing runs, or after `shutdown_seconds`, what still runs is
-told that it ends, and the process ends with status 0. The second signal ends the wait.
+told that it ends, and the process ends with status 0. The second signal ends the wait: what runs is told
+so, then the engine and the training jobs are killed; a job goes on from its last checkpoint next time.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class GraftworkServer(uvicorn.Server):
             self.should_exit = True
         else:
             services.draining.going = True
+            services.draining.hurried = self._num_signals > 1
 
     async def on_tick(self, counter: int) -> bool:
         """As uvicorn's, ten times a second; begin what a signal asked for."""
@@ -71,11 +73,11 @@ class GraftworkServer(uvicorn.Server):
     async def _end(self, services: Services) -> None:
         log.info("draining", running=services.draining.running)
         waiting = asyncio.create_task(services.draining.idle(self._seconds))
-        while not waiting.done() and self._num_signals == 1:
+        while not waiting.done() and not services.draining.hurried:
             await asyncio.wait((waiting,), timeout=0.1)
         waiting.cancel()
         if services.draining.running:
             # Streams and replies hear "aborted", each in the words of its own protocol.
-            await services.client.stop()
+            await services.client.stop(0.0 if services.draining.hurried else None)
             await services.draining.idle(_LAST_WORDS_SECONDS)
         self.should_exit = True

@@ -203,7 +203,7 @@ class _OwnSettings(BaseSettings):
     @property
     def is_local(self) -> bool:
         """Whether only this machine itself can reach the server."""
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def base_id(self) -> str:
@@ -271,7 +271,7 @@ class Settings(Limits, _OwnSettings):
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own; a name is not looked up."""
     try:
         return ipaddress.ip_address(host).is_loopback

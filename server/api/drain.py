@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.adapter_choice import only_query
 from server.api.errors import reply_to
 from server.api.services import Services, UseServices
-from server.errors import NotReady
+from server.errors import NotReady, ScopeMissing
+from server.settings import is_loopback
 
 router = APIRouter(tags=["operations"])
 MAX_SECONDS = 3600
@@ -58,6 +59,7 @@ async def drain(
     `status` is `drained` once nothing runs, else `draining`.
     """
     only_query(request, "seconds")
+    _require_operator(request, services)
     services.draining.asked = True
     wait = services.settings.shutdown_seconds if seconds is None else seconds
     await services.draining.idle(wait)
@@ -68,8 +70,20 @@ async def drain(
 async def undrain(request: Request, services: UseServices) -> dict[str, Any]:
     """Ends what `POST /drain` began; a signal is not taken back."""
     only_query(request)
+    _require_operator(request, services)
     services.draining.asked = False
     return _status(services)
+
+
+def _require_operator(request: Request, services: Services) -> None:
+    """Where no keys are asked for, whoever reaches the server could stop it: only this machine may."""
+    if services.keys is not None or request.client is None:
+        return
+    if not is_loopback(request.client.host):
+        raise ScopeMissing(
+            "scope admin is missing: a server without keys is drained from a loopback address only, "
+            f"this came from {request.client.host}"
+        )
 
 
 def _status(services: Services) -> dict[str, Any]:

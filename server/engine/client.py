@@ -180,8 +180,12 @@ class EngineClient:
         self._serve(engine)
         self._watching = asyncio.create_task(self._watch())
 
-    async def stop(self) -> None:
-        """End the process; requests in flight fail with code "aborted"."""
+    async def stop(self, seconds: float | None = None) -> None:
+        """End the process; requests in flight fail with code "aborted".
+
+        Args:
+            seconds: what it is given to end by itself; None leaves it time for a long step.
+        """
         # Before the process is told: its end would look like a crash to who waits.
         self._fail_all("aborted", "the server is stopping")
         self._has_served = False
@@ -192,7 +196,7 @@ class EngineClient:
         await asyncio.gather(*tasks, return_exceptions=True)
         engine, self._engine = self._engine, None
         if engine is not None:
-            await asyncio.to_thread(engine.close, _STOP_SECONDS)
+            await asyncio.to_thread(engine.close, _STOP_SECONDS if seconds is None else seconds)
 
     @property
     def alive(self) -> bool:

@@ -49,7 +49,7 @@ def assert_empty(engine):
     for book in (
         engine._held,
         engine._submitted_at,
-        engine._queue_seconds,
+        engine._started,
         engine._prompt_logprobs,
         engine._fold_rows,
         engine._guides._guides,
