@@ -15,7 +15,7 @@ def main() -> None:
         from server.cli import app
     except ImportError as error:
         sys.stderr.write(f"graftwork: {error}\n")
-        from server.cli_doctor import broken_installation
+        from server.doctor.telling import broken_installation
 
         broken_installation()
         sys.exit(1)

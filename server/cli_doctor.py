@@ -1,19 +1,12 @@
-"""`graftwork doctor`: prints what `server.doctor` found.
-
-Importable where our other packages are hidden or the dependencies are wrong: that is when it is needed.
-"""
+"""`graftwork doctor`: what would be checked, from its options."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from server.cli_options import (
     AsJson,
@@ -27,9 +20,7 @@ from server.cli_options import (
     option,
 )
 from server.doctor import Finding, check_installation, examine, read_settings
-
-EXIT_FOUND_FAILURE = 1
-_COLOURS = {"ok": "green", "warning": "yellow", "fail": "red"}
+from server.doctor.telling import show_all
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -74,29 +65,7 @@ def doctor(
         "url": url,
     }
     known = {name: value for name, value in given.items() if value is not None}
-    raise typer.Exit(_show_all(_findings(known, deep=deep), as_json=as_json))
-
-
-def broken_installation() -> int:
-    """Say why the rest of the command line cannot be imported; the exit status."""
-    findings = (finding for group in check_installation() for finding in group)
-    return _show_all(findings, as_json=False)
-
-
-def _show_all(findings: Iterator[Finding], *, as_json: bool) -> int:
-    """Print findings as they come; 1 if one of them is a failure."""
-    found: list[Finding] = []
-    for finding in findings:
-        found.append(finding)
-        if not as_json:
-            _show(finding)
-    failed = sum(one.status == "fail" for one in found)
-    if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found], ensure_ascii=False))
-    else:
-        warned = sum(one.status == "warning" for one in found)
-        typer.echo(f"{len(found)} checks, {warned} warnings, {failed} failed")
-    return EXIT_FOUND_FAILURE if failed else 0
+    raise typer.Exit(show_all(_findings(known, deep=deep), as_json=as_json))
 
 
 def _findings(given: dict[str, str | int | Path], *, deep: bool) -> Iterator[Finding]:
@@ -107,13 +76,3 @@ def _findings(given: dict[str, str | int | Path], *, deep: bool) -> Iterator[Fin
     if settings is not None:
         for group in examine(settings, settings.url, deep=deep):
             yield from group
-
-
-def _show(finding: Finding) -> None:
-    colour = _COLOURS[finding.status]
-    console = Console()
-    mark = f"[{colour}]{finding.status:<7}[/{colour}]"
-    line = f"{mark}  {finding.check:<14}  {escape(finding.message)}"
-    console.print(line, highlight=False, soft_wrap=True)
-    if finding.hint is not None:
-        console.print(f"{'':25}{escape(finding.hint)}", highlight=False, soft_wrap=True)

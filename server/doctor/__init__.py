@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from server.doctor import environment
 from server.doctor.finding import Finding, Status, guarded
-from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.settings import Settings
 
 __all__ = ["Finding", "Status", "check_installation", "examine", "read_settings"]
 
@@ -32,6 +35,9 @@ def read_settings(
     given: Mapping[str, object],
 ) -> tuple[Settings | None, list[Finding]]:
     """The settings, options before the environment; findings where they cannot be read."""
+    # Not above: where our other packages are hidden it cannot be imported.
+    from server.settings import Settings
+
     known = list(Settings.model_fields)
     findings = guarded("settings", lambda: environment.check_variables(os.environ, known))
     try:

@@ -314,6 +314,8 @@ def requests(client, example) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for end in ("events", "checkpoints"):
         yield plain("GET", f"{one}/{end}", f"{jobs}/{job}/{end}")
     yield plain("POST", f"{one}/cancel", f"{jobs}/{job}/cancel")
+    yield plain("POST", "/drain", "/drain?seconds=0")
+    yield plain("DELETE", "/drain")
 
 
 def undocumented(value: Any, where: str = "") -> list[str]:

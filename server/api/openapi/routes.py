@@ -90,6 +90,7 @@ _GENERATED: tuple[Kind, ...] = (
     ours.TooLong,
     ours.QuotaExceeded,
     engine.EngineOverloaded,
+    engine.AdapterOverloaded,
     engine.EngineUnavailable,
     *FAILED,
 )

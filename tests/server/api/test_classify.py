@@ -89,16 +89,23 @@ def test_scores_are_those_of_peft(server, with_eos, oracle, adapter, separator, 
         assert got["scores"] == pytest.approx(shares, abs=TOLERANCE)
 
 
+def near(one, other):
+    """The same but for rounding: a beginning that was in the cache is not computed again."""
+    return one["label"] == other["label"] and all(
+        one[part] == pytest.approx(other[part], rel=1e-5) for part in ("scores", "logprobs")
+    )
+
+
 def test_a_row_is_the_text_of_the_stored_template(server, with_eos):
     rows = [{"a": "the tweet", "b": 5}, {"a": "late </s>", "b": True}]
     texts = ["the tweet and 5 :", "late </s> and true :"]
     by_row = server.post("/classify?adapter=ranked", json={"rows": rows}).json()
     by_text = server.post("/classify?adapter=ranked", json={"inputs": texts}).json()
-    assert by_row[0] == by_text[0]
+    assert near(by_row[0], by_text[0])
     # Inside a row the name of a special token is plain text.
     assert by_row[1] != by_text[1]
     one = server.post("/classify?adapter=ranked", json={"row": rows[0]}).json()
-    assert one == by_row[0]
+    assert near(one, by_row[0])
     assert list(one["scores"]) == ["complaint", "no complaint"]
 
 

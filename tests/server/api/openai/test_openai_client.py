@@ -48,7 +48,7 @@ def test_a_completion_with_every_field(chatting, client):
     )
     want = complete(chatting, model="complaints", prompt=["the tweet", "Label"], **fields).json()
     assert near([choice.model_dump() for choice in made.choices], want["choices"])
-    assert made.usage.model_dump(exclude_none=True) == want["usage"]
+    assert counted(made.usage.model_dump(exclude_none=True)) == counted(want["usage"])
     assert made.object == "text_completion"
     assert made.system_fingerprint == want["system_fingerprint"]
 
@@ -86,7 +86,7 @@ def test_a_chat_completion_with_every_field(chatting, client):
         assert choice.message.content == wanted["message"]["content"]
         assert choice.finish_reason == wanted["finish_reason"]
         assert near(choice.logprobs.model_dump(), wanted["logprobs"])
-    assert made.usage.model_dump(exclude_none=True) == want["usage"]
+    assert counted(made.usage.model_dump(exclude_none=True)) == counted(want["usage"])
 
 
 def test_headers_say_who_answered(client):
@@ -99,6 +99,11 @@ def test_headers_say_who_answered(client):
     assert raw.parse()._request_id == raw.headers["x-request-id"]
 
 
+def counted(usage):
+    """Without what depends on who asked before: the prompt's tokens that were in the cache."""
+    return {key: value for key, value in usage.items() if key != "prompt_tokens_details"}
+
+
 def test_streams(client):
     asked = {"model": "complaints", "max_tokens": 20, "temperature": 0}
     whole = client.completions.create(prompt="the tweet", **asked)
@@ -107,7 +112,7 @@ def test_streams(client):
         client.completions.create(prompt="the tweet", **asked, stream=True, stream_options=options)
     )
     assert "".join(part.choices[0].text for part in parts[:-1]) == whole.choices[0].text
-    assert parts[-1].usage == whole.usage
+    assert counted(parts[-1].usage.model_dump()) == counted(whole.usage.model_dump())
     text = client.chat.completions.create(messages=USER, **asked).choices[0].message.content
     with client.chat.completions.stream(messages=USER, stop=text[9:12], **asked) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]
