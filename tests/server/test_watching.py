@@ -59,7 +59,9 @@ class Recorder:
 @pytest.fixture(scope="module")
 def settings(tiny_base, tmp_path_factory):
     home = tmp_path_factory.mktemp("watched")
-    return make_settings(tiny_base, home / "data", max_running=2, max_queued=2, max_queued_per_adapter=4)
+    return make_settings(
+        tiny_base, home / "data", max_running=2, max_queued=2, max_queued_per_adapter=4
+    )
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
