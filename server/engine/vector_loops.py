@@ -12,6 +12,7 @@ and widened once.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +114,6 @@ def _dots_of(builder: Any, arguments: Any, element: Any, heads: int, keys: int) 
         builder.store(total, builder.inttoptr(at, total.type.as_pointer()), align=4)
 
 
-def _dots(heads: int, keys: int) -> Any:
-    @intrinsic
-    def dots(
-        typing_context: Any, query: Any, query_bytes: Any, key: Any, key_bytes: Any, length: Any,
-        scores: Any, score_bytes: Any, like: Any,
-    ) -> Any:  # fmt: skip
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _dots_of(builder, arguments[:7], like.dtype, heads, keys)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7, like), generate
-
-    return dots
-
-
 def _add_columns(builder: Any, arguments: Any, element: Any, heads: int, tile: int) -> None:
     """sums[h, 0:tile * LANES] += weights[h] @ values[:, 0:tile * LANES]."""
     weights, weight_bytes, values, row_bytes, count, sums, sum_bytes = arguments
@@ -153,107 +139,68 @@ def _add_columns(builder: Any, arguments: Any, element: Any, heads: int, tile: i
         store(builder, value, at, types.float32)
 
 
-def _weighted_sums(heads: int, tile: int) -> Any:
+def _loop_for(write: Callable[..., None], heads: int, tile: int) -> Any:
+    """`_dots_of` or `_add_columns` for so many heads, as an intrinsic."""
+
     @intrinsic
-    def weighted_sums(
-        typing_context: Any, weights: Any, weight_bytes: Any, values: Any, row_bytes: Any,
-        count: Any, sums: Any, sum_bytes: Any, like: Any,
+    def loop(
+        typing_context: Any, given: Any, given_bytes: Any, read: Any, read_bytes: Any, length: Any,
+        out: Any, out_bytes: Any, like: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _add_columns(builder, arguments[:7], like.dtype, heads, tile)
+            write(builder, arguments[:7], like.dtype, heads, tile)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, like), generate
 
-    return weighted_sums
+    return loop
 
 
-_dots_1_1, _dots_2_1, _dots_3_1, _dots_4_1 = (_dots(heads, 1) for heads in (1, 2, 3, 4))
-_dots_1_4, _dots_2_4, _dots_3_4, _dots_4_4 = (_dots(heads, KEYS) for heads in (1, 2, 3, 4))
-_sums_1_1, _sums_2_1, _sums_3_1, _sums_4_1 = (_weighted_sums(heads, 1) for heads in (1, 2, 3, 4))
-_sums_1_4, _sums_2_4, _sums_3_4, _sums_4_4 = (
-    _weighted_sums(heads, _WIDE) for heads in (1, 2, 3, 4)
-)
+def _by_heads(write: Callable[..., None], tile: int) -> Any:
+    """The same for 1 to HEADS heads, whose number is its first argument."""
+    one, two, three, four = (_loop_for(write, heads, tile) for heads in range(1, HEADS + 1))
+
+    @njit
+    def loop(
+        heads: Any, given: Any, given_bytes: Any, read: Any, read_bytes: Any, length: Any, out: Any,
+        out_bytes: Any, like: Any,
+    ) -> None:  # fmt: skip
+        if heads == 4:
+            four(given, given_bytes, read, read_bytes, length, out, out_bytes, like)
+        elif heads == 3:
+            three(given, given_bytes, read, read_bytes, length, out, out_bytes, like)
+        elif heads == 2:
+            two(given, given_bytes, read, read_bytes, length, out, out_bytes, like)
+        else:
+            one(given, given_bytes, read, read_bytes, length, out, out_bytes, like)
+
+    return loop
 
 
-@njit
-def dots(
-    heads: Any, query: Any, query_bytes: Any, key: Any, key_bytes: Any, length: Any, scores: Any,
-    score_bytes: Any, like: Any,
-) -> None:  # fmt: skip
-    """Scores of 1 to HEADS heads against one key.
+# Scores of 1 to HEADS heads against one key, or against KEYS keys whose scores lie side by side.
+# Arguments: number of heads; addresses of the queries (float32), the keys and the scores (float32),
+# after each of them the bytes from head to head (keys: from key to key), and before the scores the
+# length of a query; an array of the keys' type.
+dots = _by_heads(_dots_of, 1)
+dots_of_keys = _by_heads(_dots_of, KEYS)
 
-    Args:
-        heads: how many.
-        query, key, scores: addresses; float32, like `like`, float32.
-        query_bytes, score_bytes: from head to head. key_bytes: from key to key.
-        length: of a query and a key.
-        like: an array of the keys' type.
-    """
-    if heads == 4:
-        _dots_4_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
-    elif heads == 3:
-        _dots_3_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
-    elif heads == 2:
-        _dots_2_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
-    else:
-        _dots_1_1(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
+# sums += weights @ values for 1 to HEADS heads and the first LANES, or WIDE, columns. Arguments: number
+# of heads; addresses of the weights (float32), the values and the sums (float32), after each of them the
+# bytes from head to head (values: from row to row), and before the sums the number of rows, at least
+# one; an array of the values' type.
+weighted_sums = _by_heads(_add_columns, 1)
+weighted_sums_wide = _by_heads(_add_columns, _WIDE)
 
 
-@njit
-def dots_of_keys(
-    heads: Any, query: Any, query_bytes: Any, key: Any, key_bytes: Any, length: Any, scores: Any,
-    score_bytes: Any, like: Any,
-) -> None:  # fmt: skip
-    """As `dots`, against KEYS keys; their scores lie side by side."""
-    if heads == 4:
-        _dots_4_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
-    elif heads == 3:
-        _dots_3_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
-    elif heads == 2:
-        _dots_2_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
-    else:
-        _dots_1_4(query, query_bytes, key, key_bytes, length, scores, score_bytes, like)
-
-
-@njit
-def weighted_sums(
-    heads: Any, weights: Any, weight_bytes: Any, values: Any, row_bytes: Any, count: Any, sums: Any,
-    sum_bytes: Any, like: Any,
-) -> None:  # fmt: skip
-    """sums += weights @ values for 1 to HEADS heads and the first LANES columns.
-
-    Args:
-        heads: how many.
-        weights, values, sums: addresses; float32, like `like`, float32.
-        weight_bytes, sum_bytes: from head to head. row_bytes: from one row of values to the next.
-        count: rows, at least one.
-        like: an array of the values' type.
-    """
-    if heads == 4:
-        _sums_4_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
-    elif heads == 3:
-        _sums_3_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
-    elif heads == 2:
-        _sums_2_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
-    else:
-        _sums_1_1(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
-
-
-@njit
-def weighted_sums_wide(
-    heads: Any, weights: Any, weight_bytes: Any, values: Any, row_bytes: Any, count: Any, sums: Any,
-    sum_bytes: Any, like: Any,
-) -> None:  # fmt: skip
-    """As `weighted_sums`, for the first WIDE columns."""
-    if heads == 4:
-        _sums_4_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
-    elif heads == 3:
-        _sums_3_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
-    elif heads == 2:
-        _sums_2_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
-    else:
-        _sums_1_4(weights, weight_bytes, values, row_bytes, count, sums, sum_bytes, like)
+def _largest_of(builder: Any, x_at: Any, number: Any) -> Any:
+    """The largest of float32 at an address; NaN is passed over."""
+    loop = Loop(builder, number, LANES, [constant(float("-inf"))])
+    at = builder.add(x_at, builder.mul(loop.index, integer(4)))
+    each = load(builder, at, types.float32)
+    larger = builder.fcmp_ordered(">", each, loop.values[0])
+    best = builder.select(larger, each, loop.values[0])
+    loop.close([best])
+    return max_lane(builder, best)
 
 
 @intrinsic
@@ -269,12 +216,7 @@ def softmax(typing_context: Any, scores: Any, length: Any) -> Any:
         def at(loop: Loop) -> Any:
             return builder.add(scores_at, builder.mul(loop.index, integer(4)))
 
-        loop = Loop(builder, number, LANES, [constant(float("-inf"))])
-        each = load(builder, at(loop), types.float32)
-        larger = builder.fcmp_ordered(">", each, loop.values[0])
-        best = builder.select(larger, each, loop.values[0])
-        loop.close([best])
-        best = splat(builder, max_lane(builder, best))
+        best = splat(builder, _largest_of(builder, scores_at, number))
 
         loop = Loop(builder, number, LANES, [constant(0.0)])
         place = at(loop)
@@ -300,13 +242,7 @@ def largest(typing_context: Any, x: Any, length: Any) -> Any:
     """The largest of the `length` float32 at address `x`; NaN is passed over."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        loop = Loop(builder, arguments[1], LANES, [constant(float("-inf"))])
-        at = builder.add(arguments[0], builder.mul(loop.index, integer(4)))
-        each = load(builder, at, types.float32)
-        larger = builder.fcmp_ordered(">", each, loop.values[0])
-        best = builder.select(larger, each, loop.values[0])
-        loop.close([best])
-        return max_lane(builder, best)
+        return _largest_of(builder, *arguments)
 
     return types.float32(types.int64, types.int64), generate
 
