@@ -10,7 +10,7 @@ kv_cache         the block tensors
 attention        `attend`, and how a transformers model comes to call it
 decode_kernel    the CPU's fast path for single-token rows
 layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
-fused_layers     which layers of the base those take over
+layer_stack      the layers of Llama and its relatives, made of those
 vector_loops     the kernels' inner loops
 vector_ops       what those are made of
 openmp           torch's own threads

@@ -20,8 +20,8 @@ from server.engine.adapter_slots import AdapterEntry
 from server.engine.attention import AttentionPath, Rows
 from server.engine.blocks import blocks_for
 from server.engine.decode_kernel import DecodeKernel
-from server.engine.fused_layers import fuse_layers
 from server.engine.kv_cache import KVBlocks, StepCache
+from server.engine.layer_stack import LayerStack
 from server.engine.scales import ScaleTables
 from server.engine.scheduler import Chunk
 
@@ -83,10 +83,11 @@ class ModelRunner:
         if fast_kernels and DecodeKernel.fits(self.device, self.dtype, spec.head_dim):
             self._kernel = DecodeKernel(self._blocks)
         connect(model, self._path)
+        self._stack: LayerStack | None = None
         if fast_layers:
             layer_kernels.prepare(self.dtype)
             sampling_kernels.prepare(self.dtype)
-            fuse_layers(model, self._path)
+            self._stack = LayerStack.of(model, self._path, self._scales)
 
     def install(self, entry: AdapterEntry, form: ServingForm) -> None:
         """Fill the slot of an adapter with its serving form."""
@@ -134,14 +135,25 @@ class ModelRunner:
         self._plan_attention(rows, offsets, positions)
         counts = [row.num_logits for row in rows]
         keep = [np.arange(end - n, end) for n, end in zip(counts, offsets[1:], strict=True)]
+        given = (self._embed(rows), self._tensor(positions))
+        kept = self._tensor(np.concatenate(keep).astype(np.int64))
+        return list(torch.split(self._logits(*given, kept), counts))
+
+    def _logits(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, d), (T,) and the tokens (n,) that are wanted -> (n, V)."""
+        if self._stack is not None:
+            return self._stack.logits(embeddings, positions, keep)
         output = self._model(
-            inputs_embeds=self._embed(rows)[None],
-            position_ids=self._tensor(positions)[None],
+            inputs_embeds=embeddings[None],
+            position_ids=positions[None],
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=self._tensor(np.concatenate(keep).astype(np.int64)),
+            logits_to_keep=keep,
         )
-        return list(torch.split(output.logits[0], counts))
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     # --- packing ---------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class PackedLinear(nn.Module):
     Attributes:
         weight: the original, (out_features, in_features).
         bias: (out_features,) or None.
+        pack: the packed copy, of this layer or of several.
     """
 
     def __init__(self, linear: nn.Linear, pack: Pack, part: int) -> None:
@@ -41,12 +42,12 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
-        self._pack = pack
+        self.pack = pack
         self._part = part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features); rows need not be dense."""
-        return self._pack.part(self._part, x)
+        return self.pack.part(self._part, x)
 
 
 class Pack:
@@ -73,13 +74,19 @@ class Pack:
         if self._input is not x or index not in self._ready:
             if len(self._sizes) == 1:
                 return self._product(x)
-            parts = torch.split_with_sizes(self._product(x), self._sizes, dim=-1)
-            self._ready = dict(enumerate(parts))
+            self._ready = dict(enumerate(self.parts(x)))
             self._input = x
         out = self._ready.pop(index)
         if not self._ready:
             self._input = None
         return out
+
+    def parts(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The products of all layers with x (..., in_features)."""
+        product = self._product(x)
+        if len(self._sizes) == 1:
+            return (product,)
+        return torch.split_with_sizes(product, self._sizes, dim=-1)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape.numel() == 0:

@@ -3,7 +3,8 @@
 For every module that some resident adapter targets there is a table (num_slots + 1, width) for its
 input, its output, or both; row 0 is all ones. The base's modules stay as they are: forward hooks
 multiply the slice of tokens that uses scales, and no other. They are registered when a module is
-first targeted and return at once in a step in which no token uses scales.
+first targeted and return at once in a step in which no token uses scales. `layer_stack` calls no
+modules and asks for the same by name.
 
 Rejected: gathering a row of ones for every other token (half a step at 32 rows on two cores).
 """
@@ -97,26 +98,46 @@ class ScaleTables:
     def _hook(self, path: str, table: torch.Tensor, *, is_input: bool) -> None:
         module = self._modules[path]
 
-        def scale(tensor: torch.Tensor, *, in_place: bool) -> torch.Tensor:
-            # Multiply in float32 and round once, as PEFT's float32 vectors do on a bf16 base.
-            if self._fast and tensor.dim() == 3 and tensor.stride(-1) == 1:
-                return scale_rows(tensor, table, self._slots, in_place=in_place)
-            scaled = tensor if in_place else tensor.clone()
-            part = scaled[..., self._span, :]
-            part.copy_(part * table[self._rows])
-            return scaled
-
         def on_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if self._span is None:
-                return None
-            # Others may read this input too.
-            return (scale(args[0], in_place=False), *args[1:])
+            return (self._scaled(args[0], table), *args[1:]) if self.in_use else None
 
         def on_output(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
-            if self._span is not None:
-                scale(out, in_place=True)
+            if self.in_use:
+                self._scale(out, table)
 
         if is_input:
             module.register_forward_pre_hook(on_input)
         else:
             module.register_forward_hook(on_output)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a token of this step uses scales."""
+        return self._span is not None
+
+    def scaled_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        """x (..., T, in_features) of a module as its hook would make it: x itself, or a copy."""
+        table = self._inputs.get(path)
+        return x if table is None or not self.in_use else self._scaled(x, table)
+
+    def scale_output(self, path: str, out: torch.Tensor) -> None:
+        """What a module's hook would do to its output (..., T, out_features), in place."""
+        table = self._outputs.get(path)
+        if table is not None and self.in_use:
+            self._scale(out, table)
+
+    def _scaled(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        # Others may read this input too.
+        if self._fast and x.stride(-1) == 1:
+            return scale_rows(x, table, self._slots, in_place=False)
+        copy = x.clone()
+        self._scale(copy, table)
+        return copy
+
+    def _scale(self, x: torch.Tensor, table: torch.Tensor) -> None:
+        # Multiply in float32 and round once, as PEFT's float32 vectors do on a bf16 base.
+        if self._fast and x.stride(-1) == 1:
+            scale_rows(x, table, self._slots, in_place=True)
+            return
+        part = x[..., self._span, :]
+        part.copy_(part * table[self._rows])

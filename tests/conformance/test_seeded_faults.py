@@ -112,19 +112,13 @@ def test_positions_one_off_fail_the_grid(architecture, tmp_path, monkeypatch):
     shift: dict[str, list] = {}
     monkeypatch.setattr(model_runner.ModelRunner, "_embed", embed)
 
-    def off_by_one(model):
-        forward = model.forward
+    def off_by_one(self, embeddings, positions, keep):
+        off = torch.repeat_interleave(
+            torch.tensor(shift["now"], dtype=torch.long), torch.tensor(shift["sizes"])
+        )
+        return real_logits(self, embeddings, positions - off, keep)
 
-        def wrong(*args, position_ids, **kwargs):
-            if shift:
-                off = torch.repeat_interleave(
-                    torch.tensor(shift["now"], dtype=torch.long), torch.tensor(shift["sizes"])
-                )
-                position_ids = position_ids - off
-            return forward(*args, position_ids=position_ids, **kwargs)
-
-        model.forward = wrong
-
+    real_logits = model_runner.ModelRunner._logits
     if architecture == "bloom":
         real_positions = model_runner._positions
         monkeypatch.setattr(
@@ -138,9 +132,8 @@ def test_positions_one_off_fail_the_grid(architecture, tmp_path, monkeypatch):
     prompts = [prompt_ids(length) for length in PROMPT_LENGTHS]
     oracles = [ask(peft_model, prompt) for prompt in prompts]
     bases = [ask(tiny_model(architecture), prompt) for prompt in prompts]
-    model = tiny_model(architecture)
-    engine = tiny_engine(model, {"a": tmp_path})
-    off_by_one(model)
+    engine = tiny_engine(tiny_model(architecture), {"a": tmp_path})
+    monkeypatch.setattr(model_runner.ModelRunner, "_logits", off_by_one)
     try:
         with pytest.raises(AssertionError):
             compare(engine, adapter_ref("a", tmp_path, engine), prompts, oracles, bases)

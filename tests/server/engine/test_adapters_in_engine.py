@@ -372,10 +372,10 @@ class Fault:
 
 @pytest.fixture
 def faulty(folders):
-    """An engine and the fault in its model's forward pass."""
+    """An engine and the fault in its forward pass, which begins with the embeddings."""
     model, fault = tiny_model("llama"), Fault()
     engine = tiny_engine(model, folders)
-    model.register_forward_pre_hook(fault)
+    model.get_input_embeddings().register_forward_pre_hook(fault)
     yield engine, fault
     engine.close()
 

@@ -89,9 +89,9 @@ def test_what_was_taken_is_not_kept():
     _, packed = pair()
     (x,) = inputs(1)
     packed(x)
-    pack = packed.q_proj._pack
-    assert pack is packed.v_proj._pack
-    assert pack is not packed.o_proj._pack
+    pack = packed.q_proj.pack
+    assert pack is packed.v_proj.pack
+    assert pack is not packed.o_proj.pack
     assert pack._input is None
     assert not pack._ready
 
@@ -108,6 +108,6 @@ def test_layers_of_unequal_kind_are_packed_apart():
     module.k_proj = nn.Linear(32, 16, bias=True)
     module = module.bfloat16()
     assert pack_linears(module) == 4
-    packs = {id(getattr(module, name)._pack) for name in ("q_proj", "k_proj", "v_proj")}
+    packs = {id(getattr(module, name).pack) for name in ("q_proj", "k_proj", "v_proj")}
     assert len(packs) == 3
     assert type(module.k_proj) is PackedLinear
