@@ -33,6 +33,7 @@ class Rows:
         key_positions: (B, N * block_size) absolute position of each key; a slot without one holds
             a number above every position, so that no query sees it.
         masks: additive masks (B, 1, Tq, Tk) by window, filled on first use and shared by the layers.
+        tiled_masks: the same in the dtype of the queries, (B, 1, G * Tq, Tk) for G heads a KV head.
     """
 
     tokens: torch.Tensor
@@ -40,6 +41,7 @@ class Rows:
     block_ids: torch.Tensor
     key_positions: torch.Tensor
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    tiled_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
 
 class AttentionPath:
@@ -109,10 +111,12 @@ def attend_rows(
     # Query heads of one KV head become more queries of it: no copy of the keys.
     q = query.view(num_rows, num_queries, num_kv_heads, group, head_dim)
     q = q.permute(0, 2, 3, 1, 4)  # (B, H_kv, G, Tq, D)
-    mask = _mask(rows, window)
     if softcap is None and alibi_slopes is None:
         flat = q.reshape(num_rows, num_kv_heads, group * num_queries, head_dim)
-        tiled = mask.to(q.dtype).repeat(1, 1, group, 1) if group > 1 else mask.to(q.dtype)
+        tiled = rows.tiled_masks.get(window)
+        if tiled is None:
+            tiled = _mask(rows, window).to(q.dtype).repeat(1, 1, group, 1)
+            rows.tiled_masks[window] = tiled
         out = functional.scaled_dot_product_attention(flat, k, v, attn_mask=tiled, scale=scale)
         out = out.view(num_rows, num_kv_heads, group, num_queries, head_dim)
     else:
@@ -121,7 +125,7 @@ def attend_rows(
             scores = softcap * torch.tanh(scores / softcap)
         if alibi_slopes is not None:
             scores = scores + _alibi(rows, alibi_slopes, num_kv_heads)
-        weights = torch.softmax(scores + mask[:, :, None], dim=-1).to(v.dtype)
+        weights = torch.softmax(scores + _mask(rows, window)[:, :, None], dim=-1).to(v.dtype)
         out = torch.matmul(weights, v[:, :, None])
     return out.permute(0, 3, 1, 2, 4).reshape(num_rows, num_queries, num_heads, head_dim)
 

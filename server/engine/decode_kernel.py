@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -52,8 +53,12 @@ _FLAGS = {"contract", "reassoc", "nsz"}
     _QUERY, _NEW_KEYS, _NEW_VALUES, _OUT, _KEYS, _VALUES, _BLOCKS, _FIRST, _FILLED, _COUNTS,
     _POSITIONS, _TOKENS, _SLOPES, _SCALES, _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM, _MAX_BLOCKS,
     _BLOCK_SIZE, _TOKEN_STRIDE, _HEAD_STRIDE, _KEY_TOKEN_STRIDE, _KEY_HEAD_STRIDE,
-    _VALUE_TOKEN_STRIDE, _VALUE_HEAD_STRIDE, _WINDOW, _NEXT_JOB, _BENT, _TABLE_AT, _TABLE_SIZE,
-) = range(31)  # fmt: skip
+    _VALUE_TOKEN_STRIDE, _VALUE_HEAD_STRIDE, _WINDOW, _NEXT_JOB, _BENT, _TABLE_AT, _LINES,
+    _OWN_BLOCKS, _OWN_SLOTS, _WORK, _BLOCK_BYTES, _TABLE_SIZE,
+) = range(36)  # fmt: skip
+
+# What is done with a row, in `_WORK`: its key and value put in place, attention, or both at once.
+_PUT, _ATTEND, _BOTH = 1, 2, 3
 
 
 @njit(fastmath=_FLAGS)
@@ -67,12 +72,13 @@ def _visible(begin: Any, filled: Any, position: Any, window: Any) -> Any:
 @njit(fastmath=_FLAGS)
 def _row_of(table: Any, row: Any) -> Any:
     """One row's block ids, first positions and key counts, how many blocks, and its position."""
-    line, width = row * table[_MAX_BLOCKS] * 8, table[_MAX_BLOCKS]
+    number = carray(array_at(table[_LINES]), (table[_ROWS],), np.int64)[row]
+    line, width = number * table[_MAX_BLOCKS] * 8, table[_MAX_BLOCKS]
     blocks = carray(array_at(table[_BLOCKS] + line), (width,), np.int64)
     first = carray(array_at(table[_FIRST] + line), (width,), np.int64)
     filled = carray(array_at(table[_FILLED] + line), (width,), np.int64)
     position = carray(array_at(table[_POSITIONS]), (table[_ROWS],), np.int64)[row]
-    num_blocks = carray(array_at(table[_COUNTS]), (table[_ROWS],), np.int64)[row]
+    num_blocks = carray(array_at(table[_COUNTS] + number * 8), (1,), np.int64)[0]
     return blocks, first, filled, num_blocks, position
 
 
@@ -101,12 +107,12 @@ def _score_heads(table: Any, row: Any, head: Any, heads: Any, work: Any, like: A
     for index in range(num_blocks):
         skip, count = _visible(first[index], filled[index], position, table[_WINDOW])
         block_bytes = size * row_bytes
-        at_head = (blocks[index] * kv_heads + kv_head) * block_bytes
+        at_head = blocks[index] * table[_BLOCK_BYTES] + kv_head * block_bytes
         keys_at = table[_KEYS] + at_head
         # Blocks lie anywhere: the hardware does not foresee the next one.
         prefetch(table[_VALUES] + at_head, block_bytes)
         if index + 1 < num_blocks:
-            following = (blocks[index + 1] * kv_heads + kv_head) * block_bytes
+            following = blocks[index + 1] * table[_BLOCK_BYTES] + kv_head * block_bytes
             prefetch(table[_KEYS] + following, block_bytes)
         begin, slot = seen, skip
         while slot + KEYS <= count:
@@ -142,8 +148,8 @@ def _add_values(table: Any, row: Any, head: Any, heads: Any, work: Any, like: An
         number = count - skip
         if number == 0:
             continue
-        block_at = table[_VALUES] + (blocks[index] * kv_heads + kv_head) * size * row_bytes
-        values_at = block_at + skip * row_bytes
+        values_at = table[_VALUES] + blocks[index] * table[_BLOCK_BYTES]
+        values_at += (kv_head * size + skip) * row_bytes
         done = 0
         while done + WIDE <= head_dim:
             at, to = values_at + done * like.itemsize, sums_at + done * 4
@@ -192,15 +198,12 @@ def _attend_heads(table: Any, row: Any, head: Any, heads: Any, work: Any, like: 
 
 @njit
 def _write_new(table: Any, row: Any, kv_head: Any, like: Any) -> None:
-    """Put the row's new key and value of one KV head into the last slot of its last block."""
-    kv_heads, size, head_dim = table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM]
+    """Put the row's new key and value of one KV head into its own slot."""
+    size, head_dim = table[_BLOCK_SIZE], table[_HEAD_DIM]
     token = carray(array_at(table[_TOKENS]), (table[_ROWS],), np.int64)[row]
-    last = carray(array_at(table[_COUNTS]), (table[_ROWS],), np.int64)[row] - 1
-    at = row * table[_MAX_BLOCKS] + last
-    shape = (table[_ROWS] * table[_MAX_BLOCKS],)
-    block = carray(array_at(table[_BLOCKS]), shape, np.int64)[at]
-    slot = carray(array_at(table[_FILLED]), shape, np.int64)[at] - 1
-    to = ((block * kv_heads + kv_head) * size + slot) * head_dim * like.itemsize
+    block = carray(array_at(table[_OWN_BLOCKS]), (table[_ROWS],), np.int64)[row]
+    slot = carray(array_at(table[_OWN_SLOTS]), (table[_ROWS],), np.int64)[row]
+    to = block * table[_BLOCK_BYTES] + (kv_head * size + slot) * head_dim * like.itemsize
     key_from = token * table[_KEY_TOKEN_STRIDE] + kv_head * table[_KEY_HEAD_STRIDE]
     value_from = token * table[_VALUE_TOKEN_STRIDE] + kv_head * table[_VALUE_HEAD_STRIDE]
     new_keys_at = table[_NEW_KEYS] + key_from * like.itemsize
@@ -225,8 +228,9 @@ def _take_jobs(table: Any, like: Any) -> None:
     next_job_at = table[_TABLE_AT] + _NEXT_JOB * 8
     job = take_number(next_job_at)
     while job < table[_ROWS] * kv_heads:
-        _write_new(table, job // kv_heads, job % kv_heads, like)
-        done = 0
+        if table[_WORK] & _PUT:
+            _write_new(table, job // kv_heads, job % kv_heads, like)
+        done = 0 if table[_WORK] & _ATTEND else group
         while done < group:
             heads = min(HEADS, group - done)
             head = (job % kv_heads) * group + done
@@ -255,11 +259,33 @@ def _entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
     return Kernel(run_float32)
 
 
+@dataclass(frozen=True)
+class KernelRows:
+    """Tokens of a step, and what each of them sees.
+
+    Attributes:
+        tokens: (R,) int64, their indices in the packed row.
+        positions: (R,) int64, their absolute positions.
+        lines: (R,) int64, which of `tables` each of them reads.
+        blocks, slots: (R,) int64, where each one's own key and value go.
+        tables: block ids, first positions and key counts, each (N,), of one sequence. A row sees the
+            keys up to its own position.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    lines: np.ndarray
+    blocks: np.ndarray
+    slots: np.ndarray
+    tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
 class DecodeKernel:
     """Plans and runs the kernel over one engine's blocks."""
 
     def __init__(self, blocks: KVBlocks) -> None:
         self._sizes = blocks.keys[0].shape[1:]  # H_kv, block_size, D
+        self._block_bytes = blocks.keys[0].stride(0) * blocks.keys[0].element_size()
         self._keys = [layer.data_ptr() for layer in blocks.keys]
         self._values = [layer.data_ptr() for layer in blocks.values]
         # Held, so that the addresses above stay good.
@@ -275,37 +301,32 @@ class DecodeKernel:
             and head_dim % LANES == 0
         )
 
-    def plan(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    ) -> Callable[..., None]:
-        """Bind one step's single-token rows.
-
-        Args:
-            tokens: (R,) int64, their indices in the packed row.
-            positions: (R,) int64, their absolute positions.
-            tables: for each row its block ids, first positions and key counts, each (N,).
-
-        Returns:
-            `AttentionPath.fast` for this step.
-        """
-        counts = np.array([len(ids) for ids, _, _ in tables])
-        padded = np.zeros((3, len(tables), int(counts.max())), dtype=np.int64)
-        for row, parts in enumerate(tables):
+    def plan(self, rows: KernelRows) -> Callable[..., None]:
+        """Bind one step's rows; returns `AttentionPath.fast` for this step."""
+        counts = np.array([len(ids) for ids, _, _ in rows.tables])
+        padded = np.zeros((3, len(rows.tables), int(counts.max())), dtype=np.int64)
+        for line, parts in enumerate(rows.tables):
             for side, part in enumerate(parts):
-                padded[side, row, : counts[row]] = part
-        held = (tokens.copy(), positions.copy(), counts, padded)
+                padded[side, line, : counts[line]] = part
+        by_row = np.stack((rows.tokens, rows.positions, rows.lines, rows.blocks, rows.slots))
+        held = (by_row, counts, padded)
+        # Rows of one sequence see each other's keys, which must all be there first.
+        together = len(rows.tables) < len(rows.tokens)
+        passes = (_PUT, _ATTEND) if together else (_BOTH,)
         no_slopes = np.zeros(_MOST_HEADS, np.float32)
         scales = np.zeros(2)
         # Not numpy's: an item of it takes ten times as long to set, thirty of them in every layer.
         table = (ctypes.c_int64 * _TABLE_SIZE)()
         at = ctypes.addressof(table)
-        table[_TOKENS], table[_POSITIONS], table[_COUNTS] = (a.ctypes.data for a in held[:3])
+        for field, part in zip(
+            (_TOKENS, _POSITIONS, _LINES, _OWN_BLOCKS, _OWN_SLOTS), by_row, strict=True
+        ):
+            table[field] = part.ctypes.data
+        table[_COUNTS] = counts.ctypes.data
         table[_BLOCKS], table[_FIRST], table[_FILLED] = (part.ctypes.data for part in padded)
-        table[_ROWS], table[_MAX_BLOCKS] = padded.shape[1:]
+        table[_ROWS], table[_MAX_BLOCKS] = by_row.shape[1], padded.shape[2]
         table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM] = self._sizes
+        table[_BLOCK_BYTES] = self._block_bytes
         table[_SCALES], table[_TABLE_AT] = scales.ctypes.data, at
         slopes_at = no_slopes.ctypes.data
 
@@ -333,10 +354,12 @@ class DecodeKernel:
                 table[_SLOPES] = alibi_slopes.data_ptr()
             elif query.shape[1] > _MOST_HEADS:
                 raise ValueError(f"{query.shape[1]} query heads, expected at most {_MOST_HEADS}")
-            table[_WINDOW], table[_NEXT_JOB] = window or 0, 0
+            table[_WINDOW] = window or 0
             table[_BENT] = softcap is not None or alibi_slopes is not None
             scales[0], scales[1] = scale, softcap or 0.0
-            self._run.run(at, torch.get_num_threads())
+            for table[_WORK] in passes:
+                table[_NEXT_JOB] = 0
+                self._run.run(at, torch.get_num_threads())
 
         return run
 

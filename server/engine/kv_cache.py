@@ -1,7 +1,8 @@
 """The KV blocks as tensors, and what a transformers model is given for a cache.
 
-One pair of tensors a layer, (num_blocks, H_kv, block_size, D). Who owns which block is the
-scheduler's affair; how they are read is `attention`'s.
+One pair of views a layer, (num_blocks, H_kv, block_size, D), of one tensor in which a block's layers
+lie together: a block that was never used takes no memory, and one is wiped or copied as a whole. Who
+owns which block is the scheduler's affair; how they are read is `attention`'s.
 """
 
 from __future__ import annotations
@@ -43,11 +44,10 @@ class KVBlocks:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        # One piece, so that `clear` is one operation.
-        self._all = _zeros((2, spec.num_layers, *shape), dtype, device)
-        self.keys = list(self._all[0])
-        self.values = list(self._all[1])
+        shape = (num_blocks, 2, spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim)
+        self._all = _zeros(shape, dtype, device)
+        self.keys = [self._all[:, 0, layer] for layer in range(spec.num_layers)]
+        self.values = [self._all[:, 1, layer] for layer in range(spec.num_layers)]
         self.block_size = block_size
 
     @staticmethod
@@ -64,7 +64,7 @@ class KVBlocks:
         """
         if block_ids:
             index = torch.tensor(block_ids, device=self._all.device)
-            self._all.index_fill_(2, index, 0)
+            self._all.index_fill_(0, index, 0)
 
     def write(
         self,
@@ -86,15 +86,13 @@ class KVBlocks:
             part_k = keys[:, :, index * size : (index + 1) * size]
             part_v = values[:, :, index * size : (index + 1) * size]
             count = part_k.shape[2]
-            for layer in range(len(self.keys)):
-                self.keys[layer][block, :, :count] = part_k[layer]
-                self.values[layer][block, :, :count] = part_v[layer]
+            self._all[block, 0, :, :, :count] = part_k
+            self._all[block, 1, :, :, :count] = part_v
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), one after the other, in all layers."""
         for source, target in pairs:
-            for layer in (*self.keys, *self.values):
-                layer[target] = layer[source]
+            self._all[target] = self._all[source]
 
     def read_prefix(
         self, block_ids: list[int], num_tokens: int

@@ -12,7 +12,7 @@ import torch
 
 from adapters.attention_hook import alibi_slopes
 from server.engine.attention import AttentionPath, Rows
-from server.engine.decode_kernel import DecodeKernel
+from server.engine.decode_kernel import DecodeKernel, KernelRows
 from server.engine.kv_cache import KVBlocks
 from server.engine.vector_ops import LANES
 from tests.tiny_models import tiny_model, tiny_spec
@@ -73,6 +73,13 @@ CASES = {
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 
 
+def single_tokens(tokens, positions, tables) -> KernelRows:
+    """A row each, of as many sequences; its own slot is the last of its table."""
+    blocks = np.array([ids[-1] for ids, _, _ in tables])
+    slots = np.array([filled[-1] - 1 for _, _, filled in tables])
+    return KernelRows(tokens, positions, np.arange(len(tokens)), blocks, slots, tables)
+
+
 class Setting:
     """Blocks full of random numbers, and rows over them."""
 
@@ -124,7 +131,9 @@ class Setting:
         path = AttentionPath(self.blocks)
         positions = np.array([self.positions[row] for row in rows])
         tables = [self.tables[row] for row in rows]
-        path.fast = DecodeKernel(self.blocks).plan(np.arange(len(rows)), positions, tables)
+        path.fast = DecodeKernel(self.blocks).plan(
+            single_tokens(np.arange(len(rows)), positions, tables)
+        )
         tensors = [relayout(tensor[rows]) for tensor in self.tensors]
         return path.attend(1, *tensors, **self.options)
 
@@ -237,7 +246,7 @@ def test_it_writes_its_own_tokens_and_no_others(dtype):
         keys[ids[-1], :, filled[-1] - 1] = setting.new_keys[row]
         values[ids[-1], :, filled[-1] - 1] = setting.new_values[row]
     kernel = DecodeKernel(setting.blocks)
-    run = kernel.plan(tokens, np.array(setting.positions), setting.tables)
+    run = kernel.plan(single_tokens(tokens, np.array(setting.positions), setting.tables))
     out = torch.full_like(packed[0], 777.0)
     run(1, *packed, out, *setting.options.values())
     assert torch.equal(setting.blocks.keys[1], keys)
@@ -245,6 +254,44 @@ def test_it_writes_its_own_tokens_and_no_others(dtype):
     assert torch.equal(out[torch.from_numpy(tokens)], setting.by_kernel())
     others = [i for i in range(20) if i not in tokens]
     assert (out[others] == 777.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 5])
+def test_tokens_of_one_sequence_are_as_if_they_came_one_after_the_other(dtype, window):
+    case = Case(rows=((0, 9), (7, 13), (16, 20)), dtype=dtype, window=window)
+    count = 6  # the newest tokens of each sequence
+    together, apart = Setting(case), Setting(case)
+    generator = torch.Generator().manual_seed(5)
+    num_tokens = count * len(case.rows)
+    packed = [
+        torch.randn(num_tokens, *tensor.shape[1:], generator=generator).to(dtype)
+        for tensor in apart.tensors
+    ]
+    lines = np.repeat(np.arange(len(case.rows)), count)
+    back = np.tile(np.arange(count)[::-1], len(case.rows))
+    positions = np.array(apart.positions)[lines] - back
+    own = positions - np.array([prefix for prefix, _ in case.rows])[lines]
+    tails = [
+        ids[(first >= prefix)]
+        for (ids, first, _), (prefix, _) in zip(apart.tables, case.rows, strict=True)
+    ]
+    blocks = np.array(
+        [tails[line][at // case.block_size] for line, at in zip(lines, own, strict=True)]
+    )
+    slots = own % case.block_size
+
+    def run(setting, chosen):
+        tokens = np.array(chosen)
+        tables = [setting.tables[line] for line in dict.fromkeys(lines[tokens])]
+        numbers = np.unique(lines[tokens], return_inverse=True)[1]
+        rows = KernelRows(tokens, positions[tokens], numbers, blocks[tokens], slots[tokens], tables)
+        path = AttentionPath(setting.blocks)
+        path.fast = DecodeKernel(setting.blocks).plan(rows)
+        return path.attend(1, *packed, **setting.options)[tokens]
+
+    expected = [run(apart, [token]) for token in range(num_tokens)]
+    assert torch.equal(run(together, range(num_tokens)), torch.cat(expected))
 
 
 def test_nan_in_one_row_stays_there():
