@@ -15,6 +15,7 @@ vector_loops     the kernels' inner loops
 vector_ops       what those are made of
 openmp           torch's own threads
 packed_linear    bf16 weights packed for the CPU
+tile_product     the CPU's fast path for few rows of those
 scales           IA3's tables and the hooks that apply them
 model_runner     a planned step -> logits
 self_check       can this base be served?

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from server.engine.tile_product import MOST_ROWS, TileProduct
+
 # Names of layers that the models of transformers call with one and the same tensor.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -65,6 +67,7 @@ class Pack:
         self._bias = None
         if linears[0].bias is not None:
             self._bias = torch.cat([linear.bias.detach() for linear in linears])
+        self._tiles = TileProduct.of(self._packed, weight, self._bias)
         # The last input, and what is left of its products.
         self._input: torch.Tensor | None = None
         self._ready: dict[int, torch.Tensor] = {}
@@ -91,6 +94,10 @@ class Pack:
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape.numel() == 0:
             return x.new_empty(*x.shape[:-1], sum(self._sizes))
+        if self._tiles is not None and x.shape.numel() <= MOST_ROWS * x.shape[-1]:
+            if x.dim() == 2 and x.stride(1) == 1:
+                return self._tiles(x)
+            return self._tiles(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
         out: torch.Tensor = _linear(x, self._packed, self._bias, "none", [], "")
         return out
 
