@@ -39,8 +39,9 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.errors import RequestInvalid, TooLong
-from server.keys.caller import owner
+from server.keys.caller import caller, owner
 from server.limits import Limits
+from server.lookups import Lookups
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
 from server.text.tokenizer import TextTokenizer, TokenSpan
@@ -285,6 +286,7 @@ class Generator:
         self._resolved_at: dict[str, float] = {}
         # Its own: routes that write may fill the common one, when the database is held by another.
         self._threads = anyio.CapacityLimiter(_MAX_THREADS)
+        self._lookups = Lookups(registry.resolve, self._threads, caller)
         self._watchers = tuple(watchers)
 
     @property
@@ -302,9 +304,7 @@ class Generator:
         if name is None or name == self.base_id:
             return None
         with self._telling_refusal(name.partition("@")[0]):
-            record = await anyio.to_thread.run_sync(
-                self._registry.resolve, name, limiter=self._threads
-            )
+            record = await self._lookups.find(name)
             record.require_base(self._client.base)
         self._resolved_at[record.digest] = time.monotonic()
         return record
