@@ -8,6 +8,7 @@ adapter_slots    which adapter is where                          (pure)
 scheduler        what the next step computes                     (pure)
 kv_cache         the block tensors
 attention        `attend`, and how a transformers model comes to call it
+block_copies     blocks gathered for it
 decode_kernel    the CPU's fast path for single-token rows
 layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
 layer_stack      the layers of Llama and its relatives, made of those

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+from server.engine.block_copies import BlockCopies
 from server.engine.kv_cache import KVBlocks
 
 
@@ -34,6 +35,7 @@ class Rows:
             a number above every position, so that no query sees it.
         masks: additive masks (B, 1, Tq, Tk) by window, filled on first use and shared by the layers.
         tiled_masks: the same in the dtype of the queries, (B, 1, G * Tq, Tk) for G heads a KV head.
+        copies: gathers the blocks on the CPU's fast path; None leaves that to torch.
     """
 
     tokens: torch.Tensor
@@ -42,6 +44,7 @@ class Rows:
     key_positions: torch.Tensor
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     tiled_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    copies: BlockCopies | None = None
 
 
 class AttentionPath:
@@ -49,9 +52,9 @@ class AttentionPath:
 
     Attributes:
         rows: groups for the plain path.
-        writes: which packed tokens the plain path writes (W,), their block ids and offsets; the fast
-            path writes its own tokens itself.
-        fast: a callable that writes and computes some tokens of the packed row itself, or None.
+        writes: which packed tokens the plain path writes (W,), their block ids and offsets.
+        fast: a callable that computes some tokens of the packed row itself and writes what `writes`
+            does not, or None.
     """
 
     def __init__(self, blocks: KVBlocks) -> None:
@@ -105,9 +108,12 @@ def attend_rows(
     num_rows, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
-    # (B, N, H_kv, S, D) -> (B, H_kv, N * S, D)
-    k = keys[rows.block_ids].transpose(1, 2).flatten(2, 3)
-    v = values[rows.block_ids].transpose(1, 2).flatten(2, 3)
+    if rows.copies is not None:
+        k, v = rows.copies.of(keys, values)
+    else:
+        # (B, N, H_kv, S, D) -> (B, H_kv, N * S, D)
+        k = keys[rows.block_ids].transpose(1, 2).flatten(2, 3)
+        v = values[rows.block_ids].transpose(1, 2).flatten(2, 3)
     # Query heads of one KV head become more queries of it: no copy of the keys.
     q = query.view(num_rows, num_queries, num_kv_heads, group, head_dim)
     q = q.permute(0, 2, 3, 1, 4)  # (B, H_kv, G, Tq, D)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
@@ -81,17 +81,25 @@ class RequestStream:
         self.adapter = adapter
         self._client = client
         self.heard_at = 0.0
-        self._events: asyncio.Queue[tuple[TokenEvent | FailedEvent, float]] = asyncio.Queue()
+        self._events: deque[tuple[TokenEvent | FailedEvent, float]] = deque()
+        # Done when there is an event again; None while nobody waits for one.
+        self._arrived: asyncio.Future[None] | None = None
         self._ended = False
 
     def put(self, event: TokenEvent | FailedEvent, heard_at: float) -> None:
         """Called by the client on the event loop."""
-        self._events.put_nowait((event, heard_at))
+        self._events.append((event, heard_at))
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         try:
             while not self._ended:
-                event, self.heard_at = await self._events.get()
+                while not self._events:
+                    self._arrived = asyncio.get_running_loop().create_future()
+                    await self._arrived
+                    self._arrived = None
+                event, self.heard_at = self._events.popleft()
                 if isinstance(event, FailedEvent):
                     self._ended = True
                     raise RequestFailed(event.code, event.message)

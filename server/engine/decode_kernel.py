@@ -270,6 +270,8 @@ class KernelRows:
         blocks, slots: (R,) int64, where each one's own key and value go.
         tables: block ids, first positions and key counts, each (N,), of one sequence. A row sees the
             keys up to its own position.
+        num_attended: the first so many are attended here, of the others only keys and values are put
+            in place.
     """
 
     tokens: np.ndarray
@@ -278,6 +280,7 @@ class KernelRows:
     blocks: np.ndarray
     slots: np.ndarray
     tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    num_attended: int
 
 
 class DecodeKernel:
@@ -303,16 +306,17 @@ class DecodeKernel:
 
     def plan(self, rows: KernelRows) -> Callable[..., None]:
         """Bind one step's rows; returns `AttentionPath.fast` for this step."""
-        counts = np.array([len(ids) for ids, _, _ in rows.tables])
-        padded = np.zeros((3, len(rows.tables), int(counts.max())), dtype=np.int64)
+        counts = np.array([len(ids) for ids, _, _ in rows.tables], dtype=np.int64)
+        padded = np.zeros((3, len(counts), int(counts.max(initial=0))), dtype=np.int64)
         for line, parts in enumerate(rows.tables):
             for side, part in enumerate(parts):
                 padded[side, line, : counts[line]] = part
         by_row = np.stack((rows.tokens, rows.positions, rows.lines, rows.blocks, rows.slots))
         held = (by_row, counts, padded)
-        # Rows of one sequence see each other's keys, which must all be there first.
-        together = len(rows.tables) < len(rows.tokens)
-        passes = (_PUT, _ATTEND) if together else (_BOTH,)
+        if len(rows.tables) == len(rows.tokens) == rows.num_attended:
+            passes = [(_BOTH, rows.num_attended)]
+        else:  # rows of one sequence see each other's keys, which must all be there first
+            passes = [(_PUT, len(rows.tokens)), (_ATTEND, rows.num_attended)]
         no_slopes = np.zeros(_MOST_HEADS, np.float32)
         scales = np.zeros(2)
         # Not numpy's: an item of it takes ten times as long to set, thirty of them in every layer.
@@ -324,7 +328,7 @@ class DecodeKernel:
             table[field] = part.ctypes.data
         table[_COUNTS] = counts.ctypes.data
         table[_BLOCKS], table[_FIRST], table[_FILLED] = (part.ctypes.data for part in padded)
-        table[_ROWS], table[_MAX_BLOCKS] = by_row.shape[1], padded.shape[2]
+        table[_MAX_BLOCKS] = padded.shape[2]
         table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM] = self._sizes
         table[_BLOCK_BYTES] = self._block_bytes
         table[_SCALES], table[_TABLE_AT] = scales.ctypes.data, at
@@ -357,9 +361,9 @@ class DecodeKernel:
             table[_WINDOW] = window or 0
             table[_BENT] = softcap is not None or alibi_slopes is not None
             scales[0], scales[1] = scale, softcap or 0.0
-            for table[_WORK] in passes:
+            for table[_WORK], table[_ROWS] in passes:
                 table[_NEXT_JOB] = 0
-                self._run.run(at, torch.get_num_threads())
+                self._run.run(at, table[_ROWS])
 
         return run
 

@@ -18,6 +18,7 @@ from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
 from server.engine import layer_kernels, sampling_kernels
 from server.engine.adapter_slots import AdapterEntry
 from server.engine.attention import AttentionPath, Rows
+from server.engine.block_copies import BlockCopies
 from server.engine.blocks import blocks_for
 from server.engine.decode_kernel import DecodeKernel, KernelRows
 from server.engine.kv_cache import KVBlocks, StepCache
@@ -195,23 +196,23 @@ class ModelRunner:
             else:
                 key = (row.chunk.num_tokens, len(tables[index][0]))
                 groups.setdefault(key, []).append(index)
-        self._path.writes = None
-        if groups:
-            places = self._places(rows, offsets, [i for g in groups.values() for i in g])
-            writes = [self._tensor(part) for part in places]
-            self._path.writes = (writes[0], writes[1], writes[2])
         self._path.rows = [
             self._rows([tables[i] for i in group], offsets[group], positions, num_queries)
             for (num_queries, _), group in groups.items()
         ]
-        self._path.fast = None
-        if self._kernel is not None and fast:
-            at, blocks, slots = self._places(rows, offsets, fast)
-            sizes = [rows[i].chunk.num_tokens for i in fast]
-            lines = np.repeat(np.arange(len(fast)), sizes)
+        self._path.writes = self._path.fast = None
+        places = self._places(rows, offsets, fast + [i for g in groups.values() for i in g])
+        if self._kernel is None:
+            writes = [self._tensor(part) for part in places]
+            self._path.writes = (writes[0], writes[1], writes[2])
+        else:
+            at, blocks, slots = places
+            lines = np.repeat(np.arange(len(fast)), [rows[i].chunk.num_tokens for i in fast])
+            num_attended = len(lines)
+            lines = np.concatenate((lines, np.zeros(len(at) - num_attended, np.int64)))
             seen = [tables[i] for i in fast]
             self._path.fast = self._kernel.plan(
-                KernelRows(at, positions[at], lines, blocks, slots, seen)
+                KernelRows(at, positions[at], lines, blocks, slots, seen, num_attended)
             )
 
     def _places(
@@ -241,11 +242,13 @@ class ModelRunner:
         first = np.stack([table[1] for table in tables])[:, :, None]
         filled = np.stack([table[2] for table in tables])[:, :, None]
         key_positions = np.where(slots < filled, first + slots, _NOWHERE)
+        ids = self._tensor(block_ids)
         return Rows(
             tokens=self._tensor(tokens),
             positions=self._tensor(positions[tokens]),
-            block_ids=self._tensor(block_ids),
+            block_ids=ids,
             key_positions=self._tensor(key_positions.reshape(len(tables), -1)),
+            copies=BlockCopies(ids, self._blocks.keys[0]) if self._kernel is not None else None,
         )
 
     def _block_table(self, row: StepRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -77,7 +77,8 @@ def single_tokens(tokens, positions, tables) -> KernelRows:
     """A row each, of as many sequences; its own slot is the last of its table."""
     blocks = np.array([ids[-1] for ids, _, _ in tables])
     slots = np.array([filled[-1] - 1 for _, _, filled in tables])
-    return KernelRows(tokens, positions, np.arange(len(tokens)), blocks, slots, tables)
+    lines = np.arange(len(tokens))
+    return KernelRows(tokens, positions, lines, blocks, slots, tables, len(tokens))
 
 
 class Setting:
@@ -285,7 +286,9 @@ def test_tokens_of_one_sequence_are_as_if_they_came_one_after_the_other(dtype, w
         tokens = np.array(chosen)
         tables = [setting.tables[line] for line in dict.fromkeys(lines[tokens])]
         numbers = np.unique(lines[tokens], return_inverse=True)[1]
-        rows = KernelRows(tokens, positions[tokens], numbers, blocks[tokens], slots[tokens], tables)
+        rows = KernelRows(
+            tokens, positions[tokens], numbers, blocks[tokens], slots[tokens], tables, len(tokens)
+        )
         path = AttentionPath(setting.blocks)
         path.fast = DecodeKernel(setting.blocks).plan(rows)
         return path.attend(1, *packed, **setting.options)[tokens]
