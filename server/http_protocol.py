@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakMethod
 
 import h11
 import structlog
@@ -29,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from server.api.errors import body_of, tell
 from server.api.headers import NOBODY
 from server.api.slow_clients import CROWDED
+from server.api.sse import SEND_NOW
 from server.descriptors import room_for
 from server.errors import RequestTimeout, TooManyConnections
 from server.http_limits import BoundedConnection, ConnectionLimits, path_of
@@ -72,12 +74,16 @@ class BoundedProtocol(H11Protocol):
         self._unread = _Deadline(self.loop)
         self._num_unsent = 0
         self._hung_up = False
+        # The request whose reply is known to go out in chunks.
+        self._chunked: object = None
 
     # --- the life of a connection --------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take it, or refuse it where there are too many."""
         super().connection_made(transport)
+        # Weakly: what is in the state lives as long as the request's scope, which is ours.
+        self.app_state = {**self.app_state, SEND_NOW: WeakMethod(self.send_now)}
         # Whatever the kernel does not take stops who sends: at most one message lies here.
         transport.set_write_buffer_limits(high=0)
         opened = transport.get_extra_info("socket")
@@ -129,6 +135,30 @@ class BoundedProtocol(H11Protocol):
         if not idle:
             return False
         min(idle, key=_idle_until).timeout_keep_alive_handler()
+        return True
+
+    # --- streams -------------------------------------------------------------------------------
+
+    def send_now(self, frame: bytes) -> bool:
+        """Send a part of the running reply, if its headers are out and the client keeps up.
+
+        Returns:
+            Whether it was sent. If not, ASGI's `send` has to: it waits, or it knows why not.
+        """
+        cycle = self.cycle
+        if cycle is None or not frame or self.flow.write_paused:
+            return False
+        if cycle.disconnected or cycle.response_complete or not cycle.response_started:
+            return False
+        # h11 looks at every part anew, and all but the first are alike: as chunks, they change
+        # nothing of what it knows.
+        chunk = b"%x\r\n%b\r\n" % (len(frame), frame)
+        if self._chunked is not cycle:
+            sent = self.conn.send(h11.Data(data=frame))
+            self.transport.write(sent)
+            self._chunked = cycle if sent == chunk else None
+        else:
+            self.transport.write(chunk)
         return True
 
     # --- slow writers --------------------------------------------------------------------------

@@ -10,28 +10,40 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+from weakref import WeakMethod
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 ResultT = TypeVar("ResultT")
+# Sends a frame of the reply that has begun; False where it did not, and ASGI's `send` has to.
+SendNow: TypeAlias = Callable[[bytes], bool]
+
+# In the request's state, where the server that listens has one: a WeakMethod, a SendNow. The layers
+# between it and a stream look at a reply's beginning and end only, and frames come by the thousand.
+SEND_NOW = "send_now"
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class ClientGone(Exception):
     """The client closed its connection; nobody is left to read a reply."""
 
 
+def compact(data: Any) -> str:
+    """JSON without white space."""
+    return _ENCODER.encode(data)
+
+
 def event(data: Any) -> bytes:
     """One frame."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data:{text}\n\n".encode()
+    return f"data:{compact(data)}\n\n".encode()
 
 
 def named_event(number: int, kind: str, data: Any) -> bytes:
     """One frame with an id, from which a client that lost its connection can go on."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"id: {number}\nevent: {kind}\ndata: {text}\n\n".encode()
+    return f"id: {number}\nevent: {kind}\ndata: {compact(data)}\n\n".encode()
 
 
 def ping() -> bytes:
@@ -94,13 +106,13 @@ class EventStream(Response):
             return message
 
         try:
-            await unless_gone(watched, self._send_all(send))
+            await unless_gone(watched, self._send_all(send, _send_now(scope)))
         except ClientGone:
             return
         finally:
             self._on_end()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, send_now: SendNow) -> None:
         async with aclosing(self._frames) as frames:
             await send(
                 {
@@ -110,7 +122,14 @@ class EventStream(Response):
                 }
             )
             async for frame in frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                if not send_now(frame):
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
                 if self._gone:
                     return
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _send_now(scope: Scope) -> SendNow:
+    method: WeakMethod[SendNow] | None = scope.get("state", {}).get(SEND_NOW)
+    found = None if method is None or scope["method"] == "HEAD" else method()
+    return found or (lambda _frame: False)

@@ -6,8 +6,7 @@ ends with a frame that holds the error instead. Knows neither route.
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -20,7 +19,7 @@ from server.api.headers import set_headers, timing_headers
 from server.api.openai.batch import Batch
 from server.api.openai.job import Job, Output
 from server.api.openai.schemas import StreamOptions
-from server.api.sse import EventStream, unless_gone
+from server.api.sse import EventStream, compact, unless_gone
 from server.errors import RequestInvalid
 from server.generation import Piece, mean_logprob
 
@@ -87,22 +86,7 @@ async def stream(request: Request, job: Job, options: StreamOptions | None) -> R
         raise
     set_headers(request, timing_headers(*batch.generations))
     frames = _Frames(job, batch, options or StreamOptions())
-    return EventStream(_guarded(request, frames.all(first, pieces)), batch.abort)
-
-
-async def _guarded(
-    request: Request, frames: AsyncGenerator[bytes, None]
-) -> AsyncGenerator[bytes, None]:
-    try:
-        async with aclosing(frames):
-            async for frame in frames:
-                yield frame
-    except Exception as error:
-        # The status has been sent: the stream itself must say that it is not whole.
-        told = tell(error)
-        if told.refusal is UNFORESEEN:
-            log.exception("stream_failed", path=request.url.path, error=type(error).__name__)
-        yield _frame(body_of(told, request.url.path))
+    return EventStream(frames.all(request, first, pieces), batch.abort)
 
 
 class _Frames:
@@ -114,45 +98,62 @@ class _Frames:
         self._outputs: dict[int, Output] = {}
         self._with_usage = bool(options.include_usage)
         self._always_usage = self._with_usage and bool(options.continuous_usage_stats)
+        self._envelope = job.envelope(job.shape.chunk_name, [])
+        # What every chunk begins and ends with is written once: most of a chunk is that.
+        self._head = "data: " + compact(self._envelope).removesuffix("]}")
+        self._tail = '],"usage":null}\n\n' if self._with_usage else "]}\n\n"
 
     async def all(
-        self, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece], None]
+        self,
+        request: Request,
+        first: tuple[int, Piece],
+        rest: AsyncGenerator[tuple[int, Piece], None],
     ) -> AsyncGenerator[bytes, None]:
-        """Every frame, `[DONE]` included."""
-        async with aclosing(rest):
-            async for frame in self._of(*first):
-                yield frame
-            async for index, piece in rest:
-                async for frame in self._of(index, piece):
+        """Every frame, `[DONE]` included, or the error that broke the stream off."""
+        try:
+            async with aclosing(rest):
+                for frame in await self._of_new(*first):
                     yield frame
-        if self._with_usage:
-            body = self._job.envelope(self._job.shape.chunk_name, [])
-            yield _frame({**body, "usage": self._job.usage([*self._outputs.values()])})
-        yield DONE
+                async for index, piece in rest:
+                    if index not in self._outputs:
+                        for frame in await self._of_new(index, piece):
+                            yield frame
+                    elif frame := self._of(index, piece):
+                        yield frame
+            if self._with_usage:
+                yield _frame({**self._envelope, "usage": self._usage()})
+            yield DONE
+        except Exception as error:
+            # The status has been sent: the stream itself must say that it is not whole.
+            told = tell(error)
+            if told.refusal is UNFORESEEN:
+                log.exception("stream_failed", path=request.url.path, error=type(error).__name__)
+            yield _frame(body_of(told, request.url.path))
 
-    async def _of(self, index: int, piece: Piece) -> AsyncIterator[bytes]:
-        shape = self._job.shape
-        if index not in self._outputs:
-            output = self._outputs[index] = self._job.output(self._batch, index)
-            opening = await shape.opening(output, index)
-            if opening is not None:
-                yield self._chunk(opening)
+    async def _of_new(self, index: int, piece: Piece) -> list[bytes]:
+        """What an output's first token adds: there may be something to say before it."""
+        output = self._outputs[index] = self._job.output(self._batch, index)
+        opening = await self._job.shape.opening(output, index)
+        before = [] if opening is None else [self._chunk(opening)]
+        frame = self._of(index, piece)
+        return [*before, frame] if frame else before
+
+    def _of(self, index: int, piece: Piece) -> bytes:
         output = self._outputs[index]
         pieces = output.take(piece)
         # Nothing is sent for a token that only begins a character, unless it is of use by itself.
         if piece.added or piece.finish_reason is not None or self._job.logprobs:
-            yield self._chunk(shape.delta(output, index, pieces))
+            return self._chunk(self._job.shape.delta(output, index, pieces))
+        return b""
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
-        body = self._job.envelope(self._job.shape.chunk_name, [choice])
-        if self._always_usage:
-            body["usage"] = self._job.usage([*self._outputs.values()])
-        elif self._with_usage:
-            body["usage"] = None
-        return _frame(body)
+        tail = f'],"usage":{compact(self._usage())}}}\n\n' if self._always_usage else self._tail
+        return f"{self._head}{compact(choice)}{tail}".encode()
+
+    def _usage(self) -> dict[str, Any]:
+        return self._job.usage([*self._outputs.values()])
 
 
 def _frame(data: dict[str, Any]) -> bytes:
     # Some clients take the space after the colon for a part of the prefix.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    return f"data: {compact(data)}\n\n".encode()
