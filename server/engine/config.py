@@ -30,8 +30,9 @@ class EngineConfig:
         max_step_tokens: tokens of one packed step at most; at least max_running + prefill_chunk.
         prefill_chunk: tokens a prompt is prefilled by; chunks end at multiples of it, counted from
             the start of the sequence, so that a row's arithmetic never depends on its neighbours.
+            A prompt gets one a step while a sequence decodes, else as many as there is room for.
         prefill_tokens_beside: tokens of prompts that one step computes at most while a sequence
-            decodes, so that a long prompt does not stall the streams; None sets no such bound.
+            decodes, so that prompts do not stall the streams; None sets no such bound.
         batching: "mixed", where a step computes rows of all adapters, or "per-adapter", where it
             computes those of one, which take turns by deficit round robin over tokens.
         block_size: tokens a KV block holds.
@@ -58,8 +59,8 @@ class EngineConfig:
     max_queued: int = 1024
     max_queued_per_adapter: int | None = None
     max_step_tokens: int = 512
-    prefill_chunk: int = 128
-    prefill_tokens_beside: int | None = 128
+    prefill_chunk: int = 64
+    prefill_tokens_beside: int | None = 192
     batching: Batching = "mixed"
     block_size: int = 16
     kv_bytes: int = 1 << 30

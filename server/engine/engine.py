@@ -109,6 +109,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             num_scale_slots=config.scale_slots,
+            prefill_chunk=config.prefill_chunk,
             fast_kernels=config.fast_kernels,
         )
         check_base(self.runner, spec, expected)

@@ -25,6 +25,7 @@ from server.engine.kv_cache import KVBlocks, StepCache
 from server.engine.layer_stack import LayerStack
 from server.engine.scales import ScaleTables
 from server.engine.scheduler import Chunk
+from server.engine.sequence import Sequence
 
 # Above every position: a key slot that holds nothing is hidden from every query.
 _NOWHERE = 2**31 - 1
@@ -50,6 +51,33 @@ class StepRows:
     num_logits: int = 0
 
 
+_Table = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One chunk of a row, computed alike whatever else the step has.
+
+    Attributes:
+        sequence: whose it is.
+        start, num_tokens: its tokens.
+        at: index of the first of them in the packed row.
+        table: see `_block_table`.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    at: int
+    table: _Table
+
+    @property
+    def is_for_kernel(self) -> bool:
+        """By the piece alone, so that its arithmetic is the same in any company."""
+        end = self.sequence.prefix_tokens + self.start + self.num_tokens
+        return self.num_tokens == 1 or end <= _KERNEL_POSITIONS
+
+
 class ModelRunner:
     """The base model with its KV blocks and scale tables.
 
@@ -59,6 +87,7 @@ class ModelRunner:
         num_blocks: KV blocks.
         block_size: tokens a block holds.
         num_scale_slots: IA3 adapters resident at once.
+        prefill_chunk: tokens of a prompt that are attended together.
         fast_kernels: let `decode_kernel` take single-token rows and `layer_kernels` parts of layers,
             where they can.
     """
@@ -71,12 +100,14 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         num_scale_slots: int,
+        prefill_chunk: int,
         fast_kernels: bool,
     ) -> None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         self.device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = embedding.weight.dtype
         self._model = model
+        self._prefill_chunk = prefill_chunk
         self._embedding = embedding
         self._blocks = KVBlocks(spec, num_blocks, block_size, self.dtype, self.device)
         self._cache = StepCache()
@@ -187,56 +218,59 @@ class ModelRunner:
         self, rows: list[StepRows], offsets: np.ndarray, positions: np.ndarray
     ) -> None:
         """Give rows to the decode kernel where there is one and it is faster; group the others by shape."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        fast: list[int] = []
-        tables = [self._block_table(row) for row in rows]
-        for index, row in enumerate(rows):
-            if self._kernel is not None and _is_for_kernel(row):
-                fast.append(index)
-            else:
-                key = (row.chunk.num_tokens, len(tables[index][0]))
-                groups.setdefault(key, []).append(index)
+        groups: dict[tuple[int, int], list[_Piece]] = {}
+        fast: list[_Piece] = []
+        for row, offset in zip(rows, offsets, strict=False):
+            for piece in self._pieces(row, int(offset)):
+                if self._kernel is not None and piece.is_for_kernel:
+                    fast.append(piece)
+                else:
+                    key = (piece.num_tokens, len(piece.table[0]))
+                    groups.setdefault(key, []).append(piece)
         self._path.rows = [
-            self._rows([tables[i] for i in group], offsets[group], positions, num_queries)
-            for (num_queries, _), group in groups.items()
+            self._rows(group, positions, num_queries) for (num_queries, _), group in groups.items()
         ]
         self._path.writes = self._path.fast = None
-        places = self._places(rows, offsets, fast + [i for g in groups.values() for i in g])
+        places = self._places(fast + [piece for group in groups.values() for piece in group])
         if self._kernel is None:
             writes = [self._tensor(part) for part in places]
             self._path.writes = (writes[0], writes[1], writes[2])
         else:
             at, blocks, slots = places
-            lines = np.repeat(np.arange(len(fast)), [rows[i].chunk.num_tokens for i in fast])
+            lines = np.repeat(np.arange(len(fast)), [piece.num_tokens for piece in fast])
             num_attended = len(lines)
             lines = np.concatenate((lines, np.zeros(len(at) - num_attended, np.int64)))
-            seen = [tables[i] for i in fast]
+            seen = [piece.table for piece in fast]
             self._path.fast = self._kernel.plan(
                 KernelRows(at, positions[at], lines, blocks, slots, seen, num_attended)
             )
 
-    def _places(
-        self, rows: list[StepRows], offsets: np.ndarray, wanted: list[int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each token of the `wanted` rows: its index in the packed row, and its block and slot there."""
+    def _pieces(self, row: StepRows, offset: int) -> list[_Piece]:
+        """A row's chunks, of which it may have several."""
+        chunk, pieces = row.chunk, []
+        start, end = chunk.start, chunk.start + chunk.num_tokens
+        while start < end:
+            size = min(end - start, self._prefill_chunk - start % self._prefill_chunk)
+            table = self._block_table(row, start + size)
+            at = offset + start - chunk.start
+            pieces.append(_Piece(chunk.sequence, start, size, at, table))
+            start += size
+        return pieces
+
+    def _places(self, pieces: list[_Piece]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each token: its index in the packed row, and its block and slot there."""
         size = self._blocks.block_size
         tokens, blocks, slots = [], [], []
-        for i in wanted:
-            chunk = rows[i].chunk
-            index = np.arange(chunk.start, chunk.start + chunk.num_tokens)
-            tokens.append(offsets[i] + np.arange(chunk.num_tokens))
-            blocks.append(np.asarray(chunk.sequence.block_ids, dtype=np.int64)[index // size])
+        for piece in pieces:
+            index = np.arange(piece.start, piece.start + piece.num_tokens)
+            tokens.append(piece.at + np.arange(piece.num_tokens))
+            blocks.append(np.asarray(piece.sequence.block_ids, dtype=np.int64)[index // size])
             slots.append(index % size)
         return np.concatenate(tokens), np.concatenate(blocks), np.concatenate(slots)
 
-    def _rows(
-        self,
-        tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        starts: np.ndarray,
-        positions: np.ndarray,
-        num_queries: int,
-    ) -> Rows:
-        tokens = starts[:, None] + np.arange(num_queries)
+    def _rows(self, pieces: list[_Piece], positions: np.ndarray, num_queries: int) -> Rows:
+        tables = [piece.table for piece in pieces]
+        tokens = np.array([piece.at for piece in pieces])[:, None] + np.arange(num_queries)
         slots = np.arange(self._blocks.block_size)
         block_ids = np.stack([table[0] for table in tables])
         first = np.stack([table[1] for table in tables])[:, :, None]
@@ -251,10 +285,9 @@ class ModelRunner:
             copies=BlockCopies(ids, self._blocks.keys[0]) if self._kernel is not None else None,
         )
 
-    def _block_table(self, row: StepRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a chunk sees: block ids, position of each block's first key, keys in it; each (N,)."""
+    def _block_table(self, row: StepRows, end: int) -> _Table:
+        """What tokens up to `end` see: block ids, each one's first position and number of keys; (N,)."""
         size = self._blocks.block_size
-        end = row.chunk.start + row.chunk.num_tokens
         tail = row.chunk.sequence.block_ids[: blocks_for(end, size)]
         shared = row.entry.block_ids if row.entry is not None else []
         prefix = row.chunk.sequence.prefix_tokens
@@ -264,13 +297,6 @@ class ModelRunner:
         first = np.concatenate((shared_at, prefix + tail_at))
         filled = np.concatenate((prefix - shared_at, end - tail_at)).clip(max=size)
         return ids, first, filled
-
-
-def _is_for_kernel(row: StepRows) -> bool:
-    """By the row alone, so that its arithmetic is the same in any company."""
-    chunk = row.chunk
-    end = chunk.sequence.prefix_tokens + chunk.start + chunk.num_tokens
-    return chunk.num_tokens == 1 or end <= _KERNEL_POSITIONS
 
 
 def _positions(row: StepRows) -> np.ndarray:

@@ -28,7 +28,9 @@ base counts as one. The rules hold within that adapter. While a sequence is pree
 adapter is served, so that it ends and gives back its blocks.
 
 A prompt's chunks end at multiples of `prefill_chunk` from the start of its own tokens. A step's token
-budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any company.
+budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any company. What
+is left of a step in which nothing decodes, once everybody has a chunk, goes to further chunks of the same
+prompts, the oldest first: the runner computes each as if it had come alone.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ class SchedulerLimits:
 class Chunk:
     """Tokens [start, start + num_tokens) of one sequence, its prefix not counted.
 
-    `samples` says that the last of them is the sequence's newest token: a token is drawn after it.
+    More than `prefill_chunk` of them are several chunks in one. `samples` says that the last of them
+    is the sequence's newest token: a token is drawn after it.
     """
 
     sequence: Sequence
@@ -336,6 +339,7 @@ class Scheduler:
             self._resume(plan, budget)
             if not self._preempted:
                 self._admit(plan, budget)
+            self._extend(plan, budget)
 
     def _serve_one_adapter(self, plan: StepPlan) -> None:
         """Plan the adapter whose turn it is; who can do nothing now, while it is read, is passed by."""
@@ -364,15 +368,35 @@ class Scheduler:
             return
         while self._preempted and _turn_of(self._preempted[0]) == key:
             if not self._resume_first(plan, budget):
-                return
+                break
         while not self._preempted and key in self._queues and key in self._admissible():
             if not self._admit_from(plan, key, budget):
-                return
+                break
+        self._extend(plan, budget)
 
     def _budget(self, decodes: list[Sequence]) -> Budget:
         most, beside = self.limits.max_step_tokens, self.limits.prefill_tokens_beside
-        shared = beside is not None and any(s.request is not None for s in decodes)
-        return Budget(most, beside if shared and beside is not None else most)
+        is_bounded = beside is not None and any(s.request is not None for s in decodes)
+        streams = any(s.request is not None and self._is_decode(s) for s in self.running)
+        return Budget(most, beside if is_bounded and beside is not None else most, streams)
+
+    def _extend(self, plan: StepPlan, budget: Budget) -> None:
+        """Further chunks of the step's prompts, while there is room that nobody else asked for."""
+        if budget.streams or plan.preempted:
+            return
+        for index, chunk in enumerate(plan.chunks):
+            sequence, size = chunk.sequence, chunk.num_tokens
+            while (left := sequence.num_tokens - chunk.start - size) > 0:
+                more = min(left, self.limits.prefill_chunk)
+                blocks = blocks_for(chunk.start + size + more, self.limits.block_size)
+                need = blocks - len(sequence.block_ids)
+                if not budget.allows(more) or need > self.pool.num_free:
+                    break
+                self._take_blocks(plan, sequence, need)
+                budget.take(more)
+                size += more
+            samples = sequence.request is not None and chunk.start + size == sequence.num_tokens
+            plan.chunks[index] = Chunk(sequence, chunk.start, size, samples)
 
     def _schedule_running(self, plan: StepPlan) -> Budget:
         """Plan what is under way; returns what is left of the step.

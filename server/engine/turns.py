@@ -20,10 +20,12 @@ class Budget:
     Attributes:
         tokens: tokens of any kind.
         prompt_tokens: tokens in chunks of more than one.
+        streams: whether anybody's stream waits for the step to end.
     """
 
     tokens: int
     prompt_tokens: int
+    streams: bool = False
 
     def allows(self, size: int) -> bool:
         """Whether a chunk of `size` tokens has a place."""

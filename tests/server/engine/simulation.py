@@ -298,6 +298,9 @@ class Simulation:
         if decodes and beside is not None and not self.limits.per_adapter:
             sizes = [chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1]
             assert sum(sizes) <= beside, "prompts took more than their share of the step"
+            for chunk in plan.chunks:
+                most = _most_of_one(chunk.start, self.limits.prefill_chunk)
+                assert chunk.num_tokens <= most, "a prompt took several chunks beside streams"
 
     def _check_order(self, plan: StepPlan, before: dict[int, SequenceState]) -> None:
         """Who was preempted comes back before anybody new, oldest first."""
@@ -316,9 +319,13 @@ class Simulation:
         assert chunk.num_tokens > 0
         assert chunk.start == sequence.num_computed
         assert end == sequence.num_tokens or end % self.limits.prefill_chunk == 0
-        assert chunk.num_tokens <= self.limits.prefill_chunk
         assert chunk.samples == (sequence.request is not None and end == sequence.num_tokens)
         assert len(sequence.block_ids) >= blocks_for(end, self.limits.block_size)
+
+
+def _most_of_one(start: int, prefill_chunk: int) -> int:
+    """Tokens of one chunk at most."""
+    return prefill_chunk - start % prefill_chunk
 
 
 def _prefix(digest: str) -> Contents:

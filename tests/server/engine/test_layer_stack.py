@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,17 +18,26 @@ KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
 OTHERS = ["gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "phi", "bloom"]
 
 
-def logits_of(architecture: str, dtype: torch.dtype, *, fast: bool) -> torch.Tensor:
-    """All logits of a prompt of 30 tokens, in two chunks and six single tokens."""
+def logits_of(
+    architecture: str, dtype: torch.dtype, *, fast: bool, chunks: tuple[int, ...] = (16, 8)
+) -> torch.Tensor:
+    """All logits of a prompt of 30 tokens, in chunks and single tokens."""
     model = tiny_model(architecture).to(dtype)
     runner = ModelRunner(
-        model, tiny_spec(model), num_blocks=8, block_size=8, num_scale_slots=1, fast_kernels=fast
+        model,
+        tiny_spec(model),
+        num_blocks=8,
+        block_size=8,
+        num_scale_slots=1,
+        prefill_chunk=16,
+        fast_kernels=fast,
     )
     tokens = tuple((7 * i) % 50 + 3 for i in range(30))
     sequence = Sequence.of(GenerationRequest("probe", tokens), arrival=0)
     sequence.block_ids = [5, 2, 7, 0]
     out = []
-    for start, size in ((0, 16), (16, 8), *((at, 1) for at in range(24, 30))):
+    sizes = [*chunks, *[1] * (30 - sum(chunks))]
+    for start, size in zip([0, *itertools.accumulate(sizes)], sizes, strict=False):
         chunk = Chunk(sequence, start, size, samples=True)
         out += runner.run([StepRows(chunk, None, num_logits=size)])
     return torch.cat(out).float()
@@ -47,6 +58,15 @@ def test_logits_are_those_of_the_plain_layers(architecture, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     spread = float(plain.std())
     torch.testing.assert_close(fused / spread, plain / spread, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_several_chunks_in_one_are_as_if_they_came_apart(architecture, fast):
+    apart = logits_of(architecture, torch.float32, fast=fast)
+    for chunks in ((24,), (3, 27), (30,), (16, 14)):
+        together = logits_of(architecture, torch.float32, fast=fast, chunks=chunks)
+        torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
 
 
 def test_another_activation_is_left_to_transformers():

@@ -361,6 +361,17 @@ def test_where_nothing_decodes_prompts_get_the_whole_step():
     assert prompt_sizes(sim.step()) == dict.fromkeys(ids, 8)
 
 
+def test_where_nothing_decodes_the_oldest_prompts_get_what_is_left_of_the_step():
+    sim = roomy(max_step_tokens=64, prefill_tokens_beside=8)
+    first, second, third = (sim.add(num_prompt=27) for _ in range(3))
+    # A chunk of 8 each, then two more and the rest of 3 for the first two; 2 tokens are left.
+    assert prompt_sizes(sim.step()) == {first: 27, second: 27, third: 8}
+    # The first is a stream now: the others are back to a chunk a step, in turn.
+    assert sum(prompt_sizes(sim.step()).values()) <= 8
+    sim.run()
+    assert sim.finished == [first, second, third]
+
+
 def test_a_short_prompt_does_not_wait_for_the_long_ones_of_another_adapter():
     sim, _ = beside_a_stream(8)
     busy, other = kv_adapter("busy"), kv_adapter("other")
