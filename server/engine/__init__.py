@@ -12,6 +12,7 @@ block_copies     blocks gathered for it
 decode_kernel    the CPU's fast path for single-token rows
 layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
 layer_stack      the layers of Llama and its relatives, made of those
+decode_program   a step of single tokens through them in one call
 vector_loops     the kernels' inner loops
 vector_ops       what those are made of
 openmp           torch's own threads

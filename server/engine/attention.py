@@ -13,13 +13,13 @@ is up to the block: so a row's arithmetic depends on its own sequence, never on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
 from server.engine.block_copies import BlockCopies
+from server.engine.decode_kernel import KernelPlan
 from server.engine.kv_cache import KVBlocks
 
 
@@ -61,7 +61,7 @@ class AttentionPath:
         self.blocks = blocks
         self.rows: list[Rows] = []
         self.writes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.fast: Callable[..., None] | None = None
+        self.fast: KernelPlan | None = None
 
     def attend(
         self,

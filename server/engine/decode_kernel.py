@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -48,13 +47,13 @@ _MOST_HEADS = 1024
 # reassoc and friends let loops vectorise; infinities and NaN keep their meaning.
 _FLAGS = {"contract", "reassoc", "nsz"}
 
-# Fields of a job table, int64: addresses, then sizes, then the number of the next job to take.
+# Fields of a job table, int64: the number of the next job to take, then addresses, then sizes.
 (
-    _QUERY, _NEW_KEYS, _NEW_VALUES, _OUT, _KEYS, _VALUES, _BLOCKS, _FIRST, _FILLED, _COUNTS,
+    _NEXT_JOB, _QUERY, _NEW_KEYS, _NEW_VALUES, _OUT, _KEYS, _VALUES, _BLOCKS, _FIRST, _FILLED, _COUNTS,
     _POSITIONS, _TOKENS, _SLOPES, _SCALES, _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM, _MAX_BLOCKS,
     _BLOCK_SIZE, _TOKEN_STRIDE, _HEAD_STRIDE, _KEY_TOKEN_STRIDE, _KEY_HEAD_STRIDE,
-    _VALUE_TOKEN_STRIDE, _VALUE_HEAD_STRIDE, _WINDOW, _NEXT_JOB, _BENT, _TABLE_AT, _LINES,
-    _OWN_BLOCKS, _OWN_SLOTS, _WORK, _BLOCK_BYTES, _TABLE_SIZE,
+    _VALUE_TOKEN_STRIDE, _VALUE_HEAD_STRIDE, _WINDOW, _BENT, _TABLE_AT, _LINES,
+    _OWN_BLOCKS, _OWN_SLOTS, _WORK, _BLOCK_BYTES, TABLE_SIZE,
 ) = range(36)  # fmt: skip
 
 # What is done with a row, in `_WORK`: its key and value put in place, attention, or both at once.
@@ -247,14 +246,14 @@ def _entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
         @cfunc(types.void(types.voidptr), cache=True)
         def run_bf16(table_at: Any) -> None:
             if version:
-                _take_jobs(carray(table_at, (_TABLE_SIZE,), np.int64), np.zeros(1, np.uint16))
+                _take_jobs(carray(table_at, (TABLE_SIZE,), np.int64), np.zeros(1, np.uint16))
 
         return Kernel(run_bf16)
 
     @cfunc(types.void(types.voidptr), cache=True)
     def run_float32(table_at: Any) -> None:
         if version:
-            _take_jobs(carray(table_at, (_TABLE_SIZE,), np.int64), np.zeros(1, np.float32))
+            _take_jobs(carray(table_at, (TABLE_SIZE,), np.int64), np.zeros(1, np.float32))
 
     return Kernel(run_float32)
 
@@ -284,16 +283,23 @@ class KernelRows:
 
 
 class DecodeKernel:
-    """Plans and runs the kernel over one engine's blocks."""
+    """The kernel over one engine's blocks.
+
+    Attributes:
+        sizes: KV heads, tokens a block, numbers a head.
+        block_bytes: from block to block.
+        keys, values: addresses by layer.
+        entry: what is run.
+    """
 
     def __init__(self, blocks: KVBlocks) -> None:
-        self._sizes = blocks.keys[0].shape[1:]  # H_kv, block_size, D
-        self._block_bytes = blocks.keys[0].stride(0) * blocks.keys[0].element_size()
-        self._keys = [layer.data_ptr() for layer in blocks.keys]
-        self._values = [layer.data_ptr() for layer in blocks.values]
+        self.sizes = blocks.keys[0].shape[1:]  # H_kv, block_size, D
+        self.block_bytes = blocks.keys[0].stride(0) * blocks.keys[0].element_size()
+        self.keys = [layer.data_ptr() for layer in blocks.keys]
+        self.values = [layer.data_ptr() for layer in blocks.values]
         # Held, so that the addresses above stay good.
         self._blocks = blocks
-        self._run = _entry(blocks.keys[0].dtype)
+        self.entry = _entry(blocks.keys[0].dtype)
 
     @staticmethod
     def fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -304,24 +310,36 @@ class DecodeKernel:
             and head_dim % LANES == 0
         )
 
-    def plan(self, rows: KernelRows) -> Callable[..., None]:
-        """Bind one step's rows; returns `AttentionPath.fast` for this step."""
+    def plan(self, rows: KernelRows) -> KernelPlan:
+        """Bind one step's rows; what it returns is `AttentionPath.fast` for this step."""
+        return KernelPlan(self, rows)
+
+
+class KernelPlan:
+    """One step's rows, for every layer.
+
+    Attributes:
+        table: the job table, whose fields for a layer are set when that is called.
+        passes: what is done one after the other, and with how many of the rows.
+    """
+
+    def __init__(self, kernel: DecodeKernel, rows: KernelRows) -> None:
+        self._kernel = kernel
         counts = np.array([len(ids) for ids, _, _ in rows.tables], dtype=np.int64)
         padded = np.zeros((3, len(counts), int(counts.max(initial=0))), dtype=np.int64)
         for line, parts in enumerate(rows.tables):
             for side, part in enumerate(parts):
                 padded[side, line, : counts[line]] = part
         by_row = np.stack((rows.tokens, rows.positions, rows.lines, rows.blocks, rows.slots))
-        held = (by_row, counts, padded)
         if len(rows.tables) == len(rows.tokens) == rows.num_attended:
-            passes = [(_BOTH, rows.num_attended)]
+            self.passes = [(_BOTH, rows.num_attended)]
         else:  # rows of one sequence see each other's keys, which must all be there first
-            passes = [(_PUT, len(rows.tokens)), (_ATTEND, rows.num_attended)]
-        no_slopes = np.zeros(_MOST_HEADS, np.float32)
-        scales = np.zeros(2)
+            self.passes = [(_PUT, len(rows.tokens)), (_ATTEND, rows.num_attended)]
+        self._scales = np.zeros(2)
+        self._no_slopes = np.zeros(_MOST_HEADS, np.float32)
         # Not numpy's: an item of it takes ten times as long to set, thirty of them in every layer.
-        table = (ctypes.c_int64 * _TABLE_SIZE)()
-        at = ctypes.addressof(table)
+        self.table = table = (ctypes.c_int64 * TABLE_SIZE)()
+        self._at = ctypes.addressof(table)
         for field, part in zip(
             (_TOKENS, _POSITIONS, _LINES, _OWN_BLOCKS, _OWN_SLOTS), by_row, strict=True
         ):
@@ -329,43 +347,83 @@ class DecodeKernel:
         table[_COUNTS] = counts.ctypes.data
         table[_BLOCKS], table[_FIRST], table[_FILLED] = (part.ctypes.data for part in padded)
         table[_MAX_BLOCKS] = padded.shape[2]
-        table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM] = self._sizes
-        table[_BLOCK_BYTES] = self._block_bytes
-        table[_SCALES], table[_TABLE_AT] = scales.ctypes.data, at
-        slopes_at = no_slopes.ctypes.data
+        table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM] = kernel.sizes
+        table[_BLOCK_BYTES] = kernel.block_bytes
+        table[_SCALES], table[_TABLE_AT] = self._scales.ctypes.data, self._at
+        table[_SLOPES] = self._no_slopes.ctypes.data
+        self._held = (by_row, counts, padded)
 
-        def run(
-            layer: int,
-            query: torch.Tensor,
-            new_keys: torch.Tensor,
-            new_values: torch.Tensor,
-            out: torch.Tensor,
-            scale: float,
-            window: int | None,
-            softcap: float | None,
-            alibi_slopes: torch.Tensor | None,
-            _held: tuple[np.ndarray, ...] = (*held, no_slopes),
-        ) -> None:
-            query, new_keys, new_values = map(_with_dense_rows, (query, new_keys, new_values))
-            table[_QUERY], table[_OUT] = query.data_ptr(), out.data_ptr()
-            table[_NEW_KEYS], table[_NEW_VALUES] = new_keys.data_ptr(), new_values.data_ptr()
-            table[_TOKEN_STRIDE], table[_HEAD_STRIDE], _ = query.stride()
-            table[_KEY_TOKEN_STRIDE], table[_KEY_HEAD_STRIDE], _ = new_keys.stride()
-            table[_VALUE_TOKEN_STRIDE], table[_VALUE_HEAD_STRIDE], _ = new_values.stride()
-            table[_KEYS], table[_VALUES] = self._keys[layer], self._values[layer]
-            table[_SLOPES], table[_HEADS] = slopes_at, query.shape[1]
-            if alibi_slopes is not None:
-                table[_SLOPES] = alibi_slopes.data_ptr()
-            elif query.shape[1] > _MOST_HEADS:
-                raise ValueError(f"{query.shape[1]} query heads, expected at most {_MOST_HEADS}")
-            table[_WINDOW] = window or 0
-            table[_BENT] = softcap is not None or alibi_slopes is not None
-            scales[0], scales[1] = scale, softcap or 0.0
-            for table[_WORK], table[_ROWS] in passes:
-                table[_NEXT_JOB] = 0
-                self._run.run(at, table[_ROWS])
+    @property
+    def entry(self) -> Kernel:
+        """What is run."""
+        return self._kernel.entry
 
-        return run
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether every row is a single token that is attended here."""
+        return len(self.passes) == 1
+
+    def write_layers(
+        self,
+        tables: np.ndarray,
+        addresses: np.ndarray,
+        layers: list[int],
+        windows: list[int],
+    ) -> None:
+        """Tables (L, >= TABLE_SIZE) of several layers that are as the one of the last `set_layer` but
+        for their keys, values and windows; each will lie at its address (L,)."""
+        tables[:, :TABLE_SIZE] = np.ctypeslib.as_array(self.table)
+        tables[:, _KEYS] = [self._kernel.keys[layer] for layer in layers]
+        tables[:, _VALUES] = [self._kernel.values[layer] for layer in layers]
+        tables[:, _WINDOW], tables[:, _TABLE_AT], tables[:, _NEXT_JOB] = windows, addresses, 0
+        ((tables[:, _WORK], tables[:, _ROWS]),) = self.passes
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        alibi_slopes: torch.Tensor | None,
+    ) -> None:
+        """Compute one layer: see `AttentionPath.attend`."""
+        if alibi_slopes is None and query.shape[1] > _MOST_HEADS:
+            raise ValueError(f"{query.shape[1]} query heads, expected at most {_MOST_HEADS}")
+        query, new_keys, new_values = map(_with_dense_rows, (query, new_keys, new_values))
+        self.set_layer(layer, query, new_keys, new_values, out, scale, window)
+        table = self.table
+        slopes = self._no_slopes.ctypes.data if alibi_slopes is None else alibi_slopes.data_ptr()
+        table[_SLOPES] = slopes
+        table[_BENT] = softcap is not None or alibi_slopes is not None
+        self._scales[1] = softcap or 0.0
+        for table[_WORK], table[_ROWS] in self.passes:
+            table[_NEXT_JOB] = 0
+            self._kernel.entry.run(self._at, table[_ROWS])
+
+    def set_layer(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Fill in what depends on the layer; rows of the tensors are dense."""
+        table, kernel = self.table, self._kernel
+        table[_QUERY], table[_OUT] = query.data_ptr(), out.data_ptr()
+        table[_NEW_KEYS], table[_NEW_VALUES] = new_keys.data_ptr(), new_values.data_ptr()
+        table[_TOKEN_STRIDE], table[_HEAD_STRIDE], _ = query.stride()
+        table[_KEY_TOKEN_STRIDE], table[_KEY_HEAD_STRIDE], _ = new_keys.stride()
+        table[_VALUE_TOKEN_STRIDE], table[_VALUE_HEAD_STRIDE], _ = new_values.stride()
+        table[_KEYS], table[_VALUES] = kernel.keys[layer], kernel.values[layer]
+        table[_HEADS], table[_WINDOW] = query.shape[1], window or 0
+        self._scales[0] = scale
 
 
 def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:

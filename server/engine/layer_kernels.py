@@ -125,7 +125,8 @@ def _scale_rows(table: Any, like: Any) -> None:
 
 # What is called, compiled when first asked for; `version` see `vector_loops`.
 @cache
-def _norm(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+def norm_kernel(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+    """What runs `rms_norm`; its tables are of `norm_fields`."""
     if dtype == torch.bfloat16:
 
         @cfunc(_ENTRY, cache=True)
@@ -144,7 +145,8 @@ def _norm(dtype: torch.dtype, version: int = VERSION) -> Kernel:
 
 
 @cache
-def _gate(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+def gate_kernel(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+    """What runs `silu_times`; its tables are of `gate_fields`."""
     if dtype == torch.bfloat16:
 
         @cfunc(_ENTRY, cache=True)
@@ -163,7 +165,8 @@ def _gate(dtype: torch.dtype, version: int = VERSION) -> Kernel:
 
 
 @cache
-def _rotate(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+def rotate_kernel(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+    """What runs `rotate`; its tables are of `rotate_fields`."""
     if dtype == torch.bfloat16:
 
         @cfunc(_ENTRY, cache=True)
@@ -182,7 +185,8 @@ def _rotate(dtype: torch.dtype, version: int = VERSION) -> Kernel:
 
 
 @cache
-def _scale(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+def scale_kernel(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+    """What runs `scale_rows`; its tables are of `scale_fields`."""
     if dtype == torch.bfloat16:
 
         @cfunc(_ENTRY, cache=True)
@@ -215,11 +219,18 @@ def rms_norm(
     if added is not None and not (x.is_contiguous() and added.is_contiguous()):
         raise ValueError("what is added to must be dense")
     out = torch.empty_like(dense)
-    width, size = x.shape[-1], x.numel()
     addition = 0 if added is None else added.data_ptr()
-    fields = (dense.data_ptr(), weight.data_ptr(), out.data_ptr(), _bits(eps), addition)
-    _run(_norm(x.dtype), size // width if width else 0, width, fields, size)
+    ends = (dense.data_ptr(), weight.data_ptr(), out.data_ptr())
+    fields = norm_fields(*ends, eps, addition, x.shape[-1])
+    _run(norm_kernel(x.dtype), fields, x.numel() // max(x.shape[-1], 1), x.numel())
     return out
+
+
+def norm_fields(
+    x: int, weight: int, out: int, eps: float, added: int, width: int
+) -> tuple[int, ...]:
+    """A table of `norm_kernel`: addresses (`added` may be 0) of dense rows."""
+    return (0, 0, 0, width, x, weight, out, _bits(eps), added)
 
 
 @cache
@@ -233,9 +244,17 @@ def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     width = gate.shape[-1]
     rows, other = _rows_of(gate), _rows_of(up)
     out = torch.empty(gate.shape, dtype=gate.dtype)
-    fields = (rows.data_ptr(), other.data_ptr(), out.data_ptr(), rows.stride(0), other.stride(0))
-    _run(_gate(gate.dtype), rows.shape[0], width, fields, gate.numel())
+    ends = (rows.data_ptr(), other.data_ptr(), out.data_ptr())
+    fields = gate_fields(*ends, (rows.stride(0), other.stride(0)), width)
+    _run(gate_kernel(gate.dtype), fields, rows.shape[0], gate.numel())
     return out
+
+
+def gate_fields(
+    gate: int, up: int, out: int, strides: tuple[int, int], width: int
+) -> tuple[int, ...]:
+    """A table of `gate_kernel`: addresses, and elements from row to row of gate and up."""
+    return (0, 0, 0, width, gate, up, out, *strides)
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -245,9 +264,16 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """
     num_rows, num_heads, width = heads.shape
     cos, sin = cos.contiguous(), sin.contiguous()
-    sizes = (num_heads, heads.stride(0), heads.stride(1))
-    fields = (heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes)
-    _run(_rotate(heads.dtype), num_rows, width, fields, heads.numel())
+    ends = (heads.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    fields = rotate_fields(*ends, num_heads, heads.stride(0), heads.stride(1), width)
+    _run(rotate_kernel(heads.dtype), fields, num_rows, heads.numel())
+
+
+def rotate_fields(
+    heads: int, cos: int, sin: int, num_heads: int, row_stride: int, head_stride: int, width: int
+) -> tuple[int, ...]:
+    """A table of `rotate_kernel`: addresses, and elements from row to row and from head to head."""
+    return (0, 0, 0, width, heads, cos, sin, num_heads, row_stride, head_stride)
 
 
 def scale_rows(
@@ -265,11 +291,17 @@ def scale_rows(
     if x.stride(-1) != 1:
         raise ValueError(f"rows must be dense, strides are {x.stride()}")
     out = x if in_place else torch.empty(x.shape, dtype=x.dtype)
-    fields = (
-        x.data_ptr(), scales.data_ptr(), slots.data_ptr(), out.data_ptr(), x.stride(-2), out.stride(-2)
-    )  # fmt: skip
-    _run(_scale(x.dtype), num_rows, width, fields, x.numel())
+    ends = (x.data_ptr(), scales.data_ptr(), slots.data_ptr(), out.data_ptr())
+    fields = scale_fields(*ends, (x.stride(-2), out.stride(-2)), width)
+    _run(scale_kernel(x.dtype), fields, num_rows, x.numel())
     return out
+
+
+def scale_fields(
+    x: int, scales: int, slots: int, out: int, strides: tuple[int, int], width: int
+) -> tuple[int, ...]:
+    """A table of `scale_kernel`: addresses, and elements from row to row of x and out."""
+    return (0, 0, 0, width, x, scales, slots, out, *strides)
 
 
 def fits(device: torch.device, dtype: torch.dtype) -> bool:
@@ -279,7 +311,7 @@ def fits(device: torch.device, dtype: torch.dtype) -> bool:
 
 def prepare(dtype: torch.dtype) -> None:
     """Compile everything now, so that no request waits for it."""
-    for kernel in (_norm, _gate, _rotate, _scale):
+    for kernel in (norm_kernel, gate_kernel, rotate_kernel, scale_kernel):
         kernel(dtype)
 
 
@@ -289,11 +321,10 @@ def _rows_of(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _run(
-    kernel: Kernel, num_rows: int, width: int, fields: tuple[int, ...], num_elements: int
-) -> None:
+def _run(kernel: Kernel, fields: tuple[int, ...], num_rows: int, num_elements: int) -> None:
     # Not numpy's: it takes five times as long to fill, eight times in every layer.
-    table = (ctypes.c_int64 * _SIZE)(0, 0, num_rows, width, *fields)
+    table = (ctypes.c_int64 * _SIZE)(*fields)
     table[_TABLE_AT] = at = ctypes.addressof(table)
+    table[_ROWS] = num_rows
     # Below that, handing rows to a second thread takes longer than they do.
     kernel.run(at, 1 if num_elements < _ELEMENTS_FOR_THREADS else num_rows)

@@ -18,42 +18,53 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adapters.attention_hook import Attention
+from server.engine.attention import AttentionPath
+from server.engine.decode_kernel import KernelPlan
+from server.engine.decode_program import DecodeProgram
 from server.engine.layer_kernels import rms_norm, rotate, silu_times
 from server.engine.packed_linear import PackedLinear
 from server.engine.scales import ScaleTables
 from server.engine.vector_ops import LANES
 
-# As transformers has them; their forward passes were read, and differ in what `_Layer` names only.
+# As transformers has them; their forward passes were read, and differ in what `Layer` names only.
 _MODELS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
 
 
-class _Products:
+class Products:
     """Linear layers that read the same input.
 
     Args:
         names: their dotted paths.
         modules: as they are, or packed as one.
+
+    Attributes:
+        sizes: each layer's out_features.
+        inputs: in_features of all.
+        tiles: their fast path for few rows, or None.
     """
 
     def __init__(self, names: Sequence[str], modules: Sequence[nn.Module]) -> None:
-        self._names = tuple(names)
+        self.names = tuple(names)
         self._modules = tuple(modules)
-        first = modules[0]
+        first: Any = modules[0]
         self._pack = first.pack if isinstance(first, PackedLinear) else None
+        self.inputs = int(first.in_features)
+        self.sizes = tuple(int(module.out_features) for module in modules)  # type: ignore[arg-type]
+        is_one = self._pack is not None and tuple(self._pack.sizes) == self.sizes
+        self.tiles = self._pack.tiles if self._pack is not None and is_one else None
 
     def __call__(self, x: torch.Tensor, scales: ScaleTables) -> Sequence[torch.Tensor]:
         """x (T, in_features) -> each layer's (T, out_features), rows not always side by side."""
         if not scales.in_use:
             return self._plain(x)
-        inputs = [scales.scaled_input(name, x) for name in self._names]
+        inputs = [scales.scaled_input(name, x) for name in self.names]
         parts = list(self._plain(x)) if any(given is x for given in inputs) else []
         for index, given in enumerate(inputs):
             if given is not x:
                 parts[index : index + 1] = [self._plain(given)[index]]
-        for name, part in zip(self._names, parts, strict=True):
+        for name, part in zip(self.names, parts, strict=True):
             scales.scale_output(name, part)
         return parts
 
@@ -64,21 +75,26 @@ class _Products:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One decoder layer: its norms (weight, eps), products, and what its attention needs."""
 
     index: int
     before: tuple[torch.Tensor, float]
     after: tuple[torch.Tensor, float]
-    qkv: _Products
-    output: _Products
-    gate_up: _Products
-    down: _Products
+    qkv: Products
+    output: Products
+    gate_up: Products
+    down: Products
     head_dim: int
     scale: float
     window: int | None
     query_norm: tuple[torch.Tensor, float] | None
     key_norm: tuple[torch.Tensor, float] | None
+
+    @property
+    def products(self) -> tuple[Products, ...]:
+        """All of its products."""
+        return self.qkv, self.output, self.gate_up, self.down
 
 
 class LayerStack:
@@ -90,7 +106,7 @@ class LayerStack:
         scales: what its linear layers are scaled by.
     """
 
-    def __init__(self, model: Any, path: Attention, scales: ScaleTables) -> None:
+    def __init__(self, model: Any, path: AttentionPath, scales: ScaleTables) -> None:
         self._path = path
         self._scales = scales
         self._rotary = model.model.rotary_emb
@@ -98,9 +114,10 @@ class LayerStack:
         self._head = model.lm_head
         names = {id(module): name for name, module in model.named_modules()}
         self._layers = [_layer(layer, names) for layer in model.model.layers]
+        self._program = DecodeProgram.of(self._layers, scales)
 
     @staticmethod
-    def of(model: Any, path: Attention, scales: ScaleTables) -> LayerStack | None:
+    def of(model: Any, path: AttentionPath, scales: ScaleTables) -> LayerStack | None:
         """The stack of a model that is connected to `path`, or None where its layers are others."""
         if type(model).__name__ not in _MODELS:
             return None
@@ -122,6 +139,24 @@ class LayerStack:
             (n, V).
         """
         cos, sin = (part[0] for part in self._rotary(hidden[None], positions[None]))
+        plan = self._path.fast
+        if self._program is None or plan is None or not self._is_for_program(len(hidden), plan):
+            hidden, added = self._through_layers(hidden, cos, sin)
+        else:
+            hidden, added = self._program.run(hidden, cos.contiguous(), sin.contiguous(), plan)
+        if len(keep) < len(hidden):
+            hidden, added = hidden[keep], added[keep]
+        out: torch.Tensor = self._head(rms_norm(hidden, *self._norm, added)[None])[0]
+        return out
+
+    def _is_for_program(self, num_rows: int, plan: KernelPlan) -> bool:
+        is_all = plan.is_one_pass and not self._path.rows
+        return is_all and self._program is not None and self._program.fits(num_rows)
+
+    def _through_layers(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (T, d) past all layers, and what the last one adds to them."""
         added: torch.Tensor | None = None
         for layer in self._layers:
             # What a layer adds to the hidden states is added in the pass that normalises them next.
@@ -130,13 +165,10 @@ class LayerStack:
             (added,) = layer.down(silu_times(*layer.gate_up(normal, self._scales)), self._scales)
         if added is None:
             raise ValueError("the model has no layers")
-        if len(keep) < len(hidden):
-            hidden, added = hidden[keep], added[keep]
-        out: torch.Tensor = self._head(rms_norm(hidden, *self._norm, added)[None])[0]
-        return out
+        return hidden, added
 
     def _attend(
-        self, layer: _Layer, normal: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, layer: Layer, normal: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         parts = layer.qkv(normal, self._scales)
         split = (len(normal), -1, layer.head_dim)
@@ -158,18 +190,18 @@ def _is_gated_silu(mlp: Any) -> bool:
     return is_silu and mlp.intermediate_size % LANES == 0
 
 
-def _layer(module: Any, names: dict[int, str]) -> _Layer:
+def _layer(module: Any, names: dict[int, str]) -> Layer:
     attention, mlp = module.self_attn, module.mlp
 
-    def products(*modules: nn.Module) -> _Products:
-        return _Products([names[id(part)] for part in modules], modules)
+    def products(*modules: nn.Module) -> Products:
+        return Products([names[id(part)] for part in modules], modules)
 
     # Mistral's has the window in its config, the others as an attribute; Llama's has none.
     window = getattr(attention, "sliding_window", None)
     if type(attention).__name__ == "MistralAttention":
         window = getattr(attention.config, "sliding_window", None)
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return _Layer(
+    return Layer(
         index=attention.layer_idx,
         before=_norm(module.input_layernorm),
         after=_norm(module.post_attention_layernorm),

@@ -35,11 +35,14 @@ class Kernel:
 
     Args:
         compiled: numba's `cfunc`. It is held, since its code goes with it.
+
+    Attributes:
+        address: where its code begins.
     """
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
-        self._address = int(compiled.address)
+        self.address = int(compiled.address)
         self._call = compiled.ctypes
 
     def run(self, argument: int, most: int) -> None:
@@ -54,7 +57,7 @@ class Kernel:
         if openmp is None:
             self._call(argument)
         else:
-            openmp.GOMP_parallel(self._address, argument, threads, 0)
+            openmp.GOMP_parallel(self.address, argument, threads, 0)
 
 
 def one_thread_here() -> None:

@@ -58,16 +58,20 @@ class Pack:
     Args:
         linears: layers of equal `in_features`, all with a bias or none.
         expected_tokens: what oneDNN is told to pack for.
+
+    Attributes:
+        sizes: each layer's out_features.
+        tiles: the fast path for few rows, or None.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], expected_tokens: int) -> None:
-        self._sizes = [linear.out_features for linear in linears]
+        self.sizes = [linear.out_features for linear in linears]
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, expected_tokens)
         self._bias = None
         if linears[0].bias is not None:
             self._bias = torch.cat([linear.bias.detach() for linear in linears])
-        self._tiles = TileProduct.of(self._packed, weight, self._bias)
+        self.tiles = TileProduct.of(self._packed, weight, self._bias)
         # The last input, and what is left of its products.
         self._input: torch.Tensor | None = None
         self._ready: dict[int, torch.Tensor] = {}
@@ -75,7 +79,7 @@ class Pack:
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The product of layer `index` with x; nothing is kept of an input whose parts are taken."""
         if self._input is not x or index not in self._ready:
-            if len(self._sizes) == 1:
+            if len(self.sizes) == 1:
                 return self._product(x)
             self._ready = dict(enumerate(self.parts(x)))
             self._input = x
@@ -87,17 +91,17 @@ class Pack:
     def parts(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """The products of all layers with x (..., in_features)."""
         product = self._product(x)
-        if len(self._sizes) == 1:
+        if len(self.sizes) == 1:
             return (product,)
-        return torch.split_with_sizes(product, self._sizes, dim=-1)
+        return torch.split_with_sizes(product, self.sizes, dim=-1)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape.numel() == 0:
-            return x.new_empty(*x.shape[:-1], sum(self._sizes))
-        if self._tiles is not None and x.shape.numel() <= MOST_ROWS * x.shape[-1]:
+            return x.new_empty(*x.shape[:-1], sum(self.sizes))
+        if self.tiles is not None and x.shape.numel() <= MOST_ROWS * x.shape[-1]:
             if x.dim() == 2 and x.stride(1) == 1:
-                return self._tiles(x)
-            return self._tiles(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
+                return self.tiles(x)
+            return self.tiles(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
         out: torch.Tensor = _linear(x, self._packed, self._bias, "none", [], "")
         return out
 

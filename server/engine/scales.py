@@ -115,6 +115,24 @@ class ScaleTables:
         """Whether a token of this step uses scales."""
         return self._span is not None
 
+    @property
+    def slots(self) -> torch.Tensor:
+        """(T,) int64: the row of the tables that each token of a step in use has."""
+        return self._slots
+
+    @property
+    def num_tables(self) -> int:
+        """Tables so far; there is never one less, and none is ever another."""
+        return len(self._inputs) + len(self._outputs)
+
+    def input_table(self, path: str) -> torch.Tensor | None:
+        """(num_slots + 1, in_features) float32 of a module, if an adapter ever targeted its input."""
+        return self._inputs.get(path)
+
+    def output_table(self, path: str) -> torch.Tensor | None:
+        """(num_slots + 1, out_features) float32 of a module, if one ever targeted its output."""
+        return self._outputs.get(path)
+
     def scaled_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
         """x (..., T, in_features) of a module as its hook would make it: x itself, or a copy."""
         table = self._inputs.get(path)

@@ -214,13 +214,18 @@ class TileProduct:
         packed: what `mkldnn._reorder_linear_weight` made of the weight. It is held.
         weight: (N, K) bf16.
         bias: (N,) or None.
+
+    Attributes:
+        entry: what is run.
     """
+
+    SHAPES_FIELD = _SHAPES
 
     def __init__(self, packed: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._width, inputs = weight.shape
         added = torch.zeros(self._width) if bias is None else bias.float()
         self._held = (packed, added, _shapes())
-        self._run = _entry()
+        self.entry = _entry()
         # Filled in place: see `layer_kernels`.
         self._table = (ctypes.c_int64 * _TABLE_SIZE)()
         self._at = ctypes.addressof(self._table)
@@ -247,14 +252,21 @@ class TileProduct:
         table = self._table
         table[_NEXT_JOB], table[_ROWS] = 0, num_rows
         table[_X], table[_X_BYTES], table[_OUT] = x.data_ptr(), x.stride(0) * 2, out.data_ptr()
-        table[_SHAPES] = _shapes_at(num_rows)
-        self._run.run(self._at, table[_JOBS])
+        table[_SHAPES] = self.shapes_at(num_rows)
+        self.entry.run(self._at, table[_JOBS])
         return out
 
+    def fields(self, x_at: int, x_bytes: int, out_at: int) -> tuple[int, ...]:
+        """A table of `entry`, but for the rows and their shapes; `x_bytes` lie from row to row."""
+        table = list(self._table)
+        table[_X], table[_X_BYTES], table[_OUT] = x_at, x_bytes, out_at
+        return tuple(table)
 
-@cache
-def _shapes_at(num_rows: int) -> int:
-    return int(_shapes()[num_rows - 1].ctypes.data)
+    @staticmethod
+    @cache
+    def shapes_at(num_rows: int) -> int:
+        """What stands in SHAPES_FIELD for so many rows."""
+        return int(_shapes()[num_rows - 1].ctypes.data)
 
 
 def _is_in_panels(packed: Any, weight: torch.Tensor) -> bool:

@@ -1,0 +1,304 @@
+"""A step of single tokens through all layers of a `LayerStack` in one call.
+
+The kernels of a layer take some 300 microseconds together, of which Python between them took a sixth and
+starting threads for each another part. Here their job tables stand in a list that is made once; each step
+fills in what is new, and torch's threads go through the list, waiting for each other after every kernel.
+
+Only where every product has tiles and every row is a single token: else the stack calls the same kernels
+one by one, with the same results. Knows the stack's layers and kernels; no sequence or adapter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+
+from server.engine import layer_kernels
+from server.engine.openmp import Kernel, torch_openmp
+from server.engine.tile_product import MOST_ROWS, TileProduct
+from server.engine.vector_loops import VERSION
+from server.engine.vector_ops import I64, array_at
+
+if TYPE_CHECKING:
+    from server.engine.decode_kernel import KernelPlan
+    from server.engine.layer_stack import Layer, Products
+    from server.engine.scales import ScaleTables
+
+# Fields of the program's own table, int64: how often a thread came to the end of a kernel, addresses of
+# the list (function, table), of `omp_get_num_threads` and of `sched_yield`, and the list's length.
+_ARRIVED, _TABLE_AT, _LIST, _TEAM_SIZE, _YIELD, _LENGTH, _PROGRAM_SIZE = range(7)
+# Numbers of one kernel's table; the number of rows stands at the same place in those of all layers.
+_WIDTH, _ROWS = 40, 2
+_POINTER = ir.IntType(8).as_pointer()
+# Pauses before a waiting thread offers its processor to others: some 100 microseconds.
+_PATIENCE = 4000
+
+
+@intrinsic
+def _call_at(typing_context: Any, address: Any, argument: Any) -> Any:
+    """Call the void function of one pointer at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_POINTER]).as_pointer()
+        function = builder.inttoptr(arguments[0], kind)
+        builder.call(function, [builder.inttoptr(arguments[1], _POINTER)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _ask_at(typing_context: Any, address: Any) -> Any:
+    """What the int function without arguments at `address` says."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), []).as_pointer()
+        return builder.sext(builder.call(builder.inttoptr(arguments[0], kind), []), I64)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _arrive(typing_context: Any, address: Any) -> Any:
+    """Add one to the int64 at `address`; all that this thread wrote is seen by who reads it there."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
+        builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _arrived(typing_context: Any, address: Any) -> Any:
+    """The int64 at `address`, after a short pause."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@njit
+def _run_list(table: Any) -> None:
+    kernels = carray(array_at(table[_LIST]), (table[_LENGTH], 2), np.int64)
+    team_size = _ask_at(table[_TEAM_SIZE]) if table[_TEAM_SIZE] else 1
+    for index in range(table[_LENGTH]):
+        _call_at(kernels[index, 0], kernels[index, 1])
+        _arrive(table[_TABLE_AT])
+        waited = 0
+        while _arrived(table[_TABLE_AT]) < team_size * (index + 1):
+            waited += 1
+            if waited >= _PATIENCE:
+                _ask_at(table[_YIELD])
+
+
+@cache
+def _entry(version: int = VERSION) -> Kernel:
+    """What is called, compiled when first asked for; `version` see `vector_loops`."""
+
+    @cfunc(types.void(types.voidptr), cache=True)
+    def run(table_at: Any) -> None:
+        if version:
+            _run_list(carray(table_at, (_PROGRAM_SIZE,), np.int64))
+
+    return Kernel(run)
+
+
+class _Buffer:
+    """(MOST_ROWS, width) numbers that every layer writes over."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.tensor = torch.empty((MOST_ROWS, width), dtype=dtype)
+        self.width = width
+        self._at = self.tensor.data_ptr()
+
+    def at(self, column: int = 0) -> int:
+        """The address of a column of the first row."""
+        return self._at + column * self.tensor.element_size()
+
+
+class DecodeProgram:
+    """The layers of one stack, for up to MOST_ROWS single tokens; `of` makes it.
+
+    Args:
+        layers: of the stack.
+        scales: what linear layers are scaled by.
+    """
+
+    def __init__(self, layers: Sequence[Layer], scales: ScaleTables) -> None:
+        self._layers = layers
+        self._scales = scales
+        self._entry = _entry()
+        weight = layers[0].before[0]
+        self._dtype = weight.dtype
+        widths = [sum(layers[0].qkv.sizes), sum(layers[0].gate_up.sizes)]
+        inputs = [layers[0].output.inputs, layers[0].down.inputs]
+        self._hidden, self._normal, self._added = (
+            _Buffer(weight.shape[0], self._dtype) for _ in range(3)
+        )
+        self._qkv, self._gate_up, self._attended, self._gated = (
+            _Buffer(width, self._dtype) for width in (*widths, *inputs)
+        )
+        self._num_tables = -1
+        self._list: list[tuple[Kernel | None, tuple[int, ...]]] = []
+        self._build()
+
+    @staticmethod
+    def of(layers: Sequence[Layer], scales: ScaleTables) -> DecodeProgram | None:
+        """The program, or None where a layer needs what it has not."""
+        alike = {(layer.head_dim, layer.scale, layer.qkv.sizes) for layer in layers}
+        if len(alike) != 1 or any(layer.query_norm is not None for layer in layers):
+            return None
+        products = [p for layer in layers for p in layer.products]
+        if any(product.tiles is None for product in products):
+            return None
+        return DecodeProgram(layers, scales)
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether a step of so many single tokens, with the scales that it uses, can be run."""
+        if num_rows > MOST_ROWS:
+            return False
+        return not self._scales.in_use or not any(
+            self._scales.input_table(name) is not None
+            for layer in self._layers
+            for product in (layer.qkv, layer.gate_up)
+            for name in product.names
+        )
+
+    def run(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: KernelPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (n, d) -> hidden states (n, d) and what the last layer adds to them, (n, d).
+
+        Both are good until the next call. `cos` and `sin` are (n, D), dense; `plan` is of these n rows.
+        """
+        if self._num_tables != self._scales.num_tables:
+            self._build()
+        num_rows, tables = len(hidden), self._tables
+        self._hidden.tensor[:num_rows] = hidden
+        tables[:, 0] = 0
+        tables[:, _ROWS] = num_rows
+        tables[self._products, TileProduct.SHAPES_FIELD] = TileProduct.shapes_at(num_rows)
+        tables[self._rotations, 5:7] = cos.data_ptr(), sin.data_ptr()
+        if self._scalings:
+            slots = self._scales.slots if self._scales.in_use else None
+            tables[self._scalings, _ROWS] = num_rows if slots is not None else 0
+            tables[self._scalings, 6] = slots.data_ptr() if slots is not None else 0
+        self._plan_attention(plan, num_rows)
+        self._program[_ARRIVED] = 0
+        self._entry.run(self._at, torch.get_num_threads())
+        return self._hidden.tensor[:num_rows], self._added.tensor[:num_rows]
+
+    def _plan_attention(self, plan: KernelPlan, num_rows: int) -> None:
+        first = self._layers[0]
+        split = [
+            part.view(num_rows, -1, first.head_dim)
+            for part in torch.split_with_sizes(
+                self._qkv.tensor[:num_rows], list(first.qkv.sizes), dim=1
+            )
+        ]
+        out = self._attended.tensor[:num_rows].view(num_rows, -1, first.head_dim)
+        plan.set_layer(first.index, split[0], split[1], split[2], out, first.scale, None)
+        indices = [layer.index for layer in self._layers]
+        windows = [layer.window or 0 for layer in self._layers]
+        attentions = np.empty((len(indices), _WIDTH), np.int64)
+        plan.write_layers(attentions, self._addresses[self._attentions], indices, windows)
+        self._tables[self._attentions] = attentions
+        entry = plan.entry.address
+        self._calls[self._attentions, 0] = entry
+
+    # --- the list --------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Write the list anew; scales are in it where a table of them is there."""
+        self._num_tables = self._scales.num_tables
+        self._list = []
+        self._products: list[int] = []
+        self._rotations: list[int] = []
+        self._scalings: list[int] = []
+        self._attentions: list[int] = []
+        for number, layer in enumerate(self._layers):
+            self._add_layer(layer, is_first=number == 0)
+        length = len(self._list)
+        self._tables = np.zeros((length, _WIDTH), np.int64)
+        self._addresses = self._tables.ctypes.data + np.arange(length) * self._tables.strides[0]
+        self._calls = np.zeros((length, 2), np.int64)
+        self._calls[:, 1] = self._addresses
+        for index, (kernel, fields) in enumerate(self._list):
+            self._calls[index, 0] = 0 if kernel is None else kernel.address
+            self._tables[index, : len(fields)] = fields
+            self._tables[index, 1] = self._addresses[index]
+        library = torch_openmp()
+        team_size = 0 if library is None else _address(library.omp_get_num_threads)
+        yields = _address(ctypes.CDLL(None).sched_yield)
+        self._program = (ctypes.c_int64 * _PROGRAM_SIZE)()
+        self._at = ctypes.addressof(self._program)
+        self._program[:] = [0, self._at, self._calls.ctypes.data, team_size, yields, length]
+
+    def _add(self, kernel: Kernel | None, fields: tuple[int, ...]) -> int:
+        self._list.append((kernel, fields))
+        return len(self._list) - 1
+
+    def _add_layer(self, layer: Layer, *, is_first: bool) -> None:
+        heads = sum(layer.qkv.sizes[:2]) // layer.head_dim
+        self._add_norm(layer.before, 0 if is_first else self._added.at())
+        self._add_product(layer.qkv, self._normal, self._qkv)
+        fields = layer_kernels.rotate_fields(
+            self._qkv.at(), 0, 0, heads, self._qkv.width, layer.head_dim, layer.head_dim
+        )
+        self._rotations.append(self._add(layer_kernels.rotate_kernel(self._dtype), fields))
+        self._attentions.append(self._add(None, ()))
+        self._add_product(layer.output, self._attended, self._added)
+        self._add_norm(layer.after, self._added.at())
+        self._add_product(layer.gate_up, self._normal, self._gate_up)
+        gate, up = self._gate_up.at(), self._gate_up.at(layer.gate_up.sizes[0])
+        strides = (self._gate_up.width, self._gate_up.width)
+        fields = layer_kernels.gate_fields(gate, up, self._gated.at(), strides, self._gated.width)
+        self._add(layer_kernels.gate_kernel(self._dtype), fields)
+        self._add_product(layer.down, self._gated, self._added)
+
+    def _add_norm(self, norm: tuple[torch.Tensor, float], added_at: int) -> None:
+        weight, eps = norm
+        fields = layer_kernels.norm_fields(
+            self._hidden.at(), weight.data_ptr(), self._normal.at(), eps, added_at, weight.shape[0]
+        )
+        self._add(layer_kernels.norm_kernel(self._dtype), fields)
+
+    def _add_product(self, product: Products, x: _Buffer, out: _Buffer) -> None:
+        if len(product.names) == 1:
+            self._add_scales(self._scales.input_table(product.names[0]), x, 0)
+        tiles = product.tiles
+        if tiles is None:
+            raise ValueError("a product without tiles")
+        self._products.append(self._add(tiles.entry, tiles.fields(x.at(), x.width * 2, out.at())))
+        column = 0
+        for name, size in zip(product.names, product.sizes, strict=True):
+            self._add_scales(self._scales.output_table(name), out, column)
+            column += size
+
+    def _add_scales(self, table: torch.Tensor | None, buffer: _Buffer, column: int) -> None:
+        if table is None:
+            return
+        at, stride = buffer.at(column), buffer.width
+        fields = layer_kernels.scale_fields(
+            at, table.data_ptr(), 0, at, (stride, stride), table.shape[1]
+        )
+        self._scalings.append(self._add(layer_kernels.scale_kernel(self._dtype), fields))
+
+
+def _address(function: Any) -> int:
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
