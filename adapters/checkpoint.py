@@ -7,8 +7,9 @@ safetensors library see the file. Pickles are never opened.
 
     bytes on disk -> read_config, read_header -> the method's own check -> load_tensors
 
-This file knows no method (it asks `adapters.methods` for the one a config names), no registry and
-no HTTP.
+torch and the methods load with the first checkpoint that is looked into: a server at rest does
+without them. This file knows no method (it asks `adapters.methods` for the one a config names), no
+registry and no HTTP.
 """
 
 from __future__ import annotations
@@ -25,11 +26,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import safetensors
-import safetensors.torch
-import torch
 
 from adapters import durable
 from adapters.base_model import BaseModelSpec
@@ -45,9 +44,11 @@ from adapters.errors import (
 )
 from adapters.limits import DEFAULT_LIMITS, CheckpointLimits
 from adapters.method import AdapterFacts, AdapterMethod, PeftConfig, TensorInfo, parse_config
-from adapters.methods import method_of
 from adapters.serving import ServingForm
 from adapters.strict_json import StrictJsonError, parse_object
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -61,6 +62,7 @@ _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _SET_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules")
 _LENGTH_BYTES = 8  # the header's length, little endian, opens the file
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a stranger's name goes into a command line
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _HEADER_DEPTH = 3  # object of entries, entry, shape or offsets
 
 
@@ -287,6 +289,8 @@ def _check_without_values(
     directory: Path, base: BaseModelSpec, limits: CheckpointLimits
 ) -> tuple[dict[str, Any], AdapterMethod[Any], PeftConfig, AdapterFacts]:
     raw = read_config(directory / CONFIG_FILE, limits)
+    from adapters.methods import method_of
+
     method = method_of(raw)
     config = parse_config(method.config_class, raw)
     facts = method.check(config, read_header(directory / TENSORS_FILE, limits), base)
@@ -514,12 +518,14 @@ def _check_ranges(entries: Mapping[str, _Entry], data_bytes: int, file_name: str
 
 def _largest_served(dtype: str) -> float:
     """The largest weight that stays finite in float32 and in the dtype the base is served in."""
+    import torch
+
     served = getattr(torch, dtype, torch.float32)
     return min(float(torch.finfo(served).max), float(torch.finfo(torch.float32).max))
 
 
 def _iterate_tensors(
-    path: Path, names: Iterable[str], largest: float = float(torch.finfo(torch.float32).max)
+    path: Path, names: Iterable[str], largest: float = _LARGEST_FLOAT32
 ) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -535,7 +541,7 @@ def _check_finite(name: str, tensor: torch.Tensor, largest: float) -> None:
     if tensor.numel() == 0:
         return
     # Two numbers, no mask as large as the tensor; NaN passes through both of them.
-    low, high = (float(bound) for bound in torch.aminmax(tensor))
+    low, high = (float(bound) for bound in tensor.aminmax())
     if -largest <= low and high <= largest:
         return
     raise NonFinite(
@@ -566,9 +572,11 @@ def write_checkpoint(
     """
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a checkpoint")
+    import safetensors.torch as safetensors_torch
+
     text = json.dumps(canonical_config(config), indent=2, sort_keys=True, allow_nan=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(contiguous, metadata={"format": "pt"})
+    data = safetensors_torch.save(contiguous, metadata={"format": "pt"})
     with durable.full_disk_is_storage_full("the checkpoint"):
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:

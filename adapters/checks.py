@@ -7,11 +7,13 @@ no file and no base model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from adapters.errors import MethodUnsupported, NonFinite, TensorMismatch
 from adapters.method import PeftConfig, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 SERVED_TASK = "CAUSAL_LM"
@@ -133,6 +135,8 @@ def to_float32(name: str, tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         NonFinite: NaN or infinity, also where a float64 value does not fit into float32.
     """
+    import torch
+
     values = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
     if not bool(torch.isfinite(values).all()):
         raise NonFinite(

@@ -14,9 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from adapters.checkpoint import (
     CONFIG_FILE,
@@ -28,11 +26,16 @@ from adapters.checkpoint import (
 )
 from adapters.checks import quoted, some_of
 from adapters.errors import CombineInvalid
-from adapters.methods import method_of
-from adapters.methods.ia3 import PREFIX, SUFFIX
+
+if TYPE_CHECKING:
+    import torch
+
+    _Tensors = Mapping[str, torch.Tensor]
+else:  # a server at rest has no torch
+    _Tensors = Mapping
 
 CombinationType = Literal["linear", "delta"]
-Parent: TypeAlias = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
+Parent: TypeAlias = tuple[Mapping[str, Any], _Tensors]
 
 MAX_ADAPTERS = 64
 
@@ -54,7 +57,7 @@ def combine(
     weights: Sequence[float],
     combination_type: CombinationType = "linear",
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Add up checkpoints of one method.
 
@@ -63,8 +66,8 @@ def combine(
             One may stand there several times.
         weights: one for each adapter, of any sign.
         combination_type: see the head; "delta" is for IA3.
-        dtype: of the sum. PEFT adds in that of its base: it gives the same bits on a base of this
-            dtype, and rounds after every adapter on a base of bfloat16.
+        dtype: of the sum; None is float32. PEFT adds in that of its base: it gives the same bits on
+            a base of this dtype, and rounds after every adapter on a base of bfloat16.
 
     Returns:
         Config and tensors of the sum, as PEFT would save them; the config is the first adapter's
@@ -95,7 +98,7 @@ def combine(
     return canonical_config(config), total
 
 
-class Stored(Mapping[str, torch.Tensor]):
+class Stored(_Tensors):
     """The tensors of a checkpoint file, each read when it is asked for and not kept.
 
     Args:
@@ -168,6 +171,8 @@ def _check_counts(
 
 
 def _one_method(adapters: Sequence[Parent]) -> str:
+    from adapters.methods import method_of
+
     kinds = [method_of(config).peft_type for config, _ in adapters]
     for number, kind in enumerate(kinds, 1):
         if kind != kinds[0]:
@@ -202,12 +207,14 @@ def _sum(
     adapters: Sequence[Parent],
     weights: Sequence[float],
     combination_type: CombinationType,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """One tensor of the result; an adapter without it adds nothing, which is what 0 and 1 mean."""
+    import torch
+
     numbers = [number for number, (_, tensors) in enumerate(adapters) if name in tensors]
     start = 1.0 if combination_type == "delta" else 0.0
-    total = torch.full(adapters[numbers[0]][1][name].shape, start, dtype=dtype)
+    total = torch.full(adapters[numbers[0]][1][name].shape, start, dtype=dtype or torch.float32)
     for number in numbers:
         # PEFT holds an adapter's own tensors in float32, whatever the base's dtype is.
         tensor = adapters[number][1][name].detach().to(device="cpu", dtype=torch.float32)
@@ -227,6 +234,8 @@ def _sum(
 def _check_shape(
     name: str, tensor: torch.Tensor, total: torch.Tensor, number: int, first: int
 ) -> None:
+    from adapters.methods.ia3 import SUFFIX
+
     if tensor.shape == total.shape:
         return
     came, want = tuple(tensor.shape), tuple(total.shape)
@@ -274,6 +283,8 @@ def _ia3_config(adapters: Sequence[Parent]) -> dict[str, Any]:
 
 def _sides(adapters: Sequence[Parent]) -> dict[str, bool]:
     """Module path -> whether its input is scaled, as every adapter that has it must agree."""
+    from adapters.methods.ia3 import PREFIX, SUFFIX
+
     sides: dict[str, bool] = {}
     for number, (config, tensors) in enumerate(adapters, 1):
         listed = config.get("feedforward_modules")

@@ -10,12 +10,13 @@ Three frozen, shape-checked values, all on the CPU. Nothing here knows files, co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import TensorMismatch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Protocol
 
 from adapters.base_model import BaseModelSpec
 from adapters.serving import KVPrefix, SoftPrompt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class FrozenBase(Protocol):

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from adapters.errors import ConfigInvalid, JobInvalid
 from adapters.method import PeftConfig, parse_config
-from adapters.methods import METHODS
 from adapters.training.job import METHOD_NAMES, TrainingRequest
 from adapters.training.recipes import Recipe
 
@@ -89,6 +88,8 @@ def parse(raw: Mapping[str, Any], peft_type: str) -> PeftConfig:
     Raises:
         JobInvalid: an unknown field, or one of the wrong kind or size.
     """
+    from adapters.methods import METHODS
+
     try:
         config = parse_config(METHODS[peft_type].config_class, raw)
     except ConfigInvalid as error:

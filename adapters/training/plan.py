@@ -17,7 +17,6 @@ from typing import Any
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import JobInvalid
-from adapters.methods import METHODS
 from adapters.template import Template
 from adapters.training import method_config
 from adapters.training.batches import Steps
@@ -111,6 +110,8 @@ def make_plan(
             fewer = min(job.context_examples or 0, len(train))
             job = job.model_copy(update={"context_examples": fewer})
         raw |= _context_fields(job, train, renderer, base)
+    from adapters.methods import METHODS
+
     method = METHODS[peft_type]
     config = method.complete_config(method_config.parse(raw, peft_type), base)
     count = getattr(config, "num_virtual_tokens", None) or 0
@@ -157,6 +158,8 @@ def _draft(
     num_validation_rows: int,
 ) -> TrainingJob:
     """The job but for what depends on the rows' tokens: config, ids, length, parameters."""
+    from adapters.methods import METHODS
+
     context = _context_settings(request, recipe)
     labels = _labels(request)
     return TrainingJob(

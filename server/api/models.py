@@ -8,7 +8,7 @@ from typing import Any
 import anyio.to_thread
 from fastapi import APIRouter, Request
 
-from adapters.methods import METHODS
+from adapters.method import AdapterMethod
 from adapters.registry import AdapterRecord
 from adapters.training.job import METHOD_NAMES
 from adapters.training.recipes import RECIPES
@@ -88,6 +88,7 @@ async def methods(request: Request) -> dict[str, Any]:
     `POST /train` takes what is left out from the recipe, and then from the schema's defaults.
     """
     only_query(request)
+    table = await anyio.to_thread.run_sync(_method_table)
     return {
         "methods": [
             {
@@ -97,9 +98,16 @@ async def methods(request: Request) -> dict[str, Any]:
                 "config": method.config_class.model_json_schema(),
                 "training": RECIPES[peft_type].model_dump(mode="json"),
             }
-            for peft_type, method in METHODS.items()
+            for peft_type, method in table.items()
         ]
     }
+
+
+def _method_table() -> dict[str, AdapterMethod[Any]]:
+    # Loads torch, which a server at rest does without.
+    from adapters.methods import METHODS
+
+    return METHODS
 
 
 def _aliases(name: str, peft_type: str) -> list[str]:
