@@ -35,7 +35,7 @@ class Rows:
             a number above every position, so that no query sees it.
         masks: additive masks (B, 1, Tq, Tk) by window, filled on first use and shared by the layers.
         tiled_masks: the same in the dtype of the queries, (B, 1, G * Tq, Tk) for G heads a KV head.
-        copies: gathers the blocks on the CPU's fast path; None leaves that to torch.
+        copies: gathers the blocks on the CPU's fast path, where B is 1; None leaves that to torch.
     """
 
     tokens: torch.Tensor
@@ -89,12 +89,13 @@ class AttentionPath:
         keys, values = self.blocks.keys[layer], self.blocks.values[layer]
         for rows in self.rows:
             out[rows.tokens] = attend_rows(
-                query[rows.tokens], keys, values, rows, scale, window, softcap, alibi_slopes
+                layer, query[rows.tokens], keys, values, rows, scale, window, softcap, alibi_slopes
             )
         return out
 
 
 def attend_rows(
+    layer: int,
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -109,7 +110,7 @@ def attend_rows(
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
     if rows.copies is not None:
-        k, v = rows.copies.of(keys, values)
+        k, v = rows.copies.of(layer, keys, values, rows.block_ids.shape[1])
     else:
         # (B, N, H_kv, S, D) -> (B, H_kv, N * S, D)
         k = keys[rows.block_ids].transpose(1, 2).flatten(2, 3)

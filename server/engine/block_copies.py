@@ -19,11 +19,11 @@ from server.engine.openmp import Kernel
 from server.engine.vector_loops import VERSION
 from server.engine.vector_ops import array_at, take_number
 
-# Fields of a job table, int64: addresses, numbers, bytes. A job is one block of one row.
+# Fields of a job table, int64: addresses, numbers, bytes. A job is one block.
 (
-    _NEXT_JOB, _TABLE_AT, _JOBS, _BLOCKS, _ROW_BLOCKS, _HEADS, _PIECE, _BLOCK_BYTES, _FROM_KEYS,
+    _NEXT_JOB, _TABLE_AT, _JOBS, _BLOCKS, _HEADS, _PIECE, _BLOCK_BYTES, _FROM_KEYS,
     _FROM_VALUES, _TO_KEYS, _TO_VALUES, _TABLE_SIZE,
-) = range(13)  # fmt: skip
+) = range(12)  # fmt: skip
 
 
 @njit
@@ -37,14 +37,13 @@ def _copy(source: Any, target: Any, num_words: Any) -> None:
 @njit
 def _take_jobs(table: Any) -> None:
     """Copy blocks until none is left; any number of threads may do so at once."""
-    heads, piece, row_blocks = table[_HEADS], table[_PIECE], table[_ROW_BLOCKS]
+    heads, piece = table[_HEADS], table[_PIECE]
     blocks = carray(array_at(table[_BLOCKS]), (table[_JOBS],), np.int64)
     job = take_number(table[_TABLE_AT])
     while job < table[_JOBS]:
         source = blocks[job] * table[_BLOCK_BYTES]
-        row, place = job // row_blocks, job % row_blocks
         for head in range(heads):
-            target = ((row * heads + head) * row_blocks + place) * piece
+            target = (head * table[_JOBS] + job) * piece
             _copy(table[_FROM_KEYS] + source, table[_TO_KEYS] + target, piece // 8)
             _copy(table[_FROM_VALUES] + source, table[_TO_VALUES] + target, piece // 8)
             source += piece
@@ -64,25 +63,25 @@ def _entry(version: int = VERSION) -> Kernel:
 
 
 class BlockCopies:
-    """Dense copies of the blocks of some rows, written over by each layer.
+    """Dense copies of the blocks that one sequence sees, written over by each layer.
 
     Args:
-        block_ids: (B, N) int64.
-        like: one layer's keys, (num_blocks, H_kv, S, D), a piece (S, D) dense and of whole 8 bytes.
+        block_ids: (N,) int64.
+        like: one layer's keys, (num_blocks, H_kv, S, D): see `fits`.
     """
 
     def __init__(self, block_ids: torch.Tensor, like: torch.Tensor) -> None:
-        (num_rows, row_blocks), (_, heads, size, head_dim) = block_ids.shape, like.shape
-        shape = (num_rows, heads, row_blocks * size, head_dim)
-        self._copies = torch.empty((2, *shape), dtype=like.dtype)
+        (num_blocks,), (_, heads, size, head_dim) = block_ids.shape, like.shape
+        self._copies = torch.empty((2, 1, heads, num_blocks * size, head_dim), dtype=like.dtype)
         self._block_ids = block_ids.contiguous()
+        self._size = size
+        self._layer: int | None = None
         self._run = _entry()
-        piece = size * head_dim * like.element_size()
         self._table = (ctypes.c_int64 * _TABLE_SIZE)()
         self._at = self._table[_TABLE_AT] = ctypes.addressof(self._table)
-        self._table[_JOBS], self._table[_ROW_BLOCKS] = num_rows * row_blocks, row_blocks
-        self._table[_BLOCKS], self._table[_HEADS] = self._block_ids.data_ptr(), heads
-        self._table[_PIECE] = piece
+        self._table[_JOBS], self._table[_HEADS] = num_blocks, heads
+        self._table[_BLOCKS] = self._block_ids.data_ptr()
+        self._table[_PIECE] = size * head_dim * like.element_size()
         self._table[_BLOCK_BYTES] = like.stride(0) * like.element_size()
         self._table[_TO_KEYS], self._table[_TO_VALUES] = (part.data_ptr() for part in self._copies)
 
@@ -93,10 +92,18 @@ class BlockCopies:
         dense = like[0].is_contiguous()
         return like.device.type == "cpu" and dense and size % 8 == 0
 
-    def of(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's keys and values of the rows, (B, H_kv, N * S, D); good until the next call."""
-        table = self._table
-        table[_NEXT_JOB] = 0
-        table[_FROM_KEYS], table[_FROM_VALUES] = keys.data_ptr(), values.data_ptr()
-        self._run.run(self._at, table[_JOBS])
-        return self._copies[0], self._copies[1]
+    def of(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, num_blocks: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values in the first blocks, (1, H_kv, num_blocks * S, D).
+
+        Layers come one after the other; those of one are good until the next.
+        """
+        if layer != self._layer:
+            table = self._table
+            table[_NEXT_JOB] = 0
+            table[_FROM_KEYS], table[_FROM_VALUES] = keys.data_ptr(), values.data_ptr()
+            self._run.run(self._at, table[_JOBS])
+            self._layer = layer
+        found = self._copies[:, :, :, : num_blocks * self._size]
+        return found[0], found[1]

@@ -59,7 +59,7 @@ class EngineConfig:
     max_queued: int = 1024
     max_queued_per_adapter: int | None = None
     max_step_tokens: int = 512
-    prefill_chunk: int = 64
+    prefill_chunk: int = 32
     prefill_tokens_beside: int | None = 192
     batching: Batching = "mixed"
     block_size: int = 16

@@ -2,7 +2,8 @@
 
 The kernels of a layer take some 300 microseconds together, of which Python between them took a sixth and
 starting threads for each another part. Here their job tables stand in a list that is made once; each step
-fills in what is new, and torch's threads go through the list, waiting for each other after every kernel.
+fills in what is new, and torch's threads go through the list. After a kernel a thread waits until no
+other is inside it, not until all have come: one that the system runs elsewhere holds nobody up.
 
 Only where every product has tiles and every row is a single token: else the stack calls the same kernels
 one by one, with the same results. Knows the stack's layers and kernels; no sequence or adapter.
@@ -23,7 +24,7 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from server.engine import layer_kernels
-from server.engine.openmp import Kernel, torch_openmp
+from server.engine.openmp import Kernel
 from server.engine.tile_product import MOST_ROWS, TileProduct
 from server.engine.vector_loops import VERSION
 from server.engine.vector_ops import I64, array_at
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     from server.engine.layer_stack import Layer, Products
     from server.engine.scales import ScaleTables
 
-# Fields of the program's own table, int64: how often a thread came to the end of a kernel, addresses of
-# the list (function, table), of `omp_get_num_threads` and of `sched_yield`, and the list's length.
-_ARRIVED, _TABLE_AT, _LIST, _TEAM_SIZE, _YIELD, _LENGTH, _PROGRAM_SIZE = range(7)
+# Fields of the program's own table, int64: the address of the list (function, table, threads inside), its
+# length, the address of `sched_yield`.
+_LIST, _LENGTH, _YIELD, _PROGRAM_SIZE = range(4)
+_FUNCTION, _TABLE, _INSIDE, _ENTRY_SIZE = range(4)
 # Numbers of one kernel's table; the number of rows stands at the same place in those of all layers.
 _WIDTH, _ROWS = 40, 2
 _POINTER = ir.IntType(8).as_pointer()
@@ -68,19 +70,19 @@ def _ask_at(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _arrive(typing_context: Any, address: Any) -> Any:
-    """Add one to the int64 at `address`; all that this thread wrote is seen by who reads it there."""
+def _add_at(typing_context: Any, address: Any, number: Any) -> Any:
+    """Add to the int64 at `address`; who sees the sum there sees what this thread wrote before."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], I64.as_pointer())
-        builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "acq_rel")
+        builder.atomic_rmw("add", pointer, arguments[1], "acq_rel")
         return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic
-def _arrived(typing_context: Any, address: Any) -> Any:
+def _number_at(typing_context: Any, address: Any) -> Any:
     """The int64 at `address`, after a short pause."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -94,13 +96,16 @@ def _arrived(typing_context: Any, address: Any) -> Any:
 
 @njit
 def _run_list(table: Any) -> None:
-    kernels = carray(array_at(table[_LIST]), (table[_LENGTH], 2), np.int64)
-    team_size = _ask_at(table[_TEAM_SIZE]) if table[_TEAM_SIZE] else 1
+    """Go through the list. A kernel returns when it has no job left to take, so that it is done once
+    nobody is inside; a thread that comes later finds nothing to take."""
+    kernels = carray(array_at(table[_LIST]), (table[_LENGTH], _ENTRY_SIZE), np.int64)
     for index in range(table[_LENGTH]):
-        _call_at(kernels[index, 0], kernels[index, 1])
-        _arrive(table[_TABLE_AT])
+        inside_at = table[_LIST] + (index * _ENTRY_SIZE + _INSIDE) * 8
+        _add_at(inside_at, 1)
+        _call_at(kernels[index, _FUNCTION], kernels[index, _TABLE])
+        _add_at(inside_at, -1)
         waited = 0
-        while _arrived(table[_TABLE_AT]) < team_size * (index + 1):
+        while _number_at(inside_at) != 0:
             waited += 1
             if waited >= _PATIENCE:
                 _ask_at(table[_YIELD])
@@ -199,7 +204,6 @@ class DecodeProgram:
             tables[self._scalings, _ROWS] = num_rows if slots is not None else 0
             tables[self._scalings, 6] = slots.data_ptr() if slots is not None else 0
         self._plan_attention(plan, num_rows)
-        self._program[_ARRIVED] = 0
         self._entry.run(self._at, torch.get_num_threads())
         return self._hidden.tensor[:num_rows], self._added.tensor[:num_rows]
 
@@ -218,8 +222,7 @@ class DecodeProgram:
         attentions = np.empty((len(indices), _WIDTH), np.int64)
         plan.write_layers(attentions, self._addresses[self._attentions], indices, windows)
         self._tables[self._attentions] = attentions
-        entry = plan.entry.address
-        self._calls[self._attentions, 0] = entry
+        self._calls[self._attentions, _FUNCTION] = plan.entry.address
 
     # --- the list --------------------------------------------------------------------------
 
@@ -236,18 +239,16 @@ class DecodeProgram:
         length = len(self._list)
         self._tables = np.zeros((length, _WIDTH), np.int64)
         self._addresses = self._tables.ctypes.data + np.arange(length) * self._tables.strides[0]
-        self._calls = np.zeros((length, 2), np.int64)
-        self._calls[:, 1] = self._addresses
+        self._calls = np.zeros((length, _ENTRY_SIZE), np.int64)
+        self._calls[:, _TABLE] = self._addresses
         for index, (kernel, fields) in enumerate(self._list):
-            self._calls[index, 0] = 0 if kernel is None else kernel.address
+            self._calls[index, _FUNCTION] = 0 if kernel is None else kernel.address
             self._tables[index, : len(fields)] = fields
             self._tables[index, 1] = self._addresses[index]
-        library = torch_openmp()
-        team_size = 0 if library is None else _address(library.omp_get_num_threads)
-        yields = _address(ctypes.CDLL(None).sched_yield)
         self._program = (ctypes.c_int64 * _PROGRAM_SIZE)()
         self._at = ctypes.addressof(self._program)
-        self._program[:] = [0, self._at, self._calls.ctypes.data, team_size, yields, length]
+        yields = int(ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0)
+        self._program[:] = [self._calls.ctypes.data, length, yields]
 
     def _add(self, kernel: Kernel | None, fields: tuple[int, ...]) -> int:
         self._list.append((kernel, fields))
@@ -298,7 +299,3 @@ class DecodeProgram:
             at, table.data_ptr(), 0, at, (stride, stride), table.shape[1]
         )
         self._scalings.append(self._add(layer_kernels.scale_kernel(self._dtype), fields))
-
-
-def _address(function: Any) -> int:
-    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)

@@ -25,7 +25,7 @@ from server.engine.vector_ops import array_at, float_of_bits, round_like, take_n
 
 # No contraction: a product is rounded before it is added to, as in torch. Only sums may be reordered.
 _SUM_FLAGS = {"reassoc", "nsz"}
-_ELEMENTS_FOR_THREADS = 1 << 15
+_ELEMENTS_FOR_THREADS = 1 << 13
 
 # Fields of a job table, int64. The first four are common to all kernels.
 _NEXT_ROW, _TABLE_AT, _ROWS, _WIDTH = range(4)

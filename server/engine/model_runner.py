@@ -6,6 +6,7 @@ nothing of requests, text or time.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,20 +219,29 @@ class ModelRunner:
         self, rows: list[StepRows], offsets: np.ndarray, positions: np.ndarray
     ) -> None:
         """Give rows to the decode kernel where there is one and it is faster; group the others by shape."""
-        groups: dict[tuple[int, int], list[_Piece]] = {}
         fast: list[_Piece] = []
+        groups: list[list[_Piece]] = []
+        copies: list[BlockCopies | None] = []
         for row, offset in zip(rows, offsets, strict=False):
-            for piece in self._pieces(row, int(offset)):
-                if self._kernel is not None and piece.is_for_kernel:
-                    fast.append(piece)
-                else:
-                    key = (piece.num_tokens, len(piece.table[0]))
-                    groups.setdefault(key, []).append(piece)
+            pieces = self._pieces(row, int(offset))
+            if self._kernel is None:
+                groups += [[piece] for piece in pieces]
+                continue
+            fast += [piece for piece in pieces if piece.is_for_kernel]
+            others = [piece for piece in pieces if not piece.is_for_kernel]
+            if others:
+                # The last piece sees what the ones before it see, and more.
+                seen = self._tensor(others[-1].table[0])
+                copies += [BlockCopies(seen, self._blocks.keys[0])] * len(others)
+                groups += [[piece] for piece in others]
+        if self._kernel is None:
+            groups = _of_equal_shape(groups)
+            copies = [None] * len(groups)
         self._path.rows = [
-            self._rows(group, positions, num_queries) for (num_queries, _), group in groups.items()
+            self._rows(group, positions, of) for group, of in zip(groups, copies, strict=True)
         ]
         self._path.writes = self._path.fast = None
-        places = self._places(fast + [piece for group in groups.values() for piece in group])
+        places = self._places(fast + [piece for group in groups for piece in group])
         if self._kernel is None:
             writes = [self._tensor(part) for part in places]
             self._path.writes = (writes[0], writes[1], writes[2])
@@ -240,9 +250,9 @@ class ModelRunner:
             lines = np.repeat(np.arange(len(fast)), [piece.num_tokens for piece in fast])
             num_attended = len(lines)
             lines = np.concatenate((lines, np.zeros(len(at) - num_attended, np.int64)))
-            seen = [piece.table for piece in fast]
+            tables = [piece.table for piece in fast]
             self._path.fast = self._kernel.plan(
-                KernelRows(at, positions[at], lines, blocks, slots, seen, num_attended)
+                KernelRows(at, positions[at], lines, blocks, slots, tables, num_attended)
             )
 
     def _pieces(self, row: StepRows, offset: int) -> list[_Piece]:
@@ -268,21 +278,24 @@ class ModelRunner:
             slots.append(index % size)
         return np.concatenate(tokens), np.concatenate(blocks), np.concatenate(slots)
 
-    def _rows(self, pieces: list[_Piece], positions: np.ndarray, num_queries: int) -> Rows:
+    def _rows(
+        self, pieces: list[_Piece], positions: np.ndarray, copies: BlockCopies | None
+    ) -> Rows:
+        """What attention needs of pieces of one shape."""
         tables = [piece.table for piece in pieces]
-        tokens = np.array([piece.at for piece in pieces])[:, None] + np.arange(num_queries)
+        tokens = np.array([piece.at for piece in pieces])[:, None]
+        tokens = tokens + np.arange(pieces[0].num_tokens)
         slots = np.arange(self._blocks.block_size)
         block_ids = np.stack([table[0] for table in tables])
         first = np.stack([table[1] for table in tables])[:, :, None]
         filled = np.stack([table[2] for table in tables])[:, :, None]
         key_positions = np.where(slots < filled, first + slots, _NOWHERE)
-        ids = self._tensor(block_ids)
         return Rows(
             tokens=self._tensor(tokens),
             positions=self._tensor(positions[tokens]),
-            block_ids=ids,
+            block_ids=self._tensor(block_ids),
             key_positions=self._tensor(key_positions.reshape(len(tables), -1)),
-            copies=BlockCopies(ids, self._blocks.keys[0]) if self._kernel is not None else None,
+            copies=copies,
         )
 
     def _block_table(self, row: StepRows, end: int) -> _Table:
@@ -297,6 +310,14 @@ class ModelRunner:
         first = np.concatenate((shared_at, prefix + tail_at))
         filled = np.concatenate((prefix - shared_at, end - tail_at)).clip(max=size)
         return ids, first, filled
+
+
+def _of_equal_shape(groups: list[list[_Piece]]) -> list[list[_Piece]]:
+    """The same pieces, those of equal numbers of queries and blocks together."""
+    by_shape: dict[tuple[int, int], list[_Piece]] = {}
+    for piece in itertools.chain.from_iterable(groups):
+        by_shape.setdefault((piece.num_tokens, len(piece.table[0])), []).append(piece)
+    return list(by_shape.values())
 
 
 def _positions(row: StepRows) -> np.ndarray:

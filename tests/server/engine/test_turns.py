@@ -57,6 +57,6 @@ def test_who_waits_is_passed_once_by_each_of_the_others_though_they_leave_and_co
 
 
 def test_the_share_beside_streams_holds_a_chunk():
-    with pytest.raises(ValueError, match="prefill_tokens_beside is 32, expected at least"):
-        EngineConfig("", "", prefill_tokens_beside=32)
+    with pytest.raises(ValueError, match="prefill_tokens_beside is 16, expected at least"):
+        EngineConfig("", "", prefill_tokens_beside=16)
     assert EngineConfig("", "", prefill_tokens_beside=None).prefill_tokens_beside is None
