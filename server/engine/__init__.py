@@ -11,6 +11,7 @@ attention        `attend`, and how a transformers model comes to call it
 block_copies     blocks gathered for it
 decode_kernel    the CPU's fast path for single-token rows
 layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
+layers           what such a layer is made of
 layer_stack      the layers of Llama and its relatives, made of those
 decode_program   a step of single tokens through them in one call
 vector_loops     the kernels' inner loops

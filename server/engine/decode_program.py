@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +24,13 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from server.engine import layer_kernels
+from server.engine.decode_kernel import KernelPlan
+from server.engine.layers import Layer, Products
 from server.engine.openmp import Kernel
+from server.engine.scales import ScaleTables
 from server.engine.tile_product import MOST_ROWS, TileProduct
 from server.engine.vector_loops import VERSION
 from server.engine.vector_ops import I64, array_at
-
-if TYPE_CHECKING:
-    from server.engine.decode_kernel import KernelPlan
-    from server.engine.layer_stack import Layer, Products
-    from server.engine.scales import ScaleTables
 
 # Fields of the program's own table, int64: the address of the list (function, table, threads inside), its
 # length, the address of `sched_yield`.

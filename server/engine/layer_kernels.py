@@ -19,9 +19,9 @@ import torch
 from numba import carray, cfunc, njit, types
 
 from server.engine.openmp import Kernel
-from server.engine.vector_loops import VERSION
+from server.engine.vector_loops import VERSION, add_and_square, normalise, sum_of_squares
 from server.engine.vector_loops import silu_times as silu_times_row
-from server.engine.vector_ops import array_at, float_of_bits, round_like, take_number
+from server.engine.vector_ops import LANES, array_at, float_of_bits, round_like, take_number
 
 # No contraction: a product is rounded before it is added to, as in torch. Only sums may be reordered.
 _SUM_FLAGS = {"reassoc", "nsz"}
@@ -43,24 +43,40 @@ def _sum_of_squares(x: Any) -> Any:
 
 
 @njit
+def _norm_odd_row(x: Any, weight: Any, out: Any, added: Any, eps: Any) -> None:
+    """A row whose width is no multiple of LANES."""
+    for i in range(len(added)):
+        x[i] = round_like(float_of_bits(x[i]) + float_of_bits(added[i]), x[i])
+    mean = _sum_of_squares(x) / np.float32(len(x))
+    inverse = np.float32(1.0) / np.sqrt(mean + eps)
+    for i in range(len(x)):
+        normal = float_of_bits(round_like(float_of_bits(x[i]) * inverse, out[i]))
+        out[i] = round_like(float_of_bits(weight[i]) * normal, out[i])
+
+
+@njit
 def _norm_rows(table: Any, like: Any) -> None:
     """Fields: x, weight, out, bits of eps as float64, what is added to x in place (or 0). Dense rows."""
-    width, size = table[_WIDTH], like.itemsize
+    width = table[_WIDTH]
+    row_bytes = width * like.itemsize
     weight = carray(array_at(table[5]), (width,), like.dtype)
     eps = np.float32(carray(array_at(table[_TABLE_AT] + 7 * 8), (1,), np.float64)[0])
     row = take_number(table[_TABLE_AT])
     while row < table[_ROWS]:
-        x = carray(array_at(table[4] + row * width * size), (width,), like.dtype)
-        out = carray(array_at(table[6] + row * width * size), (width,), like.dtype)
-        if table[8]:
-            added = carray(array_at(table[8] + row * width * size), (width,), like.dtype)
-            for i in range(width):
-                x[i] = round_like(float_of_bits(x[i]) + float_of_bits(added[i]), x[i])
-        mean = _sum_of_squares(x) / np.float32(width)
-        inverse = np.float32(1.0) / np.sqrt(mean + eps)
-        for i in range(width):
-            normal = float_of_bits(round_like(float_of_bits(x[i]) * inverse, out[i]))
-            out[i] = round_like(float_of_bits(weight[i]) * normal, out[i])
+        x_at, out_at = table[4] + row * row_bytes, table[6] + row * row_bytes
+        added_at = table[8] + row * row_bytes if table[8] else 0
+        if width % LANES:
+            x = carray(array_at(x_at), (width,), like.dtype)
+            out = carray(array_at(out_at), (width,), like.dtype)
+            added = carray(array_at(added_at), (width if added_at else 0,), like.dtype)
+            _norm_odd_row(x, weight, out, added, eps)
+        else:
+            if added_at:
+                squares = add_and_square(x_at, added_at, width, like)
+            else:
+                squares = sum_of_squares(x_at, width, like)
+            inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
+            normalise(x_at, inverse, table[5], out_at, width, like)
         row = take_number(table[_TABLE_AT])
 
 

@@ -10,19 +10,16 @@ row or adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from server.engine.attention import AttentionPath
 from server.engine.decode_kernel import KernelPlan
 from server.engine.decode_program import DecodeProgram
 from server.engine.layer_kernels import rms_norm, rotate, silu_times
-from server.engine.packed_linear import PackedLinear
+from server.engine.layers import Layer, layer_of, norm_of
 from server.engine.scales import ScaleTables
 from server.engine.vector_ops import LANES
 
@@ -30,71 +27,6 @@ from server.engine.vector_ops import LANES
 _MODELS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
-
-
-class Products:
-    """Linear layers that read the same input.
-
-    Args:
-        names: their dotted paths.
-        modules: as they are, or packed as one.
-
-    Attributes:
-        sizes: each layer's out_features.
-        inputs: in_features of all.
-        tiles: their fast path for few rows, or None.
-    """
-
-    def __init__(self, names: Sequence[str], modules: Sequence[nn.Module]) -> None:
-        self.names = tuple(names)
-        self._modules = tuple(modules)
-        first: Any = modules[0]
-        self._pack = first.pack if isinstance(first, PackedLinear) else None
-        self.inputs = int(first.in_features)
-        self.sizes = tuple(int(module.out_features) for module in modules)  # type: ignore[arg-type]
-        is_one = self._pack is not None and tuple(self._pack.sizes) == self.sizes
-        self.tiles = self._pack.tiles if self._pack is not None and is_one else None
-
-    def __call__(self, x: torch.Tensor, scales: ScaleTables) -> Sequence[torch.Tensor]:
-        """x (T, in_features) -> each layer's (T, out_features), rows not always side by side."""
-        if not scales.in_use:
-            return self._plain(x)
-        inputs = [scales.scaled_input(name, x) for name in self.names]
-        parts = list(self._plain(x)) if any(given is x for given in inputs) else []
-        for index, given in enumerate(inputs):
-            if given is not x:
-                parts[index : index + 1] = [self._plain(given)[index]]
-        for name, part in zip(self.names, parts, strict=True):
-            scales.scale_output(name, part)
-        return parts
-
-    def _plain(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        if self._pack is not None:
-            return self._pack.parts(x)
-        return [functional.linear(x, m.weight, m.bias) for m in self._modules]  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer: its norms (weight, eps), products, and what its attention needs."""
-
-    index: int
-    before: tuple[torch.Tensor, float]
-    after: tuple[torch.Tensor, float]
-    qkv: Products
-    output: Products
-    gate_up: Products
-    down: Products
-    head_dim: int
-    scale: float
-    window: int | None
-    query_norm: tuple[torch.Tensor, float] | None
-    key_norm: tuple[torch.Tensor, float] | None
-
-    @property
-    def products(self) -> tuple[Products, ...]:
-        """All of its products."""
-        return self.qkv, self.output, self.gate_up, self.down
 
 
 class LayerStack:
@@ -110,10 +42,10 @@ class LayerStack:
         self._path = path
         self._scales = scales
         self._rotary = model.model.rotary_emb
-        self._norm = _norm(model.model.norm)
+        self._norm = norm_of(model.model.norm)
         self._head = model.lm_head
         names = {id(module): name for name, module in model.named_modules()}
-        self._layers = [_layer(layer, names) for layer in model.model.layers]
+        self._layers = [layer_of(layer, names) for layer in model.model.layers]
         self._program = DecodeProgram.of(self._layers, scales)
 
     @staticmethod
@@ -188,37 +120,6 @@ class LayerStack:
 def _is_gated_silu(mlp: Any) -> bool:
     is_silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
     return is_silu and mlp.intermediate_size % LANES == 0
-
-
-def _layer(module: Any, names: dict[int, str]) -> Layer:
-    attention, mlp = module.self_attn, module.mlp
-
-    def products(*modules: nn.Module) -> Products:
-        return Products([names[id(part)] for part in modules], modules)
-
-    # Mistral's has the window in its config, the others as an attribute; Llama's has none.
-    window = getattr(attention, "sliding_window", None)
-    if type(attention).__name__ == "MistralAttention":
-        window = getattr(attention.config, "sliding_window", None)
-    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return Layer(
-        index=attention.layer_idx,
-        before=_norm(module.input_layernorm),
-        after=_norm(module.post_attention_layernorm),
-        qkv=products(attention.q_proj, attention.k_proj, attention.v_proj),
-        output=products(attention.o_proj),
-        gate_up=products(mlp.gate_proj, mlp.up_proj),
-        down=products(mlp.down_proj),
-        head_dim=attention.head_dim,
-        scale=attention.scaling,
-        window=window,
-        query_norm=None if query_norm is None else _norm(query_norm),
-        key_norm=None if key_norm is None else _norm(key_norm),
-    )
-
-
-def _norm(module: Any) -> tuple[torch.Tensor, float]:
-    return module.weight, module.variance_epsilon
 
 
 def _side_by_side(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:

@@ -306,6 +306,62 @@ def silu_times(typing_context: Any, gate: Any, up: Any, out: Any, length: Any, l
     return types.void(*[types.int64] * 4, like), generate
 
 
+def _sum_of_squares(builder: Any, x_at: Any, added_at: Any, number: Any, element: Any) -> Any:
+    """Of `number` elements; with an `added_at` they are first added to, in place."""
+    loop = Loop(builder, number, LANES, [constant(0.0)])
+    offset = builder.mul(loop.index, integer(size_of(element)))
+    x = load(builder, builder.add(x_at, offset), element)
+    if added_at is not None:
+        total = builder.fadd(x, load(builder, builder.add(added_at, offset), element))
+        x = rounded(builder, total, element)
+        store(builder, x, builder.add(x_at, offset), element)
+    squares = fma(builder, x, x, loop.values[0])
+    loop.close([squares])
+    return sum_lanes(builder, squares)
+
+
+@intrinsic
+def sum_of_squares(typing_context: Any, x: Any, length: Any, like: Any) -> Any:
+    """Of the `length` elements at address `x`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _sum_of_squares(builder, arguments[0], None, arguments[1], like.dtype)
+
+    return types.float32(types.int64, types.int64, like), generate
+
+
+@intrinsic
+def add_and_square(typing_context: Any, x: Any, added: Any, length: Any, like: Any) -> Any:
+    """x += added over `length` elements at these addresses; the sum of their squares then."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _sum_of_squares(builder, *arguments[:3], like.dtype)
+
+    return types.float32(types.int64, types.int64, types.int64, like), generate
+
+
+@intrinsic
+def normalise(
+    typing_context: Any, x: Any, factor: Any, weight: Any, out: Any, length: Any, like: Any
+) -> Any:
+    """out = weight * (x * factor) over `length` elements at these addresses, each product rounded."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_at, factor_now, weight_at, out_at, number, _ = arguments
+        same, element = splat(builder, factor_now), like.dtype
+        loop = Loop(builder, number, LANES, [])
+        offset = builder.mul(loop.index, integer(size_of(element)))
+        each = builder.fmul(load(builder, builder.add(x_at, offset), element), same)
+        each = rounded(builder, each, element)
+        each = builder.fmul(load(builder, builder.add(weight_at, offset), element), each)
+        store(builder, each, builder.add(out_at, offset), element)
+        loop.close([])
+        return context.get_dummy_value()
+
+    integers = [types.int64] * 3
+    return types.void(types.int64, types.float32, *integers, like), generate
+
+
 @intrinsic
 def prefetch(typing_context: Any, address: Any, length: Any) -> Any:
     """Ask for `length` >= 1 bytes from `address` on, ahead of their use; any address will do."""

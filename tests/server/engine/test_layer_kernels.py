@@ -33,9 +33,12 @@ def test_rms_norm_is_that_of_transformers(dtype, width, threads, torch_threads):
     theirs.weight.data = normal(width, dtype=dtype, seed=1)
     for rows in (1, 3, 40, 300):
         x = normal(2, rows, width, dtype=dtype, spread=5.0)
-        torch.testing.assert_close(
-            rms_norm(x, theirs.weight, 1e-5), theirs(x).detach(), **NEAR[dtype]
-        )
+        got, expected = rms_norm(x, theirs.weight, 1e-5), theirs(x).detach()
+        # Rounded twice: what is one off before the weight may be two off after it, in very few places.
+        far = {**NEAR[dtype], "rtol": 2 * NEAR[dtype]["rtol"]}
+        torch.testing.assert_close(got, expected, **far)
+        close = torch.isclose(got, expected, **NEAR[dtype])
+        assert (~close).sum() <= 1e-5 * close.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
