@@ -157,6 +157,10 @@ async def crowd(
     return [list(await asyncio.gather(*kind)) for kind in tasks], hurried
 
 
+def ids_of(tokens) -> list[int]:
+    return [token["id"] for token in tokens]
+
+
 def test_five_hundred_slow_connections_take_nothing_from_the_others(served, address):
     pid = served.process.pid
     usual = served.client.post("/generate", json=BODY).json()["details"]["tokens"]
@@ -168,7 +172,8 @@ def test_five_hundred_slow_connections_take_nothing_from_the_others(served, addr
     kinds, hurried = run(crowd(served, address, open_before + 8))
 
     assert {status for status, _ in hurried} == {200}
-    assert all(tokens == usual for _, tokens in hurried)
+    # A log-probability may differ in its last bits: a step of more tokens adds up otherwise.
+    assert all(ids_of(tokens) == ids_of(usual) for _, tokens in hurried)
     headers, bodies, streams, replies, silent, idle = kinds
     for reply in headers:
         status, told = status_and_body(reply)

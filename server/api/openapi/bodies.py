@@ -102,6 +102,12 @@ _OPENAI_FIELDS: Schema = {
         },
     },
 }
+# Fields that routes do not know are named in a header and ignored, but for one that looks like an adapter:
+# the rule of `adapter_choice`, whose case a pattern of JSON Schema cannot leave open.
+_ADAPTERS = "[aA][dD][aA][pP][tT][eE][rR]|[lL][oO][rR][aA]|[pP][eE][fF][tT]"
+# What LoRAX's client sends beside `adapter_id`, always null here.
+_LORAX = ("adapter_source", "merged_adapters")
+_NO_STRAY_ADAPTERS: Schema = {"propertyNames": {"not": {"pattern": _ADAPTERS}}}
 _STREAM_OPTIONS = where_no_other({"stream": {"const": True}}, "stream_options")
 _HYPERPARAMETERS: Schema = {"anyOf": not_both("epochs", "max_steps")}
 _NO_TOOLS: Schema = {
@@ -122,13 +128,30 @@ _BLOCK: Schema = {"anyOf": _nullable({"$ref": "#/components/schemas/MethodBlock"
 
 # Merged into the schemas of these names: objects into objects, all else takes the place of what was.
 BODIES: Mapping[str, Schema] = {
-    "GenerateBody": {"anyOf": one_of(inputs=_SOME_TEXT, row=_OBJECT)},
+    "GenerateBody": {
+        "anyOf": one_of(inputs=_SOME_TEXT, row=_OBJECT),
+        "propertyNames": {"not": {"pattern": f"{_ADAPTERS}|^model$"}},
+    },
     "GenerateParameters": {
+        "propertyNames": {
+            "anyOf": [
+                {"enum": ["adapter_id", *_LORAX]},
+                {"not": {"pattern": f"{_ADAPTERS}|^model$"}},
+            ]
+        },
+        "allOf": [
+            {
+                "properties": {
+                    name: {**_NULL, "description": "Null, as LoRAX's client sends it."}
+                    for name in _LORAX
+                }
+            }
+        ],
         "properties": {
             "adapter_id": {"pattern": r"\S"},
             "grammar": _TYPED,
             "response_format": _TYPED,
-        }
+        },
     },
     "ClassifyBody": {
         **_CLOSED,
@@ -138,6 +161,7 @@ BODIES: Mapping[str, Schema] = {
     },
     "TokenizeBody": {"anyOf": one_of(inputs=_TEXT, prompt=_TEXT)},
     "CompletionBody": {
+        **_NO_STRAY_ADAPTERS,
         "properties": {
             **_OPENAI_FIELDS,
             "prompt": {
@@ -162,6 +186,7 @@ BODIES: Mapping[str, Schema] = {
         ],
     },
     "ChatBody": {
+        **_NO_STRAY_ADAPTERS,
         "properties": {**_OPENAI_FIELDS, "chat_template": _NULL},
         "allOf": [
             {"anyOf": one_of(messages={"type": "array", "minItems": 1}, row=_OBJECT)},
@@ -188,7 +213,7 @@ BODIES: Mapping[str, Schema] = {
         }
     },
     "LoadBody": {"properties": {"lora_name": _NAME}},
-    "TuningBody": {"properties": {"suffix": _NAME}},
+    "TuningBody": {**_NO_STRAY_ADAPTERS, "properties": {"suffix": _NAME}},
     "TuningHyperparameters": _HYPERPARAMETERS,
     "MethodChoice": {
         "properties": {
