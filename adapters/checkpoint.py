@@ -521,7 +521,7 @@ def _largest_served(dtype: str) -> float:
     import torch
 
     served = getattr(torch, dtype, torch.float32)
-    return min(float(torch.finfo(served).max), float(torch.finfo(torch.float32).max))
+    return min(float(torch.finfo(served).max), _LARGEST_FLOAT32)
 
 
 def _iterate_tensors(

@@ -13,8 +13,12 @@ from fastapi import Request
 
 from server.errors import Contradiction, UnknownParameter
 
-# `model` is not among them everywhere: on OpenAI's routes it is where an adapter belongs.
-_LOOKS_LIKE_ADAPTER = re.compile(r"adapter|lora|peft", re.IGNORECASE)
+# A field with one of these in its name looks like an adapter, in any case. `model` is not among them
+# everywhere: on OpenAI's routes it is where an adapter belongs.
+MARKS = ("adapter", "lora", "peft")
+_LOOKS_LIKE_ADAPTER = re.compile("|".join(MARKS), re.IGNORECASE)
+# lorax-client sends every parameter that it knows, these as nulls where nobody asked for them.
+LORAX_FIELDS = ("adapter_source", "merged_adapters")
 # A field may be named with megabytes.
 _MAX_NAME = 200
 

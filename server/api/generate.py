@@ -11,7 +11,12 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.registry import AdapterRecord
-from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
+from server.api.adapter_choice import (
+    LORAX_FIELDS,
+    chosen_adapter,
+    only_query,
+    refuse_stray_adapters,
+)
 from server.api.generate_reply import Job, stream, whole
 from server.api.headers import note_ignored
 from server.api.sampling import invalid, sampling_of
@@ -23,8 +28,6 @@ from server.guidance import grammar_from
 
 router = APIRouter(tags=["generation"])
 
-# lorax-client sends every parameter that it knows, these as nulls where nobody asked for them.
-_LORAX = frozenset({"adapter_source", "merged_adapters"})
 _ADAPTER = Query(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.")
 
 
@@ -82,7 +85,9 @@ async def _prepare(
 
 def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParameters) -> None:
     inside = parameters.model_extra or {}
-    named = [name for name, value in inside.items() if value is not None or name not in _LORAX]
+    named = [
+        name for name, value in inside.items() if value is not None or name not in LORAX_FIELDS
+    ]
     refuse_stray_adapters([*(body.model_extra or {}), *named], also=("model",))
     note_ignored(request, {*set_extras(body), *set_extras(parameters)})
 

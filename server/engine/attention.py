@@ -53,8 +53,8 @@ class AttentionPath:
     Attributes:
         rows: groups for the plain path.
         writes: which packed tokens the plain path writes (W,), their block ids and offsets.
-        fast: a callable that computes some tokens of the packed row itself and writes what `writes`
-            does not, or None.
+        fast: computes some tokens of the packed row and writes all of them in place of `writes`; None
+            where there is no kernel.
     """
 
     def __init__(self, blocks: KVBlocks) -> None:
@@ -85,7 +85,11 @@ class AttentionPath:
             tokens, block_ids, offsets = self.writes
             self.blocks.write(layer, (block_ids, offsets), new_keys[tokens], new_values[tokens])
         if self.fast is not None:
-            self.fast(layer, query, new_keys, new_values, out, scale, window, softcap, alibi_slopes)
+            self.fast.set_layer(
+                layer, query, new_keys, new_values, out,
+                scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+            )  # fmt: skip
+            self.fast.run()
         keys, values = self.blocks.keys[layer], self.blocks.values[layer]
         for rows in self.rows:
             out[rows.tokens] = attend_rows(

@@ -258,6 +258,10 @@ def _entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
     return Kernel(run_float32)
 
 
+# What the end of one sequence sees: block ids, first positions and key counts, each (N,) int64.
+BlockTable = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 @dataclass(frozen=True)
 class KernelRows:
     """Tokens of a step, and what each of them sees.
@@ -267,8 +271,7 @@ class KernelRows:
         positions: (R,) int64, their absolute positions.
         lines: (R,) int64, which of `tables` each of them reads.
         blocks, slots: (R,) int64, where each one's own key and value go.
-        tables: block ids, first positions and key counts, each (N,), of one sequence. A row sees the
-            keys up to its own position.
+        tables: what each line sees. A row sees the keys up to its own position.
         num_attended: the first so many are attended here, of the others only keys and values are put
             in place.
     """
@@ -278,7 +281,7 @@ class KernelRows:
     lines: np.ndarray
     blocks: np.ndarray
     slots: np.ndarray
-    tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    tables: list[BlockTable]
     num_attended: int
 
 
@@ -316,12 +319,7 @@ class DecodeKernel:
 
 
 class KernelPlan:
-    """One step's rows, for every layer.
-
-    Attributes:
-        table: the job table, whose fields for a layer are set when that is called.
-        passes: what is done one after the other, and with how many of the rows.
-    """
+    """One step's rows; each layer is set, then run."""
 
     def __init__(self, kernel: DecodeKernel, rows: KernelRows) -> None:
         self._kernel = kernel
@@ -331,14 +329,15 @@ class KernelPlan:
             for side, part in enumerate(parts):
                 padded[side, line, : counts[line]] = part
         by_row = np.stack((rows.tokens, rows.positions, rows.lines, rows.blocks, rows.slots))
+        # What is done one after the other, and with how many of the rows.
         if len(rows.tables) == len(rows.tokens) == rows.num_attended:
-            self.passes = [(_BOTH, rows.num_attended)]
+            self._passes = [(_BOTH, rows.num_attended)]
         else:  # rows of one sequence see each other's keys, which must all be there first
-            self.passes = [(_PUT, len(rows.tokens)), (_ATTEND, rows.num_attended)]
+            self._passes = [(_PUT, len(rows.tokens)), (_ATTEND, rows.num_attended)]
         self._scales = np.zeros(2)
         self._no_slopes = np.zeros(_MOST_HEADS, np.float32)
         # Not numpy's: an item of it takes ten times as long to set, thirty of them in every layer.
-        self.table = table = (ctypes.c_int64 * TABLE_SIZE)()
+        self._table = table = (ctypes.c_int64 * TABLE_SIZE)()
         self._at = ctypes.addressof(table)
         for field, part in zip(
             (_TOKENS, _POSITIONS, _LINES, _OWN_BLOCKS, _OWN_SLOTS), by_row, strict=True
@@ -350,59 +349,12 @@ class KernelPlan:
         table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM] = kernel.sizes
         table[_BLOCK_BYTES] = kernel.block_bytes
         table[_SCALES], table[_TABLE_AT] = self._scales.ctypes.data, self._at
-        table[_SLOPES] = self._no_slopes.ctypes.data
         self._held = (by_row, counts, padded)
-
-    @property
-    def entry(self) -> Kernel:
-        """What is run."""
-        return self._kernel.entry
 
     @property
     def is_one_pass(self) -> bool:
         """Whether every row is a single token that is attended here."""
-        return len(self.passes) == 1
-
-    def write_layers(
-        self,
-        tables: np.ndarray,
-        addresses: np.ndarray,
-        layers: list[int],
-        windows: list[int],
-    ) -> None:
-        """Tables (L, >= TABLE_SIZE) of several layers that are as the one of the last `set_layer` but
-        for their keys, values and windows; each will lie at its address (L,)."""
-        tables[:, :TABLE_SIZE] = np.ctypeslib.as_array(self.table)
-        tables[:, _KEYS] = [self._kernel.keys[layer] for layer in layers]
-        tables[:, _VALUES] = [self._kernel.values[layer] for layer in layers]
-        tables[:, _WINDOW], tables[:, _TABLE_AT], tables[:, _NEXT_JOB] = windows, addresses, 0
-        ((tables[:, _WORK], tables[:, _ROWS]),) = self.passes
-
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        new_keys: torch.Tensor,
-        new_values: torch.Tensor,
-        out: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        alibi_slopes: torch.Tensor | None,
-    ) -> None:
-        """Compute one layer: see `AttentionPath.attend`."""
-        if alibi_slopes is None and query.shape[1] > _MOST_HEADS:
-            raise ValueError(f"{query.shape[1]} query heads, expected at most {_MOST_HEADS}")
-        query, new_keys, new_values = map(_with_dense_rows, (query, new_keys, new_values))
-        self.set_layer(layer, query, new_keys, new_values, out, scale, window)
-        table = self.table
-        slopes = self._no_slopes.ctypes.data if alibi_slopes is None else alibi_slopes.data_ptr()
-        table[_SLOPES] = slopes
-        table[_BENT] = softcap is not None or alibi_slopes is not None
-        self._scales[1] = softcap or 0.0
-        for table[_WORK], table[_ROWS] in self.passes:
-            table[_NEXT_JOB] = 0
-            self._kernel.entry.run(self._at, table[_ROWS])
+        return len(self._passes) == 1
 
     def set_layer(
         self,
@@ -411,19 +363,49 @@ class KernelPlan:
         new_keys: torch.Tensor,
         new_values: torch.Tensor,
         out: torch.Tensor,
+        *,
         scale: float,
-        window: int | None,
+        window: int | None = None,
+        softcap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
     ) -> None:
-        """Fill in what depends on the layer; rows of the tensors are dense."""
-        table, kernel = self.table, self._kernel
+        """Fill in what depends on the layer: see `adapters.attention_hook.Attention`.
+
+        The tensors must outlast the `run`.
+        """
+        if alibi_slopes is None and query.shape[1] > _MOST_HEADS:
+            raise ValueError(f"{query.shape[1]} query heads, expected at most {_MOST_HEADS}")
+        self._tensors = [_with_dense_rows(x) for x in (query, new_keys, new_values)]
+        query, new_keys, new_values = self._tensors
+        table, kernel = self._table, self._kernel
         table[_QUERY], table[_OUT] = query.data_ptr(), out.data_ptr()
         table[_NEW_KEYS], table[_NEW_VALUES] = new_keys.data_ptr(), new_values.data_ptr()
         table[_TOKEN_STRIDE], table[_HEAD_STRIDE], _ = query.stride()
         table[_KEY_TOKEN_STRIDE], table[_KEY_HEAD_STRIDE], _ = new_keys.stride()
         table[_VALUE_TOKEN_STRIDE], table[_VALUE_HEAD_STRIDE], _ = new_values.stride()
         table[_KEYS], table[_VALUES] = kernel.keys[layer], kernel.values[layer]
-        table[_HEADS], table[_WINDOW] = query.shape[1], window or 0
-        self._scales[0] = scale
+        slopes = self._no_slopes.ctypes.data if alibi_slopes is None else alibi_slopes.data_ptr()
+        table[_SLOPES], table[_HEADS], table[_WINDOW] = slopes, query.shape[1], window or 0
+        table[_BENT] = softcap is not None or alibi_slopes is not None
+        self._scales[:] = scale, softcap or 0.0
+
+    def run(self) -> None:
+        """Compute the layer that was set."""
+        table = self._table
+        for table[_WORK], table[_ROWS] in self._passes:
+            table[_NEXT_JOB] = 0
+            self._kernel.entry.run(self._at, table[_ROWS])
+
+    def write_layers(
+        self, tables: np.ndarray, addresses: np.ndarray, layers: list[int], windows: list[int]
+    ) -> None:
+        """Tables (L, >= TABLE_SIZE) of several layers that are as the one that was set but for their
+        keys, values and windows; each will lie at its address (L,). For plans of one pass."""
+        tables[:, :TABLE_SIZE] = np.ctypeslib.as_array(self._table)
+        tables[:, _KEYS] = [self._kernel.keys[layer] for layer in layers]
+        tables[:, _VALUES] = [self._kernel.values[layer] for layer in layers]
+        tables[:, _WINDOW], tables[:, _TABLE_AT], tables[:, _NEXT_JOB] = windows, addresses, 0
+        ((tables[:, _WORK], tables[:, _ROWS]),) = self._passes
 
 
 def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:

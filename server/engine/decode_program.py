@@ -1,9 +1,9 @@
 """A step of single tokens through all layers of a `LayerStack` in one call.
 
-The kernels of a layer take some 300 microseconds together, of which Python between them took a sixth and
-starting threads for each another part. Here their job tables stand in a list that is made once; each step
-fills in what is new, and torch's threads go through the list. After a kernel a thread waits until no
-other is inside it, not until all have come: one that the system runs elsewhere holds nobody up.
+Called one by one from Python, each on threads started for it, the kernels of a step of 32 rows took 32 ms;
+this way 26.5. Their job tables stand in a list that is made once; each step fills in what is new, and
+torch's threads go through the list. After a kernel a thread waits until no other is inside it, not until
+all have come: one that the system runs elsewhere holds nobody up.
 
 Only where every product has tiles and every row is a single token: else the stack calls the same kernels
 one by one, with the same results. Knows the stack's layers and kernels; no sequence or adapter.
@@ -24,7 +24,7 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from server.engine import layer_kernels
-from server.engine.decode_kernel import KernelPlan
+from server.engine.decode_kernel import DecodeKernel, KernelPlan
 from server.engine.layers import Layer, Products
 from server.engine.openmp import Kernel
 from server.engine.scales import ScaleTables
@@ -36,8 +36,10 @@ from server.engine.vector_ops import I64, array_at
 # length, the address of `sched_yield`.
 _LIST, _LENGTH, _YIELD, _PROGRAM_SIZE = range(4)
 _FUNCTION, _TABLE, _INSIDE, _ENTRY_SIZE = range(4)
-# Numbers of one kernel's table; the number of rows stands at the same place in those of all layers.
-_WIDTH, _ROWS = 40, 2
+# Numbers of one kernel's table, at most. Where its next job or row, its own address and its number of rows
+# stand in those of `layer_kernels` and `tile_product`; attention's are written by its plan.
+_WIDTH = 40
+_NEXT, _TABLE_AT, _ROWS = range(3)
 _POINTER = ir.IntType(8).as_pointer()
 # Pauses before a waiting thread offers its processor to others: some 100 microseconds.
 _PATIENCE = 4000
@@ -138,13 +140,17 @@ class DecodeProgram:
     """The layers of one stack, for up to MOST_ROWS single tokens; `of` makes it.
 
     Args:
-        layers: of the stack.
+        layers: of the stack, alike in their shapes.
         scales: what linear layers are scaled by.
+        kernel: what attends.
     """
 
-    def __init__(self, layers: Sequence[Layer], scales: ScaleTables) -> None:
+    def __init__(self, layers: Sequence[Layer], scales: ScaleTables, kernel: DecodeKernel) -> None:
         self._layers = layers
         self._scales = scales
+        self._kernel = kernel
+        self._indices = [layer.index for layer in layers]
+        self._windows = [layer.window or 0 for layer in layers]
         self._entry = _entry()
         weight = layers[0].before[0]
         self._dtype = weight.dtype
@@ -156,78 +162,74 @@ class DecodeProgram:
         self._qkv, self._gate_up, self._attended, self._gated = (
             _Buffer(width, self._dtype) for width in (*widths, *inputs)
         )
-        self._num_tables = -1
-        self._list: list[tuple[Kernel | None, tuple[int, ...]]] = []
         self._build()
 
     @staticmethod
-    def of(layers: Sequence[Layer], scales: ScaleTables) -> DecodeProgram | None:
+    def of(
+        layers: Sequence[Layer], scales: ScaleTables, kernel: DecodeKernel
+    ) -> DecodeProgram | None:
         """The program, or None where a layer needs what it has not."""
         alike = {(layer.head_dim, layer.scale, layer.qkv.sizes) for layer in layers}
         if len(alike) != 1 or any(layer.query_norm is not None for layer in layers):
             return None
-        products = [p for layer in layers for p in layer.products]
-        if any(product.tiles is None for product in products):
+        if any(product.tiles is None for layer in layers for product in layer.products):
             return None
-        return DecodeProgram(layers, scales)
+        return DecodeProgram(layers, scales, kernel)
 
-    def fits(self, num_rows: int) -> bool:
-        """Whether a step of so many single tokens, with the scales that it uses, can be run."""
-        if num_rows > MOST_ROWS:
+    def fits(self, num_rows: int, plan: KernelPlan) -> bool:
+        """Whether a step of so many rows, with the scales that it uses, can be run."""
+        if self._num_tables != self._scales.num_tables:
+            self._build()
+        if num_rows > MOST_ROWS or not plan.is_one_pass:
             return False
-        return not self._scales.in_use or not any(
-            self._scales.input_table(name) is not None
-            for layer in self._layers
-            for product in (layer.qkv, layer.gate_up)
-            for name in product.names
-        )
+        return not (self._scales.in_use and self._needs_second_products)
 
     def run(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: KernelPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (n, d) -> hidden states (n, d) and what the last layer adds to them, (n, d).
 
-        Both are good until the next call. `cos` and `sin` are (n, D), dense; `plan` is of these n rows.
+        For a step that `fits`. Both are good until the next call. `cos` and `sin` are (n, D), dense;
+        `plan` is of these n rows.
         """
-        if self._num_tables != self._scales.num_tables:
-            self._build()
         num_rows, tables = len(hidden), self._tables
         self._hidden.tensor[:num_rows] = hidden
-        tables[:, 0] = 0
+        tables[:, _NEXT] = 0
         tables[:, _ROWS] = num_rows
         tables[self._products, TileProduct.SHAPES_FIELD] = TileProduct.shapes_at(num_rows)
-        tables[self._rotations, 5:7] = cos.data_ptr(), sin.data_ptr()
-        if self._scalings:
-            slots = self._scales.slots if self._scales.in_use else None
-            tables[self._scalings, _ROWS] = num_rows if slots is not None else 0
-            tables[self._scalings, 6] = slots.data_ptr() if slots is not None else 0
+        tables[self._rotations, layer_kernels.COS_FIELD] = cos.data_ptr()
+        tables[self._rotations, layer_kernels.SIN_FIELD] = sin.data_ptr()
+        in_use = self._scales.in_use
+        tables[self._scalings, _ROWS] = num_rows if in_use else 0
+        tables[self._scalings, layer_kernels.SLOTS_FIELD] = self._scales.slots.data_ptr()
         self._plan_attention(plan, num_rows)
         self._entry.run(self._at, torch.get_num_threads())
         return self._hidden.tensor[:num_rows], self._added.tensor[:num_rows]
 
     def _plan_attention(self, plan: KernelPlan, num_rows: int) -> None:
         first = self._layers[0]
-        split = [
-            part.view(num_rows, -1, first.head_dim)
-            for part in torch.split_with_sizes(
-                self._qkv.tensor[:num_rows], list(first.qkv.sizes), dim=1
-            )
-        ]
-        out = self._attended.tensor[:num_rows].view(num_rows, -1, first.head_dim)
-        plan.set_layer(first.index, split[0], split[1], split[2], out, first.scale, None)
-        indices = [layer.index for layer in self._layers]
-        windows = [layer.window or 0 for layer in self._layers]
-        attentions = np.empty((len(indices), _WIDTH), np.int64)
-        plan.write_layers(attentions, self._addresses[self._attentions], indices, windows)
+        parts = torch.split_with_sizes(self._qkv.tensor[:num_rows], first.qkv.sizes, dim=1)
+        query, keys, values = (part.view(num_rows, -1, first.head_dim) for part in parts)
+        out = self._attended.tensor[:num_rows].view(query.shape)
+        plan.set_layer(first.index, query, keys, values, out, scale=first.scale)
+        attentions = np.empty((len(self._layers), _WIDTH), np.int64)
+        addresses = self._addresses[self._attentions]
+        plan.write_layers(attentions, addresses, self._indices, self._windows)
         self._tables[self._attentions] = attentions
-        self._calls[self._attentions, _FUNCTION] = plan.entry.address
 
     # --- the list --------------------------------------------------------------------------
 
     def _build(self) -> None:
         """Write the list anew; scales are in it where a table of them is there."""
         self._num_tables = self._scales.num_tables
-        self._list = []
+        # An input that is scaled for one of several layers needs a product of its own.
+        self._needs_second_products = any(
+            self._scales.input_table(name) is not None
+            for layer in self._layers
+            for product in (layer.qkv, layer.gate_up)
+            for name in product.names
+        )
+        self._list: list[tuple[Kernel, tuple[int, ...]]] = []
         self._products: list[int] = []
         self._rotations: list[int] = []
         self._scalings: list[int] = []
@@ -238,17 +240,17 @@ class DecodeProgram:
         self._tables = np.zeros((length, _WIDTH), np.int64)
         self._addresses = self._tables.ctypes.data + np.arange(length) * self._tables.strides[0]
         self._calls = np.zeros((length, _ENTRY_SIZE), np.int64)
+        self._calls[:, _FUNCTION] = [kernel.address for kernel, _ in self._list]
         self._calls[:, _TABLE] = self._addresses
-        for index, (kernel, fields) in enumerate(self._list):
-            self._calls[index, _FUNCTION] = 0 if kernel is None else kernel.address
+        for index, (_, fields) in enumerate(self._list):
             self._tables[index, : len(fields)] = fields
-            self._tables[index, 1] = self._addresses[index]
+        self._tables[:, _TABLE_AT] = self._addresses
         self._program = (ctypes.c_int64 * _PROGRAM_SIZE)()
         self._at = ctypes.addressof(self._program)
         yields = int(ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0)
         self._program[:] = [self._calls.ctypes.data, length, yields]
 
-    def _add(self, kernel: Kernel | None, fields: tuple[int, ...]) -> int:
+    def _add(self, kernel: Kernel, fields: tuple[int, ...]) -> int:
         self._list.append((kernel, fields))
         return len(self._list) - 1
 
@@ -260,7 +262,7 @@ class DecodeProgram:
             self._qkv.at(), 0, 0, heads, self._qkv.width, layer.head_dim, layer.head_dim
         )
         self._rotations.append(self._add(layer_kernels.rotate_kernel(self._dtype), fields))
-        self._attentions.append(self._add(None, ()))
+        self._attentions.append(self._add(self._kernel.entry, ()))
         self._add_product(layer.output, self._attended, self._added)
         self._add_norm(layer.after, self._added.at())
         self._add_product(layer.gate_up, self._normal, self._gate_up)

@@ -30,6 +30,8 @@ _ELEMENTS_FOR_THREADS = 1 << 13
 # Fields of a job table, int64. The first four are common to all kernels.
 _NEXT_ROW, _TABLE_AT, _ROWS, _WIDTH = range(4)
 _SIZE = 16
+# Fields of `rotate_fields` and `scale_fields` that change from step to step.
+COS_FIELD, SIN_FIELD, SLOTS_FIELD = 5, 6, 6
 _ENTRY = types.void(types.voidptr)
 
 

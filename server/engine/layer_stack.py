@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from server.engine.attention import AttentionPath
-from server.engine.decode_kernel import KernelPlan
+from server.engine.decode_kernel import DecodeKernel
 from server.engine.decode_program import DecodeProgram
 from server.engine.layer_kernels import rms_norm, rotate, silu_times
 from server.engine.layers import Layer, layer_of, norm_of
@@ -36,9 +36,12 @@ class LayerStack:
         model: a causal language model of transformers.
         path: how attention is computed.
         scales: what its linear layers are scaled by.
+        kernel: what attends from single tokens, or None.
     """
 
-    def __init__(self, model: Any, path: AttentionPath, scales: ScaleTables) -> None:
+    def __init__(
+        self, model: Any, path: AttentionPath, scales: ScaleTables, kernel: DecodeKernel | None
+    ) -> None:
         self._path = path
         self._scales = scales
         self._rotary = model.model.rotary_emb
@@ -46,16 +49,18 @@ class LayerStack:
         self._head = model.lm_head
         names = {id(module): name for name, module in model.named_modules()}
         self._layers = [layer_of(layer, names) for layer in model.model.layers]
-        self._program = DecodeProgram.of(self._layers, scales)
+        self._program = None if kernel is None else DecodeProgram.of(self._layers, scales, kernel)
 
     @staticmethod
-    def of(model: Any, path: AttentionPath, scales: ScaleTables) -> LayerStack | None:
+    def of(
+        model: Any, path: AttentionPath, scales: ScaleTables, kernel: DecodeKernel | None
+    ) -> LayerStack | None:
         """The stack of a model that is connected to `path`, or None where its layers are others."""
         if type(model).__name__ not in _MODELS:
             return None
         if not all(_is_gated_silu(layer.mlp) for layer in model.model.layers):
             return None
-        return LayerStack(model, path, scales)
+        return LayerStack(model, path, scales, kernel)
 
     def logits(
         self, hidden: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
@@ -71,19 +76,15 @@ class LayerStack:
             (n, V).
         """
         cos, sin = (part[0] for part in self._rotary(hidden[None], positions[None]))
-        plan = self._path.fast
-        if self._program is None or plan is None or not self._is_for_program(len(hidden), plan):
-            hidden, added = self._through_layers(hidden, cos, sin)
+        program, plan = self._program, self._path.fast
+        if program is not None and plan is not None and program.fits(len(hidden), plan):
+            hidden, added = program.run(hidden, cos.contiguous(), sin.contiguous(), plan)
         else:
-            hidden, added = self._program.run(hidden, cos.contiguous(), sin.contiguous(), plan)
+            hidden, added = self._through_layers(hidden, cos, sin)
         if len(keep) < len(hidden):
             hidden, added = hidden[keep], added[keep]
         out: torch.Tensor = self._head(rms_norm(hidden, *self._norm, added)[None])[0]
         return out
-
-    def _is_for_program(self, num_rows: int, plan: KernelPlan) -> bool:
-        is_all = plan.is_one_pass and not self._path.rows
-        return is_all and self._program is not None and self._program.fits(num_rows)
 
     def _through_layers(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

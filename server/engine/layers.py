@@ -1,6 +1,7 @@
 """A decoder layer of Llama and its relatives as the products and norms that it is made of.
 
-Knows where transformers keeps them; nothing of how or when they are computed.
+Knows where transformers keeps them, and how layers that read one input are multiplied and scaled; nothing
+of what happens between them.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ class Products:
         self.names = tuple(names)
         self._modules = tuple(modules)
         first: Any = modules[0]
-        self._pack = first.pack if isinstance(first, PackedLinear) else None
         self.inputs = int(first.in_features)
         self.sizes = tuple(int(module.out_features) for module in modules)  # type: ignore[arg-type]
-        is_one = self._pack is not None and tuple(self._pack.sizes) == self.sizes
-        self.tiles = self._pack.tiles if self._pack is not None and is_one else None
+        pack = first.pack if isinstance(first, PackedLinear) else None
+        # A pack of some of them only is left alone.
+        self._pack = pack if pack is not None and tuple(pack.sizes) == self.sizes else None
+        self.tiles = None if self._pack is None else self._pack.tiles
 
     def __call__(self, x: torch.Tensor, scales: ScaleTables) -> Sequence[torch.Tensor]:
         """x (T, in_features) -> each layer's (T, out_features), rows not always side by side."""

@@ -16,12 +16,12 @@ from torch import nn
 from adapters.attention_hook import connect
 from adapters.base_model import BaseModelSpec
 from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
-from server.engine import layer_kernels, sampling_kernels
+from server.engine import block_copies, layer_kernels, sampling_kernels
 from server.engine.adapter_slots import AdapterEntry
 from server.engine.attention import AttentionPath, Rows
 from server.engine.block_copies import BlockCopies
 from server.engine.blocks import blocks_for
-from server.engine.decode_kernel import DecodeKernel, KernelRows
+from server.engine.decode_kernel import BlockTable, DecodeKernel, KernelRows
 from server.engine.kv_cache import KVBlocks, StepCache
 from server.engine.layer_stack import LayerStack
 from server.engine.scales import ScaleTables
@@ -52,9 +52,6 @@ class StepRows:
     num_logits: int = 0
 
 
-_Table = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
 @dataclass(frozen=True)
 class _Piece:
     """One chunk of a row, computed alike whatever else the step has.
@@ -70,7 +67,7 @@ class _Piece:
     start: int
     num_tokens: int
     at: int
-    table: _Table
+    table: BlockTable
 
     @property
     def is_for_kernel(self) -> bool:
@@ -118,12 +115,13 @@ class ModelRunner:
         self._kernel: DecodeKernel | None = None
         if fast_kernels and DecodeKernel.fits(self.device, self.dtype, spec.head_dim):
             self._kernel = DecodeKernel(self._blocks)
+            block_copies.prepare()
         connect(model, self._path)
         self._stack: LayerStack | None = None
         if fast_layers:
             layer_kernels.prepare(self.dtype)
             sampling_kernels.prepare(self.dtype)
-            self._stack = LayerStack.of(model, self._path, self._scales)
+            self._stack = LayerStack.of(model, self._path, self._scales, self._kernel)
 
     def install(self, entry: AdapterEntry, form: ServingForm) -> None:
         """Fill the slot of an adapter with its serving form."""
@@ -218,42 +216,48 @@ class ModelRunner:
     def _plan_attention(
         self, rows: list[StepRows], offsets: np.ndarray, positions: np.ndarray
     ) -> None:
-        """Give rows to the decode kernel where there is one and it is faster; group the others by shape."""
-        fast: list[_Piece] = []
-        groups: list[list[_Piece]] = []
-        copies: list[BlockCopies | None] = []
-        for row, offset in zip(rows, offsets, strict=False):
-            pieces = self._pieces(row, int(offset))
-            if self._kernel is None:
-                groups += [[piece] for piece in pieces]
-                continue
-            fast += [piece for piece in pieces if piece.is_for_kernel]
-            others = [piece for piece in pieces if not piece.is_for_kernel]
-            if others:
-                # The last piece sees what the ones before it see, and more.
-                seen = self._tensor(others[-1].table[0])
-                copies += [BlockCopies(seen, self._blocks.keys[0])] * len(others)
-                groups += [[piece] for piece in others]
-        if self._kernel is None:
-            groups = _of_equal_shape(groups)
-            copies = [None] * len(groups)
-        self._path.rows = [
-            self._rows(group, positions, of) for group, of in zip(groups, copies, strict=True)
+        """Say where tokens go and what they see: by the kernels where there are any, or plainly."""
+        by_row = [
+            self._pieces(row, int(offset)) for row, offset in zip(rows, offsets[:-1], strict=True)
         ]
-        self._path.writes = self._path.fast = None
-        places = self._places(fast + [piece for group in groups for piece in group])
+        self._path.rows, self._path.writes, self._path.fast = [], None, None
         if self._kernel is None:
-            writes = [self._tensor(part) for part in places]
-            self._path.writes = (writes[0], writes[1], writes[2])
+            self._plan_plain(list(itertools.chain.from_iterable(by_row)), positions)
         else:
-            at, blocks, slots = places
-            lines = np.repeat(np.arange(len(fast)), [piece.num_tokens for piece in fast])
-            num_attended = len(lines)
-            lines = np.concatenate((lines, np.zeros(len(at) - num_attended, np.int64)))
-            tables = [piece.table for piece in fast]
-            self._path.fast = self._kernel.plan(
-                KernelRows(at, positions[at], lines, blocks, slots, tables, num_attended)
-            )
+            self._plan_fast(self._kernel, by_row, positions)
+
+    def _plan_plain(self, pieces: list[_Piece], positions: np.ndarray) -> None:
+        """Pieces of equal numbers of queries and blocks go together."""
+        by_shape: dict[tuple[int, int], list[_Piece]] = {}
+        for piece in pieces:
+            by_shape.setdefault((piece.num_tokens, len(piece.table[0])), []).append(piece)
+        self._path.rows = [self._rows(group, positions) for group in by_shape.values()]
+        tokens, blocks, slots = (self._tensor(part) for part in self._places(pieces))
+        self._path.writes = (tokens, blocks, slots)
+
+    def _plan_fast(
+        self, kernel: DecodeKernel, by_row: list[list[_Piece]], positions: np.ndarray
+    ) -> None:
+        """Pieces go to the decode kernel where that is faster; it writes the others' tokens too."""
+        fast: list[_Piece] = []
+        others: list[_Piece] = []
+        for pieces in by_row:
+            fast += [piece for piece in pieces if piece.is_for_kernel]
+            dense = [piece for piece in pieces if not piece.is_for_kernel]
+            if dense:
+                # The last piece sees what the ones before it see, and more.
+                seen = self._tensor(dense[-1].table[0])
+                copies = BlockCopies(seen, self._blocks.keys[0])
+                self._path.rows += [self._rows([piece], positions, copies) for piece in dense]
+                others += dense
+        tokens, blocks, slots = self._places(fast + others)
+        lines = np.repeat(np.arange(len(fast)), [piece.num_tokens for piece in fast])
+        num_attended = len(lines)
+        lines = np.concatenate((lines, np.zeros(len(tokens) - num_attended, np.int64)))
+        tables = [piece.table for piece in fast]
+        self._path.fast = kernel.plan(
+            KernelRows(tokens, positions[tokens], lines, blocks, slots, tables, num_attended)
+        )
 
     def _pieces(self, row: StepRows, offset: int) -> list[_Piece]:
         """A row's chunks, of which it may have several."""
@@ -279,7 +283,7 @@ class ModelRunner:
         return np.concatenate(tokens), np.concatenate(blocks), np.concatenate(slots)
 
     def _rows(
-        self, pieces: list[_Piece], positions: np.ndarray, copies: BlockCopies | None
+        self, pieces: list[_Piece], positions: np.ndarray, copies: BlockCopies | None = None
     ) -> Rows:
         """What attention needs of pieces of one shape."""
         tables = [piece.table for piece in pieces]
@@ -298,7 +302,7 @@ class ModelRunner:
             copies=copies,
         )
 
-    def _block_table(self, row: StepRows, end: int) -> _Table:
+    def _block_table(self, row: StepRows, end: int) -> BlockTable:
         """What tokens up to `end` see: block ids, each one's first position and number of keys; (N,)."""
         size = self._blocks.block_size
         tail = row.chunk.sequence.block_ids[: blocks_for(end, size)]
@@ -310,14 +314,6 @@ class ModelRunner:
         first = np.concatenate((shared_at, prefix + tail_at))
         filled = np.concatenate((prefix - shared_at, end - tail_at)).clip(max=size)
         return ids, first, filled
-
-
-def _of_equal_shape(groups: list[list[_Piece]]) -> list[list[_Piece]]:
-    """The same pieces, those of equal numbers of queries and blocks together."""
-    by_shape: dict[tuple[int, int], list[_Piece]] = {}
-    for piece in itertools.chain.from_iterable(groups):
-        by_shape.setdefault((piece.num_tokens, len(piece.table[0])), []).append(piece)
-    return list(by_shape.values())
 
 
 def _positions(row: StepRows) -> np.ndarray:

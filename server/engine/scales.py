@@ -99,11 +99,13 @@ class ScaleTables:
         module = self._modules[path]
 
         def on_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            return (self._scaled(args[0], table), *args[1:]) if self.in_use else None
+            if not self.in_use:
+                return None
+            return (self._scale(args[0], table, in_place=False), *args[1:])
 
         def on_output(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
             if self.in_use:
-                self._scale(out, table)
+                self._scale(out, table, in_place=True)
 
         if is_input:
             module.register_forward_pre_hook(on_input)
@@ -136,26 +138,22 @@ class ScaleTables:
     def scaled_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
         """x (..., T, in_features) of a module as its hook would make it: x itself, or a copy."""
         table = self._inputs.get(path)
-        return x if table is None or not self.in_use else self._scaled(x, table)
+        if table is None or not self.in_use:
+            return x
+        return self._scale(x, table, in_place=False)
 
     def scale_output(self, path: str, out: torch.Tensor) -> None:
         """What a module's hook would do to its output (..., T, out_features), in place."""
         table = self._outputs.get(path)
         if table is not None and self.in_use:
-            self._scale(out, table)
+            self._scale(out, table, in_place=True)
 
-    def _scaled(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        # Others may read this input too.
-        if self._fast and x.stride(-1) == 1:
-            return scale_rows(x, table, self._slots, in_place=False)
-        copy = x.clone()
-        self._scale(copy, table)
-        return copy
-
-    def _scale(self, x: torch.Tensor, table: torch.Tensor) -> None:
+    def _scale(self, x: torch.Tensor, table: torch.Tensor, *, in_place: bool) -> torch.Tensor:
+        """x (..., T, width), or a copy, since others may read an input too."""
         # Multiply in float32 and round once, as PEFT's float32 vectors do on a bf16 base.
         if self._fast and x.stride(-1) == 1:
-            scale_rows(x, table, self._slots, in_place=True)
-            return
-        part = x[..., self._span, :]
+            return scale_rows(x, table, self._slots, in_place=in_place)
+        scaled = x if in_place else x.clone()
+        part = scaled[..., self._span, :]
         part.copy_(part * table[self._rows])
+        return scaled

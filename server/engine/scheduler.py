@@ -80,6 +80,12 @@ class Chunk:
     num_tokens: int
     samples: bool
 
+    @classmethod
+    def of(cls, sequence: Sequence, start: int, num_tokens: int) -> Chunk:
+        """These tokens of a sequence; a fold draws none."""
+        is_last = start + num_tokens == sequence.num_tokens
+        return cls(sequence, start, num_tokens, sequence.request is not None and is_last)
+
 
 @dataclass
 class StepPlan:
@@ -376,9 +382,10 @@ class Scheduler:
 
     def _budget(self, decodes: list[Sequence]) -> Budget:
         most, beside = self.limits.max_step_tokens, self.limits.prefill_tokens_beside
-        is_bounded = beside is not None and any(s.request is not None for s in decodes)
+        is_bounded = any(s.request is not None for s in decodes)
+        prompts = beside if beside is not None and is_bounded else most
         streams = any(s.request is not None and self._is_decode(s) for s in self.running)
-        return Budget(most, beside if is_bounded and beside is not None else most, streams)
+        return Budget(most, prompts, streams)
 
     def _extend(self, plan: StepPlan, budget: Budget) -> None:
         """Further chunks of the step's prompts, while there is room that nobody else asked for."""
@@ -388,15 +395,13 @@ class Scheduler:
             sequence, size = chunk.sequence, chunk.num_tokens
             while (left := sequence.num_tokens - chunk.start - size) > 0:
                 more = min(left, self.limits.prefill_chunk)
-                blocks = blocks_for(chunk.start + size + more, self.limits.block_size)
-                need = blocks - len(sequence.block_ids)
+                need = self._num_missing(sequence, chunk.start + size + more)
                 if not budget.allows(more) or need > self.pool.num_free:
                     break
                 self._take_blocks(plan, sequence, need)
                 budget.take(more)
                 size += more
-            samples = sequence.request is not None and chunk.start + size == sequence.num_tokens
-            plan.chunks[index] = Chunk(sequence, chunk.start, size, samples)
+            plan.chunks[index] = Chunk.of(sequence, chunk.start, size)
 
     def _schedule_running(self, plan: StepPlan) -> Budget:
         """Plan what is under way; returns what is left of the step.
@@ -467,9 +472,7 @@ class Scheduler:
         return sequence.num_tokens - sequence.num_computed == 1
 
     def _take(self, plan: StepPlan, sequence: Sequence, size: int, budget: Budget) -> None:
-        end = sequence.num_computed + size
-        samples = sequence.request is not None and end == sequence.num_tokens
-        plan.chunks.append(Chunk(sequence, sequence.num_computed, size, samples))
+        plan.chunks.append(Chunk.of(sequence, sequence.num_computed, size))
         entry = self._entry_of(sequence)
         if entry is not None:
             self.slots.touch(entry)
@@ -479,8 +482,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, size: int, plan: StepPlan) -> bool:
         """Give `sequence` blocks for `size` more tokens, preempting the youngest if need be."""
-        total = blocks_for(sequence.num_computed + size, self.limits.block_size)
-        need = total - len(sequence.block_ids)
+        need = self._num_missing(sequence, sequence.num_computed + size)
         while need > 0 and not self.slots.make_room(need):
             victim = None if plan.joined else self._youngest(plan, sequence)
             if victim is None or (victim is sequence and not self._is_youngest(sequence)):
@@ -490,6 +492,10 @@ class Scheduler:
                 return False
         self._take_blocks(plan, sequence, need)
         return True
+
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that `sequence` lacks for its first `num_tokens` tokens."""
+        return blocks_for(num_tokens, self.limits.block_size) - len(sequence.block_ids)
 
     def _take_blocks(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
         """Give `sequence` free blocks; the step fills all of them but the last one to the end."""
@@ -592,8 +598,7 @@ class Scheduler:
         if copy is not None:
             plan.copies.append(copy)
         # Room for the whole of what is known, so that admission does not cause preemption at once.
-        total = blocks_for(sequence.num_tokens, self.limits.block_size)
-        if self.slots.make_room(total - len(sequence.block_ids), keep=entry):
+        if self.slots.make_room(self._num_missing(sequence, sequence.num_tokens), keep=entry):
             return True
         self._leave_prefix(plan, sequence)
         self._note_blocked(sequence)
@@ -644,8 +649,8 @@ class Scheduler:
 
     def _start(self, plan: StepPlan, sequence: Sequence, budget: Budget) -> None:
         size = sequence.next_chunk(self.limits.prefill_chunk)
-        need = blocks_for(sequence.num_computed + size, self.limits.block_size)
-        self._take_blocks(plan, sequence, need - len(sequence.block_ids))
+        need = self._num_missing(sequence, sequence.num_computed + size)
+        self._take_blocks(plan, sequence, need)
         self.prefix_query_tokens += sequence.num_tokens
         self.prefix_hit_tokens += sequence.num_computed
         sequence.to(SequenceState.RUNNING)

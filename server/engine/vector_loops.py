@@ -47,7 +47,8 @@ def _version() -> int:
 
 
 # numba keeps compiled kernels by the file they stand in, and does not see that these files changed.
-# A kernel that names this number in a closure is compiled again when they did.
+# A kernel that names this number in a closure is compiled again when they did. Each kernel's entry is
+# written out beside it: one that closes over another compiled function is not kept at all.
 VERSION = _version()
 
 HEADS = 4

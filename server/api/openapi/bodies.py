@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from server.api.adapter_choice import LORAX_FIELDS, MARKS
 from server.api.openai_tuning.body import METHOD_TYPES, SUPERVISED
 
 Schema = dict[str, Any]
@@ -102,11 +103,9 @@ _OPENAI_FIELDS: Schema = {
         },
     },
 }
-# Fields that routes do not know are named in a header and ignored, but for one that looks like an adapter:
-# the rule of `adapter_choice`, whose case a pattern of JSON Schema cannot leave open.
-_ADAPTERS = "[aA][dD][aA][pP][tT][eE][rR]|[lL][oO][rR][aA]|[pP][eE][fF][tT]"
-# What LoRAX's client sends beside `adapter_id`, always null here.
-_LORAX = ("adapter_source", "merged_adapters")
+# Fields that routes do not know are named in a header and ignored, but for one that looks like an adapter.
+# A pattern of JSON Schema cannot leave its case open.
+_ADAPTERS = "|".join("".join(f"[{c}{c.upper()}]" for c in mark) for mark in MARKS)
 _NO_STRAY_ADAPTERS: Schema = {"propertyNames": {"not": {"pattern": _ADAPTERS}}}
 _STREAM_OPTIONS = where_no_other({"stream": {"const": True}}, "stream_options")
 _HYPERPARAMETERS: Schema = {"anyOf": not_both("epochs", "max_steps")}
@@ -135,7 +134,7 @@ BODIES: Mapping[str, Schema] = {
     "GenerateParameters": {
         "propertyNames": {
             "anyOf": [
-                {"enum": ["adapter_id", *_LORAX]},
+                {"enum": ["adapter_id", *LORAX_FIELDS]},
                 {"not": {"pattern": f"{_ADAPTERS}|^model$"}},
             ]
         },
@@ -143,7 +142,7 @@ BODIES: Mapping[str, Schema] = {
             {
                 "properties": {
                     name: {**_NULL, "description": "Null, as LoRAX's client sends it."}
-                    for name in _LORAX
+                    for name in LORAX_FIELDS
                 }
             }
         ],

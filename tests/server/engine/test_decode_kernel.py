@@ -247,9 +247,10 @@ def test_it_writes_its_own_tokens_and_no_others(dtype):
         keys[ids[-1], :, filled[-1] - 1] = setting.new_keys[row]
         values[ids[-1], :, filled[-1] - 1] = setting.new_values[row]
     kernel = DecodeKernel(setting.blocks)
-    run = kernel.plan(single_tokens(tokens, np.array(setting.positions), setting.tables))
+    plan = kernel.plan(single_tokens(tokens, np.array(setting.positions), setting.tables))
     out = torch.full_like(packed[0], 777.0)
-    run(1, *packed, out, *setting.options.values())
+    plan.set_layer(1, *packed, out, **setting.options)
+    plan.run()
     assert torch.equal(setting.blocks.keys[1], keys)
     assert torch.equal(setting.blocks.values[1], values)
     assert torch.equal(out[torch.from_numpy(tokens)], setting.by_kernel())

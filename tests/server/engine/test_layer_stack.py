@@ -45,7 +45,7 @@ def logits_of(
 
 @pytest.mark.parametrize("architecture", [*KNOWN, *OTHERS])
 def test_it_takes_the_models_that_it_knows(architecture):
-    stack = LayerStack.of(tiny_model(architecture), None, None)
+    stack = LayerStack.of(tiny_model(architecture), None, None, None)
     assert (stack is not None) == (architecture in KNOWN)
 
 
@@ -72,4 +72,4 @@ def test_several_chunks_in_one_are_as_if_they_came_apart(architecture, fast):
 def test_another_activation_is_left_to_transformers():
     model = tiny_model("llama")
     model.model.layers[1].mlp.act_fn = torch.nn.GELU()
-    assert LayerStack.of(model, None, None) is None
+    assert LayerStack.of(model, None, None, None) is None
