@@ -473,12 +473,29 @@ class Generator:
             EngineUnavailable: the engine's process is down.
             QuotaExceeded: the caller's key may have no more tokens now.
         """
+        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
+            return self._submit(request, options)
+
+    def try_submit(self, request: GenerationRequest, options: Options) -> Generation | None:
+        """Queue a later part of something begun; it may wait, so a full queue refuses nobody.
+
+        Returns:
+            None where the queue is full.
+
+        Raises:
+            EngineUnavailable, QuotaExceeded: see `submit`.
+        """
+        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
+            try:
+                return self._submit(request, options)
+            except EngineOverloaded:
+                return None
+
+    def _submit(self, request: GenerationRequest, options: Options) -> Generation:
         self._admit()
         detokenizer = IncrementalDetokenizer(self.tokenizer.decode, request.prompt_token_ids)
-        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
-            stream = self._client.submit(request)
         return Generation(
-            stream,
+            self._client.submit(request),
             request,
             detokenizer,
             StopStrings(options.stop, include=options.include_stop),

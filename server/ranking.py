@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapters.registry import AdapterRecord
-from server.engine.client import EngineOverloaded
 from server.errors import RequestInvalid
 from server.generation import Generation, Generator, Options, Prompt
 from server.scoring import score_of, scoring
@@ -133,11 +132,9 @@ async def _score_all(
                 _options(prompt),
                 f"{batch}-{index}",
             )
-            try:
-                generation = generator.submit(request, Options(request.sampling))
-            except EngineOverloaded:
-                if not has_begun:
-                    raise
+            submit = generator.try_submit if has_begun else generator.submit
+            generation = submit(request, Options(request.sampling))
+            if generation is None:
                 # What was begun is not given up because others took the places.
                 turns.appendleft((index, (prompt, target)))
                 if num_working > 1:

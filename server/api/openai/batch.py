@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from server.engine.client import EngineOverloaded
 from server.engine.request import GenerationRequest
 from server.generation import Generation, Generator, Options, Piece
 
@@ -89,11 +88,9 @@ class Batch:
     def _begin_more(self) -> None:
         while len(self.generations) < len(self._requests) and self._num_active < self._max_parallel:
             index = len(self.generations)
-            try:
-                generation = self._generator.submit(self._requests[index], self._options)
-            except EngineOverloaded:
-                if not self.generations:
-                    raise
+            submit = self._generator.try_submit if index else self._generator.submit
+            generation = submit(self._requests[index], self._options)
+            if generation is None:
                 return  # a full queue: this request's later sequences wait
             self.generations.append(generation)
             self._num_active += 1

@@ -225,6 +225,34 @@ def test_a_full_queue_counts_its_refusals(counted):
     assert grew("graftwork_adapter_requests_total", adapter="adapter-0") == 0
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "tiny-base", "prompt": ["x"] * 6, "max_tokens": 4, "n": 2}),
+        ("/classify", {"inputs": ["x"] * 6, "labels": ["yes", "no"]}),
+    ],
+)
+def test_what_waits_within_a_request_is_no_refusal(counted, path, body):
+    """More sequences than the engine has places: the later ones come back, and all end well."""
+    before = Scrape(counted)
+    busy = {"inputs": "x", "parameters": {"max_new_tokens": 480, "ignore_eos": True}}
+    threads = [
+        threading.Thread(target=lambda: counted.post("/generate", json=busy)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(
+        lambda: Scrape(counted)("graftwork_adapter_requests_in_flight", adapter="tiny-base") == 2
+    )
+    reply = counted.post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    for thread in threads:
+        thread.join()
+    _, grew = differences(counted, generate, before)
+    assert grew("graftwork_adapter_requests_total", adapter="tiny-base") == 2 + 12
+    assert grew(FAILURES, adapter="tiny-base", code="overloaded") == 0
+
+
 def test_adapters_are_loaded_and_evicted(counted, tmp_path):
     # 1 MiB holds 256 blocks of 16 tokens, and each of these takes 25: they cannot all stay.
     names = [f"long-{index}" for index in range(12)]
