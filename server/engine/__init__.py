@@ -10,6 +10,7 @@ kv_cache         the block tensors
 attention        `attend`, and how a transformers model comes to call it
 block_copies     blocks gathered for it
 decode_kernel    the CPU's fast path for single-token rows
+tile_attention   its fast path for prompts, on matrix tiles
 layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
 layers           what such a layer is made of
 layer_stack      the layers of Llama and its relatives, made of those
@@ -19,6 +20,7 @@ vector_ops       what those are made of
 openmp           torch's own threads
 packed_linear    bf16 weights packed for the CPU
 tile_product     the CPU's fast path for few rows of those
+tiles            the processor's matrix tiles
 scales           IA3's tables and the hooks that apply them
 model_runner     a planned step -> logits
 self_check       can this base be served?

@@ -21,6 +21,7 @@ from torch.nn import functional
 from server.engine.block_copies import BlockCopies
 from server.engine.decode_kernel import KernelPlan
 from server.engine.kv_cache import KVBlocks
+from server.engine.tile_attention import TilePlan
 
 
 @dataclass
@@ -55,6 +56,7 @@ class AttentionPath:
         writes: which packed tokens the plain path writes (W,), their block ids and offsets.
         fast: computes some tokens of the packed row and writes all of them in place of `writes`; None
             where there is no kernel.
+        tiles: computes others that `fast` wrote, or None.
     """
 
     def __init__(self, blocks: KVBlocks) -> None:
@@ -62,6 +64,7 @@ class AttentionPath:
         self.rows: list[Rows] = []
         self.writes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.fast: KernelPlan | None = None
+        self.tiles: TilePlan | None = None
 
     def attend(
         self,
@@ -90,6 +93,11 @@ class AttentionPath:
                 scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
             )  # fmt: skip
             self.fast.run()
+        if self.tiles is not None:
+            self.tiles.run(
+                layer, query, out,
+                scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+            )  # fmt: skip
         keys, values = self.blocks.keys[layer], self.blocks.values[layer]
         for rows in self.rows:
             out[rows.tokens] = attend_rows(

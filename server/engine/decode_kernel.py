@@ -58,6 +58,7 @@ _FLAGS = {"contract", "reassoc", "nsz"}
 
 # What is done with a row, in `_WORK`: its key and value put in place, attention, or both at once.
 _PUT, _ATTEND, _BOTH = 1, 2, 3
+_TOGETHER = 8
 
 
 @njit(fastmath=_FLAGS)
@@ -216,6 +217,17 @@ def _write_new(table: Any, row: Any, kv_head: Any, like: Any) -> None:
         value[d] = new_value[d]
 
 
+@njit
+def _take_puts(table: Any, like: Any) -> None:
+    """Put new keys and values in place, those of `_TOGETHER` rows at a time: each is little work."""
+    first = take_number(table[_TABLE_AT] + _NEXT_JOB * 8) * _TOGETHER
+    while first < table[_ROWS]:
+        for row in range(first, min(first + _TOGETHER, table[_ROWS])):
+            for kv_head in range(table[_KV_HEADS]):
+                _write_new(table, row, kv_head, like)
+        first = take_number(table[_TABLE_AT] + _NEXT_JOB * 8) * _TOGETHER
+
+
 @njit(fastmath=_FLAGS)
 def _take_jobs(table: Any, like: Any) -> None:
     """Take (row, KV head) jobs until none is left; any number of threads may do so at once."""
@@ -229,13 +241,21 @@ def _take_jobs(table: Any, like: Any) -> None:
     while job < table[_ROWS] * kv_heads:
         if table[_WORK] & _PUT:
             _write_new(table, job // kv_heads, job % kv_heads, like)
-        done = 0 if table[_WORK] & _ATTEND else group
+        done = 0
         while done < group:
             heads = min(HEADS, group - done)
             head = (job % kv_heads) * group + done
             _attend_heads(table, job // kv_heads, head, heads, work, like)
             done += heads
         job = take_number(next_job_at)
+
+
+@njit
+def _run(table: Any, like: Any) -> None:
+    if table[_WORK] == _PUT:
+        _take_puts(table, like)
+    else:
+        _take_jobs(table, like)
 
 
 @cache
@@ -246,14 +266,14 @@ def _entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
         @cfunc(types.void(types.voidptr), cache=True)
         def run_bf16(table_at: Any) -> None:
             if version:
-                _take_jobs(carray(table_at, (TABLE_SIZE,), np.int64), np.zeros(1, np.uint16))
+                _run(carray(table_at, (TABLE_SIZE,), np.int64), np.zeros(1, np.uint16))
 
         return Kernel(run_bf16)
 
     @cfunc(types.void(types.voidptr), cache=True)
     def run_float32(table_at: Any) -> None:
         if version:
-            _take_jobs(carray(table_at, (TABLE_SIZE,), np.int64), np.zeros(1, np.float32))
+            _run(carray(table_at, (TABLE_SIZE,), np.int64), np.zeros(1, np.float32))
 
     return Kernel(run_float32)
 

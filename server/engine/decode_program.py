@@ -28,7 +28,8 @@ from server.engine.decode_kernel import DecodeKernel, KernelPlan
 from server.engine.layers import Layer, Products
 from server.engine.openmp import Kernel
 from server.engine.scales import ScaleTables
-from server.engine.tile_product import MOST_ROWS, TileProduct
+from server.engine.tile_product import TileProduct
+from server.engine.tiles import MOST_ROWS, shapes_at
 from server.engine.vector_loops import VERSION
 from server.engine.vector_ops import I64, array_at
 
@@ -196,7 +197,7 @@ class DecodeProgram:
         self._hidden.tensor[:num_rows] = hidden
         tables[:, _NEXT] = 0
         tables[:, _ROWS] = num_rows
-        tables[self._products, TileProduct.SHAPES_FIELD] = TileProduct.shapes_at(num_rows)
+        tables[self._products, TileProduct.SHAPES_FIELD] = shapes_at(num_rows)
         tables[self._rotations, layer_kernels.COS_FIELD] = cos.data_ptr()
         tables[self._rotations, layer_kernels.SIN_FIELD] = sin.data_ptr()
         in_use = self._scales.in_use

@@ -33,6 +33,16 @@ _SIZE = 16
 # Fields of `rotate_fields` and `scale_fields` that change from step to step.
 COS_FIELD, SIN_FIELD, SLOTS_FIELD = 5, 6, 6
 _ENTRY = types.void(types.voidptr)
+# Rows that a thread takes together: one by one, two threads took longer over 512 rows than one, since
+# what they count with went from cache to cache.
+_TOGETHER = 4
+
+
+@njit
+def _take_rows(table: Any) -> Any:
+    """First and end of the next rows; none are left where they are equal."""
+    first = min(take_number(table[_TABLE_AT]) * _TOGETHER, table[_ROWS])
+    return first, min(first + _TOGETHER, table[_ROWS])
 
 
 @njit(fastmath=_SUM_FLAGS)
@@ -63,34 +73,36 @@ def _norm_rows(table: Any, like: Any) -> None:
     row_bytes = width * like.itemsize
     weight = carray(array_at(table[5]), (width,), like.dtype)
     eps = np.float32(carray(array_at(table[_TABLE_AT] + 7 * 8), (1,), np.float64)[0])
-    row = take_number(table[_TABLE_AT])
-    while row < table[_ROWS]:
-        x_at, out_at = table[4] + row * row_bytes, table[6] + row * row_bytes
-        added_at = table[8] + row * row_bytes if table[8] else 0
-        if width % LANES:
-            x = carray(array_at(x_at), (width,), like.dtype)
-            out = carray(array_at(out_at), (width,), like.dtype)
-            added = carray(array_at(added_at), (width if added_at else 0,), like.dtype)
-            _norm_odd_row(x, weight, out, added, eps)
-        else:
-            if added_at:
-                squares = add_and_square(x_at, added_at, width, like)
+    first, end = _take_rows(table)
+    while first < end:
+        for row in range(first, end):
+            x_at, out_at = table[4] + row * row_bytes, table[6] + row * row_bytes
+            added_at = table[8] + row * row_bytes if table[8] else 0
+            if width % LANES:
+                x = carray(array_at(x_at), (width,), like.dtype)
+                out = carray(array_at(out_at), (width,), like.dtype)
+                added = carray(array_at(added_at), (width if added_at else 0,), like.dtype)
+                _norm_odd_row(x, weight, out, added, eps)
             else:
-                squares = sum_of_squares(x_at, width, like)
-            inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
-            normalise(x_at, inverse, table[5], out_at, width, like)
-        row = take_number(table[_TABLE_AT])
+                if added_at:
+                    squares = add_and_square(x_at, added_at, width, like)
+                else:
+                    squares = sum_of_squares(x_at, width, like)
+                inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
+                normalise(x_at, inverse, table[5], out_at, width, like)
+        first, end = _take_rows(table)
 
 
 @njit
 def _gate_rows(table: Any, like: Any) -> None:
     """Fields: gate, up (elements from row to row in 7 and 8), out (dense rows)."""
     width, size = table[_WIDTH], like.itemsize
-    row = take_number(table[_TABLE_AT])
-    while row < table[_ROWS]:
-        gate_at, up_at = table[4] + row * table[7] * size, table[5] + row * table[8] * size
-        silu_times_row(gate_at, up_at, table[6] + row * width * size, width, like)
-        row = take_number(table[_TABLE_AT])
+    first, end = _take_rows(table)
+    while first < end:
+        for row in range(first, end):
+            gate_at, up_at = table[4] + row * table[7] * size, table[5] + row * table[8] * size
+            silu_times_row(gate_at, up_at, table[6] + row * width * size, width, like)
+        first, end = _take_rows(table)
 
 
 @njit
@@ -110,14 +122,15 @@ def _rotate_rows(table: Any, like: Any) -> None:
     """Fields: heads, cos, sin (dense rows), number of heads, elements from row to row, from head to
     head. `_WIDTH` is that of a head."""
     width, size = table[_WIDTH], like.itemsize
-    row = take_number(table[_TABLE_AT])
-    while row < table[_ROWS]:
-        cos = carray(array_at(table[5] + row * width * size), (width,), like.dtype)
-        sin = carray(array_at(table[6] + row * width * size), (width,), like.dtype)
-        for index in range(table[7]):
-            at = table[4] + (row * table[8] + index * table[9]) * size
-            _rotate_head(carray(array_at(at), (width,), like.dtype), cos, sin, width // 2)
-        row = take_number(table[_TABLE_AT])
+    first, end = _take_rows(table)
+    while first < end:
+        for row in range(first, end):
+            cos = carray(array_at(table[5] + row * width * size), (width,), like.dtype)
+            sin = carray(array_at(table[6] + row * width * size), (width,), like.dtype)
+            for index in range(table[7]):
+                at = table[4] + (row * table[8] + index * table[9]) * size
+                _rotate_head(carray(array_at(at), (width,), like.dtype), cos, sin, width // 2)
+        first, end = _take_rows(table)
 
 
 @njit
@@ -126,19 +139,20 @@ def _scale_rows(table: Any, like: Any) -> None:
     out. Slot 0 leaves a row as it is."""
     width, size = table[_WIDTH], like.itemsize
     slots = carray(array_at(table[6]), (table[_ROWS],), np.int64)
-    row = take_number(table[_TABLE_AT])
-    while row < table[_ROWS]:
-        x = carray(array_at(table[4] + row * table[8] * size), (width,), like.dtype)
-        out = carray(array_at(table[7] + row * table[9] * size), (width,), like.dtype)
-        if slots[row]:
-            at = table[5] + slots[row] * width * 4
-            scales = carray(array_at(at), (width,), np.float32)
-            for i in range(width):
-                out[i] = round_like(float_of_bits(x[i]) * scales[i], out[i])
-        elif table[4] != table[7]:
-            for i in range(width):
-                out[i] = x[i]
-        row = take_number(table[_TABLE_AT])
+    first, end = _take_rows(table)
+    while first < end:
+        for row in range(first, end):
+            x = carray(array_at(table[4] + row * table[8] * size), (width,), like.dtype)
+            out = carray(array_at(table[7] + row * table[9] * size), (width,), like.dtype)
+            if slots[row]:
+                at = table[5] + slots[row] * width * 4
+                scales = carray(array_at(at), (width,), np.float32)
+                for i in range(width):
+                    out[i] = round_like(float_of_bits(x[i]) * scales[i], out[i])
+            elif table[4] != table[7]:
+                for i in range(width):
+                    out[i] = x[i]
+        first, end = _take_rows(table)
 
 
 # What is called, compiled when first asked for; `version` see `vector_loops`.

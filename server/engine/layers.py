@@ -43,10 +43,14 @@ class Products:
         self.tiles = None if self._pack is None else self._pack.tiles
 
     def __call__(self, x: torch.Tensor, scales: ScaleTables) -> Sequence[torch.Tensor]:
-        """x (T, in_features) -> each layer's (T, out_features), rows not always side by side."""
+        """x (T, in_features) -> each layer's (T, out_features), rows not always side by side.
+
+        The input of one layer alone is scaled in place: nobody else reads it.
+        """
         if not scales.in_use:
             return self._plain(x)
-        inputs = [scales.scaled_input(name, x) for name in self.names]
+        alone = len(self.names) == 1
+        inputs = [scales.scaled_input(name, x, in_place=alone) for name in self.names]
         parts = list(self._plain(x)) if any(given is x for given in inputs) else []
         for index, given in enumerate(inputs):
             if given is not x:

@@ -27,11 +27,10 @@ from server.engine.layer_stack import LayerStack
 from server.engine.scales import ScaleTables
 from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
+from server.engine.tile_attention import NOWHERE, TileAttention, TilePiece
 
-# Above every position: a key slot that holds nothing is hidden from every query.
-_NOWHERE = 2**31 - 1
-# Up to there the decode kernel takes prompts too, a token a row. Measured on two cores: 48 tokens took
-# 29 ms where the plain path took 34, 128 tokens the same, and from 256 on the plain path is ahead.
+# Up to there the decode kernel takes prompts too, a token a row, where there are no tiles. Measured on two
+# cores: 48 tokens took 29 ms where the plain path took 34, 128 the same, from 256 on the plain path won.
 _KERNEL_POSITIONS = 192
 
 
@@ -70,10 +69,15 @@ class _Piece:
     table: BlockTable
 
     @property
-    def is_for_kernel(self) -> bool:
-        """By the piece alone, so that its arithmetic is the same in any company."""
-        end = self.sequence.prefix_tokens + self.start + self.num_tokens
-        return self.num_tokens == 1 or end <= _KERNEL_POSITIONS
+    def end_position(self) -> int:
+        """The absolute position after its last token."""
+        return self.sequence.prefix_tokens + self.start + self.num_tokens
+
+    @property
+    def for_tiles(self) -> TilePiece:
+        """What `tile_attention` needs of it."""
+        position = self.sequence.prefix_tokens + self.start
+        return TilePiece(self.at, self.num_tokens, position, self.table)
 
 
 class ModelRunner:
@@ -113,8 +117,10 @@ class ModelRunner:
         fast_layers = fast_kernels and layer_kernels.fits(self.device, self.dtype)
         self._scales = ScaleTables(model, spec, num_scale_slots, self.device, fast=fast_layers)
         self._kernel: DecodeKernel | None = None
+        self._tiles: TileAttention | None = None
         if fast_kernels and DecodeKernel.fits(self.device, self.dtype, spec.head_dim):
             self._kernel = DecodeKernel(self._blocks)
+            self._tiles = TileAttention.of(self._blocks)
             block_copies.prepare()
         connect(model, self._path)
         self._stack: LayerStack | None = None
@@ -220,7 +226,8 @@ class ModelRunner:
         by_row = [
             self._pieces(row, int(offset)) for row, offset in zip(rows, offsets[:-1], strict=True)
         ]
-        self._path.rows, self._path.writes, self._path.fast = [], None, None
+        self._path.rows, self._path.writes = [], None
+        self._path.fast, self._path.tiles = None, None
         if self._kernel is None:
             self._plan_plain(list(itertools.chain.from_iterable(by_row)), positions)
         else:
@@ -242,14 +249,16 @@ class ModelRunner:
         fast: list[_Piece] = []
         others: list[_Piece] = []
         for pieces in by_row:
-            fast += [piece for piece in pieces if piece.is_for_kernel]
-            dense = [piece for piece in pieces if not piece.is_for_kernel]
-            if dense:
+            fast += [piece for piece in pieces if self._is_for_kernel(piece)]
+            dense = [piece for piece in pieces if not self._is_for_kernel(piece)]
+            others += dense
+            if dense and self._tiles is None:
                 # The last piece sees what the ones before it see, and more.
                 seen = self._tensor(dense[-1].table[0])
                 copies = BlockCopies(seen, self._blocks.keys[0])
                 self._path.rows += [self._rows([piece], positions, copies) for piece in dense]
-                others += dense
+        if others and self._tiles is not None:
+            self._path.tiles = self._tiles.plan([piece.for_tiles for piece in others])
         tokens, blocks, slots = self._places(fast + others)
         lines = np.repeat(np.arange(len(fast)), [piece.num_tokens for piece in fast])
         num_attended = len(lines)
@@ -258,6 +267,12 @@ class ModelRunner:
         self._path.fast = kernel.plan(
             KernelRows(tokens, positions[tokens], lines, blocks, slots, tables, num_attended)
         )
+
+    def _is_for_kernel(self, piece: _Piece) -> bool:
+        """By the piece alone, so that its arithmetic is the same in any company."""
+        if piece.num_tokens == 1:
+            return True
+        return self._tiles is None and piece.end_position <= _KERNEL_POSITIONS
 
     def _pieces(self, row: StepRows, offset: int) -> list[_Piece]:
         """A row's chunks, of which it may have several."""
@@ -293,7 +308,7 @@ class ModelRunner:
         block_ids = np.stack([table[0] for table in tables])
         first = np.stack([table[1] for table in tables])[:, :, None]
         filled = np.stack([table[2] for table in tables])[:, :, None]
-        key_positions = np.where(slots < filled, first + slots, _NOWHERE)
+        key_positions = np.where(slots < filled, first + slots, NOWHERE)
         return Rows(
             tokens=self._tensor(tokens),
             positions=self._tensor(positions[tokens]),

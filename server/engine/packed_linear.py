@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from server.engine.tile_product import MOST_ROWS, TileProduct
+from server.engine.tile_product import TileProduct
+from server.engine.tiles import MOST_ROWS
 
 # Names of layers that the models of transformers call with one and the same tensor.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

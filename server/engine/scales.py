@@ -135,12 +135,12 @@ class ScaleTables:
         """(num_slots + 1, out_features) float32 of a module, if one ever targeted its output."""
         return self._outputs.get(path)
 
-    def scaled_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
+    def scaled_input(self, path: str, x: torch.Tensor, *, in_place: bool) -> torch.Tensor:
         """x (..., T, in_features) of a module as its hook would make it: x itself, or a copy."""
         table = self._inputs.get(path)
         if table is None or not self.in_use:
             return x
-        return self._scale(x, table, in_place=False)
+        return self._scale(x, table, in_place=in_place)
 
     def scale_output(self, path: str, out: torch.Tensor) -> None:
         """What a module's hook would do to its output (..., T, out_features), in place."""

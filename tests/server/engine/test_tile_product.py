@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from server.engine.packed_linear import PackedLinear, can_pack, pack_linears
-from server.engine.tile_product import MOST_ROWS, TileProduct, has_tiles
+from server.engine.tile_product import TileProduct
+from server.engine.tiles import MOST_ROWS, has_tiles
 
 if not (has_tiles() and can_pack(nn.Linear(1, 1).bfloat16())):
     pytest.skip("the processor has no tiles, or may not use them", allow_module_level=True)
