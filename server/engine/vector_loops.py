@@ -42,7 +42,10 @@ from server.engine.vector_ops import (
 
 def _version() -> int:
     here = Path(__file__)
-    parts = [here.with_name(name).read_bytes() for name in ("vector_ops.py", "tiles.py", here.name)]
+    parts = [
+        here.with_name(name).read_bytes()
+        for name in ("vector_ops.py", "tiles.py", "tile_loops.py", here.name)
+    ]
     return int.from_bytes(hashlib.sha256(b"".join([bytes([LANES]), *parts])).digest()[:6])
 
 
