@@ -11,6 +11,8 @@ attention        `attend`, and how a transformers model comes to call it
 block_copies     blocks gathered for it
 decode_kernel    the CPU's fast path for single-token rows
 tile_attention   its fast path for prompts, on matrix tiles
+prefix_attention and for single tokens over a long prefix of their adapter
+tile_loops       what these two are made of
 layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
 layers           what such a layer is made of
 layer_stack      the layers of Llama and its relatives, made of those

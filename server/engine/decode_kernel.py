@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
 
-from server.engine.kv_cache import KVBlocks
+from server.engine.kv_cache import BlockTable, KVBlocks
 from server.engine.openmp import Kernel
+from server.engine.prefix_attention import PrefixAttention, PrefixPlan, SharedPrefix
 from server.engine.vector_loops import (
     HEADS,
     KEYS,
@@ -53,8 +55,8 @@ _FLAGS = {"contract", "reassoc", "nsz"}
     _POSITIONS, _TOKENS, _SLOPES, _SCALES, _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM, _MAX_BLOCKS,
     _BLOCK_SIZE, _TOKEN_STRIDE, _HEAD_STRIDE, _KEY_TOKEN_STRIDE, _KEY_HEAD_STRIDE,
     _VALUE_TOKEN_STRIDE, _VALUE_HEAD_STRIDE, _WINDOW, _BENT, _TABLE_AT, _LINES,
-    _OWN_BLOCKS, _OWN_SLOTS, _WORK, _BLOCK_BYTES, TABLE_SIZE,
-) = range(36)  # fmt: skip
+    _OWN_BLOCKS, _OWN_SLOTS, _WORK, _BLOCK_BYTES, _PREFIXES, _PREFIX_PLACES, TABLE_SIZE,
+) = range(38)  # fmt: skip
 
 # What is done with a row, in `_WORK`: its key and value put in place, attention, or both at once.
 _PUT, _ATTEND, _BOTH = 1, 2, 3
@@ -166,6 +168,17 @@ def _add_values(table: Any, row: Any, head: Any, heads: Any, work: Any, like: An
         weights_at += number * 4
 
 
+@njit
+def _prefix_of(table: Any, row: Any, head: Any, heads: Any) -> Any:
+    """What `prefix_attention` found for a row's heads, (heads, head_dim + LANES); none without a prefix."""
+    width = table[_HEAD_DIM] + LANES
+    place = -1
+    if table[_PREFIXES]:
+        place = carray(array_at(table[_PREFIX_PLACES]), (table[_ROWS],), np.int64)[row]
+    at = table[_PREFIXES] + (place * table[_HEADS] + head) * width * 4
+    return carray(array_at(at), (heads if place >= 0 else 0, width), np.float32)
+
+
 @njit(fastmath=_FLAGS)
 def _attend_heads(table: Any, row: Any, head: Any, heads: Any, work: Any, like: Any) -> None:
     """`heads` query heads of one row and one KV head, from `head` on.
@@ -183,12 +196,20 @@ def _attend_heads(table: Any, row: Any, head: Any, heads: Any, work: Any, like: 
             queries[number, d] = float_of_bits(query[d]) * scale
             sums[number, d] = np.float32(0.0)
     seen = _score_heads(table, row, head, heads, work, like)
+    # A prefix that was attended already counts as one key more: what all of its keys weigh together.
+    prefix = _prefix_of(table, row, head, heads)
+    for number in range(len(prefix)):
+        scores[number, seen] = prefix[number, head_dim]
+    seen += min(len(prefix), 1)
     padded = (seen + LANES - 1) // LANES * LANES
     for number in range(heads):
         for index in range(seen, padded):
             scores[number, index] = np.float32(-np.inf)
         softmax(scores[number].ctypes.data, padded)
     _add_values(table, row, head, heads, work, like)
+    for number in range(len(prefix)):
+        for d in range(head_dim):
+            sums[number, d] += scores[number, seen - 1] * prefix[number, d]
     for number in range(heads):
         at_out = (token * table[_HEADS] + head + number) * head_dim
         out = carray(array_at(table[_OUT] + at_out * like.itemsize), (head_dim,), like.dtype)
@@ -231,7 +252,7 @@ def _take_puts(table: Any, like: Any) -> None:
 @njit(fastmath=_FLAGS)
 def _take_jobs(table: Any, like: Any) -> None:
     """Take (row, KV head) jobs until none is left; any number of threads may do so at once."""
-    width = (table[_MAX_BLOCKS] * table[_BLOCK_SIZE] + LANES - 1) // LANES * LANES
+    width = (table[_MAX_BLOCKS] * table[_BLOCK_SIZE] + 1 + LANES - 1) // LANES * LANES
     queries = np.empty((HEADS, table[_HEAD_DIM]), np.float32)
     work = (queries, np.empty_like(queries), np.empty((HEADS, width), np.float32))
     kv_heads = table[_KV_HEADS]
@@ -278,10 +299,6 @@ def _entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
     return Kernel(run_float32)
 
 
-# What the end of one sequence sees: block ids, first positions and key counts, each (N,) int64.
-BlockTable = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
 @dataclass(frozen=True)
 class KernelRows:
     """Tokens of a step, and what each of them sees.
@@ -294,6 +311,7 @@ class KernelRows:
         tables: what each line sees. A row sees the keys up to its own position.
         num_attended: the first so many are attended here, of the others only keys and values are put
             in place.
+        prefixes: beginnings that are attended first, for some of those; they are not in `tables`.
     """
 
     tokens: np.ndarray
@@ -303,6 +321,7 @@ class KernelRows:
     slots: np.ndarray
     tables: list[BlockTable]
     num_attended: int
+    prefixes: Sequence[SharedPrefix] = ()
 
 
 class DecodeKernel:
@@ -313,9 +332,11 @@ class DecodeKernel:
         block_bytes: from block to block.
         keys, values: addresses by layer.
         entry: what is run.
+        prefixes: attends to prefixes first, or None.
     """
 
     def __init__(self, blocks: KVBlocks) -> None:
+        self.prefixes = PrefixAttention.of(blocks)
         self.sizes = blocks.keys[0].shape[1:]  # H_kv, block_size, D
         self.block_bytes = blocks.keys[0].stride(0) * blocks.keys[0].element_size()
         self.keys = [layer.data_ptr() for layer in blocks.keys]
@@ -339,7 +360,11 @@ class DecodeKernel:
 
 
 class KernelPlan:
-    """One step's rows; each layer is set, then run."""
+    """One step's rows; each layer is set, then run.
+
+    Attributes:
+        prefixes: what is attended first, or None.
+    """
 
     def __init__(self, kernel: DecodeKernel, rows: KernelRows) -> None:
         self._kernel = kernel
@@ -354,6 +379,9 @@ class KernelPlan:
             self._passes = [(_BOTH, rows.num_attended)]
         else:  # rows of one sequence see each other's keys, which must all be there first
             self._passes = [(_PUT, len(rows.tokens)), (_ATTEND, rows.num_attended)]
+        self.prefixes: PrefixPlan | None = None
+        if rows.prefixes and kernel.prefixes is not None:
+            self.prefixes = PrefixPlan(kernel.prefixes, rows.prefixes, rows.tokens)
         self._scales = np.zeros(2)
         self._no_slopes = np.zeros(_MOST_HEADS, np.float32)
         # Not numpy's: an item of it takes ten times as long to set, thirty of them in every layer.
@@ -408,9 +436,17 @@ class KernelPlan:
         table[_SLOPES], table[_HEADS], table[_WINDOW] = slopes, query.shape[1], window or 0
         table[_BENT] = softcap is not None or alibi_slopes is not None
         self._scales[:] = scale, softcap or 0.0
+        if self.prefixes is not None:
+            if window or table[_BENT]:
+                raise ValueError("prefixes are attended apart where scores depend on no position")
+            self.prefixes.set_layer(layer, query, scale)
+            table[_PREFIXES] = self.prefixes.out_at
+            table[_PREFIX_PLACES] = self.prefixes.places_at
 
     def run(self) -> None:
         """Compute the layer that was set."""
+        if self.prefixes is not None:
+            self.prefixes.run()
         table = self._table
         for table[_WORK], table[_ROWS] in self._passes:
             table[_NEXT_JOB] = 0

@@ -217,6 +217,13 @@ class DecodeProgram:
         addresses = self._addresses[self._attentions]
         plan.write_layers(attentions, addresses, self._indices, self._windows)
         self._tables[self._attentions] = attentions
+        calls = self._plain_calls
+        if plan.prefixes is not None:
+            calls = self._calls
+            prefixes = np.zeros_like(attentions)
+            plan.prefixes.write_layers(prefixes, self._addresses[self._prefixes], self._indices)
+            self._tables[self._prefixes] = prefixes
+        self._program[_LIST], self._program[_LENGTH] = calls.ctypes.data, len(calls)
 
     # --- the list --------------------------------------------------------------------------
 
@@ -235,6 +242,7 @@ class DecodeProgram:
         self._rotations: list[int] = []
         self._scalings: list[int] = []
         self._attentions: list[int] = []
+        self._prefixes: list[int] = []
         for number, layer in enumerate(self._layers):
             self._add_layer(layer, is_first=number == 0)
         length = len(self._list)
@@ -243,13 +251,15 @@ class DecodeProgram:
         self._calls = np.zeros((length, _ENTRY_SIZE), np.int64)
         self._calls[:, _FUNCTION] = [kernel.address for kernel, _ in self._list]
         self._calls[:, _TABLE] = self._addresses
+        # Without what attends to prefixes, for steps that have none.
+        self._plain_calls = np.delete(self._calls, self._prefixes, axis=0)
         for index, (_, fields) in enumerate(self._list):
             self._tables[index, : len(fields)] = fields
         self._tables[:, _TABLE_AT] = self._addresses
         self._program = (ctypes.c_int64 * _PROGRAM_SIZE)()
         self._at = ctypes.addressof(self._program)
         yields = int(ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0)
-        self._program[:] = [self._calls.ctypes.data, length, yields]
+        self._program[_YIELD] = yields
 
     def _add(self, kernel: Kernel, fields: tuple[int, ...]) -> int:
         self._list.append((kernel, fields))
@@ -263,6 +273,8 @@ class DecodeProgram:
             self._qkv.at(), 0, 0, heads, self._qkv.width, layer.head_dim, layer.head_dim
         )
         self._rotations.append(self._add(layer_kernels.rotate_kernel(self._dtype), fields))
+        if self._kernel.prefixes is not None:
+            self._prefixes.append(self._add(self._kernel.prefixes.entry, ()))
         self._attentions.append(self._add(self._kernel.entry, ()))
         self._add_product(layer.output, self._attended, self._added)
         self._add_norm(layer.after, self._added.at())

@@ -12,10 +12,14 @@ import math
 import mmap
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
 from adapters.base_model import BaseModelSpec
+
+# What the end of one sequence sees: block ids, first positions and key counts, each (N,) int64.
+BlockTable = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

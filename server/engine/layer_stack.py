@@ -62,6 +62,11 @@ class LayerStack:
             return None
         return LayerStack(model, path, scales, kernel)
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether a layer sees the last positions only."""
+        return any(layer.window for layer in self._layers)
+
     def logits(
         self, hidden: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:

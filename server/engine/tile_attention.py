@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,8 +24,7 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
 
-from server.engine.decode_kernel import BlockTable
-from server.engine.kv_cache import KVBlocks
+from server.engine.kv_cache import BlockTable, KVBlocks
 from server.engine.openmp import Kernel
 from server.engine.tile_loops import (
     KEYS_AT_ONCE,
@@ -209,6 +209,20 @@ class TileAttention:
             return None
         return TileAttention(blocks)
 
+    def padded(self, tables: Sequence[BlockTable]) -> tuple[np.ndarray, np.ndarray]:
+        """Block ids (N, most blocks) int64, and the position of the key in each column of their panels,
+        (N, columns) int32."""
+        size = self.sizes[1]
+        most = max(len(ids) for ids, _, _ in tables)
+        blocks = np.zeros((len(tables), most), np.int64)
+        positions = np.full((len(tables), -(-most * size // COLUMNS) * COLUMNS), NOWHERE, np.int32)
+        slots = np.arange(size)
+        for line, (ids, first, filled) in enumerate(tables):
+            blocks[line, : len(ids)] = ids
+            there = np.where(slots < filled[:, None], first[:, None] + slots, NOWHERE)
+            positions[line, : there.size] = there.reshape(-1)
+        return blocks, positions
+
     def plan(self, pieces: list[TilePiece]) -> TilePlan:
         """Bind one step's pieces."""
         return TilePlan(self, pieces)
@@ -219,21 +233,11 @@ class TilePlan:
 
     def __init__(self, kernel: TileAttention, pieces: list[TilePiece]) -> None:
         self._kernel = kernel
-        size = kernel.sizes[1]
         numbers = np.array(
             [(piece.at, piece.num_tokens, piece.position, len(piece.table[0])) for piece in pieces],
             dtype=np.int64,
         ).T.copy()
-        most = int(numbers[3].max())
-        panels = -(-most * size // COLUMNS)
-        blocks = np.zeros((len(pieces), most), np.int64)
-        key_positions = np.full((len(pieces), panels * COLUMNS), NOWHERE, np.int32)
-        slots = np.arange(size)
-        for line, piece in enumerate(pieces):
-            ids, first, filled = (part[:, None] for part in piece.table)
-            blocks[line, : len(ids)] = piece.table[0]
-            there = np.where(slots < filled, first + slots, NOWHERE)
-            key_positions[line, : there.size] = there.reshape(-1)
+        blocks, key_positions = kernel.padded([piece.table for piece in pieces])
         self._scales = np.zeros(2, np.float32)
         self._no_slopes = np.zeros(_MOST_HEADS, np.float32)
         self._table = table = (ctypes.c_int64 * _TABLE_SIZE)()
@@ -241,7 +245,8 @@ class TilePlan:
         fields = (_TOKENS, _COUNTS, _POSITIONS, _NUM_BLOCKS)
         for field, part in zip(fields, numbers, strict=True):
             table[field] = part.ctypes.data
-        table[_PIECES], table[_MAX_BLOCKS], table[_MAX_PANELS] = len(pieces), most, panels
+        table[_PIECES], table[_MAX_BLOCKS] = len(pieces), blocks.shape[1]
+        table[_MAX_PANELS] = key_positions.shape[1] // COLUMNS
         table[_BLOCKS], table[_KEY_POSITIONS] = blocks.ctypes.data, key_positions.ctypes.data
         table[_KV_HEADS], table[_BLOCK_SIZE], table[_HEAD_DIM] = kernel.sizes
         table[_BLOCK_BYTES], table[_SCALES] = kernel.block_bytes, self._scales.ctypes.data

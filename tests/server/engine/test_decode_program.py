@@ -15,7 +15,7 @@ from server.engine.packed_linear import can_pack, pack_linears
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
-from server.engine.tile_product import MOST_ROWS, has_tiles
+from server.engine.tiles import MOST_ROWS, has_tiles
 from tests.tiny_models import tiny_spec
 
 if not (has_tiles() and can_pack(nn.Linear(1, 1).bfloat16())):
