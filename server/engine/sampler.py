@@ -84,54 +84,69 @@ def sample(
     """
     if not rows:
         return []
-    fast = fast and row_logits[0].device.type == "cpu"
-    if fast and row_logits[0].dtype in (torch.bfloat16, torch.float32) and _all_plain(rows):
-        return [Drawn(place if place >= 0 else None) for place in first_best(list(row_logits))]
-    logits = torch.stack(list(row_logits)).float()
-    best, argmax = logits.max(dim=-1)
-    # max() passes NaN on, and an infinity shows as the maximum (or as a maximum of -inf).
-    finite = torch.isfinite(best).tolist()
-    tokens: list[int | None] = argmax.tolist()
-    chosen = [i for i, row in enumerate(rows) if finite[i] and not _is_plain(row)]
+    logits = list(row_logits)
+    fast = fast and _fits(logits[0])
+    tokens = _best(logits, fast)
+    chosen = [i for i, row in enumerate(rows) if tokens[i] is not None and not _is_plain(row)]
     if fast:
         drawn = [i for i in chosen if rows[i].params.do_sample and rows[i].params.typical_p >= 1.0]
         for i, token in zip(drawn, _draw_together(logits, rows, drawn), strict=True):
             tokens[i] = token
         chosen = sorted(set(chosen) - set(drawn))
     for i in chosen:
-        tokens[i] = _choose(logits[i], rows[i])
-    known = [(i, tokens[i]) for i in range(len(rows)) if finite[i]]
-    told = [(i, token) for i, token in known if token is not None]
+        tokens[i] = _choose(logits[i].float(), rows[i])
+    told = [(i, token) for i, token in enumerate(tokens) if token is not None]
     wanted = [rows[i].params.num_logprobs for i, _ in told]
     logprobs = _logprobs([logits[i] for i, _ in told], [token for _, token in told], wanted, fast)
     found = {i: Drawn(token, one) for (i, token), one in zip(told, logprobs, strict=True)}
     return [found.get(i, Drawn(None)) for i in range(len(rows))]
 
 
+def _fits(row: torch.Tensor) -> bool:
+    """Whether `sampling_kernels` takes rows like this one."""
+    return row.device.type == "cpu" and row.dtype in (torch.bfloat16, torch.float32)
+
+
+def _best(logits: list[torch.Tensor], fast: bool) -> list[int | None]:
+    """Where each row is largest; None for one that is not finite."""
+    if fast:
+        return [place if place >= 0 else None for place in first_best(logits)]
+    best, argmax = torch.stack(logits).float().max(dim=-1)
+    # max() passes NaN on, and an infinity shows as the maximum (or as a maximum of -inf).
+    pairs = zip(argmax.tolist(), torch.isfinite(best).tolist(), strict=True)
+    return [place if is_finite else None for place, is_finite in pairs]
+
+
 def logprobs_of(
     logits: torch.Tensor, token_ids: list[int], num_top: int, *, fast: bool = True
 ) -> tuple[TokenLogprob, ...]:
     """Log-probabilities of given next tokens: logits (T, V), one id a row; `fast` as in `sample`."""
-    logits = logits.float()
-    fast = fast and logits.device.type == "cpu" and bool(torch.isfinite(logits.max(-1)[0]).all())
+    fast = fast and _fits(logits) and bool(torch.isfinite(logits.max(-1)[0]).all())
     entries = _logprobs(list(logits), token_ids, [num_top] * len(token_ids), fast)
     return tuple(entry for entry in entries if entry is not None)
 
 
 def _draw_together(
-    logits: torch.Tensor, rows: list[SampleRow], drawn: list[int]
+    logits: list[torch.Tensor], rows: list[SampleRow], drawn: list[int]
 ) -> list[int | None]:
     """The tokens of the rows that are drawn, by the kernel."""
     if not drawn:
         return []
-    vectors, numbers = [], []
+    vectors: list[torch.Tensor] = []
+    numbers: list[tuple[float, float, float, float, float]] = []
     for i in drawn:
         row, params = rows[i], rows[i].params
         vectors.append(_candidates(logits[i], row))
         heat = max(params.temperature, _COLDEST)
         numbers.append((heat, params.top_k, params.top_p, params.min_p, _number_of(row)))
+    places = [0] * len(drawn)
+    for dtype in {vector.dtype for vector in vectors}:
+        some = [at for at, vector in enumerate(vectors) if vector.dtype == dtype]
+        found = draw_places([vectors[at] for at in some], [numbers[at] for at in some])
+        for at, place in zip(some, found, strict=True):
+            places[at] = place
     tokens: list[int | None] = []
-    for i, place in zip(drawn, draw_places(vectors, numbers), strict=True):
+    for i, place in zip(drawn, places, strict=True):
         allowed = rows[i].allowed
         if place < 0:
             tokens.append(None)
@@ -165,10 +180,6 @@ def _logprobs(
     return found
 
 
-def _all_plain(rows: list[SampleRow]) -> bool:
-    return all(_is_plain(row) and row.params.num_logprobs is None for row in rows)
-
-
 def _is_plain(row: SampleRow) -> bool:
     return row.allowed is None and not row.params.do_sample and not _is_shifted(row.params)
 
@@ -187,6 +198,7 @@ def _logprob(logits: torch.Tensor, token: int, num_top: int | None) -> TokenLogp
     """The raw log-softmax of one row (V,) at `token`, and of its `num_top` most likely tokens."""
     if num_top is None:
         return None
+    logits = logits.float()
     log_normaliser = torch.logsumexp(logits, dim=-1)
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
@@ -198,7 +210,7 @@ def _logprob(logits: torch.Tensor, token: int, num_top: int | None) -> TokenLogp
 def _candidates(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
     """The logits that a choice is made among, shifted: those of `allowed`, or all."""
     if _is_shifted(row.params):
-        logits = _penalise(_biased(logits.clone(), row.params), row)
+        logits = _penalise(_biased(logits.to(torch.float32, copy=True), row.params), row)
     # No filter counts a token that may not be chosen.
     return logits if row.allowed is None else logits[row.allowed.to(logits.device)]
 

@@ -39,6 +39,20 @@ _NUMBERS_A_ROW = 5
 
 
 @njit
+def _widen(x: Any, values: Any) -> Any:
+    """Copy a row's scores as float32; the best of them, or NaN where there is one."""
+    count = x.shape[0]
+    for i in range(count):
+        values[i] = float_of_bits(x[i])
+    whole = count // LANES * LANES
+    best = largest_or_nan(x.ctypes.data, whole, x) if whole else np.float32(-np.inf)
+    for i in range(whole, count):
+        if values[i] > best or np.isnan(values[i]):
+            best = values[i]
+    return best
+
+
+@njit
 def _best(x: Any) -> Any:
     whole = x.shape[0] // LANES * LANES
     best = largest(x.ctypes.data, whole) if whole else np.float32(-np.inf)
@@ -180,9 +194,10 @@ def _sort_into_buckets(weights: Any, work: Any) -> None:
 def _draw(x: Any, numbers: Any, weights: Any, work: Any) -> Any:
     """The place drawn from one row; -1 where its numbers allow no choice."""
     temperature, top_k, top_p, min_p, number = numbers
-    scores, count, best, heat = work[0], x.shape[0], _best(x), np.float32(temperature)
+    scores, count, heat = work[0], x.shape[0], np.float32(temperature)
+    best = _widen(x, scores)
     for i in range(count):
-        scores[i] = (x[i] - best) / heat
+        scores[i] = (scores[i] - best) / heat
         weights[i] = scores[i]
     _exponentials(weights, count)
     weights = weights[:count]
@@ -204,7 +219,7 @@ def _draw(x: Any, numbers: Any, weights: Any, work: Any) -> Any:
 
 
 @njit
-def _draw_rows(table: Any) -> None:
+def _draw_rows(table: Any, like: Any) -> None:
     addresses = carray(array_at(table[_ADDRESSES]), (table[_ROWS],), np.int64)
     lengths = carray(array_at(table[_LENGTHS]), (table[_ROWS],), np.int64)
     tokens = carray(array_at(table[_TOKENS]), (table[_ROWS],), np.int64)
@@ -222,7 +237,7 @@ def _draw_rows(table: Any) -> None:
     )
     row = take_number(table[_TABLE_AT])
     while row < table[_ROWS]:
-        x = carray(array_at(addresses[row]), (lengths[row],), np.float32)
+        x = carray(array_at(addresses[row]), (lengths[row],), like.dtype)
         tokens[row] = _draw(x, numbers[row], weights, work)
         row = take_number(table[_TABLE_AT])
 
@@ -252,23 +267,23 @@ def _largest(x: Any, ids: Any) -> None:
 
 
 @njit
-def _normalise_rows(table: Any) -> None:
+def _normalise_rows(table: Any, like: Any) -> None:
     """Log of the sum of exp of each row, and its largest scores."""
     addresses = carray(array_at(table[_ADDRESSES]), (table[_ROWS],), np.int64)
     sums = carray(array_at(table[_NUMBERS]), (table[_ROWS],), np.float64)
     top_ids = carray(array_at(table[_TOP_IDS]), (table[_ROWS], table[_NUM_TOP]), np.int64)
     count = table[_LONGEST]
+    values = np.empty(count, np.float32)
     scores = np.empty(count + LANES, np.float32)
     row = take_number(table[_TABLE_AT])
     while row < table[_ROWS]:
-        x = carray(array_at(addresses[row]), (count,), np.float32)
-        best = _best(x)
+        best = _widen(carray(array_at(addresses[row]), (count,), like.dtype), values)
         for i in range(count):
-            scores[i] = x[i] - best
+            scores[i] = values[i] - best
         _exponentials(scores, count)
         sums[row] = np.float64(best) + np.log(_sum(scores, count))
         if table[_NUM_TOP]:
-            _largest(x, top_ids[row])
+            _largest(values, top_ids[row])
         row = take_number(table[_TABLE_AT])
 
 
@@ -318,30 +333,49 @@ def _first_best(dtype: torch.dtype, version: int = VERSION) -> Kernel:
 
 
 @cache
-def _draw_entry(version: int = VERSION) -> Kernel:
-    @cfunc(types.void(types.voidptr), cache=True)
-    def draw(table_at: Any) -> None:
-        if version:
-            _draw_rows(carray(table_at, (_SIZE,), np.int64))
+def _draw_entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+    if dtype == torch.bfloat16:
 
-    return Kernel(draw)
+        @cfunc(types.void(types.voidptr), cache=True)
+        def draw_bf16(table_at: Any) -> None:
+            if version:
+                _draw_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+        return Kernel(draw_bf16)
+
+    @cfunc(types.void(types.voidptr), cache=True)
+    def draw_float32(table_at: Any) -> None:
+        if version:
+            _draw_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.float32))
+
+    return Kernel(draw_float32)
 
 
 @cache
-def _normalise_entry(version: int = VERSION) -> Kernel:
-    @cfunc(types.void(types.voidptr), cache=True)
-    def normalise(table_at: Any) -> None:
-        if version:
-            _normalise_rows(carray(table_at, (_SIZE,), np.int64))
+def _normalise_entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
+    if dtype == torch.bfloat16:
 
-    return Kernel(normalise)
+        @cfunc(types.void(types.voidptr), cache=True)
+        def normalise_bf16(table_at: Any) -> None:
+            if version:
+                _normalise_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.uint16))
+
+        return Kernel(normalise_bf16)
+
+    @cfunc(types.void(types.voidptr), cache=True)
+    def normalise_float32(table_at: Any) -> None:
+        if version:
+            _normalise_rows(carray(table_at, (_SIZE,), np.int64), np.zeros(1, np.float32))
+
+    return Kernel(normalise_float32)
 
 
 def prepare(dtype: torch.dtype) -> None:
     """Compile everything now for logits of this dtype, so that no request waits for it."""
     _first_best(dtype)
-    _draw_entry()
-    _normalise_entry()
+    _normalise_entry(dtype)
+    for each in {dtype, torch.float32}:  # logits that were shifted are float32
+        _draw_entry(each)
 
 
 def first_best(rows: Sequence[torch.Tensor]) -> list[int]:
@@ -367,7 +401,7 @@ def draw_places(
     """One place of each row, drawn.
 
     Args:
-        rows: logits (N,) float32 on the CPU, N >= 1; lengths may differ.
+        rows: logits (N,), bfloat16 or float32 on the CPU, all of one dtype, N >= 1; lengths may differ.
         numbers: of each row temperature > 0, top_k (0: all), top_p, min_p, and a number in [0, 1).
 
     Returns:
@@ -383,7 +417,7 @@ def draw_places(
     table[[_ADDRESSES, _LENGTHS]] = addresses.ctypes.data, lengths.ctypes.data
     table[[_NUMBERS, _TOKENS]] = given.ctypes.data, places.ctypes.data
     table[[_ROWS, _LONGEST, _TABLE_AT]] = len(dense), lengths.max(), table.ctypes.data
-    _draw_entry().run(table.ctypes.data, len(dense))
+    _draw_entry(dense[0].dtype).run(table.ctypes.data, len(dense))
     return places.tolist()
 
 
@@ -393,7 +427,8 @@ def log_normalisers(
     """Log-sum-exp of each row, and the places of its `num_top` largest, the largest first.
 
     Args:
-        rows: logits (V,) float32 on the CPU, all of one length, the largest finite, none NaN.
+        rows: logits (V,), bfloat16 or float32 on the CPU, all of one dtype and length, the largest
+            finite, none NaN.
         num_top: at most V.
     """
     dense = [row.contiguous() for row in rows]
@@ -404,5 +439,5 @@ def log_normalisers(
     table[[_ADDRESSES, _NUMBERS]] = addresses.ctypes.data, sums.ctypes.data
     table[[_NUM_TOP, _TOP_IDS]] = num_top, top.ctypes.data
     table[[_ROWS, _LONGEST, _TABLE_AT]] = len(dense), len(dense[0]), table.ctypes.data
-    _normalise_entry().run(table.ctypes.data, len(dense))
+    _normalise_entry(dense[0].dtype).run(table.ctypes.data, len(dense))
     return sums.tolist(), top.tolist()
