@@ -19,7 +19,7 @@ import torch
 from numba import carray, cfunc, njit, types
 
 from server.engine.openmp import Kernel
-from server.engine.vector_loops import VERSION, add_and_square, normalise, sum_of_squares
+from server.engine.vector_loops import VERSION, add_and_square, normalise, scale, sum_of_squares
 from server.engine.vector_loops import silu_times as silu_times_row
 from server.engine.vector_ops import LANES, array_at, float_of_bits, round_like, take_number
 
@@ -138,16 +138,20 @@ def _scale_rows(table: Any, like: Any) -> None:
     """Fields: x, scales (dense float32 rows), slots (int64), out, elements from row to row of x and of
     out. Slot 0 leaves a row as it is."""
     width, size = table[_WIDTH], like.itemsize
+    whole = width // LANES * LANES
     slots = carray(array_at(table[6]), (table[_ROWS],), np.int64)
     first, end = _take_rows(table)
     while first < end:
         for row in range(first, end):
-            x = carray(array_at(table[4] + row * table[8] * size), (width,), like.dtype)
-            out = carray(array_at(table[7] + row * table[9] * size), (width,), like.dtype)
+            x_at, out_at = table[4] + row * table[8] * size, table[7] + row * table[9] * size
+            x = carray(array_at(x_at), (width,), like.dtype)
+            out = carray(array_at(out_at), (width,), like.dtype)
             if slots[row]:
                 at = table[5] + slots[row] * width * 4
                 scales = carray(array_at(at), (width,), np.float32)
-                for i in range(width):
+                if whole:
+                    scale(x_at, at, out_at, whole, like)
+                for i in range(whole, width):
                     out[i] = round_like(float_of_bits(x[i]) * scales[i], out[i])
             elif table[4] != table[7]:
                 for i in range(width):

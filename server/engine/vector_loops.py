@@ -367,6 +367,24 @@ def normalise(
 
 
 @intrinsic
+def scale(typing_context: Any, x: Any, scales: Any, out: Any, length: Any, like: Any) -> Any:
+    """out = x * scales over `length` elements at these addresses; scales are float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_at, scales_at, out_at, number, _ = arguments
+        loop = Loop(builder, number, LANES, [])
+        offset = builder.mul(loop.index, integer(size_of(like.dtype)))
+        factor_at = builder.add(scales_at, builder.mul(loop.index, integer(4)))
+        factor = load(builder, factor_at, types.float32)
+        each = builder.fmul(load(builder, builder.add(x_at, offset), like.dtype), factor)
+        store(builder, each, builder.add(out_at, offset), like.dtype)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, like), generate
+
+
+@intrinsic
 def prefetch(typing_context: Any, address: Any, length: Any) -> Any:
     """Ask for `length` >= 1 bytes from `address` on, ahead of their use; any address will do."""
 
