@@ -31,19 +31,20 @@ from server.engine.scales import ScaleTables
 from server.engine.tile_product import TileProduct
 from server.engine.tiles import MOST_ROWS, shapes_at
 from server.engine.vector_loops import VERSION
-from server.engine.vector_ops import I64, array_at
+from server.engine.vector_ops import I32, I64, array_at
 
 # Fields of the program's own table, int64: the address of the list (function, table, threads inside), its
-# length, the address of `sched_yield`.
-_LIST, _LENGTH, _YIELD, _PROGRAM_SIZE = range(4)
+# length, the address of `usleep`.
+_LIST, _LENGTH, _SLEEP, _PROGRAM_SIZE = range(4)
 _FUNCTION, _TABLE, _INSIDE, _ENTRY_SIZE = range(4)
 # Numbers of one kernel's table, at most. Where its next job or row, its own address and its number of rows
 # stand in those of `layer_kernels` and `tile_product`; attention's are written by its plan.
 _WIDTH = 40
 _NEXT, _TABLE_AT, _ROWS = range(3)
 _POINTER = ir.IntType(8).as_pointer()
-# Pauses before a waiting thread offers its processor to others: some 100 microseconds.
-_PATIENCE = 4000
+# Pauses before a waiting thread leaves its processor, some 50 microseconds, and for how many of those: a
+# thread that waits for one that the system holds up elsewhere makes room for it to come.
+_PATIENCE, _NAP = 1000, 20
 
 
 @intrinsic
@@ -60,14 +61,16 @@ def _call_at(typing_context: Any, address: Any, argument: Any) -> Any:
 
 
 @intrinsic
-def _ask_at(typing_context: Any, address: Any) -> Any:
-    """What the int function without arguments at `address` says."""
+def _sleep_at(typing_context: Any, address: Any, microseconds: Any) -> Any:
+    """Call `usleep`, which stands at `address`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), []).as_pointer()
-        return builder.sext(builder.call(builder.inttoptr(arguments[0], kind), []), I64)
+        kind = ir.FunctionType(I32, [I32]).as_pointer()
+        function = builder.inttoptr(arguments[0], kind)
+        builder.call(function, [builder.trunc(arguments[1], I32)])
+        return context.get_dummy_value()
 
-    return types.int64(types.int64), generate
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -109,7 +112,7 @@ def _run_list(table: Any) -> None:
         while _number_at(inside_at) != 0:
             waited += 1
             if waited >= _PATIENCE:
-                _ask_at(table[_YIELD])
+                _sleep_at(table[_SLEEP], _NAP)
 
 
 @cache
@@ -258,8 +261,8 @@ class DecodeProgram:
         self._tables[:, _TABLE_AT] = self._addresses
         self._program = (ctypes.c_int64 * _PROGRAM_SIZE)()
         self._at = ctypes.addressof(self._program)
-        yields = int(ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0)
-        self._program[_YIELD] = yields
+        sleep = int(ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0)
+        self._program[_SLEEP] = sleep
 
     def _add(self, kernel: Kernel, fields: tuple[int, ...]) -> int:
         self._list.append((kernel, fields))
