@@ -324,6 +324,8 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
         # second where a body had a hundred thousand lists in it.
         gc.collect()
         gc.freeze()
+        # What reading the tokenizer took; the allocator would keep it.
+        await anyio.to_thread.run_sync(give_back_free_memory)
         if services.supervisor is not None:
             # Not before: two processes that load the base at once make both wait.
             services.supervisor.start()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.config import EngineConfig
+from server.engine.process_memory import give_back_free_memory
 from server.engine.request import (
     Abort,
     Command,
@@ -115,6 +116,8 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
         lambda digest: load_serving_form(blobs / digest, loaded.spec, limits, digest=digest),
         lambda: Vocabulary.of(load_tokenizer(loaded.tokenizer_dir), loaded.eos_token_ids),
     )
+    # What loading took; the allocator would keep it.
+    give_back_free_memory()
     by_blocks = engine.limits.num_blocks * engine.limits.block_size
     ready = Ready(
         base=loaded.spec.to_dict(),

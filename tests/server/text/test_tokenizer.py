@@ -1,10 +1,11 @@
-"""The tokenizer's private copy gives the ids of transformers' own call."""
+"""The tokenizer's own backends give the ids of transformers' own call."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from tokenizers import AddedToken
 
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 from tests.server.http_server import byte_level_tokenizer
@@ -30,6 +31,28 @@ def test_truncation_left_in_the_file_is_off():
     fast.backend_tokenizer.enable_truncation(2)
     fast.backend_tokenizer.enable_padding(length=50)
     assert TextTokenizer(fast).decode(TextTokenizer(fast).encode("a b c d e f")) == "a b c d e f"
+
+
+def test_what_others_switch_on_later_stays_with_them():
+    fast = byte_level_tokenizer()
+    ours = TextTokenizer(fast)
+    fast.backend_tokenizer.enable_truncation(2)
+    fast.backend_tokenizer.enable_padding(length=50)
+    fast.backend_tokenizer.encode_special_tokens = True
+    assert ours.decode(ours.encode("a b c d e f")) == "a b c d e f"
+    assert 2 in ours.encode("</s>")
+
+
+def test_tokens_that_were_added_keep_their_ids_and_kinds():
+    fast = byte_level_tokenizer()
+    fast.add_tokens(["later", AddedToken("once", single_word=True, lstrip=True)])
+    fast.add_special_tokens({"additional_special_tokens": ["<|last|>"]})
+    text = "later laterally once onceagain <|last|> </s>"
+    ours = TextTokenizer(fast)
+    assert list(ours.encode(text)) == fast(text)["input_ids"]
+    assert ours.vocab_size == len(fast)
+    assert fast.convert_tokens_to_ids("<|last|>") in ours.special_ids
+    assert fast.convert_tokens_to_ids("later") not in ours.special_ids
 
 
 def test_special_tokens_typed_in_a_row_are_plain_text():
