@@ -95,7 +95,7 @@ def _end_with_parent() -> None:
 def spin_briefly() -> None:
     """Let torch's threads spin for some 0.2 ms between operations before they sleep, not for several.
 
-    Before torch is imported. Between steps they spin beside Python: at 32 rows that was 5 % of the processor
+    Before torch is imported. Between steps they spin beside Python: at 32 rows that was 5 % of processor
     time, and as many tokens came. A tenth of it halves the speed of single rows.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
