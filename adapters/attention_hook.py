@@ -66,6 +66,7 @@ class Attention(Protocol):
 def connect(model: nn.Module, path: Attention) -> None:
     """Make `model` compute its attention by `path.attend`; connecting again replaces it.
 
+    A model that has `connect_attention` is told by that; it is none of transformers'.
     Models that look up transformers' attention interface get a function of our own under a name that
     the mask registry does not know, so that no mask is built. BLOOM has its own attention: its
     `forward` is replaced, nothing else of it.
@@ -73,6 +74,10 @@ def connect(model: nn.Module, path: Attention) -> None:
     Raises:
         BaseUnsupported: the architecture does neither.
     """
+    if hasattr(model, "connect_attention"):
+        model.connect_attention(path)  # type: ignore[operator]
+        return
+    # Only now: it imports all that transformers' models need.
     from transformers import AttentionInterface
 
     # A model keeps its name: transformers never forgets one, nor what is registered under it.

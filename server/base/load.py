@@ -28,14 +28,11 @@ from adapters.base_model import BaseModelSpec, describe
 from adapters.errors import BaseUnsupported
 from server.base.convert import quiet_progress_bars, read_manifest
 from server.base.digest import CONFIG_FILE, base_digest
+from server.base.dtypes import DTYPES, default_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# What a processor calls bfloat16 products in hardware (x86: first two; arm64: the others).
-_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 # These recompute their frequencies from the longest sequence of the batch.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -136,16 +133,6 @@ def describe_base(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return describe(model, digest=base_digest(directory), dtype=_dtype_name(served))
-
-
-def default_dtype(device: str) -> str:
-    """bfloat16 where the device multiplies it in hardware, else float32."""
-    if torch.device(device).type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        fast = any(capabilities.get(name, False) for name in _CPU_BFLOAT16)
-    return "bfloat16" if fast else "float32"
 
 
 def check_config(config: PretrainedConfig) -> None:

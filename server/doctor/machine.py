@@ -26,7 +26,7 @@ def check_device(settings: Settings) -> Iterator[Finding]:
     """Whether torch has the device, and computes in the number format that would be served."""
     import torch
 
-    from server.base.load import default_dtype
+    from server.base.dtypes import default_dtype
 
     kind = settings.device.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():

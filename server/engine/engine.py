@@ -64,7 +64,8 @@ class Engine:
     """Generates for many requests at once on one frozen base.
 
     Args:
-        model: a transformers causal language model in eval mode, already on its device.
+        model: a causal language model of transformers, or one with the same names, in eval mode and
+            already on its device.
         spec: its dimensions.
         config: sizes and limits.
         read_form: digest -> serving form; called on a thread of its own.

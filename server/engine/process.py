@@ -108,14 +108,14 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
 
     from adapters.checkpoint import load_serving_form
     from adapters.limits import CheckpointLimits
-    from server.base.load import load_base
+    from server.base.served import load_served
     from server.base.tokenizer import load_tokenizer
     from server.engine.engine import Engine
     from server.engine.grammar_compiler import Vocabulary
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    loaded = load_base(
+    loaded = load_served(
         config.base, dtype=config.dtype, device=config.device, revision=config.revision
     )
     blobs, limits = Path(config.blobs_dir), CheckpointLimits()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.base.load import default_dtype
+from server.base.dtypes import default_dtype
 
 ROOT = Path(__file__).parents[2]
 BASE_DIR = ROOT / ".graftwork" / "base"

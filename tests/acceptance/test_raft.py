@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 
-from server.base.load import default_dtype
+from server.base.dtypes import default_dtype
 from server.demo.install import DemoMessage
 from server.settings import Settings
 from tests.acceptance.http_load import Call, run_load

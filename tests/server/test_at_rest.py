@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 from server.base.tokenizer import load_tokenizer
+from tests.server.base.tiny import save_tiny
 
+# What transformers' own models need and a plain one does not.
+_HEAVY_IN_ENGINE = (
+    "{'sympy', 'accelerate', 'torch._dynamo', 'torch.distributed.tensor', "
+    "'transformers.modeling_utils'}"
+)
 _HEAVY = "{'torch', 'numpy', 'numba', 'pandas', 'scipy'}"
 
 
@@ -40,6 +46,20 @@ def test_tokenizer_is_the_one_that_transformers_chooses(tmp_path: Path) -> None:
     assert type(ours) is type(theirs)
     assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()  # type: ignore[attr-defined]
     assert ours.special_tokens_map == theirs.special_tokens_map
+
+
+def test_engine_on_a_plain_base_has_no_models_of_transformers(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    code = (
+        "import sys\n"
+        "from server.engine.config import EngineConfig\n"
+        "from server.engine.process import _start\n"
+        f"config = EngineConfig({str(base)!r}, '', dtype='float32', kv_bytes=1 << 20)\n"
+        "engine, ready = _start(config)\n"
+        "engine.close()\n"
+        f"print(sorted({_HEAVY_IN_ENGINE} & set(sys.modules)))"
+    )
+    assert _told(code) == "[]"
 
 
 def _write_tokenizer(directory: Path) -> None:

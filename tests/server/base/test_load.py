@@ -14,7 +14,8 @@ from transformers import BertConfig, GPT2Config, T5Config
 
 from adapters.errors import BaseUnsupported
 from server.base.convert import MANIFEST_FILE
-from server.base.load import check_config, default_dtype, describe_base, load_base
+from server.base.dtypes import default_dtype
+from server.base.load import check_config, describe_base, load_base
 from server.base.tokenizer import load_tokenizer
 from tests.server.base.tiny import edit_config, save_tiny, tiny_config
 from tests.tiny_models import ARCHITECTURES, tiny_model
