@@ -260,7 +260,7 @@ def _config(directory: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BaseUnsupported(f"{directory}: {CONFIG_FILE} is invalid: {error}") from error
     return config
 

@@ -242,8 +242,9 @@ def test_an_adapter_beside_the_base(base):
         load_base(base)
 
 
-def test_broken_config(base):
-    (base / "config.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", '"llama"'])
+def test_broken_config(base, content):
+    (base / "config.json").write_text(content)
     with pytest.raises(BaseUnsupported, match=r"config\.json is invalid"):
         load_base(base)
 
