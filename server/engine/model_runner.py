@@ -117,6 +117,7 @@ class ModelRunner:
         self._prefill_chunk = prefill_chunk
         self._embedding = embedding
         self._blocks = KVBlocks(spec, num_blocks, block_size, self.dtype, self.device)
+        self._block_starts = np.arange(num_blocks) * block_size
         self._cache = StepCache()
         self._path = AttentionPath(self._blocks)
         fast_layers = fast_kernels and layer_kernels.fits(self.device, self.dtype)
@@ -360,11 +361,13 @@ class ModelRunner:
         tail = row.chunk.sequence.block_ids[: blocks_for(end, size)]
         shared = row.entry.block_ids if row.entry is not None else []
         prefix = row.chunk.sequence.prefix_tokens
-        ids = np.asarray([*shared, *tail], dtype=np.int64)
-        shared_at = np.arange(len(shared)) * size
-        tail_at = np.arange(len(tail)) * size
-        first = np.concatenate((shared_at, prefix + tail_at))
-        filled = np.concatenate((prefix - shared_at, end - tail_at)).clip(max=size)
+        ids = np.array([*shared, *tail], dtype=np.int64)
+        first = self._block_starts[: len(ids)].copy()
+        filled = np.full(len(ids), size)
+        if shared:
+            first[len(shared) :] = prefix + self._block_starts[: len(tail)]
+            filled[len(shared) - 1] = prefix - (len(shared) - 1) * size
+        filled[-1] = end - (len(tail) - 1) * size
         return ids, first, filled
 
 

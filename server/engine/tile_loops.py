@@ -31,6 +31,7 @@ from server.engine.vector_ops import (
     integer,
     load,
     max_lane,
+    rounded,
     splat,
     store,
     sum_lanes,
@@ -178,6 +179,8 @@ def weigh(
         for half in range(2):
             at, _ = places(loop, half)
             weight = exp(builder, builder.fsub(load(builder, at, types.float32), best))
+            # What is summed is what the values are multiplied by.
+            weight = rounded(builder, weight, types.uint16)
             total = builder.fadd(total, weight)
             to = builder.add(weights_at, builder.udiv(loop.index, integer(2)))
             to = builder.add(to, integer(half * TILE_BYTES // 2))
