@@ -277,7 +277,7 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
     registry = services.registry
     # In this order: a version that is deleted in between is not among the unused ones yet.
     unused = await anyio.to_thread.run_sync(registry.unused_digests)
-    in_use = services.generator.digests_in_use()
+    in_use = await services.generator.digests_in_use()
     removed = await anyio.to_thread.run_sync(
         functools.partial(registry.collect_garbage, in_use, among=unused)
     )

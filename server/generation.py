@@ -309,8 +309,12 @@ class Generator:
         self._resolved_at[record.digest] = time.monotonic()
         return record
 
-    def digests_in_use(self) -> set[str]:
-        """Adapters whose stored bytes a request may still need, deleted or not."""
+    async def digests_in_use(self) -> set[str]:
+        """Adapters whose stored bytes a request may still need, deleted or not.
+
+        Those of requests that were looking a name up when this was asked are among them.
+        """
+        await self._lookups.settle()
         since = time.monotonic() - _RESOLVED_SECONDS
         self._resolved_at = {d: at for d, at in self._resolved_at.items() if at >= since}
         return self._client.digests_in_flight() | self._resolved_at.keys()

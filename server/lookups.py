@@ -55,6 +55,7 @@ class Lookups(Generic[FoundT]):
         self._threads = threads
         self._asker = asker
         self._asked: dict[tuple[str, Asker], _Lookup[FoundT]] = {}
+        self._unheard: set[asyncio.Future[FoundT | Exception]] = set()
         self._working: asyncio.Task[None] | None = None
 
     async def find(self, name: str) -> FoundT:
@@ -66,12 +67,21 @@ class Lookups(Generic[FoundT]):
         # One each: who leaves takes nobody's answer along.
         answer: asyncio.Future[FoundT | Exception] = asyncio.get_running_loop().create_future()
         lookup.waiting.append(answer)
+        self._unheard.add(answer)
         if self._working is None:
             self._working = asyncio.create_task(self._work())
-        found = await answer
+        try:
+            found = await answer
+        finally:
+            self._unheard.discard(answer)
         if isinstance(found, Exception):
             raise found
         return found
+
+    async def settle(self) -> None:
+        """Wait until all who have asked so far have heard, and did what they do at once with it."""
+        if self._unheard:
+            await asyncio.wait([*self._unheard])
 
     async def _work(self) -> None:
         try:

@@ -134,3 +134,28 @@ async def test_more_names_than_are_looked_up_in_one_go():
     shelf.there = {f"{number}": number for number in range(50)}
     lookups = shelf.lookups()
     assert await asyncio.gather(*map(lookups.find, shelf.there)) == list(range(50))
+
+
+async def test_who_settles_comes_after_all_who_have_asked():
+    """They have done what they do at once with the answer; those who ask later are not waited for."""
+    shelf = Shelf()
+    lookups = shelf.lookups()
+    done: list[str] = []
+
+    async def find(name: str) -> None:
+        await lookups.find(name)
+        done.append(name)
+
+    await lookups.settle()  # nobody has asked
+    shelf.there = {f"{index}": index for index in range(40)}
+    tasks = [asyncio.create_task(find(name)) for name in shelf.there]
+    leaving = asyncio.create_task(lookups.find("0"))
+    await asyncio.to_thread(shelf.busy.wait, 30)
+    settling = asyncio.create_task(lookups.settle())
+    await asyncio.sleep(0.01)
+    assert not settling.done()
+    leaving.cancel()
+    shelf.opened.set()
+    await settling
+    assert sorted(done) == sorted(shelf.there)
+    await asyncio.gather(*tasks)
