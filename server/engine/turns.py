@@ -1,4 +1,4 @@
-"""How many tokens a step may still compute, and whose prompt is next.
+"""How many tokens a step may still compute, whose prompt is next, and who crowds the others.
 
 Plain numbers and keys. It does not know what a sequence, an adapter or a block is.
 """
@@ -6,7 +6,7 @@ Plain numbers and keys. It does not know what a sequence, an adapter or a block 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -37,6 +37,15 @@ class Budget:
         if size > 1:
             self.prompt_tokens -= size
 
+    def allows_more(self, size: int) -> bool:
+        """Whether a chunk that has a place may grow by `size` tokens."""
+        return size <= self.tokens and size <= self.prompt_tokens
+
+    def take_more(self, size: int) -> None:
+        """It grew."""
+        self.tokens -= size
+        self.prompt_tokens -= size
+
 
 class Turns:
     """Keys in the order of their turns.
@@ -62,3 +71,25 @@ class Turns:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def crowd(
+    running: Mapping[str | None, int], waiting: Collection[str | None], places: int
+) -> Collection[str | None]:
+    """The key that has more than half of what runs, and a quarter of the places, while others are there.
+
+    Below a quarter, a step with its rows costs hardly more than one without them.
+
+    Args:
+        running: how many each key has running.
+        waiting: keys that want a place.
+        places: how many may run.
+
+    Returns:
+        That key, or nothing.
+    """
+    if len({*running, *waiting}) < 2 or not running:
+        return ()
+    key = max(running, key=lambda other: running[other])
+    most = running[key]
+    return (key,) if 2 * most > sum(running.values()) and 4 * most >= places else ()

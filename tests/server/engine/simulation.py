@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from server.engine.adapter_slots import AdapterEntry, Residency
 from server.engine.blocks import blocks_for
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
-from server.engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
+from server.engine.scheduler import WHOLE_CHUNKS, Chunk, Scheduler, SchedulerLimits, StepPlan
 from server.engine.sequence import Sequence, SequenceState
 
 # What stands in the cell of a token.
@@ -277,8 +277,9 @@ class Simulation:
             self.oldest_waits = 0
         else:
             self.oldest_waits += 1
-        # Where prompts share a part of the step it moves once in a round of their adapters.
-        most = 0 if limits.prefill_tokens_beside is None else limits.max_running
+        # Where prompts share a part of the step it moves once in a round of their adapters; between two
+        # of its steps there may be one for those whom it crowds.
+        most = 1 if limits.prefill_tokens_beside is None else limits.max_running + 1
         if limits.per_adapter:
             users = {s.fold_digest or s.adapter_digest for s in planned}
             assert len(users) <= 1, "rows of several adapters in one step"
@@ -300,7 +301,8 @@ class Simulation:
             assert sum(sizes) <= beside, "prompts took more than their share of the step"
             for chunk in plan.chunks:
                 most = _most_of_one(chunk.start, self.limits.prefill_chunk)
-                assert chunk.num_tokens <= most, "a prompt took several chunks beside streams"
+                short = chunk.sequence.num_tokens <= WHOLE_CHUNKS * self.limits.prefill_chunk
+                assert short or chunk.num_tokens <= most, "a long prompt took several chunks"
 
     def _check_order(self, plan: StepPlan, before: dict[int, SequenceState]) -> None:
         """Who was preempted comes back before anybody new, oldest first."""

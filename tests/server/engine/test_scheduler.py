@@ -215,7 +215,8 @@ def test_an_adapter_that_does_not_fit_is_passed_over_so_many_times_and_no_more(
 
 
 def test_a_prompt_that_needs_more_blocks_than_are_left_is_not_passed_over_for_ever():
-    sim = Simulation(replace(LIMITS, num_blocks=8))
+    limits = replace(LIMITS, num_blocks=8, max_running=6, max_step_tokens=14)
+    sim = Simulation(limits)
     for i in range(6):
         sim.add(kv_adapter("crowd", 1), num_prompt=1, max_new_tokens=3 + i % 5)
     while not sim.scheduler.running:
@@ -349,7 +350,7 @@ def test_beside_a_stream_prompts_get_their_share_of_the_step(tokens, expected):
         sim.scheduler.preload(kv_adapter(name))
     sim.step()
     sim.step()
-    ids = [sim.add(kv_adapter(name), num_prompt=16, max_new_tokens=1) for name in "abcdef"]
+    ids = [sim.add(kv_adapter(name), num_prompt=24, max_new_tokens=1) for name in "abcdef"]
     sizes = prompt_sizes(sim.step())
     assert sizes == dict.fromkeys(ids[:expected], 8)
     assert len(sim.emitted[stream]) == sim.num_steps
@@ -370,6 +371,77 @@ def test_where_nothing_decodes_the_oldest_prompts_get_what_is_left_of_the_step()
     assert sum(prompt_sizes(sim.step()).values()) <= 8
     sim.run()
     assert sim.finished == [first, second, third]
+
+
+@pytest.mark.parametrize(("num_prompt", "expected"), [(8, [8]), (16, [16]), (17, [8, 8, 0])])
+def test_beside_a_stream_a_prompt_of_two_chunks_is_computed_in_one_step(num_prompt, expected):
+    sim, stream = beside_a_stream(20)
+    prompt = sim.add(num_prompt=num_prompt, max_new_tokens=1)
+    # The rest of 17 is a single token, which is none of a prompt's.
+    assert [prompt_sizes(sim.step()).get(prompt, 0) for _ in expected] == expected
+    assert prompt in sim.finished
+    assert len(sim.emitted[stream]) == sim.num_steps
+
+
+def beside_a_crowd(rows=9):
+    """One adapter has `rows` of 12 places, with streams that outlast the test; "other" is resident."""
+    sim = roomy(max_running=12, max_step_tokens=64, prefill_tokens_beside=20)
+    other = kv_adapter("other")
+    sim.scheduler.preload(other)
+    streams = [sim.add(kv_adapter("crowd"), 1, 300, num_shared=0) for _ in range(rows)]
+    while len(sim.scheduler.running) < rows:
+        sim.step()
+    sim.step()
+    return sim, other, streams
+
+
+def test_short_prompts_have_every_second_step_without_the_crowd():
+    sim, other, streams = beside_a_crowd()
+    before = len(sim.emitted[streams[0]])
+    ids, sizes = [], []
+    for _ in range(6):
+        ids.append(sim.add(other, num_prompt=10, max_new_tokens=1))
+        sizes.append([chunk.num_tokens for chunk in sim.step().chunks])
+    # In the steps between, the crowd's rows stand beside the prompt.
+    assert [sorted(step) for step in sizes] == [[10], [1] * 9 + [10]] * 3
+    assert sim.finished == ids, "each had its first token in its first step"
+    assert {len(sim.emitted[stream]) for stream in streams} == {before + 3}
+
+
+def test_nobody_makes_way_for_a_long_prompt_nor_do_few_rows_make_way():
+    sim, other, streams = beside_a_crowd()
+    sim.add(other, num_prompt=40, max_new_tokens=1)
+    before = len(sim.emitted[streams[0]])
+    for _ in range(5):
+        sim.step()
+    assert {len(sim.emitted[stream]) for stream in streams} == {before + 5}
+
+    sim, other, streams = beside_a_crowd(rows=2)
+    base = [sim.add(num_prompt=1, max_new_tokens=300)]
+    sim.step()
+    before = len(sim.emitted[streams[0]])
+    sim.add(other, num_prompt=10, max_new_tokens=1)
+    sim.step()
+    assert {len(sim.emitted[stream]) for stream in streams} == {before + 1}
+    assert {len(sim.emitted[stream]) for stream in base} == {2}
+
+
+def test_a_crowd_leaves_a_place_while_others_are_there_and_has_all_of_them_alone():
+    sim, other, _ = beside_a_crowd(rows=10)
+    kept = sim.add(other, num_prompt=1, max_new_tokens=300)
+    sim.step()
+    crowd = [sim.add(kv_adapter("crowd"), num_prompt=1, max_new_tokens=300) for _ in range(4)]
+    sim.step()
+    assert len(sim.scheduler.running) == 11
+    late = sim.add(other, num_prompt=1, max_new_tokens=300)
+    sim.step()
+    assert len(sim.scheduler.running) == 12
+    assert sim.live[late].state is SequenceState.RUNNING
+    for request_id in (kept, late):
+        sim.abort(request_id)
+    sim.step()
+    assert [sim.live[r].state for r in crowd[:2]] == [SequenceState.RUNNING] * 2
+    assert len(sim.scheduler.running) == 12
 
 
 def test_a_short_prompt_does_not_wait_for_the_long_ones_of_another_adapter():

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from server.engine.config import EngineConfig
-from server.engine.turns import Budget, Turns
+from server.engine.turns import Budget, Turns, crowd
 
 
 def test_a_chunk_counts_as_prompt_and_a_single_token_does_not():
@@ -60,3 +60,21 @@ def test_the_share_beside_streams_holds_a_chunk():
     with pytest.raises(ValueError, match="prefill_tokens_beside is 16, expected at least"):
         EngineConfig("", "", prefill_tokens_beside=16)
     assert EngineConfig("", "", prefill_tokens_beside=None).prefill_tokens_beside is None
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "expected"),
+    [
+        ({"a": 5, "b": 4}, [], ["a"]),
+        ({"a": 5, "b": 5}, [], []),
+        ({"a": 9}, ["b"], ["a"]),
+        ({"a": 9}, ["a"], []),
+        ({None: 9, "b": 1}, [], [None]),
+        ({"a": 4, "b": 1}, [], []),
+        ({}, ["a", "b"], []),
+    ],
+)
+def test_who_crowds_the_others_has_most_rows_and_not_few_and_is_not_alone(
+    running, waiting, expected
+):
+    assert list(crowd(running, waiting, places=20)) == expected
