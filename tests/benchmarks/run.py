@@ -19,7 +19,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+# isort: off
+from tests.benchmarks.as_served import torch
+# isort: on
+
 from rich.console import Console
 from transformers import logging as transformers_logging
 
