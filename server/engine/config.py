@@ -30,9 +30,11 @@ class EngineConfig:
         max_step_tokens: tokens of one packed step at most; at least max_running + prefill_chunk.
         prefill_chunk: tokens a prompt is prefilled by; chunks end at multiples of it, counted from
             the start of the sequence, so that a row's arithmetic never depends on its neighbours.
-            A prompt gets one a step while a sequence decodes, else as many as there is room for.
-        prefill_tokens_beside: tokens of prompts that one step computes at most while a sequence
-            decodes, so that prompts do not stall the streams; None sets no such bound.
+            A prompt of more than two gets one a step while a sequence decodes, else as many as there
+            is room for.
+        prefill_tokens_beside: tokens of prompts that one step computes at most while more sequences
+            decode than wait for their prompts, so that prompts do not stall the streams; None sets no such
+            bound.
         batching: "mixed", where a step computes rows of all adapters, or "per-adapter", where it
             computes those of one, which take turns by deficit round robin over tokens.
         block_size: tokens a KV block holds.

@@ -18,10 +18,12 @@ The rules, in the order in which `schedule` applies them:
 A sequence starts from the longest beginning that the prefix cache knows. While a running sequence is
 still computing a longer part of the same beginning, it waits: that part is computed once, for all.
 
-While a sequence decodes, a step computes `prefill_tokens_beside` tokens of prompts at most, so that a
-long prompt does not stall the streams. Adapters take turns in that share, those that wait for
-admission included: one chunk each, the oldest sequence of an adapter first. The oldest sequence of all
-then moves once a round instead of in every step, and keeps its blocks meanwhile.
+While sequences decode, a step computes `prefill_tokens_beside` tokens of prompts at most, so that a
+long prompt does not stall the streams; unless as many sequences wait for their prompts as decode, which
+then wait for them: of many requests that come at once the first would hold up the others. Adapters take
+turns in that share, those that wait for admission included: one chunk each, the oldest sequence of an
+adapter first. The oldest sequence of all then moves once a round instead of in every step, and keeps its
+blocks meanwhile.
 
 An adapter that crowds the others (`turns.crowd`) gives way to them: it leaves a few places free, and
 prompts of theirs that end within a step have every second one to themselves, with as many tokens as beside
@@ -376,10 +378,10 @@ class Scheduler:
             return False
         by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
         budget = self._budget([s for s in by_age if self._is_decode(s)])
-        prompts = [s for s in by_age if self._is_short(s) and not self._is_decode(s)]
-        waiting = {_turn_of(s) for s in self._preempted[:1] if not self._is_short(s)}
-        waiting |= {key for key, queue in self._queues.items() if not self._is_short(queue[0])}
-        self._take_turns(plan, prompts, budget, left_out={*self._crowd, *waiting})
+        prompts = [s for s in by_age if not self._is_decode(s)]
+        heads = [*prompts, *self._preempted[:1], *(queue[0] for queue in self._queues.values())]
+        long = {_turn_of(s) for s in heads if not self._is_short(s)}
+        self._take_turns(plan, prompts, budget, left_out={*self._crowd, *long})
         self._extend(plan, budget)
         return bool(plan.chunks)
 
@@ -418,10 +420,12 @@ class Scheduler:
 
     def _budget(self, decodes: list[Sequence]) -> Budget:
         most, beside = self.limits.max_step_tokens, self.limits.prefill_tokens_beside
-        is_bounded = any(s.request is not None for s in decodes)
-        prompts = beside if beside is not None and is_bounded else most
-        streams = any(s.request is not None and self._is_decode(s) for s in self.running)
-        return Budget(most, prompts, streams)
+        streams = [s for s in self.running if s.request is not None and self._is_decode(s)]
+        prompts = sum(not self._is_decode(s) for s in self.running)
+        prompts += min(self.num_waiting, self.limits.max_running - len(self.running))
+        is_bounded = any(s.request is not None for s in decodes) and prompts < len(streams)
+        share = beside if beside is not None and is_bounded else most
+        return Budget(most, share, bool(streams))
 
     def _extend(self, plan: StepPlan, budget: Budget) -> None:
         """Further chunks of the step's prompts, while there is room that nobody else asked for."""

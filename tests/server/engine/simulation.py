@@ -136,11 +136,11 @@ class Simulation:
         self.num_steps += 1
         while self.auto_load and self.loading:
             self.finish_load()
-        oldest, decodes = self._oldest_running(), self._any_decodes()
+        oldest, (streams, prompts) = self._oldest_running(), self._streams_and_prompts()
         before = {id(sequence): sequence.state for sequence in self.live.values()}
         plan = self.scheduler.schedule()
         self._check_plan(plan, oldest)
-        self._check_prompts(plan, decodes)
+        self._check_prompts(plan, streams, prompts)
         self._check_order(plan, before)
         for digest in plan.loads:
             self._start_load(digest)
@@ -289,16 +289,23 @@ class Simulation:
             most = (len(keys) + 1) * (limits.max_step_tokens // limits.max_running + 2)
         assert self.oldest_waits <= most, "the oldest sequence did not move"
 
-    def _any_decodes(self) -> bool:
-        running = [s for s in self.scheduler.running if s.request is not None]
-        return any(s.num_tokens - s.num_computed == 1 for s in running)
+    def _streams_and_prompts(self) -> tuple[int, int]:
+        """How many sequences decode, and how many of those with a place wait for their prompts."""
+        running = self.scheduler.running
+        decodes = [s for s in running if s.num_tokens - s.num_computed == 1]
+        free = self.limits.max_running - len(running)
+        prompts = len(running) - len(decodes) + min(free, self.scheduler.num_waiting)
+        return sum(s.request is not None for s in decodes), prompts
 
-    def _check_prompts(self, plan: StepPlan, decodes: bool) -> None:
-        """Beside sequences that decode, prompts get their share of the step and no more."""
+    def _check_prompts(self, plan: StepPlan, streams: int, prompts: int) -> None:
+        """Beside more sequences that decode, prompts get their share of the step and no more."""
         beside = self.limits.prefill_tokens_beside
-        if decodes and beside is not None and not self.limits.per_adapter:
+        if beside is None or self.limits.per_adapter:
+            return
+        if streams > prompts:
             sizes = [chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1]
             assert sum(sizes) <= beside, "prompts took more than their share of the step"
+        if streams:
             for chunk in plan.chunks:
                 most = _most_of_one(chunk.start, self.limits.prefill_chunk)
                 short = chunk.sequence.num_tokens <= WHOLE_CHUNKS * self.limits.prefill_chunk

@@ -335,17 +335,22 @@ def prompt_sizes(plan):
     return {c.sequence.request.request_id: c.num_tokens for c in chunks}
 
 
-def beside_a_stream(tokens, **changes):
-    """A simulation with a stream of the base under way, one chunk of 8 in a step beside it."""
-    sim = roomy(max_running=8, max_step_tokens=64, prefill_tokens_beside=tokens, **changes)
-    stream = sim.add(num_prompt=1, max_new_tokens=200)
-    sim.step()
-    return sim, stream
+def beside_streams(tokens, rows=1):
+    """A simulation with streams of the base under way, one chunk of 8 in a step beside them."""
+    sim = roomy(max_running=16, max_step_tokens=64, prefill_tokens_beside=tokens)
+    streams = [sim.add(num_prompt=1, max_new_tokens=200) for _ in range(rows)]
+    while len(sim.scheduler.running) < rows:
+        sim.step()
+    return sim, streams
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(8, 1), (20, 2), (None, 6)])
-def test_beside_a_stream_prompts_get_their_share_of_the_step(tokens, expected):
-    sim, stream = beside_a_stream(tokens)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "expected"), [(8, 7, 1), (20, 7, 2), (None, 7, 6), (8, 6, 6), (8, 1, 6)]
+)
+def test_prompts_get_their_share_of_the_step_beside_more_streams_than_they_are(
+    tokens, rows, expected
+):
+    sim, streams = beside_streams(tokens, rows)
     for name in "abcdef":
         sim.scheduler.preload(kv_adapter(name))
     sim.step()
@@ -353,7 +358,7 @@ def test_beside_a_stream_prompts_get_their_share_of_the_step(tokens, expected):
     ids = [sim.add(kv_adapter(name), num_prompt=24, max_new_tokens=1) for name in "abcdef"]
     sizes = prompt_sizes(sim.step())
     assert sizes == dict.fromkeys(ids[:expected], 8)
-    assert len(sim.emitted[stream]) == sim.num_steps
+    assert {len(sim.emitted[stream]) for stream in streams} == {sim.num_steps}
 
 
 def test_where_nothing_decodes_prompts_get_the_whole_step():
@@ -367,15 +372,15 @@ def test_where_nothing_decodes_the_oldest_prompts_get_what_is_left_of_the_step()
     first, second, third = (sim.add(num_prompt=27) for _ in range(3))
     # A chunk of 8 each, then two more and the rest of 3 for the first two; 2 tokens are left.
     assert prompt_sizes(sim.step()) == {first: 27, second: 27, third: 8}
-    # The first is a stream now: the others are back to a chunk a step, in turn.
-    assert sum(prompt_sizes(sim.step()).values()) <= 8
+    # Two are streams now: the third is back to a chunk a step.
+    assert prompt_sizes(sim.step()) == {third: 8}
     sim.run()
     assert sim.finished == [first, second, third]
 
 
 @pytest.mark.parametrize(("num_prompt", "expected"), [(8, [8]), (16, [16]), (17, [8, 8, 0])])
 def test_beside_a_stream_a_prompt_of_two_chunks_is_computed_in_one_step(num_prompt, expected):
-    sim, stream = beside_a_stream(20)
+    sim, (stream,) = beside_streams(20)
     prompt = sim.add(num_prompt=num_prompt, max_new_tokens=1)
     # The rest of 17 is a single token, which is none of a prompt's.
     assert [prompt_sizes(sim.step()).get(prompt, 0) for _ in expected] == expected
@@ -445,7 +450,7 @@ def test_a_crowd_leaves_a_place_while_others_are_there_and_has_all_of_them_alone
 
 
 def test_a_short_prompt_does_not_wait_for_the_long_ones_of_another_adapter():
-    sim, _ = beside_a_stream(8)
+    sim, _ = beside_streams(8, rows=5)
     busy, other = kv_adapter("busy"), kv_adapter("other")
     sim.scheduler.preload(other)
     long = [sim.add(busy, num_prompt=80, max_new_tokens=1) for _ in range(3)]
@@ -461,7 +466,7 @@ def test_a_short_prompt_does_not_wait_for_the_long_ones_of_another_adapter():
 
 
 def test_a_long_prompt_moves_every_second_step_beside_a_crowd_of_short_ones():
-    sim, _ = beside_a_stream(8)
+    sim, _ = beside_streams(8, rows=5)
     crowd = kv_adapter("crowd")
     sim.scheduler.preload(crowd)
     long = sim.add(kv_adapter("long"), num_prompt=80, max_new_tokens=1)
