@@ -40,9 +40,10 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.engine.sampler import Drawn, SampleRow, logprobs_of, sample
-from server.engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
+from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.self_check import check_base, reference_logits
 from server.engine.sequence import Sequence, SequenceState
+from server.engine.step_plan import Chunk, StepPlan
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from server.engine.kv_cache import BlockTable, KVBlocks, StepCache
 from server.engine.layer_stack import LayerStack
 from server.engine.prefix_attention import SharedPrefix
 from server.engine.scales import ScaleTables
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
+from server.engine.step_plan import Chunk
 from server.engine.tile_attention import NOWHERE, TileAttention, TilePiece
 
 # Up to there the decode kernel takes prompts too, a token a row, where there are no tiles. Measured on two

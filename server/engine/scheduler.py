@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server.engine.adapter_slots import AdapterEntry, AdapterSlots, Residency
 from server.engine.blocks import BlockPool, blocks_for
@@ -51,6 +51,7 @@ from server.engine.prefix_cache import NOTHING, PrefixCache
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.round_robin import RoundRobin
 from server.engine.sequence import Sequence, SequenceState
+from server.engine.step_plan import Chunk, StepPlan, side_by_side
 from server.engine.turns import Budget, Turns, crowd
 
 MAX_PASSED_OVER = 64
@@ -80,65 +81,9 @@ class SchedulerLimits:
     per_adapter: bool = False
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens [start, start + num_tokens) of one sequence, its prefix not counted.
-
-    More than `prefill_chunk` of them are several chunks in one. `samples` says that the last of them
-    is the sequence's newest token: a token is drawn after it.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    @classmethod
-    def of(cls, sequence: Sequence, start: int, num_tokens: int) -> Chunk:
-        """These tokens of a sequence; a fold draws none."""
-        is_last = start + num_tokens == sequence.num_tokens
-        return cls(sequence, start, num_tokens, sequence.request is not None and is_last)
-
-
-@dataclass
-class StepPlan:
-    """One step.
-
-    Attributes:
-        loads: digests to read from disk, asked for once.
-        copies: (from, to) blocks to copy before anything else is written, in this order.
-        clears: blocks that the step fills in part and that may hold what others left; to be wiped
-            after the copies.
-        installs: adapters whose slot must be filled before the forward pass.
-        chunks: what the forward pass computes; rows of one adapter stand together.
-        preempted: sequences that lost their blocks in this step.
-        joined: whether a sequence began to run in this step; nobody yields to others after that.
-    """
-
-    loads: list[str] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    clears: list[int] = field(default_factory=list)
-    installs: list[AdapterEntry] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    joined: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the packed step."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
-
-
 def _turn_of(sequence: Sequence) -> str | None:
     """Whose turn a sequence takes: its adapter's, and a fold that of the adapter that it makes."""
     return sequence.fold_digest or sequence.adapter_digest
-
-
-def _side_by_side(chunk: Chunk) -> tuple[bool, str]:
-    """Rows of one adapter stand together, and so do all that use scales."""
-    request = chunk.sequence.request
-    adapter = request.adapter if request is not None else None
-    return (False, "") if adapter is None else (adapter.uses_scales, adapter.digest)
 
 
 class Scheduler:
@@ -344,7 +289,7 @@ class Scheduler:
             self._serve_all(plan)
         if not self._preempted:
             self._start_preloads(plan)
-        plan.chunks.sort(key=_side_by_side)
+        plan.chunks.sort(key=side_by_side)
         return plan
 
     def complete(self, plan: StepPlan) -> None:

@@ -13,8 +13,8 @@ from adapters.base_model import BaseModelSpec
 from adapters.errors import BaseUnsupported
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.request import GenerationRequest
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
+from server.engine.step_plan import Chunk
 
 _PROMPT_TOKENS = 24
 # Mean error allowed, as a share of the logits' standard deviation. Rounding stays well below it (in

@@ -25,8 +25,8 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.model_runner import StepRows
 from server.engine.request import AdapterRef, GenerationRequest
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
+from server.engine.step_plan import Chunk
 from tests.acceptance.real_base import BASE_DIR, needs_base, needs_bf16
 from tests.engine_tools import adapter_ref, request, run, tokens
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from server.engine.adapter_slots import AdapterEntry, Residency
 from server.engine.blocks import blocks_for
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
-from server.engine.scheduler import WHOLE_CHUNKS, Chunk, Scheduler, SchedulerLimits, StepPlan
+from server.engine.scheduler import WHOLE_CHUNKS, Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence, SequenceState
+from server.engine.step_plan import Chunk, StepPlan
 
 # What stands in the cell of a token.
 Contents = Callable[[int], tuple[str, int | tuple[int, ...]]]

@@ -13,8 +13,8 @@ from server.engine.decode_program import DecodeProgram
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.packed_linear import can_pack, pack_linears
 from server.engine.request import AdapterRef, GenerationRequest
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
+from server.engine.step_plan import Chunk
 from server.engine.tiles import MOST_ROWS, has_tiles
 from tests.tiny_models import tiny_spec
 

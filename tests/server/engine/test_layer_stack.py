@@ -10,8 +10,8 @@ import torch
 from server.engine.layer_stack import LayerStack
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.request import GenerationRequest
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
+from server.engine.step_plan import Chunk
 from tests.tiny_models import tiny_model, tiny_spec
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]

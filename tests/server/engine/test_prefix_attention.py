@@ -19,8 +19,8 @@ from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.packed_linear import pack_linears
 from server.engine.prefix_attention import SharedPrefix
 from server.engine.request import AdapterRef, GenerationRequest
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
+from server.engine.step_plan import Chunk
 from server.engine.tiles import has_tiles
 from tests.server.engine.test_decode_kernel import TOLERANCE, Case, Setting, single_tokens
 from tests.tiny_models import tiny_spec
