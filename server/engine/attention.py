@@ -94,10 +94,11 @@ class AttentionPath:
             )  # fmt: skip
             self.fast.run()
         if self.tiles is not None:
-            self.tiles.run(
+            self.tiles.set_layer(
                 layer, query, out,
                 scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
             )  # fmt: skip
+            self.tiles.run()
         keys, values = self.blocks.keys[layer], self.blocks.values[layer]
         for rows in self.rows:
             out[rows.tokens] = attend_rows(

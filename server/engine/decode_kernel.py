@@ -400,9 +400,10 @@ class KernelPlan:
         self._held = (by_row, counts, padded)
 
     @property
-    def is_one_pass(self) -> bool:
-        """Whether every row is a single token that is attended here."""
-        return len(self._passes) == 1
+    def num_passes(self) -> int:
+        """1 where every row is a single token that is attended here; else 2, of which the first puts
+        keys and values in place."""
+        return len(self._passes)
 
     def set_layer(
         self,
@@ -453,15 +454,20 @@ class KernelPlan:
             self._kernel.entry.run(self._at, table[_ROWS])
 
     def write_layers(
-        self, tables: np.ndarray, addresses: np.ndarray, layers: list[int], windows: list[int]
+        self,
+        number: int,
+        tables: np.ndarray,
+        addresses: np.ndarray,
+        layers: list[int],
+        windows: list[int],
     ) -> None:
-        """Tables (L, >= TABLE_SIZE) of several layers that are as the one that was set but for their
-        keys, values and windows; each will lie at its address (L,). For plans of one pass."""
+        """Tables (L, >= TABLE_SIZE) of pass `number` in several layers that are as the one that was set
+        but for their keys, values and windows; each will lie at its address (L,)."""
         tables[:, :TABLE_SIZE] = np.ctypeslib.as_array(self._table)
         tables[:, _KEYS] = [self._kernel.keys[layer] for layer in layers]
         tables[:, _VALUES] = [self._kernel.values[layer] for layer in layers]
         tables[:, _WINDOW], tables[:, _TABLE_AT], tables[:, _NEXT_JOB] = windows, addresses, 0
-        ((tables[:, _WORK], tables[:, _ROWS]),) = self._passes
+        tables[:, _WORK], tables[:, _ROWS] = self._passes[number]
 
 
 def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,10 @@ from torch import nn
 
 from server.engine.attention import AttentionPath
 from server.engine.decode_kernel import DecodeKernel
-from server.engine.decode_program import DecodeProgram
 from server.engine.layer_kernels import rms_norm, rotate, silu_times
 from server.engine.layers import Layer, layer_of, norm_of
 from server.engine.scales import ScaleTables
+from server.engine.step_program import StepProgram
 from server.engine.vector_ops import LANES
 
 # As transformers has them; their forward passes were read, and differ in what `Layer` names only.
@@ -49,7 +49,7 @@ class LayerStack:
         self._head = model.lm_head
         names = {id(module): name for name, module in model.named_modules()}
         self._layers = [layer_of(layer, names) for layer in model.model.layers]
-        self._program = None if kernel is None else DecodeProgram.of(self._layers, scales, kernel)
+        self._program = None if kernel is None else StepProgram.of(self._layers, scales, kernel)
 
     @staticmethod
     def of(
@@ -81,9 +81,9 @@ class LayerStack:
             (n, V).
         """
         cos, sin = (part[0] for part in self._rotary(hidden[None], positions[None]))
-        program, plan = self._program, self._path.fast
-        if program is not None and plan is not None and program.fits(len(hidden), plan):
-            hidden, added = program.run(hidden, cos.contiguous(), sin.contiguous(), plan)
+        program = self._program
+        if program is not None and program.fits(len(hidden), self._path):
+            hidden, added = program.run(hidden, cos.contiguous(), sin.contiguous(), self._path)
         else:
             hidden, added = self._through_layers(hidden, cos, sin)
         if len(keep) < len(hidden):

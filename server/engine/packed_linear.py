@@ -20,8 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from server.engine.tile_product import TileProduct
-from server.engine.tiles import MOST_ROWS
+from server.engine.tile_product import PRODUCT_ROWS, TileProduct
 
 # Names of layers that the models of transformers call with one and the same tensor.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -99,7 +98,7 @@ class Pack:
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape.numel() == 0:
             return x.new_empty(*x.shape[:-1], sum(self.sizes))
-        if self.tiles is not None and x.shape.numel() <= MOST_ROWS * x.shape[-1]:
+        if self.tiles is not None and x.shape.numel() <= PRODUCT_ROWS * x.shape[-1]:
             if x.dim() == 2 and x.stride(1) == 1:
                 return self.tiles(x)
             return self.tiles(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)

@@ -229,7 +229,7 @@ class TileAttention:
 
 
 class TilePlan:
-    """One step's pieces; each layer is set and run."""
+    """One step's pieces; each layer is set, then run."""
 
     def __init__(self, kernel: TileAttention, pieces: list[TilePiece]) -> None:
         self._kernel = kernel
@@ -253,7 +253,7 @@ class TilePlan:
         table[_SHAPES] = shapes_at(1)
         self._held = (numbers, blocks, key_positions)
 
-    def run(
+    def set_layer(
         self,
         layer: int,
         query: torch.Tensor,
@@ -264,7 +264,7 @@ class TilePlan:
         softcap: float | None = None,
         alibi_slopes: torch.Tensor | None = None,
     ) -> None:
-        """Attend from the pieces' tokens; their keys and values must be in place.
+        """Fill in what depends on the layer. The tensors must outlast the `run`.
 
         Args:
             layer: its number.
@@ -274,13 +274,26 @@ class TilePlan:
         """
         if alibi_slopes is None and query.shape[1] > _MOST_HEADS:
             raise ValueError(f"{query.shape[1]} query heads, expected at most {_MOST_HEADS}")
-        if query.stride(2) != 1:
-            query = query.contiguous()
+        self._query = query = query if query.stride(2) == 1 else query.contiguous()
         table = self._table
-        table[_NEXT_JOB], table[_QUERY], table[_OUT] = 0, query.data_ptr(), out.data_ptr()
+        table[_QUERY], table[_OUT] = query.data_ptr(), out.data_ptr()
         table[_TOKEN_BYTES], table[_HEAD_BYTES] = (2 * n for n in query.stride()[:2])
         table[_KEYS], table[_VALUES] = self._kernel.keys[layer], self._kernel.values[layer]
         slopes = self._no_slopes.ctypes.data if alibi_slopes is None else alibi_slopes.data_ptr()
         table[_SLOPES], table[_HEADS], table[_WINDOW] = slopes, query.shape[1], window or 0
         self._scales[:] = scale, softcap or 0.0
+
+    def run(self) -> None:
+        """Attend from the pieces' tokens in the layer that was set; keys and values must be in place."""
+        table = self._table
+        table[_NEXT_JOB] = 0
         self._kernel.entry.run(self._at, table[_PIECES] * table[_KV_HEADS])
+
+    def write_layers(
+        self, tables: np.ndarray, addresses: np.ndarray, layers: list[int], windows: list[int]
+    ) -> None:
+        """See `decode_kernel.KernelPlan.write_layers`."""
+        tables[:, :_TABLE_SIZE] = np.ctypeslib.as_array(self._table)
+        tables[:, _KEYS] = [self._kernel.keys[layer] for layer in layers]
+        tables[:, _VALUES] = [self._kernel.values[layer] for layer in layers]
+        tables[:, _WINDOW], tables[:, _TABLE_AT], tables[:, _NEXT_JOB] = windows, addresses, 0

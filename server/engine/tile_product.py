@@ -3,11 +3,12 @@
 For single tokens a product is as fast as its weights can be read, and oneDNN read them at two thirds of
 what the machine gives: with 150 layers of 1,536 x 576 on two cores it took 14.5 ms for 1 row and 18.5 for
 32, this kernel 11.3 and 15.6. It reads oneDNN's own copy, whose layout is looked at first, so that nothing
-is packed twice; beyond MOST_ROWS, where arithmetic counts, oneDNN is ahead and takes over. Up to there
-the results are the same to the last bit (a test holds them to it).
+is packed twice; beyond PRODUCT_ROWS, where arithmetic counts, oneDNN is ahead and takes over. Up to 32 rows
+the results are oneDNN's to the last bit (a test holds them to it); with more, its sums take another order.
 
 Rejected: prefetching (the hardware does as well), huge pages (no difference), three tiles of rows at once
-(more loads a product), tiles for larger steps (oneDNN is 10 to 25 % faster from 96 rows on).
+(more loads a product), tiles for larger steps (oneDNN is 15 % faster at 192 rows; from 48 to 128 it is as
+fast).
 
 Knows one weight and its rows; no model.
 """
@@ -39,6 +40,9 @@ from server.engine.tiles import (
 )
 from server.engine.vector_loops import VERSION
 from server.engine.vector_ops import Loop, integer, load, store, take_number
+
+# Rows of a step at most.
+PRODUCT_ROWS = 4 * MOST_ROWS
 
 # Fields of a job table, int64: addresses, sizes, bytes from row to row.
 (
@@ -75,18 +79,24 @@ def _take_jobs(table: Any) -> None:
     """Take panels of 32 columns until none is left; any number of threads may do so at once."""
     sums = np.empty(MOST_ROWS * COLUMNS, np.float32)
     panel = table[_INPUTS] * COLUMNS * 2
-    few = table[_ROWS] <= TILE_ROWS
+    shaped = 0
     job = take_number(table[_TABLE_AT])
-    if job < table[_JOBS]:
-        shape_tiles(table[_SHAPES])
     while job < table[_JOBS]:
         weight = table[_WEIGHT] + job * panel
-        if few:
-            product_of_16(table[_X], table[_X_BYTES], weight, panel, sums.ctypes.data)
-        else:
-            product_of_32(table[_X], table[_X_BYTES], weight, panel, sums.ctypes.data)
         bias, out = table[_BIAS] + job * COLUMNS * 4, table[_OUT] + job * COLUMNS * 2
-        _round_rows(sums.ctypes.data, bias, out, table[_OUT_BYTES], table[_ROWS])
+        # The panel is near after the first rows.
+        for first in range(0, table[_ROWS], MOST_ROWS):
+            rows = min(MOST_ROWS, table[_ROWS] - first)
+            if rows != shaped:
+                shape_tiles(table[_SHAPES] + (rows - 1) * TILE_BYTES)
+                shaped = rows
+            x, x_bytes = table[_X] + first * table[_X_BYTES], table[_X_BYTES]
+            if rows <= TILE_ROWS:
+                product_of_16(x, x_bytes, weight, panel, sums.ctypes.data)
+            else:
+                product_of_32(x, x_bytes, weight, panel, sums.ctypes.data)
+            to = out + first * table[_OUT_BYTES]
+            _round_rows(sums.ctypes.data, bias, to, table[_OUT_BYTES], rows)
         job = take_number(table[_TABLE_AT])
     release_tiles()
 
@@ -104,7 +114,7 @@ def _entry(version: int = VERSION) -> Kernel:
 
 
 class TileProduct:
-    """x @ weight.T + bias for up to MOST_ROWS rows; `of` makes it.
+    """x @ weight.T + bias for up to PRODUCT_ROWS rows; `of` makes it.
 
     Args:
         packed: what `mkldnn._reorder_linear_weight` made of the weight. It is held.
@@ -114,8 +124,6 @@ class TileProduct:
     Attributes:
         entry: what is run.
     """
-
-    SHAPES_FIELD = _SHAPES
 
     def __init__(self, packed: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._width, inputs = weight.shape
@@ -130,6 +138,7 @@ class TileProduct:
         self._table[_WEIGHT] = torch.ops.mkldnn.data_ptr(packed)
         self._table[_BIAS] = added.data_ptr()
         self._table[_OUT_BYTES] = self._width * 2
+        self._table[_SHAPES] = shapes_at(1)
 
     @staticmethod
     def of(packed: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> TileProduct | None:
@@ -142,18 +151,17 @@ class TileProduct:
         return TileProduct(packed, weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, K) bf16 with dense rows, 1 <= M <= MOST_ROWS -> (M, N). Not for two threads at once."""
+        """x (M, K) bf16 with dense rows, 1 <= M <= PRODUCT_ROWS -> (M, N). Not for two threads at once."""
         num_rows = x.shape[0]
         out = torch.empty((num_rows, self._width), dtype=x.dtype)
         table = self._table
         table[_NEXT_JOB], table[_ROWS] = 0, num_rows
         table[_X], table[_X_BYTES], table[_OUT] = x.data_ptr(), x.stride(0) * 2, out.data_ptr()
-        table[_SHAPES] = shapes_at(num_rows)
         self.entry.run(self._at, table[_JOBS])
         return out
 
     def fields(self, x_at: int, x_bytes: int, out_at: int) -> tuple[int, ...]:
-        """A table of `entry`, but for the rows and their shapes; `x_bytes` lie from row to row."""
+        """A table of `entry`, but for the rows; `x_bytes` lie from row to row."""
         table = list(self._table)
         table[_X], table[_X_BYTES], table[_OUT] = x_at, x_bytes, out_at
         return tuple(table)

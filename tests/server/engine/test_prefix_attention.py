@@ -14,13 +14,13 @@ from server.engine import model_runner
 from server.engine.adapter_slots import AdapterEntry
 from server.engine.attention import AttentionPath
 from server.engine.decode_kernel import DecodeKernel
-from server.engine.decode_program import DecodeProgram
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.packed_linear import pack_linears
 from server.engine.prefix_attention import SharedPrefix
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.sequence import Sequence
 from server.engine.step_plan import Chunk
+from server.engine.step_program import StepProgram
 from server.engine.tiles import has_tiles
 from tests.server.engine.test_decode_kernel import TOLERANCE, Case, Setting, single_tokens
 from tests.tiny_models import tiny_spec
@@ -202,14 +202,15 @@ def test_through_the_model(split, monkeypatch):
 def test_steps_with_and_without_prefixes_take_turns(monkeypatch):
     """The list of calls is the longer one only where there is a prefix."""
     lengths = []
-    real = DecodeProgram.run
+    real = StepProgram.run
 
     def noted(self, *given):
         result = real(self, *given)
-        lengths.append(self._program[1])
+        if given[-1].tiles is None:  # a step of single tokens
+            lengths.append(self._program[1])
         return result
 
-    monkeypatch.setattr(DecodeProgram, "run", noted)
+    monkeypatch.setattr(StepProgram, "run", noted)
     config = LlamaConfig(**_SIZES)
     logits_of(config, [1, 4])
     logits_of(config, [0, 1])

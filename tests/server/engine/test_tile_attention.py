@@ -113,7 +113,9 @@ class Step:
         out = torch.full(self.query.shape, float("nan"), dtype=torch.bfloat16)
         kernel = TileAttention.of(self.blocks)
         assert kernel is not None
-        kernel.plan(pieces).run(1, query, out, **self.options)
+        plan = kernel.plan(pieces)
+        plan.set_layer(1, query, out, **self.options)
+        plan.run()
         return out
 
     def plain(self, piece: TilePiece) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from server.engine.packed_linear import PackedLinear, can_pack, pack_linears
-from server.engine.tile_product import TileProduct
+from server.engine.tile_product import PRODUCT_ROWS, TileProduct
 from server.engine.tiles import MOST_ROWS, has_tiles
 
 if not (has_tiles() and can_pack(nn.Linear(1, 1).bfloat16())):
@@ -54,9 +54,9 @@ def test_the_same_to_the_last_bit(columns, inputs, with_bias):
 def test_a_row_does_not_depend_on_the_others():
     weight, pack = packed(96, 160)
     product = TileProduct.of(pack, weight, None)
-    x = torch.randn(MOST_ROWS, 160).bfloat16()
-    alone = torch.cat([product(x[i : i + 1]) for i in range(MOST_ROWS)])
-    for rows in (2, 15, 16, 17, 31, MOST_ROWS):
+    x = torch.randn(PRODUCT_ROWS, 160).bfloat16()
+    alone = torch.cat([product(x[i : i + 1]) for i in range(PRODUCT_ROWS)])
+    for rows in (2, 15, 16, 17, 31, 32, 33, 48, 49, 64, 95, PRODUCT_ROWS - 1, PRODUCT_ROWS):
         assert torch.equal(product(x[:rows]), alone[:rows])
 
 
@@ -64,7 +64,7 @@ def test_nothing_beyond_the_rows_is_read_or_written():
     """Rows of a wider tensor, the last of them at its end; NaN everywhere else."""
     weight, pack = packed(64, 64)
     product = TileProduct.of(pack, weight, None)
-    for rows in (1, 7, 16, 23, 32):
+    for rows in (1, 7, 16, 23, 32, 33, 50, 64, 100):
         wide = torch.full((rows, 160), float("nan")).bfloat16()
         wide[:, 96:] = torch.randn(rows, 64).bfloat16()
         x = wide[:, 96:]
@@ -112,7 +112,7 @@ def test_a_packed_layer_uses_them_and_takes_any_shape(monkeypatch):
         x = torch.randn(shape).bfloat16()
         torch.testing.assert_close(layer(x), plain(x), rtol=0.01, atol=0.01)
         assert layer(x).shape == plain(x).shape
-    many = torch.randn(MOST_ROWS + 1, 64).bfloat16()
+    many = torch.randn(PRODUCT_ROWS + 1, 64).bfloat16()
     torch.testing.assert_close(layer(many), plain(many), rtol=0.01, atol=0.01)
     assert calls == [5, 5, 5, 5, 6, 6, 1, 1]
 

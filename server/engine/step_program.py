@@ -1,18 +1,21 @@
-"""A step of single tokens through all layers of a `LayerStack` in one call.
+"""A step through all layers of a `LayerStack` in one call.
 
 Called one by one from Python, each on threads started for it, the kernels of a step of 32 rows took 32 ms;
-this way 26.5. Their job tables stand in a list that is made once; each step fills in what is new, and
-torch's threads go through the list. After a kernel a thread waits until no other is inside it, not until
-all have come: one that the system runs elsewhere holds nobody up.
+this way 26.5. Those of 16 rows and a chunk of 32 tokens took 35 to 45 along a prompt of 2,000; this way 27
+to 38. Their job tables stand in a list that is made once; each step fills in what is new, and torch's
+threads go through the list. After a kernel a thread waits until no other is inside it, not until all have
+come: one that the system runs elsewhere holds nobody up.
 
-Only where every product has tiles and every row is a single token: else the stack calls the same kernels
-one by one, with the same results. Knows the stack's layers and kernels; no sequence or adapter.
+Only where every product has tiles and takes the step's rows, and kernels attend from all of them: else the
+stack calls the same kernels one by one, with the same results. Knows the stack's layers and kernels; no
+sequence or adapter.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -24,19 +27,19 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from server.engine import layer_kernels
-from server.engine.decode_kernel import DecodeKernel, KernelPlan
+from server.engine.attention import AttentionPath
+from server.engine.decode_kernel import DecodeKernel
 from server.engine.layers import Layer, Products
 from server.engine.openmp import Kernel
 from server.engine.scales import ScaleTables
-from server.engine.tile_product import TileProduct
-from server.engine.tiles import MOST_ROWS, shapes_at
+from server.engine.tile_product import PRODUCT_ROWS
 from server.engine.vector_loops import VERSION
 from server.engine.vector_ops import I32, I64, array_at
 
-# Fields of the program's own table, int64: the address of the list (function, table, threads inside), its
-# length, the address of `usleep`.
+# Fields of the program's own table, int64: the address of the list, its length, the address of `usleep`. Of
+# an entry: function, table, how many threads are inside, whether they are waited for.
 _LIST, _LENGTH, _SLEEP, _PROGRAM_SIZE = range(4)
-_FUNCTION, _TABLE, _INSIDE, _ENTRY_SIZE = range(4)
+_FUNCTION, _TABLE, _INSIDE, _WAITS, _ENTRY_SIZE = range(5)
 # Numbers of one kernel's table, at most. Where its next job or row, its own address and its number of rows
 # stand in those of `layer_kernels` and `tile_product`; attention's are written by its plan.
 _WIDTH = 40
@@ -101,15 +104,17 @@ def _number_at(typing_context: Any, address: Any) -> Any:
 @njit
 def _run_list(table: Any) -> None:
     """Go through the list. A kernel returns when it has no job left to take, so that it is done once
-    nobody is inside; a thread that comes later finds nothing to take."""
+    nobody is inside; a thread that comes later finds nothing to take. Who is inside one that is not waited
+    for counts as inside the next."""
     kernels = carray(array_at(table[_LIST]), (table[_LENGTH], _ENTRY_SIZE), np.int64)
     for index in range(table[_LENGTH]):
-        inside_at = table[_LIST] + (index * _ENTRY_SIZE + _INSIDE) * 8
+        counted = index + 1 - kernels[index, _WAITS]
+        inside_at = table[_LIST] + (counted * _ENTRY_SIZE + _INSIDE) * 8
         _add_at(inside_at, 1)
         _call_at(kernels[index, _FUNCTION], kernels[index, _TABLE])
         _add_at(inside_at, -1)
         waited = 0
-        while _number_at(inside_at) != 0:
+        while kernels[index, _WAITS] and _number_at(inside_at) != 0:
             waited += 1
             if waited >= _PATIENCE:
                 _sleep_at(table[_SLEEP], _NAP)
@@ -128,10 +133,10 @@ def _entry(version: int = VERSION) -> Kernel:
 
 
 class _Buffer:
-    """(MOST_ROWS, width) numbers that every layer writes over."""
+    """(PRODUCT_ROWS, width) numbers that every layer writes over."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
-        self.tensor = torch.empty((MOST_ROWS, width), dtype=dtype)
+        self.tensor = torch.empty((PRODUCT_ROWS, width), dtype=dtype)
         self.width = width
         self._at = self.tensor.data_ptr()
 
@@ -140,8 +145,8 @@ class _Buffer:
         return self._at + column * self.tensor.element_size()
 
 
-class DecodeProgram:
-    """The layers of one stack, for up to MOST_ROWS single tokens; `of` makes it.
+class StepProgram:
+    """The layers of one stack, for up to PRODUCT_ROWS tokens; `of` makes it.
 
     Args:
         layers: of the stack, alike in their shapes.
@@ -171,62 +176,83 @@ class DecodeProgram:
     @staticmethod
     def of(
         layers: Sequence[Layer], scales: ScaleTables, kernel: DecodeKernel
-    ) -> DecodeProgram | None:
+    ) -> StepProgram | None:
         """The program, or None where a layer needs what it has not."""
         alike = {(layer.head_dim, layer.scale, layer.qkv.sizes) for layer in layers}
         if len(alike) != 1 or any(layer.query_norm is not None for layer in layers):
             return None
         if any(product.tiles is None for layer in layers for product in layer.products):
             return None
-        return DecodeProgram(layers, scales, kernel)
+        return StepProgram(layers, scales, kernel)
 
-    def fits(self, num_rows: int, plan: KernelPlan) -> bool:
+    def fits(self, num_rows: int, path: AttentionPath) -> bool:
         """Whether a step of so many rows, with the scales that it uses, can be run."""
         if self._num_tables != self._scales.num_tables:
             self._build()
-        if num_rows > MOST_ROWS or not plan.is_one_pass:
+        if num_rows > PRODUCT_ROWS or path.fast is None or path.rows:
             return False
         return not (self._scales.in_use and self._needs_second_products)
 
     def run(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: KernelPlan
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, path: AttentionPath
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (n, d) -> hidden states (n, d) and what the last layer adds to them, (n, d).
 
         For a step that `fits`. Both are good until the next call. `cos` and `sin` are (n, D), dense;
-        `plan` is of these n rows.
+        `path` is of these n rows.
         """
         num_rows, tables = len(hidden), self._tables
         self._hidden.tensor[:num_rows] = hidden
         tables[:, _NEXT] = 0
         tables[:, _ROWS] = num_rows
-        tables[self._products, TileProduct.SHAPES_FIELD] = shapes_at(num_rows)
         tables[self._rotations, layer_kernels.COS_FIELD] = cos.data_ptr()
         tables[self._rotations, layer_kernels.SIN_FIELD] = sin.data_ptr()
         in_use = self._scales.in_use
         tables[self._scalings, _ROWS] = num_rows if in_use else 0
         tables[self._scalings, layer_kernels.SLOTS_FIELD] = self._scales.slots.data_ptr()
-        self._plan_attention(plan, num_rows)
+        self._plan_attention(path, num_rows)
         self._entry.run(self._at, torch.get_num_threads())
         return self._hidden.tensor[:num_rows], self._added.tensor[:num_rows]
 
-    def _plan_attention(self, plan: KernelPlan, num_rows: int) -> None:
+    def _plan_attention(self, path: AttentionPath, num_rows: int) -> None:
+        plan, tiles = path.fast, path.tiles
+        assert plan is not None  # noqa: S101 - as `fits` has seen
         first = self._layers[0]
         parts = torch.split_with_sizes(self._qkv.tensor[:num_rows], first.qkv.sizes, dim=1)
         query, keys, values = (part.view(num_rows, -1, first.head_dim) for part in parts)
         out = self._attended.tensor[:num_rows].view(query.shape)
         plan.set_layer(first.index, query, keys, values, out, scale=first.scale)
-        attentions = np.empty((len(self._layers), _WIDTH), np.int64)
-        addresses = self._addresses[self._attentions]
-        plan.write_layers(attentions, addresses, self._indices, self._windows)
-        self._tables[self._attentions] = attentions
-        calls = self._plain_calls
+        each = (self._indices, self._windows)
+        for number, places in enumerate((self._puts, self._attentions)[-plan.num_passes :]):
+            with self._layers_of(places) as (tables, addresses):
+                plan.write_layers(number, tables, addresses, *each)
         if plan.prefixes is not None:
-            calls = self._calls
-            prefixes = np.zeros_like(attentions)
-            plan.prefixes.write_layers(prefixes, self._addresses[self._prefixes], self._indices)
-            self._tables[self._prefixes] = prefixes
+            with self._layers_of(self._prefixes) as (tables, addresses):
+                plan.prefixes.write_layers(tables, addresses, self._indices)
+        if tiles is not None:
+            tiles.set_layer(first.index, query, out, scale=first.scale)
+            with self._layers_of(self._prompts) as (tables, addresses):
+                tiles.write_layers(tables, addresses, *each)
+        calls = self._calls_of(plan.num_passes > 1, plan.prefixes is not None, tiles is not None)
         self._program[_LIST], self._program[_LENGTH] = calls.ctypes.data, len(calls)
+
+    @contextmanager
+    def _layers_of(self, places: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tables to fill in for one kernel of every layer, and where they will lie."""
+        tables = np.zeros((len(self._layers), _WIDTH), np.int64)
+        yield tables, self._addresses[places]
+        self._tables[places] = tables
+
+    def _calls_of(self, has_puts: bool, has_prefixes: bool, has_prompts: bool) -> np.ndarray:
+        """The list without what this step has not."""
+        key = (has_puts, has_prefixes, has_prompts)
+        if key not in self._lists:
+            kinds = (self._puts, self._prefixes, self._prompts)
+            absent = [
+                i for places, there in zip(kinds, key, strict=True) if not there for i in places
+            ]
+            self._lists[key] = np.delete(self._calls, absent, axis=0)
+        return self._lists[key]
 
     # --- the list --------------------------------------------------------------------------
 
@@ -246,6 +272,8 @@ class DecodeProgram:
         self._scalings: list[int] = []
         self._attentions: list[int] = []
         self._prefixes: list[int] = []
+        self._puts: list[int] = []
+        self._prompts: list[int] = []
         for number, layer in enumerate(self._layers):
             self._add_layer(layer, is_first=number == 0)
         length = len(self._list)
@@ -254,8 +282,10 @@ class DecodeProgram:
         self._calls = np.zeros((length, _ENTRY_SIZE), np.int64)
         self._calls[:, _FUNCTION] = [kernel.address for kernel, _ in self._list]
         self._calls[:, _TABLE] = self._addresses
-        # Without what attends to prefixes, for steps that have none.
-        self._plain_calls = np.delete(self._calls, self._prefixes, axis=0)
+        # Prompts and single tokens are attended side by side: the former are few jobs, and long ones.
+        self._calls[:, _WAITS] = 1
+        self._calls[self._prompts, _WAITS] = 0
+        self._lists: dict[tuple[bool, bool, bool], np.ndarray] = {}
         for index, (_, fields) in enumerate(self._list):
             self._tables[index, : len(fields)] = fields
         self._tables[:, _TABLE_AT] = self._addresses
@@ -278,6 +308,9 @@ class DecodeProgram:
         self._rotations.append(self._add(layer_kernels.rotate_kernel(self._dtype), fields))
         if self._kernel.prefixes is not None:
             self._prefixes.append(self._add(self._kernel.prefixes.entry, ()))
+        self._puts.append(self._add(self._kernel.entry, ()))
+        if self._kernel.prefixes is not None:  # who has tiles has both
+            self._prompts.append(self._add(self._kernel.prefixes.tiles.entry, ()))
         self._attentions.append(self._add(self._kernel.entry, ()))
         self._add_product(layer.output, self._attended, self._added)
         self._add_norm(layer.after, self._added.at())

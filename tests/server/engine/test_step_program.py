@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from adapters.serving import ActivationScales
 from server.engine.adapter_slots import AdapterEntry
-from server.engine.decode_program import DecodeProgram
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.packed_linear import can_pack, pack_linears
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.sequence import Sequence
 from server.engine.step_plan import Chunk
-from server.engine.tiles import MOST_ROWS, has_tiles
+from server.engine.step_program import StepProgram
+from server.engine.tile_product import PRODUCT_ROWS
+from server.engine.tiles import has_tiles
 from tests.tiny_models import tiny_spec
 
 if not (has_tiles() and can_pack(nn.Linear(1, 1).bfloat16())):
@@ -44,7 +45,7 @@ USUAL = (("mlp.down_proj",), ("self_attn.k_proj", "self_attn.v_proj"))
 UNUSUAL = (("mlp.gate_proj", "self_attn.o_proj"), ("self_attn.q_proj", "mlp.down_proj"))
 
 
-def runner_of(config, dtype=torch.bfloat16) -> ModelRunner:
+def runner_of(config, dtype=torch.bfloat16, block_size=BLOCK) -> ModelRunner:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -56,8 +57,8 @@ def runner_of(config, dtype=torch.bfloat16) -> ModelRunner:
     return ModelRunner(
         model,
         spec,
-        num_blocks=BLOCKS * (MOST_ROWS + 1),
-        block_size=BLOCK,
+        num_blocks=BLOCKS * (PRODUCT_ROWS + 1),
+        block_size=block_size,
         num_scale_slots=2,
         prefill_chunk=16,
         fast_kernels=True,
@@ -107,9 +108,9 @@ def logits_of(runner: ModelRunner, num_rows: int, entries=()) -> torch.Tensor:
 def num_runs(monkeypatch):
     """How often a program ran."""
     runs = []
-    real = DecodeProgram.run
+    real = StepProgram.run
     monkeypatch.setattr(
-        DecodeProgram, "run", lambda self, *given: runs.append(1) or real(self, *given)
+        StepProgram, "run", lambda self, *given: runs.append(1) or real(self, *given)
     )
     return lambda: len(runs)
 
@@ -127,13 +128,13 @@ def one_by_one(runner: ModelRunner) -> ModelRunner:
     return runner
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, MOST_ROWS])
+@pytest.mark.parametrize("num_rows", [1, 5, 32, 45])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_bits(name, num_rows, num_runs):
     got = logits_of(runner_of(CONFIGS[name]), num_rows)
-    assert num_runs() == 8
+    assert num_runs() == num_rows + 8  # each prompt, and steps of single tokens
     assert torch.equal(got, logits_of(one_by_one(runner_of(CONFIGS[name])), num_rows))
-    assert num_runs() == 8
+    assert num_runs() == num_rows + 8
     assert got.float().std() > 0.1
     assert not torch.isnan(got).any()
 
@@ -144,12 +145,54 @@ def test_a_row_does_not_depend_on_the_others():
     assert torch.equal(together[:, :1], alone)
 
 
-def test_more_rows_than_tiles_hold_go_one_by_one(num_runs):
-    logits_of(runner_of(CONFIGS["llama"]), MOST_ROWS + 1)
-    assert num_runs() == 0
+def test_more_rows_than_products_take_go_one_by_one(num_runs):
+    logits_of(runner_of(CONFIGS["llama"]), PRODUCT_ROWS + 1)
+    assert num_runs() == PRODUCT_ROWS + 1  # the prompts, each alone
 
 
-@pytest.mark.parametrize(("targets", "runs"), [(USUAL, 8), (UNUSUAL, 0)])
+def mixed_logits(runner: ModelRunner) -> torch.Tensor:
+    """Logits of steps in which two prompts are computed, several chunks at a time, beside five streams."""
+    sequences = []
+    for number, size in enumerate((9, 12, 1, 5, 16, 60, 37)):
+        tokens = tuple((7 * i + 13 * number) % 90 + 3 for i in range(size + 6))
+        sequence = Sequence.of(GenerationRequest(f"{number}", tokens), arrival=number)
+        sequence.block_ids = [10 * number + i for i in (3, 0, 4, 1, 2, 7, 5, 6, 9, 8)]
+        sequences.append((sequence, size))
+    streams, (long, short) = sequences[:5], sequences[5:]
+    out = []
+    for sequence, size in streams:
+        out += runner.run([StepRows(Chunk(sequence, 0, size, True), None, num_logits=1)])
+    chunks = [
+        [Chunk(long[0], 0, 16, False)],
+        [Chunk(short[0], 0, 37, True), Chunk(long[0], 16, 16, False)],
+        [Chunk(long[0], 32, 28, True)],
+    ]
+    for step, prompts in enumerate(chunks):
+        rows = [
+            StepRows(Chunk(sequence, size + step, 1, True), None, num_logits=1)
+            for sequence, size in streams
+        ]
+        rows += [StepRows(chunk, None, num_logits=int(chunk.samples)) for chunk in prompts]
+        out += runner.run(rows)
+    return torch.cat(out)
+
+
+# Prompts go through the decode kernel, or through tiles where blocks and heads have their sizes.
+@pytest.mark.parametrize(("head_dim", "block_size"), [(16, BLOCK), (32, 16)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_beside_single_tokens(name, head_dim, block_size, num_runs):
+    config = type(CONFIGS[name])(
+        **{**_SIZES, "hidden_size": 4 * head_dim},
+        **({"sliding_window": 12} if name == "mistral" else {}),
+    )
+    got = mixed_logits(runner_of(config, block_size=block_size))
+    assert num_runs() == 8
+    assert torch.equal(got, mixed_logits(one_by_one(runner_of(config, block_size=block_size))))
+    assert got.float().std() > 0.1
+    assert not torch.isnan(got).any()
+
+
+@pytest.mark.parametrize(("targets", "runs"), [(USUAL, 14), (UNUSUAL, 2)])
 def test_scales(targets, runs, num_runs):
     """Rows with two adapters and with none, after steps without any."""
     spec = tiny_spec(AutoModelForCausalLM.from_config(CONFIGS["llama"]))  # before it is packed
