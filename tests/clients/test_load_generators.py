@@ -149,34 +149,41 @@ def guidellm(world: World, home: Path, *options: str, model: str | None, **backe
     named = {} if model is None else {"model": model}
     arguments = {"kind": "openai_http", "target": world.url, **named, **backend}
     report = home / "report.json"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "guidellm",
-            "run",
-            "--backend",
-            ",".join(f"{name}={value}" for name, value in arguments.items()),
-            "--tokenizer",
-            f"kind=huggingface_auto,model={world.base_dir}",
-            "--output",
-            f"kind=json,path={report}",
-            "--disable-console",
-            *options,
-        ],
-        cwd=home,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(require("guidellm")),
-            "HF_HOME": str(home / "hf"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    counted = Counted(world.url)
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "guidellm",
+                "run",
+                "--backend",
+                ",".join(f"{name}={value}" for name, value in arguments.items()),
+                "--tokenizer",
+                f"kind=huggingface_auto,model={world.base_dir}",
+                "--output",
+                f"kind=json,path={report}",
+                "--disable-console",
+                *options,
+            ],
+            cwd=home,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(require("guidellm")),
+                "HF_HOME": str(home / "hf"),
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        meanwhile = counted.since(0)
+        ended = meanwhile["vllm:request_success_total"]
+        left = meanwhile["vllm:num_requests_running"] + meanwhile["vllm:num_requests_waiting"]
+        pytest.fail(f"no end of guidellm; {ended} requests ended, {left} are left; {late.stderr!r}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     [benchmark] = json.loads(report.read_text())["benchmarks"]
     return benchmark["metrics"]
