@@ -16,7 +16,7 @@ tile_loops       what these two are made of
 layer_kernels    its fast path for RMSNorm, gated SiLU and rotation
 layers           what such a layer is made of
 layer_stack      the layers of Llama and its relatives, made of those
-step_program   a step of up to 128 tokens through them in one call
+step_program     a step of up to 128 tokens through them in one call
 vector_loops     the kernels' inner loops
 vector_ops       what those are made of
 openmp           torch's own threads

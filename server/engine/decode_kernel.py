@@ -455,11 +455,11 @@ class KernelPlan:
 
     def write_layers(
         self,
-        number: int,
         tables: np.ndarray,
         addresses: np.ndarray,
         layers: list[int],
         windows: list[int],
+        number: int,
     ) -> None:
         """Tables (L, >= TABLE_SIZE) of pass `number` in several layers that are as the one that was set
         but for their keys, values and windows; each will lie at its address (L,)."""

@@ -61,7 +61,7 @@ MAX_LOADS = 4
 # after 37 ms where two steps took 54; with 4 chunks mixed traffic was 1 to 4 % slower and its longest steps
 # longer.
 WHOLE_CHUNKS = 2
-# A crowd leaves one place in so many free. One in 8 costs a batch of 32 twice as much.
+# A crowd leaves one place in so many free: others come one by one, and whoever ends makes room again.
 SPARE_PLACES = 16
 
 

@@ -14,8 +14,7 @@ sequence or adapter.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -224,23 +223,19 @@ class StepProgram:
         plan.set_layer(first.index, query, keys, values, out, scale=first.scale)
         each = (self._indices, self._windows)
         for number, places in enumerate((self._puts, self._attentions)[-plan.num_passes :]):
-            with self._layers_of(places) as (tables, addresses):
-                plan.write_layers(number, tables, addresses, *each)
+            self._fill(places, plan.write_layers, *each, number)
         if plan.prefixes is not None:
-            with self._layers_of(self._prefixes) as (tables, addresses):
-                plan.prefixes.write_layers(tables, addresses, self._indices)
+            self._fill(self._prefixes, plan.prefixes.write_layers, self._indices)
         if tiles is not None:
             tiles.set_layer(first.index, query, out, scale=first.scale)
-            with self._layers_of(self._prompts) as (tables, addresses):
-                tiles.write_layers(tables, addresses, *each)
+            self._fill(self._prompts, tiles.write_layers, *each)
         calls = self._calls_of(plan.num_passes > 1, plan.prefixes is not None, tiles is not None)
         self._program[_LIST], self._program[_LENGTH] = calls.ctypes.data, len(calls)
 
-    @contextmanager
-    def _layers_of(self, places: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Tables to fill in for one kernel of every layer, and where they will lie."""
+    def _fill(self, places: list[int], write_layers: Callable[..., None], *given: Any) -> None:
+        """Fill in the tables of one kernel, one a layer, by its plan's `write_layers`."""
         tables = np.zeros((len(self._layers), _WIDTH), np.int64)
-        yield tables, self._addresses[places]
+        write_layers(tables, self._addresses[places], *given)
         self._tables[places] = tables
 
     def _calls_of(self, has_puts: bool, has_prefixes: bool, has_prompts: bool) -> np.ndarray:

@@ -25,15 +25,13 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 from server.engine.openmp import Kernel
+from server.engine.tile_loops import product
 from server.engine.tiles import (
     COLUMNS,
     DEPTH,
     MOST_ROWS,
     TILE_BYTES,
-    TILE_ROWS,
     has_tiles,
-    product_of_16,
-    product_of_32,
     release_tiles,
     shape_tiles,
     shapes_at,
@@ -91,10 +89,7 @@ def _take_jobs(table: Any) -> None:
                 shape_tiles(table[_SHAPES] + (rows - 1) * TILE_BYTES)
                 shaped = rows
             x, x_bytes = table[_X] + first * table[_X_BYTES], table[_X_BYTES]
-            if rows <= TILE_ROWS:
-                product_of_16(x, x_bytes, weight, panel, sums.ctypes.data)
-            else:
-                product_of_32(x, x_bytes, weight, panel, sums.ctypes.data)
+            product(rows, x, x_bytes, weight, panel, sums.ctypes.data)
             to = out + first * table[_OUT_BYTES]
             _round_rows(sums.ctypes.data, bias, to, table[_OUT_BYTES], rows)
         job = take_number(table[_TABLE_AT])
