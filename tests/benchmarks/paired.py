@@ -1,6 +1,7 @@
 """Paired comparisons: contestants take turns, and what counts is the median of their paired ratios.
 
 Timings on a shared machine drift; the two halves of a pair, measured one after the other, drift together.
+Whom a ratio near its bar compares should stand side by side in the order of contestants.
 Knows nothing of engines, files or tables.
 """
 
@@ -80,10 +81,12 @@ def take_turns(
     unit: str,
     keep: Keep,
 ) -> dict[str, Any]:
-    """Measure every contestant once a round, each round beginning with the next one.
+    """Measure every contestant once a round; every second round goes backwards.
+
+    So neighbours stay neighbours, and of two contestants each comes first as often as the other.
 
     Args:
-        contestants: by name, in the order in which they are shown.
+        contestants: by name, in the order in which they are shown and measured.
         bars: those that name somebody who is not here are left out.
         rounds: how often.
         unit: of a contestant's figure.
@@ -94,8 +97,7 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in names}
     result: dict[str, Any] = {}
     for number in range(rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
+        for name in names if number % 2 == 0 else reversed(names):
             samples[name].append(contestants[name](number))
         result = {
             "unit": unit,

@@ -74,11 +74,13 @@ class Bench:
         unit: str = "tokens/s",
         rounds: int | None = None,
         facts: Sequence[dict[str, Any]] = (),
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
         """Let contestants take turns; the book has every round as soon as it is over."""
 
         def keep(result: dict[str, Any]) -> None:
-            self.book.put(item, measure, {**result, "facts": list(facts)})
+            more = {"facts": list(facts), "left out": dict(left_out or {})}
+            self.book.put(item, measure, {**result, **more})
 
         rounds = self.rounds if rounds is None else rounds
         take_turns(contestants, bars, rounds=rounds, unit=unit, keep=keep)
@@ -96,11 +98,12 @@ def w_asks(
     concurrency: int,
     refs: Sequence[AdapterRef | None],
     sampling: Mapping[str, Any] | None = None,
+    first: int = 0,
 ) -> list[Ask]:
-    """W(c): the adapters in turn."""
+    """W(c): the adapters in turn, beginning with the one that `first` says."""
     asked = prompts(concurrency, own.spec.vocab_size)
     return [
-        Ask(prompt, NEW_TOKENS, refs[index % len(refs)], sampling or {})
+        Ask(prompt, NEW_TOKENS, refs[(first + index) % len(refs)], sampling or {})
         for index, prompt in enumerate(asked)
     ]
 

