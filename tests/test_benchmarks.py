@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks.book import Book
+import pytest
+from rich.console import Console
+
+from tests.benchmarks.book import Book, show
 from tests.benchmarks.paired import Bar, interval, is_met, take_turns
+from tests.benchmarks.stamp import stamp_of
 from tests.benchmarks.workload import NEW_RANGE, PROMPT_RANGE, mixed_lengths
 
 
@@ -62,6 +66,47 @@ def test_lengths_of_two_seeds_add_up_to_the_same() -> None:
     (prompt_a, new_a), (prompt_b, new_b) = totals
     assert abs(prompt_a / prompt_b - 1) < 0.05
     assert abs(new_a / new_b - 1) < 0.05
+
+
+def test_figures_of_something_else_are_not_taken_for_ours(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "figures.json"
+    base = str(tmp_path)
+    ours = stamp_of(base, "float32", 2, 32, {})
+    Book(path, ours).put(1, "W(8)", {"rounds": 9})
+    assert Book(path, {**ours, "commit": "another, with the same code"}).is_done(1, "W(8)", 9)
+    assert capsys.readouterr().err == ""
+    for other, differs in [
+        (stamp_of(base, "float32", 2, 32, {"fast_kernels": False}), "changes"),
+        (stamp_of(base, "bfloat16", 2, 32, {}), "dtype"),
+        (stamp_of(base, "float32", 2, 8, {}), "concurrency"),
+        ({**ours, "code": "another"}, "code"),
+    ]:
+        assert not Book(path, other).is_done(1, "W(8)", 9)
+        assert f"for another {differs}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figure", "low", "high", "said"),
+    [
+        (1.1, 1.0, 1.2, "met"),
+        (0.9, 0.8, 1.0, "met by the interval, not by the median"),
+        (0.9, 0.8, 0.95, "not met"),
+    ],
+)
+def test_the_table_says_whether_the_median_reaches_the_bar_too(
+    tmp_path, figure, low, high, said
+) -> None:
+    entry = {"above": "a", "below": "b", "ratio": figure, "low": low, "high": high, "limit": 1.0}
+    entry |= {"sense": "at least", "met": is_met(Bar("a", "b", 1.0), 9, low, high)}
+    book = Book(None, stamp_of(str(tmp_path), "float32", 2, 32, {}))
+    measure = {"unit": "x", "rounds": 9, "medians": {}, "samples": {}, "ratios": [entry]}
+    book.put(1, "W(8)", {**measure, "left out": {"llama.cpp": "not installed"}})
+    console = Console(record=True, width=200)
+    show(book, console)
+    shown = console.export_text()
+    assert [cell.strip() for cell in shown.split("at least 1")[1].split("│")[1:2]] == [said]
+    assert "without llama.cpp: not installed" in shown
+    assert "2 threads, float32" in shown
 
 
 def test_a_book_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -6,14 +6,18 @@ figures, some with a limit), `curves` (figures over a quantity, which are also d
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
-import platform
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from tests.benchmarks.stamp import difference, text
 
 
 class Book:
@@ -21,17 +25,21 @@ class Book:
 
     Args:
         path: the file; None keeps nothing.
+        stamp: what measures depend on from now on (`stamp_of`); those of another are not done.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, stamp: Mapping[str, Any] | None = None) -> None:
         self._path = path
-        self.content: dict[str, Any] = {"machine": machine(), "items": {}}
+        self._stamp = dict(stamp or {})
+        self.content: dict[str, Any] = {"items": {}}
         if path is not None and path.exists():
             self.content["items"] = json.loads(path.read_text())["items"]
 
     def put(self, item: int, measure: str, result: dict[str, Any]) -> None:
         """Keep a measure; what the same one had before is replaced."""
-        self.content["items"].setdefault(str(item), {})[measure] = result
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        stamped = {**result, "stamp": {**self._stamp, "date": date}}
+        self.content["items"].setdefault(str(item), {})[measure] = stamped
         self._write()
 
     def _write(self) -> None:
@@ -52,32 +60,18 @@ class Book:
         return found
 
     def is_done(self, item: int, measure: str, rounds: int) -> bool:
-        """Whether a measure was taken in at least so many rounds."""
+        """Whether a measure was taken in at least so many rounds, and of what is measured now."""
         found = self.get(item, measure)
-        return found is not None and found.get("rounds", rounds) >= rounds
+        if found is None or found.get("rounds", rounds) < rounds:
+            return False
+        differs = difference(found.get("stamp", {}), self._stamp)
+        if differs is not None:
+            print(f"   {item}. {measure}: anew, for another {differs}", file=sys.stderr)
+        return differs is None
 
     def items(self) -> list[tuple[int, dict[str, Any]]]:
         """All items, by number."""
         return sorted((int(item), measures) for item, measures in self.content["items"].items())
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
-    return {
-        "cores": os.cpu_count(),
-        "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "features": sorted(flag for flag in flags.split() if "bf16" in flag or "amx" in flag),
-        "system": platform.platform(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def show(book: Book, console: Console) -> None:
@@ -91,6 +85,23 @@ def show(book: Book, console: Console) -> None:
                 _show_facts(title, measure, console)
             if "curves" in measure:
                 _show_curves(title, measure, console)
+            for who, why in measure.get("left out", {}).items():
+                console.print(f"{title}: without {who}: {why}")
+    for line in stamps(book):
+        console.print(line, highlight=False)
+
+
+def stamps(book: Book) -> list[str]:
+    """What the measures depend on: one text for all items that have it in common."""
+    items: dict[str, list[str]] = {}
+    for item, measures in book.items():
+        for measure in measures.values():
+            if measure["stamp"].get("code") is None:
+                continue
+            day = measure["stamp"]["date"][:10]
+            of_it = items.setdefault(f"{text(measure['stamp'])}, {day}", [])
+            of_it += [str(item)] if str(item) not in of_it else []
+    return [f"\nitems {', '.join(of_it)}:\n{what}" for what, of_it in items.items()]
 
 
 def _show_contestants(title: str, measure: dict[str, Any], console: Console) -> None:
@@ -136,7 +147,14 @@ def _bar(entry: dict[str, Any]) -> str:
 
 
 def _verdict(entry: dict[str, Any]) -> str:
-    return {None: "", True: "met", False: "not met"}[entry.get("met")]
+    if entry.get("met") is None:
+        return ""
+    if not entry["met"]:
+        return "not met"
+    figure = entry["ratio"] if "ratio" in entry else entry["value"]
+    at_least = entry["sense"] == "at least"
+    reached = figure >= entry["limit"] if at_least else figure <= entry["limit"]
+    return "met" if reached else "met by the interval, not by the median"
 
 
 def fact(name: str, value: float, unit: str, at_most: float | None = None) -> dict[str, Any]:

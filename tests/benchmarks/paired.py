@@ -20,7 +20,7 @@ Keep = Callable[[dict[str, Any]], None]
 
 _RESAMPLES = 4000
 # An interval of fewer pairs says nothing about a bar.
-_LEAST_PAIRS = 9
+LEAST_PAIRS = 9
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
 
 def is_met(bar: Bar, pairs: int, low: float, high: float) -> bool | None:
     """Whether the interval reaches the bar; None where there is no bar, or too few pairs."""
-    if bar.limit is None or pairs < _LEAST_PAIRS:
+    if bar.limit is None or pairs < LEAST_PAIRS:
         return None
     return high >= bar.limit if bar.sense == "at least" else low <= bar.limit
 

@@ -51,7 +51,9 @@ def _ratios(directory: Path, bars: list[tuple[str, dict[str, Any]]]) -> Path:
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.4 * len(bars)))
     for row, (_, entry) in enumerate(bars):
         scaled = [entry[key] / entry["limit"] for key in ("low", "ratio", "high")]
-        colour = "tab:green" if entry["met"] else "tab:red"
+        if entry["sense"] == "at most":
+            scaled = [1 / value for value in reversed(scaled)]
+        colour = {True: "tab:green", False: "tab:red", None: "tab:grey"}[entry["met"]]
         axes.plot([scaled[0], scaled[2]], [row, row], color=colour)
         axes.plot(scaled[1], row, "o", color=colour)
     labels = [f"{where}: {entry['above']} / {entry['below']}" for where, entry in bars]
@@ -59,7 +61,7 @@ def _ratios(directory: Path, bars: list[tuple[str, dict[str, Any]]]) -> Path:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel(
-        "ratio over its bar: at least 1 is wanted (where the bar says at most: at most 1)"
+        "ratio over its bar, where that says at most, bar over ratio: right of 1 is good (grey: not judged)"
     )
     path = directory / "ratios.png"
     figure.tight_layout()

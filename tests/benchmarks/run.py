@@ -3,8 +3,9 @@
     python -m tests.benchmarks.run [--items 1,2,5] [--rounds 9] [--json FILE] [--plots DIR]
 
 Each item runs in a process of its own and writes its measures to the file as it goes; an item that the file
-has already is not measured again, so that a run that was interrupted goes on where it stopped (--again
-measures anew). Without a compiler, or without fast paths: --plain, --engine FIELD=VALUE.
+has already, of the same code, options and machine, is not measured again, so that a run that was
+interrupted goes on where it stopped (--again measures anew). Without a compiler, or without fast paths:
+--plain, --engine FIELD=VALUE.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import logging as transformers_logging
 from tests.benchmarks.book import Book, show
 from tests.benchmarks.items import Bench, add_engine_options, engine_options
 from tests.benchmarks.peers.install import ROOT
+from tests.benchmarks.stamp import stamp_of
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,17 @@ class Item:
 
 
 ITEMS = {
-    1: Item("w_beside_others", "W(1), W(8), W(32) beside PEFT, transformers, llama.cpp, vLLM", 11),
+    1: Item("w_beside_others", "W(1), W(8), W(32) beside PEFT, transformers, llama.cpp, vLLM", 14),
     2: Item("mixed_adapters", "mixed adapters over the base alone", 2.5),
     3: Item("real_traffic", "mixed lengths and Poisson arrivals; sampling", 4),
     4: Item("many_adapters", "1,000 registered, more than there are slots, 256 active", 4),
     5: Item("soft_prompts", "long soft prompts", 3.5),
     6: Item("kept_prompts", "prompts that repeat", 0.5),
-    7: Item("over_http", "CPU seconds of the server over those of the engine", 1.5),
+    7: Item("over_http", "CPU seconds of the server over those of the engine", 2),
     8: Item("stalls", "a long prompt among streams", 1),
     9: Item("growth", "tokens a second over concurrency, context and prefix length", 3),
     10: Item("start", "time to ready, memory at rest", 1),
-    11: Item("policies", "--batching per-adapter, fairness between adapters", 2),
+    11: Item("policies", "--batching per-adapter, fairness between adapters", 8),
 }
 
 
@@ -123,10 +125,12 @@ def _measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
     warnings.simplefilter("ignore")
+    engine = engine_options(options)
+    fixed = (engine.base, engine.dtype, options.threads, options.concurrency)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
-            engine=engine_options(options),
-            book=Book(options.json),
+            engine=engine,
+            book=Book(options.json, stamp_of(*fixed, engine.changes)),
             scratch=Path(scratch),
             peers=options.peers,
             rounds=options.rounds,

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,9 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(base: str, data_dir: Path, **settings: object) -> Iterator[ServerProcess]:
+def serving(
+    base: str, data_dir: Path, environment: Mapping[str, str] | None = None, **settings: object
+) -> Iterator[ServerProcess]:
     """A server that ends with the block; `settings` are as in its environment, in lower case."""
     port = _free_port()
     command = [sys.executable, "-m", "server", "serve", "--base", base, "--port", str(port)]
@@ -71,7 +73,7 @@ def serving(base: str, data_dir: Path, **settings: object) -> Iterator[ServerPro
             command,
             stdout=out,
             stderr=out,
-            env={**os.environ, "GRAFTWORK_LOG_LEVEL": "warning", **chosen},
+            env={**os.environ, "GRAFTWORK_LOG_LEVEL": "warning", **chosen, **(environment or {})},
         )
     try:
         _wait_ready(port, process, log)

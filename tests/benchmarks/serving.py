@@ -12,7 +12,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
+# isort: off
+from tests.benchmarks.as_served import torch
+# isort: on
+
 from rich.console import Console
 
 from tests.benchmarks.book import Book, show

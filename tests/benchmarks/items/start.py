@@ -8,11 +8,19 @@ from pathlib import Path
 
 from tests.benchmarks.book import fact
 from tests.benchmarks.items import Bench
-from tests.benchmarks.paired import interval
+from tests.benchmarks.paired import LEAST_PAIRS, interval
 from tests.benchmarks.server_process import serving
 
 _READY_SECONDS = 5.0
 _ROOM = 400 * 1_000_000
+
+
+def _first_start(bench: Bench) -> float:
+    """Seconds to ready where no kernels were kept."""
+    kept = {"NUMBA_CACHE_DIR": str(bench.scratch / "no-kernels")}
+    settings = {"threads": bench.threads, "dtype": bench.engine.dtype}
+    with serving(bench.engine.base, bench.scratch / "data-first", kept, **settings) as server:
+        return server.ready_seconds
 
 
 def run(bench: Bench) -> None:
@@ -22,6 +30,7 @@ def run(bench: Bench) -> None:
     weights = sum(path.stat().st_size for path in Path(bench.engine.base).glob("*.safetensors"))
     seconds: list[float] = []
     memory: list[dict[str, int]] = []
+    first = _first_start(bench)
     for number in range(bench.rounds):
         data = bench.scratch / f"data-{number}"
         settings = {"threads": bench.threads, "dtype": bench.engine.dtype}
@@ -33,12 +42,14 @@ def run(bench: Bench) -> None:
     low, high = interval(seconds)
     ready = fact("from the command to ready, median", statistics.median(seconds), "s")
     # As with ratios: the interval has to reach the bar.
-    ready |= {"limit": _READY_SECONDS, "sense": "at most", "met": low <= _READY_SECONDS}
+    met = low <= _READY_SECONDS if len(seconds) >= LEAST_PAIRS else None
+    ready |= {"limit": _READY_SECONDS, "sense": "at most", "met": met}
     most = {kind: max(found[kind] for found in memory) for kind in memory[0]}
     facts = [
         ready,
         fact("the same, 95 % interval from", low, "s"),
         fact("the same, 95 % interval to", high, "s"),
+        fact("the first start, which compiles the kernels", first, "s"),
         fact("base weights", weights, "bytes"),
         fact("anonymous memory at rest", most["anonymous"], "bytes", at_most=weights + _ROOM),
         fact("file-backed pages at rest", most["file"], "bytes"),

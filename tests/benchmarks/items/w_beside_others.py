@@ -58,7 +58,7 @@ def run(bench: Bench) -> None:
 
 def measure_w(bench: Bench, concurrencies: Sequence[int], wanted: set[str]) -> None:
     """Comparisons at W(c) of those that are wanted and installed."""
-    missing = [c for c in concurrencies if not bench.is_done(1, f"W({c})")]
+    missing = [c for c in concurrencies if not _is_done(bench, f"W({c})", wanted)]
     if not missing:
         return
     own = bench.own()
@@ -86,6 +86,14 @@ def measure_w(bench: Bench, concurrencies: Sequence[int], wanted: set[str]) -> N
                 contestant(0)  # loads adapters, allocates, compiles
             bars = _bars(concurrency)
             bench.compare(1, f"W({concurrency})", contestants, bars, left_out=left_out)
+
+
+def _is_done(bench: Bench, measure: str, wanted: set[str]) -> bool:
+    """Whether it was taken with all who are wanted and can take part today."""
+    if not bench.is_done(1, measure):
+        return False
+    found = bench.book.get(1, measure) or {}
+    return all(name not in wanted or why_not(bench, name) for name in found.get("left out", ()))
 
 
 def why_not(bench: Bench, name: str) -> str | None:
