@@ -33,6 +33,7 @@ class AdapterEntry:
     """One adapter that the engine has heard of.
 
     Attributes:
+        residency: where it is; set by `AdapterSlots.move`, so that who wants to know is told.
         needs_fold: True while its host form is a soft prompt that was not folded yet.
         block_ids: the shared KV segment, while FOLDING or DEVICE.
         scale_slot: its row in the scale tables, from 1; row 0 is all ones.
@@ -77,6 +78,7 @@ class AdapterSlots:
         self._block_size = block_size
         self._free_scale_slots = list(range(num_scale_slots, 0, -1))
         self._clock = 0
+        self._moved: dict[str, None] = {}
 
     def entry(self, ref: AdapterRef) -> AdapterEntry:
         """The entry of `ref`, made on first sight."""
@@ -86,6 +88,17 @@ class AdapterSlots:
     def num_adapter_blocks(self) -> int:
         """Blocks that adapters hold now."""
         return sum(len(entry.block_ids) for entry in self.entries.values())
+
+    def move(self, entry: AdapterEntry, residency: Residency) -> None:
+        """Note where `entry` is from now on."""
+        entry.residency = residency
+        self._moved[entry.ref.digest] = None
+
+    def take_moved(self) -> list[AdapterEntry]:
+        """Who moved since this was last asked, each once; in a step most often nobody."""
+        moved = [self.entries[digest] for digest in self._moved if digest in self.entries]
+        self._moved.clear()
+        return moved
 
     def touch(self, entry: AdapterEntry) -> None:
         """Note that it was used just now."""
@@ -129,7 +142,7 @@ class AdapterSlots:
         if entry.scale_slot:
             self._free_scale_slots.append(entry.scale_slot)
             entry.scale_slot = 0
-        entry.residency = Residency.HOST if entry.on_host else Residency.DISK
+        self.move(entry, Residency.HOST if entry.on_host else Residency.DISK)
 
     def _evict_one(self, *, scales: bool, keep: AdapterEntry | None) -> bool:
         idle = [

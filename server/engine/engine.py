@@ -533,7 +533,8 @@ class Engine:
         """Adapters that moved since this was last asked; `step` has it in its events."""
         names = {Residency.DEVICE: "device", Residency.HOST: "host", Residency.FOLDING: "host"}
         changes: list[Event] = []
-        for digest, entry in self.scheduler.slots.entries.items():
+        for entry in self.scheduler.slots.take_moved():
+            digest = entry.ref.digest
             now = names.get(entry.residency, "disk")
             before = self._told.get(digest, _NEVER_TOLD)
             after = (now, entry.num_loads, entry.num_evictions)

@@ -197,7 +197,7 @@ class Scheduler:
     def adapter_loaded(self, digest: str, *, needs_fold: bool) -> None:
         """The adapter's host form is in memory."""
         entry = self.slots.entries[digest]
-        entry.residency = Residency.HOST
+        self.slots.move(entry, Residency.HOST)
         entry.on_host = True
         entry.needs_fold = needs_fold
 
@@ -208,13 +208,13 @@ class Scheduler:
             return
         entry.on_host = False
         if entry.residency is Residency.HOST:
-            entry.residency = Residency.DISK
+            self.slots.move(entry, Residency.DISK)
 
     def adapter_failed(self, digest: str) -> list[Sequence]:
         """The adapter cannot be read: its waiting sequences, finished, for the caller to report."""
         entry = self.slots.entries[digest]
         if entry.residency is Residency.LOADING:
-            entry.residency = Residency.DISK
+            self.slots.move(entry, Residency.DISK)
         if entry in self._preloads:
             self._preloads.remove(entry)
         failed = list(self._queues.get(digest, ()))
@@ -230,7 +230,7 @@ class Scheduler:
         fold.block_ids = []
         fold.to(SequenceState.FINISHED)
         self.running.remove(fold)
-        entry.residency = Residency.DEVICE
+        self.slots.move(entry, Residency.DEVICE)
         entry.needs_fold = False
         entry.pins -= 1
         return entry
@@ -613,7 +613,7 @@ class Scheduler:
     ) -> bool:
         """Move an adapter towards the device; True when it is there, before the forward pass runs."""
         if entry.residency is Residency.DISK and self._may_load():
-            entry.residency = Residency.LOADING
+            self.slots.move(entry, Residency.LOADING)
             plan.loads.append(entry.ref.digest)
         if entry.residency is not Residency.HOST:
             return False
@@ -626,7 +626,7 @@ class Scheduler:
         if entry.needs_fold:
             self._start_fold(plan, entry)
             return False
-        entry.residency = Residency.DEVICE
+        self.slots.move(entry, Residency.DEVICE)
         plan.installs.append(entry)
         return True
 
@@ -638,7 +638,7 @@ class Scheduler:
         rows = entry.ref.num_virtual_tokens
         plan.clears += entry.block_ids
         fold = Sequence.fold(entry.ref.digest, rows, entry.block_ids, self._next_arrival())
-        entry.residency = Residency.FOLDING
+        self.slots.move(entry, Residency.FOLDING)
         entry.pins += 1
         self.running.append(fold)
 

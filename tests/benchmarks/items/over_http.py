@@ -1,8 +1,8 @@
 """7. The server costs little: its processor time a token, streaming over HTTP, over the engine's own.
 
 The same prompts go to both, new ones each round. The server is as `graftwork serve` starts it, with access
-log, kept prompts and a worker for training, which waits. The client's time is not the server's, but it takes
-its share of the cores; that is why the wall ratio is printed and the bar is on processor time.
+log, kept prompts and a worker for training, which waits. The client's time is not the server's, but it
+takes its share of the cores; that is why the wall ratio is printed and the bar is on processor time.
 """
 
 from __future__ import annotations

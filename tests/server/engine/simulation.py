@@ -74,6 +74,7 @@ class Simulation:
         self.scheduler = Scheduler(self.limits)
         self._host: OrderedDict[str, bool] = OrderedDict()  # digest -> needs fold
         self._folded: set[str] = set()
+        self._told: dict[str, Residency] = {}
         self._cells: dict[tuple[int, int], tuple[str, int | tuple[int, ...]]] = {}
         self._scale_rows: dict[int, str] = {}
         self._num_requests = 0
@@ -157,7 +158,15 @@ class Simulation:
         elif plan.chunks:
             self._compute(plan)
         self.scheduler.check_integrity()
+        self._check_told()
         return plan
+
+    def _check_told(self) -> None:
+        """Who listens only to moves knows where everybody is."""
+        slots = self.scheduler.slots
+        self._told |= {entry.ref.digest: entry.residency for entry in slots.take_moved()}
+        for digest, entry in slots.entries.items():
+            assert self._told.get(digest, Residency.DISK) is entry.residency
 
     def run(self, max_steps: int = 10_000) -> int:
         """Step until nothing is left; the number of steps."""
