@@ -157,9 +157,12 @@ def _verdict(entry: dict[str, Any]) -> str:
     return "met" if reached else "met by the interval, not by the median"
 
 
-def fact(name: str, value: float, unit: str, at_most: float | None = None) -> dict[str, Any]:
-    """A single figure, and the most that it may be."""
+def fact(
+    name: str, value: float, unit: str, at_most: float | None = None, *, judged: bool = True
+) -> dict[str, Any]:
+    """A single figure, and the most that it may be; not `judged` where there were too few rounds."""
     entry: dict[str, Any] = {"name": name, "value": value, "unit": unit}
     if at_most is not None:
-        entry |= {"limit": at_most, "sense": "at most", "met": value <= at_most}
+        met = value <= at_most if judged else None
+        entry |= {"limit": at_most, "sense": "at most", "met": met}
     return entry
