@@ -61,7 +61,8 @@ def _ratios(directory: Path, bars: list[tuple[str, dict[str, Any]]]) -> Path:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel(
-        "ratio over its bar, where that says at most, bar over ratio: right of 1 is good (grey: not judged)"
+        "ratio over its bar, where that says at most, bar over ratio\n"
+        "right of 1 is good (grey: not judged)"
     )
     path = directory / "ratios.png"
     figure.tight_layout()
