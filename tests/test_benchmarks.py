@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from tests.benchmarks.book import Book, show
+from tests.benchmarks.book import Book, fact, show, stamps
 from tests.benchmarks.paired import Bar, interval, is_met, take_turns
 from tests.benchmarks.stamp import stamp_of
 from tests.benchmarks.workload import NEW_RANGE, PROMPT_RANGE, mixed_lengths
@@ -107,6 +108,37 @@ def test_the_table_says_whether_the_median_reaches_the_bar_too(
     assert [cell.strip() for cell in shown.split("at least 1")[1].split("│")[1:2]] == [said]
     assert "without llama.cpp: not installed" in shown
     assert "2 threads, float32" in shown
+
+
+def test_what_items_have_in_common_is_said_once_with_the_day_of_each(tmp_path: Path) -> None:
+    stamp = stamp_of(str(tmp_path), "float32", 2, 32, {})
+    book = Book(None, stamp)
+    for item in (1, 2):
+        book.put(item, "measure", {"rounds": 9})
+    days = {"1": "2026-01-30", "2": "2026-02-01"}
+    for item, day in days.items():
+        book.content["items"][item]["measure"]["stamp"]["date"] = f"{day}T00:00:00+00:00"
+    [said] = stamps(book)
+    assert "items 1 (2026-01-30), 2 (2026-02-01):" in said
+    assert said.count("2 threads, float32") == 1
+
+
+def test_a_file_without_stamps_is_shown_and_measured_anew(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "figures.json"
+    facts = [fact("time", 1.0, "s")]
+    path.write_text(json.dumps({"items": {"10": {"start": {"facts": facts, "rounds": 9}}}}))
+    book = Book(path, stamp_of(str(tmp_path), "float32", 2, 32, {}))
+    console = Console(record=True, width=200)
+    show(book, console)
+    assert "items 10:\nunknown code, options and machine" in console.export_text()
+    assert not book.is_done(10, "start", 9)
+    assert "10. start: anew" in capsys.readouterr().err
+
+
+def test_a_figure_of_too_few_rounds_has_a_bar_and_no_verdict() -> None:
+    assert fact("memory", 2.0, "bytes", at_most=1.0)["met"] is False
+    few = fact("memory", 2.0, "bytes", at_most=1.0, judged=False)
+    assert (few["limit"], few["met"]) == (1.0, None)
 
 
 def test_a_book_goes_on_where_it_stopped(tmp_path: Path) -> None:

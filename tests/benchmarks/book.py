@@ -92,15 +92,16 @@ def show(book: Book, console: Console) -> None:
 
 
 def stamps(book: Book) -> list[str]:
-    """What the measures depend on: one text for all items that have it in common."""
+    """What the measures depend on: one text for all items that have it in common, with their days."""
     items: dict[str, list[str]] = {}
     for item, measures in book.items():
         for measure in measures.values():
-            if measure["stamp"].get("code") is None:
-                continue
-            day = measure["stamp"]["date"][:10]
-            of_it = items.setdefault(f"{text(measure['stamp'])}, {day}", [])
-            of_it += [str(item)] if str(item) not in of_it else []
+            stamp = measure.get("stamp", {})
+            # A file of an earlier benchmark has measures without one.
+            what = text(stamp) if "code" in stamp else "unknown code, options and machine"
+            dated = f"{item} ({stamp['date'][:10]})" if "date" in stamp else str(item)
+            of_it = items.setdefault(what, [])
+            of_it += [dated] if dated not in of_it else []
     return [f"\nitems {', '.join(of_it)}:\n{what}" for what, of_it in items.items()]
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from tests.benchmarks.book import Book, show
 from tests.benchmarks.items import Bench, add_engine_options, engine_options
 from tests.benchmarks.items.w_beside_others import OURS, PEFT_BATCHES, PEFT_ONE, measure_w
+from tests.benchmarks.stamp import stamp_of
 
 
 def main() -> None:
@@ -34,13 +35,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    book = Book(None)
     if options.json is not None:
         options.json.unlink(missing_ok=True)
-        book = Book(options.json)
+    engine = engine_options(options)
+    fixed = (engine.base, engine.dtype, options.threads, options.concurrency)
+    book = Book(options.json, stamp_of(*fixed, engine.changes))
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
-            engine=engine_options(options),
+            engine=engine,
             book=book,
             scratch=Path(scratch),
             peers=Path("nowhere"),

@@ -36,8 +36,8 @@ def stamp_of(
         "threads": threads,
         "concurrency": concurrency,
         "changes": dict(changes),
-        "versions": [f"{name}=={version(name)}" for name in _LIBRARIES]
-        + [LLAMA_PACKAGE, VLLM_PACKAGE],
+        "versions": [f"{name}=={version(name)}" for name in _LIBRARIES],
+        "peers": [LLAMA_PACKAGE, VLLM_PACKAGE],
         **_machine(),
         "commit": _commit(),
     }
@@ -52,10 +52,12 @@ def difference(known: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def text(stamp: Mapping[str, Any]) -> str:
     """A stamp in a few lines."""
     changes = "".join(f", {name}={value}" for name, value in stamp["changes"].items())
+    # Stamps of before had the peers among the versions.
+    peers = f"; where they took part: {', '.join(stamp['peers'])}" if "peers" in stamp else ""
     return (
         f"{stamp['processor']}, {stamp['cores']} cores ({' '.join(stamp['features'])})\n"
         f"{stamp['threads']} threads, {stamp['dtype']}, base {stamp['base'][:12]}{changes}\n"
-        f"{', '.join(stamp['versions'])}\n"
+        f"{', '.join(stamp['versions'])}{peers}\n"
         f"commit {stamp['commit'] or 'unknown'}, code {stamp['code']}"
     )
 
