@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def _first_start(bench: Bench) -> float:
 def run(bench: Bench) -> None:
     """Several starts on the converted base; memory after a few seconds of rest."""
     if bench.is_done(10, "start"):
+        return
+    if bench.engine.changes:
+        print(
+            "   the server has its own settings: left out with --plain and --engine",
+            file=sys.stderr,
+        )
         return
     weights = sum(path.stat().st_size for path in Path(bench.engine.base).glob("*.safetensors"))
     seconds: list[float] = []

@@ -118,6 +118,7 @@ def _bars(concurrency: int) -> list[Bar]:
 
 def _ours(bench: Bench, own: Own, stack: ExitStack) -> Callable[[int], Contestant]:
     refs = [adapter.ref for adapter in bench.adapters(own)]
+    own.preload(refs)  # the one request of W(1) has another one in each round
     return lambda c: rate_of(own, lambda number: w_asks(own, c, refs, first=number))
 
 
