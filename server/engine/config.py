@@ -61,8 +61,9 @@ class EngineConfig:
     max_queued: int = 1024
     max_queued_per_adapter: int | None = None
     max_step_tokens: int = 512
-    # Beside 16 streams a prompt of 2,000 tokens made gaps of 3.3 times the usual one by 32, 4.0 by 64 and
-    # no less by 16: the step costs more than the tokens. Alone it took 1.09 s by 32, 0.96 by 64.
+    # When it was chosen, a prompt of 2,000 tokens beside 16 streams made gaps of 3.3 times the usual one by
+    # 32, 4.0 by 64 and no less by 16: the step costs more than the tokens. Alone it took 1.09 s by 32, 0.96
+    # by 64.
     prefill_chunk: int = 32
     prefill_tokens_beside: int | None = 192
     batching: Batching = "mixed"

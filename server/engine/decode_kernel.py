@@ -311,6 +311,8 @@ class KernelRows:
         tables: what each line sees. A row sees the keys up to its own position.
         num_attended: the first so many are attended here, of the others only keys and values are put
             in place.
+        are_alone: each row is another sequence's, and all of them are attended here: none sees what
+            another puts in place.
         prefixes: beginnings that are attended first, for some of those; they are not in `tables`.
     """
 
@@ -321,6 +323,7 @@ class KernelRows:
     slots: np.ndarray
     tables: list[BlockTable]
     num_attended: int
+    are_alone: bool = False
     prefixes: Sequence[SharedPrefix] = ()
 
 
@@ -375,7 +378,7 @@ class KernelPlan:
                 padded[side, line, : counts[line]] = part
         by_row = np.stack((rows.tokens, rows.positions, rows.lines, rows.blocks, rows.slots))
         # What is done one after the other, and with how many of the rows.
-        if len(rows.tables) == len(rows.tokens) == rows.num_attended:
+        if rows.are_alone:
             self._passes = [(_BOTH, rows.num_attended)]
         else:  # rows of one sequence see each other's keys, which must all be there first
             self._passes = [(_PUT, len(rows.tokens)), (_ATTEND, rows.num_attended)]

@@ -98,10 +98,14 @@ class KVBlocks:
             self._all[block, 0, :, :, :count] = part_k
             self._all[block, 1, :, :, :count] = part_v
 
-    def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy whole blocks, (from, to), one after the other, in all layers."""
-        for source, target in pairs:
-            self._all[target] = self._all[source]
+    def copy(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copy beginnings of blocks, (from, to, tokens), one after the other, in all layers.
+
+        The rest of the target is wiped, as by `clear`: what stands behind the tokens is another's.
+        """
+        for source, target, num_tokens in copies:
+            self._all[target, :, :, :, :num_tokens] = self._all[source, :, :, :, :num_tokens]
+            self._all[target, :, :, :, num_tokens:] = 0
 
     def read_prefix(
         self, block_ids: list[int], num_tokens: int

@@ -151,9 +151,9 @@ class ModelRunner:
         elif isinstance(form, SoftPrompt):
             raise TypeError("a soft prompt is folded before it is installed")
 
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy blocks, (from, to), one after the other."""
-        self._blocks.copy(pairs)
+    def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copy beginnings of blocks, (from, to, tokens), one after the other."""
+        self._blocks.copy(copies)
 
     def clear_blocks(self, block_ids: list[int]) -> None:
         """Wipe what somebody else left in blocks."""
@@ -277,11 +277,11 @@ class ModelRunner:
         num_attended = len(lines)
         lines = np.concatenate((lines, np.zeros(len(tokens) - num_attended, np.int64)))
         tables, prefixes = self._own_tables(fast)
-        self._path.fast = kernel.plan(
-            KernelRows(
-                tokens, positions[tokens], lines, blocks, slots, tables, num_attended, prefixes
-            )
-        )
+        # By sequence: one may have two pieces of a token each, where a chunk ends between them.
+        are_alone = not others and len({id(piece.sequence) for piece in fast}) == len(tokens)
+        places = (tokens, positions[tokens], lines, blocks, slots)
+        rows = KernelRows(*places, tables, num_attended, are_alone, prefixes)
+        self._path.fast = kernel.plan(rows)
 
     def _own_tables(self, pieces: list[_Piece]) -> tuple[list[BlockTable], list[SharedPrefix]]:
         """Tables of pieces for the decode kernel, and long prefixes apart from them.

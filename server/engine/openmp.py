@@ -6,6 +6,7 @@ Knows nothing of what runs on its threads.
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,28 @@ def torch_openmp() -> Any:
     return library
 
 
+# What numba says of a function that raised where there is nobody to raise to: it tells the interpreter, and
+# returns as if it had done its work.
+_RAISED_IN = "<numba."
+_failures: list[BaseException] = []
+
+
+def _listen() -> None:
+    """Hear of exceptions in kernels from now on, and leave all others to who heard of them before."""
+    before = sys.unraisablehook
+    if getattr(before, "hears_kernels", False):
+        return
+
+    def hear(said: sys.UnraisableHookArgs) -> None:
+        if isinstance(said.object, str) and said.object.startswith(_RAISED_IN):
+            _failures.append(said.exc_value or MemoryError("a kernel failed"))
+        else:
+            before(said)
+
+    hear.hears_kernels = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hear
+
+
 class Kernel:
     """A compiled function of one pointer.
 
@@ -44,6 +67,7 @@ class Kernel:
         self._compiled = compiled
         self.address = int(compiled.address)
         self._call = compiled.ctypes
+        _listen()
 
     def run(self, argument: int, most: int) -> None:
         """Call it once on each thread that torch may use.
@@ -51,6 +75,10 @@ class Kernel:
         Args:
             argument: the pointer. What is there says how the threads share the work.
             most: threads that have anything to do.
+
+        Raises:
+            MemoryError: there was none for what the kernel keeps besides; what it should have written is
+                not to be read.
         """
         threads = min(torch.get_num_threads(), most) if most > 1 else 1
         openmp = torch_openmp() if threads > 1 else None
@@ -58,6 +86,10 @@ class Kernel:
             self._call(argument)
         else:
             openmp.GOMP_parallel(self.address, argument, threads, 0)
+        if _failures:
+            failure = _failures[0]
+            _failures.clear()
+            raise failure
 
 
 def one_thread_here() -> None:

@@ -113,11 +113,12 @@ class PrefixCache:
             if other.request is not None
         )
 
-    def attach(self, sequence: Sequence, match: Match) -> tuple[int, int] | None:
+    def attach(self, sequence: Sequence, match: Match) -> tuple[int, int, int] | None:
         """Make `sequence` hold the blocks of a match, as computed.
 
         Returns:
-            (from, to): a block to copy for tokens that it shares only in part, or None.
+            (from, to, tokens): a block that it shares only in part and whose first tokens are to be copied,
+            or None.
         """
         size = self._block_size
         self._pool.hold(match.block_ids)
@@ -134,7 +135,7 @@ class PrefixCache:
             target = self._pool.allocate(1) or []
             sequence.block_ids += target
             sequence.num_computed = match.num_tokens
-            copy = (match.partial, target[0])
+            copy = (match.partial, target[0], match.num_tokens - len(match.block_ids) * size)
         self._pool.free([match.partial])
         return copy
 

@@ -336,16 +336,21 @@ class Scheduler:
         adapters = [_turn_of(sequence) for sequence in by_age + self._preempted]
         order = self._served_alone.order([*adapters, *self._queues])
         oldest = self._oldest()
+        # Who is served out of turn takes nobody in besides: memory would be short again at once, and
+        # nobody else's turn would ever come.
+        admits = not self._preempted
         if self._preempted and oldest is not None:
             # Memory is short: the oldest sequence has to end for the others to come back.
             order.insert(0, _turn_of(oldest))
         for key in order:
-            self._serve(plan, key, [s for s in by_age if _turn_of(s) == key])
+            self._serve(plan, key, [s for s in by_age if _turn_of(s) == key], admits=admits)
             if plan.chunks:
                 self._served_alone.served(key, plan.num_tokens)
                 return
 
-    def _serve(self, plan: StepPlan, key: str | None, running: list[Sequence]) -> None:
+    def _serve(
+        self, plan: StepPlan, key: str | None, running: list[Sequence], *, admits: bool
+    ) -> None:
         """Plan one adapter's sequences, the oldest first, then single tokens, then who may join."""
         decodes = [s for s in running if self._is_decode(s)]
         budget = self._budget(decodes)
@@ -358,7 +363,7 @@ class Scheduler:
         while self._preempted and _turn_of(self._preempted[0]) == key:
             if not self._resume_first(plan, budget):
                 break
-        while not self._preempted and key in self._queues and key in self._admissible():
+        while admits and not self._preempted and key in self._queues and key in self._admissible():
             if not self._admit_from(plan, key, budget):
                 break
         self._extend(plan, budget)
@@ -383,10 +388,10 @@ class Scheduler:
             while (left := sequence.num_tokens - chunk.start - size) > 0:
                 more = min(left, self.limits.prefill_chunk)
                 need = self._num_missing(sequence, chunk.start + size + more)
-                if not budget.allows_more(more) or need > self.pool.num_free:
+                if not budget.allows_more(more, size) or need > self.pool.num_free:
                     break
                 self._take_blocks(plan, sequence, need)
-                budget.take_more(more)
+                budget.take_more(more, size)
                 size += more
             plan.chunks[index] = Chunk.of(sequence, chunk.start, size)
 
@@ -605,7 +610,7 @@ class Scheduler:
 
     def _leave_prefix(self, plan: StepPlan, sequence: Sequence) -> None:
         """Undo `_take_prefix`."""
-        plan.copies = [pair for pair in plan.copies if pair[1] not in sequence.block_ids]
+        plan.copies = [copy for copy in plan.copies if copy[1] not in sequence.block_ids]
         self.prefixes.detach(sequence)
 
     def _make_resident(

@@ -37,7 +37,8 @@ class StepPlan:
 
     Attributes:
         loads: digests to read from disk, asked for once.
-        copies: (from, to) blocks to copy before anything else is written, in this order.
+        copies: (from, to, tokens), blocks whose first tokens are copied before anything else is written, in
+            this order.
         clears: blocks that the step fills in part and that may hold what others left; to be wiped
             after the copies.
         installs: adapters whose slot must be filled before the forward pass.
@@ -47,7 +48,7 @@ class StepPlan:
     """
 
     loads: list[str] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
     clears: list[int] = field(default_factory=list)
     installs: list[AdapterEntry] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)

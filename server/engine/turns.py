@@ -37,14 +37,14 @@ class Budget:
         if size > 1:
             self.prompt_tokens -= size
 
-    def allows_more(self, size: int) -> bool:
-        """Whether a chunk that has a place may grow by `size` tokens."""
-        return size <= self.tokens and size <= self.prompt_tokens
+    def allows_more(self, size: int, placed: int) -> bool:
+        """Whether a chunk of `placed` tokens may grow by `size`."""
+        return size <= self.tokens and size + (placed == 1) <= self.prompt_tokens
 
-    def take_more(self, size: int) -> None:
-        """It grew."""
+    def take_more(self, size: int, placed: int) -> None:
+        """It grew. A single token that grows is counted as prompt from now on, itself as well."""
         self.tokens -= size
-        self.prompt_tokens -= size
+        self.prompt_tokens -= size + (placed == 1)
 
 
 class Turns:

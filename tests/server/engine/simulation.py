@@ -146,9 +146,10 @@ class Simulation:
         self._check_order(plan, before)
         for digest in plan.loads:
             self._start_load(digest)
-        for source, target in plan.copies:
+        for source, target, num_tokens in plan.copies:
             for place in range(self.limits.block_size):
-                if (source, place) in self._cells:
+                self._cells.pop((target, place), None)
+                if place < num_tokens:
                     self._cells[target, place] = self._cells[source, place]
         for entry in plan.installs:
             if entry.residency is Residency.DEVICE:

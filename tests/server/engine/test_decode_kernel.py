@@ -78,7 +78,7 @@ def single_tokens(tokens, positions, tables) -> KernelRows:
     blocks = np.array([ids[-1] for ids, _, _ in tables])
     slots = np.array([filled[-1] - 1 for _, _, filled in tables])
     lines = np.arange(len(tokens))
-    return KernelRows(tokens, positions, lines, blocks, slots, tables, len(tokens))
+    return KernelRows(tokens, positions, lines, blocks, slots, tables, len(tokens), are_alone=True)
 
 
 class Setting:

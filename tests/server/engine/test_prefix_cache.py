@@ -10,8 +10,10 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.engine.blocks import BlockPool
+from server.engine.decode_kernel import DecodeKernel
 from server.engine.prefix_cache import PrefixCache, num_common
 from server.engine.request import FailedEvent, GenerationRequest, SamplingParams
 from server.engine.sequence import Sequence
@@ -301,3 +303,42 @@ def test_what_gave_no_finite_logits_is_not_kept(start):
     engine.runner.run = real_run
     run(engine, [request("good", prompt, None, 2)])
     assert engine.scheduler.prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize("fast_kernels", [True, False])
+def test_what_stands_behind_shared_tokens_is_not_taken_along(start, fast_kernels):
+    engine = start(fast_kernels=fast_kernels)
+    shared = prompt_ids(5, seed=5)
+    alone = tokens(
+        run(start(), [request("alone", [*shared, *prompt_ids(6, seed=6)], None, 4)])["alone"]
+    )
+    run(engine, [request("first", [*shared, *prompt_ids(9, seed=7)], None, 1)])
+    # Whatever the first one had there, the second has nothing to do with it.
+    engine.runner._blocks._all[:, :, :, :, len(shared) :] = float("nan")
+    second = [request("second", [*shared, *prompt_ids(6, seed=6)], None, 4)]
+    assert tokens(run(engine, second)["second"]) == alone
+    assert engine.scheduler.prefix_hit_tokens == len(shared)
+
+
+def test_two_tokens_of_one_sequence_are_not_taken_for_two_sequences(monkeypatch):
+    planned = []
+    plan = DecodeKernel.plan
+
+    def spy(kernel, rows):
+        planned.append(rows)
+        return plan(kernel, rows)
+
+    monkeypatch.setattr(DecodeKernel, "plan", spy)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    engine = tiny_engine(AutoModelForCausalLM.from_config(config).eval().requires_grad_(False))
+    shared = prompt_ids(TINY.prefill_chunk - 1, seed=5)
+    run(engine, [request("first", [*shared, 7, 7, 7, 7], None, 1)])
+    planned.clear()
+    # One token until the chunk's end, and one behind it: two pieces, of which the second sees the first.
+    run(engine, [request("second", [*shared, 9, 9], None, 1)])
+    assert [(list(rows.positions), rows.are_alone) for rows in planned] == [([15, 16], False)]
+    planned.clear()
+    run(engine, [request(name, [3 + i], None, 2) for i, name in enumerate("ab")])
+    engine.close()
+    assert [rows.are_alone for rows in planned] == [True, True]

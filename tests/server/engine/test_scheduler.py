@@ -479,6 +479,19 @@ def test_a_long_prompt_moves_every_second_step_beside_a_crowd_of_short_ones():
     assert sim.live[long].num_computed - before == 6 * 8
 
 
+def test_a_single_token_that_grows_is_counted_as_prompt():
+    sim = roomy(max_step_tokens=30, prefill_tokens_beside=8)
+    sim.add(num_prompt=3, max_new_tokens=40)
+    sim.step()
+    sim.add(num_prompt=12, max_new_tokens=30, num_shared=7)
+    for _ in range(3):
+        sim.step()
+    # Seven of its tokens are known: one to the end of the chunk, and eight behind it.
+    late = sim.add(num_prompt=16, max_new_tokens=1, num_shared=7)
+    assert prompt_sizes(sim.step()) == {}
+    assert prompt_sizes(sim.step()) == {late: 8}
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_adapters_that_have_the_step_to_themselves_take_turns(rows):
     sim = roomy(max_running=12, max_step_tokens=64, per_adapter=True)
@@ -490,6 +503,19 @@ def test_adapters_that_have_the_step_to_themselves_take_turns(rows):
     served = [{c.sequence.adapter_digest for c in sim.step().chunks} for _ in range(40)]
     assert all(len(adapters) == 1 for adapters in served)
     assert {len(sim.emitted[r]) - before[r] for r in ids} == {10}
+
+
+def test_an_adapter_that_outgrows_the_memory_is_not_served_alone_for_ever():
+    limits = replace(LIMITS, num_blocks=20, max_running=4, max_step_tokens=32, per_adapter=True)
+    sim = Simulation(limits)
+    for step in range(400):
+        while sum(sequence.adapter_digest is None for sequence in sim.live.values()) < 8:
+            sim.add(num_prompt=30, max_new_tokens=30)
+        if step == 20:
+            other = sim.add(kv_adapter("other"), num_prompt=8, max_new_tokens=4)
+        sim.step()
+    assert sim.scheduler.num_preemptions > 0
+    assert other in sim.finished
 
 
 def test_an_adapter_with_long_prompts_gets_its_share_of_tokens_and_not_of_steps():
