@@ -9,6 +9,8 @@ from server.api import errors
 from server.jobs import failures
 from server.limits import Limits
 from server.settings import Settings
+from tests.benchmarks import markdown
+from tests.benchmarks.book import Book
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -38,3 +40,11 @@ def test_every_limit_stands_in_the_readme_with_its_default_and_its_error():
             assert float(default.replace(",", "")) == value, name
         for status, code in re.findall(r"(\d{3}) `(\w+)`", told):
             assert (int(status), code) in refusals, name
+
+
+def test_the_figures_of_the_benchmark_are_those_of_its_file():
+    book = Book(markdown.KEPT)
+    assert markdown.beside_others(book) in README
+    assert markdown.ratios(book) in README
+    named = {entry["stamp"]["code"] for _, measures in book.items() for entry in measures.values()}
+    assert len(named) == 1, "figures of more than one engine"

@@ -49,9 +49,9 @@ class Item:
 
 
 ITEMS = {
-    1: Item("w_beside_others", "W(1), W(8), W(32) beside PEFT, transformers, llama.cpp, vLLM", 14),
+    1: Item("w_beside_others", "W(1), W(8), W(32) beside PEFT, transformers, llama.cpp, vLLM", 19),
     2: Item("mixed_adapters", "mixed adapters over the base alone", 2.5),
-    3: Item("real_traffic", "mixed lengths and Poisson arrivals; sampling", 4),
+    3: Item("real_traffic", "mixed lengths and Poisson arrivals; sampling", 5),
     4: Item("many_adapters", "1,000 registered, more than there are slots, 256 active", 4),
     5: Item("soft_prompts", "long soft prompts", 3.5),
     6: Item("kept_prompts", "prompts that repeat", 0.5),
