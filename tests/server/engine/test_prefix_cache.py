@@ -310,12 +310,12 @@ def test_what_stands_behind_shared_tokens_is_not_taken_along(start, fast_kernels
     engine = start(fast_kernels=fast_kernels)
     shared = prompt_ids(5, seed=5)
     alone = tokens(
-        run(start(), [request("alone", [*shared, *prompt_ids(6, seed=6)], None, 4)])["alone"]
+        run(start(), [request("alone", [*shared, *prompt_ids(2, seed=6)], None, 4)])["alone"]
     )
     run(engine, [request("first", [*shared, *prompt_ids(9, seed=7)], None, 1)])
     # Whatever the first one had there, the second has nothing to do with it.
     engine.runner._blocks._all[:, :, :, :, len(shared) :] = float("nan")
-    second = [request("second", [*shared, *prompt_ids(6, seed=6)], None, 4)]
+    second = [request("second", [*shared, *prompt_ids(2, seed=6)], None, 4)]
     assert tokens(run(engine, second)["second"]) == alone
     assert engine.scheduler.prefix_hit_tokens == len(shared)
 
