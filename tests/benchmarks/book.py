@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.paired import reaches
 from tests.benchmarks.stamp import difference, text
 
 
@@ -153,8 +154,7 @@ def _verdict(entry: dict[str, Any]) -> str:
     if not entry["met"]:
         return "not met"
     figure = entry["ratio"] if "ratio" in entry else entry["value"]
-    at_least = entry["sense"] == "at least"
-    reached = figure >= entry["limit"] if at_least else figure <= entry["limit"]
+    reached = reaches(figure, entry["limit"], entry["sense"])
     return "met" if reached else "met by the interval, not by the median"
 
 

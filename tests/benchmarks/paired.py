@@ -49,11 +49,16 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
     return medians[int(0.025 * _RESAMPLES)], medians[int(0.975 * _RESAMPLES) - 1]
 
 
+def reaches(figure: float, limit: float, sense: str) -> bool:
+    """Whether a figure is at least, or at most, as much as is asked."""
+    return figure >= limit if sense == "at least" else figure <= limit
+
+
 def is_met(bar: Bar, pairs: int, low: float, high: float) -> bool | None:
     """Whether the interval reaches the bar; None where there is no bar, or too few pairs."""
     if bar.limit is None or pairs < LEAST_PAIRS:
         return None
-    return high >= bar.limit if bar.sense == "at least" else low <= bar.limit
+    return reaches(high if bar.sense == "at least" else low, bar.limit, bar.sense)
 
 
 def ratio_of(bar: Bar, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:

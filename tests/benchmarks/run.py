@@ -27,6 +27,7 @@ from tests.benchmarks.as_served import torch
 from rich.console import Console
 from transformers import logging as transformers_logging
 
+from server.base.digest import base_digest
 from tests.benchmarks.book import Book, show
 from tests.benchmarks.items import Bench, add_engine_options, engine_options
 from tests.benchmarks.peers.install import ROOT
@@ -126,11 +127,12 @@ def _measure(options: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     engine = engine_options(options)
-    fixed = (engine.base, engine.dtype, options.threads, options.concurrency)
+    digest = base_digest(Path(engine.base))
+    stamp = stamp_of(digest, engine.dtype, options.threads, options.concurrency, engine.changes)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
             engine=engine,
-            book=Book(options.json, stamp_of(*fixed, engine.changes)),
+            book=Book(options.json, stamp),
             scratch=Path(scratch),
             peers=options.peers,
             rounds=options.rounds,

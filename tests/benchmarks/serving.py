@@ -18,6 +18,7 @@ from tests.benchmarks.as_served import torch
 
 from rich.console import Console
 
+from server.base.digest import base_digest
 from tests.benchmarks.book import Book, show
 from tests.benchmarks.items import Bench, add_engine_options, engine_options
 from tests.benchmarks.items.w_beside_others import OURS, PEFT_BATCHES, PEFT_ONE, measure_w
@@ -38,8 +39,9 @@ def main() -> None:
     if options.json is not None:
         options.json.unlink(missing_ok=True)
     engine = engine_options(options)
-    fixed = (engine.base, engine.dtype, options.threads, options.concurrency)
-    book = Book(options.json, stamp_of(*fixed, engine.changes))
+    digest = base_digest(Path(engine.base))
+    stamp = stamp_of(digest, engine.dtype, options.threads, options.concurrency, engine.changes)
+    book = Book(options.json, stamp)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
             engine=engine,

@@ -6,7 +6,6 @@ Knows no measures.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -15,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from server.base.convert import MANIFEST_FILE
 from tests.benchmarks.peers.install import LLAMA_PACKAGE, VLLM_PACKAGE
 
 _ROOT = Path(__file__).parents[2]
@@ -28,10 +26,10 @@ INFORMATION = ("commit", "date")
 def stamp_of(
     base: str, dtype: str, threads: int, concurrency: int, changes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The engine's code and options, the base, the libraries and the machine, as plain data."""
+    """The engine's code and options, the base's digest, the libraries and the machine, as plain data."""
     return {
         "code": _code_digest(),
-        "base": _digest_of(base),
+        "base": base,
         "dtype": dtype,
         "threads": threads,
         "concurrency": concurrency,
@@ -52,12 +50,10 @@ def difference(known: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def text(stamp: Mapping[str, Any]) -> str:
     """A stamp in a few lines."""
     changes = "".join(f", {name}={value}" for name, value in stamp["changes"].items())
-    # Stamps of before had the peers among the versions.
-    peers = f"; where they took part: {', '.join(stamp['peers'])}" if "peers" in stamp else ""
     return (
         f"{stamp['processor']}, {stamp['cores']} cores ({' '.join(stamp['features'])})\n"
         f"{stamp['threads']} threads, {stamp['dtype']}, base {stamp['base'][:12]}{changes}\n"
-        f"{', '.join(stamp['versions'])}{peers}\n"
+        f"{', '.join(stamp['versions'])}; where they took part: {', '.join(stamp['peers'])}\n"
         f"commit {stamp['commit'] or 'unknown'}, code {stamp['code']}"
     )
 
@@ -68,13 +64,6 @@ def _code_digest() -> str:
         for path in sorted((_ROOT / directory).rglob("*.py")):
             digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _digest_of(base: str) -> str:
-    try:
-        return str(json.loads((Path(base) / MANIFEST_FILE).read_text())["digest"])
-    except (OSError, KeyError, ValueError):
-        return str(Path(base).resolve())
 
 
 def _commit() -> str:

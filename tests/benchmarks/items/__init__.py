@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tests.benchmarks.adapters import BenchAdapter, of_the_workload
 from tests.benchmarks.book import Book
 from tests.benchmarks.own import Ask, Own, OwnOptions, plain_changes
 from tests.benchmarks.paired import Bar, Contestant, take_turns
+from tests.benchmarks.server_process import ServerProcess, serving
 from tests.benchmarks.workload import NEW_TOKENS, prompts
 
 
@@ -59,6 +62,20 @@ class Bench:
     def own(self, folders: Mapping[str, Path] | None = None, **config: Any) -> Own:
         """A new engine of ours; without `folders` it can find the eight of W."""
         return Own(self.engine, self.folders() if folders is None else folders, **config)
+
+    def can_serve(self) -> bool:
+        """Whether `graftwork serve` starts the engine that is asked for; says so where it does not."""
+        if self.engine.changes:
+            told = "the server has its own settings: left out with --plain and --engine"
+            print(f"   {told}", file=sys.stderr)
+        return not self.engine.changes
+
+    def serving(
+        self, name: str, environment: Mapping[str, str] | None = None, **settings: object
+    ) -> AbstractContextManager[ServerProcess]:
+        """A server of the base, with its data under `name`."""
+        given = {"threads": self.threads, "dtype": self.engine.dtype, **settings}
+        return serving(self.engine.base, self.scratch / name, environment, **given)
 
     def is_done(self, item: int, measure: str, rounds: int | None = None) -> bool:
         """Whether the book has it already."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,7 @@ from tests.benchmarks.adapters import BenchAdapter
 from tests.benchmarks.items import Bench
 from tests.benchmarks.own import Ask, Own
 from tests.benchmarks.paired import Bar, Contestant
-from tests.benchmarks.server_process import ServerProcess, serving
+from tests.benchmarks.server_process import ServerProcess
 from tests.benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, prompt
 
 # Two engines that are alike differ by some 2 % of processor time, by where their memory lies: the server is
@@ -34,21 +33,15 @@ def run(bench: Bench) -> None:
     """W on servers and on engines here, in turn."""
     if bench.is_done(7, "processor time") and bench.is_done(7, "wall time"):
         return
-    if bench.engine.changes:
-        print(
-            "   the server has its own settings: left out with --plain and --engine",
-            file=sys.stderr,
-        )
+    if not bench.can_serve():
         return
-    settings = {"threads": bench.threads, "dtype": bench.engine.dtype, "log_level": "info"}
     with ExitStack() as stack:
         pairs = []
         for number in range(_PAIRS):
             own = bench.own(prefix_caching=True)
             stack.callback(own.close)
             adapters = bench.adapters(own)
-            data = bench.scratch / f"data-{number}"
-            server = stack.enter_context(serving(bench.engine.base, data, **settings))
+            server = stack.enter_context(bench.serving(f"data-{number}", log_level="info"))
             _upload(server, adapters)
             refs = [adapter.ref for adapter in adapters]
             pairs.append(Sides(own, server, refs, bench.concurrency))

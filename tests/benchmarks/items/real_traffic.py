@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
+from functools import cache
 
 from server.engine.request import AdapterRef
 from tests.benchmarks.items import Bench, w_asks
@@ -49,24 +50,18 @@ def run(bench: Bench) -> None:
 def _traffic(bench: Bench, own: Own, refs: list[AdapterRef]) -> None:
     c = bench.concurrency
     pace = Traffic(own, refs, c, seed=-1).run(arrivals=float("inf")).requests_per_second
-    stretches: dict[int, Stretch] = {}
 
-    def mixed(number: int) -> float:
-        stretches[number] = Traffic(own, refs, c, seed=number).run(arrivals=_OVERLOAD * pace)
-        return stretches[number].rate
+    @cache  # whoever is the first of a round: the other one needs its lengths
+    def stretch(number: int) -> Stretch:
+        return Traffic(own, refs, c, seed=number).run(arrivals=_OVERLOAD * pace)
 
-    def mixed_of(number: int) -> float:
-        # The other one of the pair needs its lengths, and may be the first of a round.
-        return stretches[number].rate if number in stretches else mixed(number)
-
-    def equal(number: int) -> float:
-        if number not in stretches:
-            mixed(number)
-        return _equal_totals(own, refs, c, stretches[number])
-
-    mixed(-2)
-    equal(-2)
-    bench.compare(3, "traffic", {W_MIXED: mixed_of, W_EQUAL: equal}, [Bar(W_MIXED, W_EQUAL, 0.8)])
+    contestants = {
+        W_MIXED: lambda number: stretch(number).rate,
+        W_EQUAL: lambda number: _equal_totals(own, refs, c, stretch(number)),
+    }
+    for contestant in contestants.values():
+        contestant(-2)
+    bench.compare(3, "traffic", contestants, [Bar(W_MIXED, W_EQUAL, 0.8)])
 
 
 def _equal_totals(own: Own, refs: list[AdapterRef], c: int, stretch: Stretch) -> float:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import cache
 
 from server.engine.request import AdapterRef
 from tests.benchmarks.book import fact
 from tests.benchmarks.items import Bench
 from tests.benchmarks.own import Ask, Own
-from tests.benchmarks.paired import Bar, Contestant
+from tests.benchmarks.paired import Bar
 from tests.benchmarks.workload import PROMPT_TOKENS, prompt
 
 LARGEST, MEDIAN = "largest gap while it is read", "median gap before"
@@ -28,37 +29,31 @@ def run(bench: Bench) -> None:
     own = bench.own()
     refs = [adapter.ref for adapter in bench.adapters(own)]
     own.preload(refs)
-    before: dict[int, float] = {}
-    largest: dict[int, float] = {}
-    reading: dict[int, float] = {}
 
-    def measure(number: int) -> None:
-        before[number], largest[number], reading[number] = gaps(own, refs, number)
+    @cache  # one run has all figures of a round
+    def gaps_of(number: int) -> tuple[float, float, float]:
+        return gaps(own, refs, number)
 
-    def of(figures: dict[int, float]) -> Contestant:
-        def figure(number: int) -> float:
-            if number not in figures:
-                measure(number)
-            return 1000 * figures[number]
-
-        return figure
-
-    measure(-1)
-    contestants = {LARGEST: of(largest), MEDIAN: of(before)}
+    gaps_of(-1)
+    contestants = {
+        LARGEST: lambda number: 1000 * gaps_of(number)[1],
+        MEDIAN: lambda number: 1000 * gaps_of(number)[0],
+    }
     bench.compare(8, "stalls", contestants, [Bar(LARGEST, MEDIAN, 3.0, "at most")], unit="ms")
     alone = [
         own.run([Ask(prompt(_LONG, own.spec.vocab_size, number), 1)]).first_token_seconds
-        for number in reading
+        for number in range(bench.rounds)
     ]
+    among = [gaps_of(number)[2] for number in range(bench.rounds)]
     facts = [
-        fact(f"first token of the {_LONG}, {_STREAMS} streams", _ms(reading.values()), "ms"),
+        fact(f"first token of the {_LONG}, {_STREAMS} streams", _ms(among), "ms"),
         fact(f"first token of the {_LONG}, alone", _ms(alone), "ms"),
     ]
     bench.book.put(8, "the long prompt", {"facts": facts, "rounds": bench.rounds})
     own.close()
 
 
-def _ms(seconds: Iterable[float]) -> float:
+def _ms(seconds: Sequence[float]) -> float:
     return 1000 * statistics.median(seconds)
 
 

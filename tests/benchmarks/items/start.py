@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from pathlib import Path
 
 from tests.benchmarks.book import fact
 from tests.benchmarks.items import Bench
 from tests.benchmarks.paired import LEAST_PAIRS, interval
-from tests.benchmarks.server_process import serving
 
 _READY_SECONDS = 5.0
 _ROOM = 400 * 1_000_000
@@ -19,8 +17,7 @@ _ROOM = 400 * 1_000_000
 def _first_start(bench: Bench) -> float:
     """Seconds to ready where no kernels were kept."""
     kept = {"NUMBA_CACHE_DIR": str(bench.scratch / "no-kernels")}
-    settings = {"threads": bench.threads, "dtype": bench.engine.dtype}
-    with serving(bench.engine.base, bench.scratch / "data-first", kept, **settings) as server:
+    with bench.serving("data-first", kept) as server:
         return server.ready_seconds
 
 
@@ -28,20 +25,14 @@ def run(bench: Bench) -> None:
     """Several starts on the converted base; memory after a few seconds of rest."""
     if bench.is_done(10, "start"):
         return
-    if bench.engine.changes:
-        print(
-            "   the server has its own settings: left out with --plain and --engine",
-            file=sys.stderr,
-        )
+    if not bench.can_serve():
         return
     weights = sum(path.stat().st_size for path in Path(bench.engine.base).glob("*.safetensors"))
     seconds: list[float] = []
     memory: list[dict[str, int]] = []
     first = _first_start(bench)
     for number in range(bench.rounds):
-        data = bench.scratch / f"data-{number}"
-        settings = {"threads": bench.threads, "dtype": bench.engine.dtype}
-        with serving(bench.engine.base, data, **settings) as server:
+        with bench.serving(f"data-{number}") as server:
             seconds.append(server.ready_seconds)
             if number < 3:
                 time.sleep(2)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from server.base.convert import MANIFEST_FILE
+from server.base.convert import read_manifest
 from tests.benchmarks.adapters import lora_adapters
 from tests.benchmarks.children import Child, ChildFailed
 from tests.benchmarks.items import Bench, w_asks
@@ -105,7 +105,7 @@ def why_not(bench: Bench, name: str) -> str | None:
         return "not installed (make bench-peers)"
     if bench.engine.dtype != "bfloat16":
         return f"it computes in bfloat16, the others in {bench.engine.dtype}"
-    if name == LLAMA and not (Path(bench.engine.base) / MANIFEST_FILE).is_file():
+    if name == LLAMA and read_manifest(Path(bench.engine.base)) is None:
         return "it has the default base, the others another"
     return None
 
