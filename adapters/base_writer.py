@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, TypeAlias
 import safetensors
 import torch
 
-from adapters import durable
+from adapters import synced_files
 from adapters.base_files import INDEX_FILE, WEIGHTS_FILE
-from adapters.checkpoint import shorten
+from adapters.checkpoint.folder import shorten
 from adapters.errors import MergeInvalid
 
 CONFIG_FILE = "config.json"
@@ -83,7 +83,7 @@ def write_base(
         MergeInvalid: `out` exists, or a weight file is not safetensors.
         StorageFull: the disk took no more; nothing is left behind.
     """
-    with durable.full_disk_is_storage_full("the base"), _appearing(out) as made:
+    with synced_files.full_disk_is_storage_full("the base"), _appearing(out) as made:
         num_bytes = 0
         for file in files:
             num_bytes += _rewrite(
@@ -128,7 +128,7 @@ def _rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | No
                 tensor = tensor.to(dtype)
             _write(file, change(name, tensor))
         file.flush()
-        durable.sync(target)
+        synced_files.sync(target)
     return num_bytes
 
 
@@ -189,10 +189,10 @@ def _appearing(out: Path) -> Iterator[Path]:
         yield made
         made.chmod(0o755)  # mkdtemp makes it private
         for folder in (*(path for path in made.iterdir() if path.is_dir()), made):
-            durable.sync(folder)
+            synced_files.sync(folder)
         require_absent(out)
         made.rename(out)
-        durable.sync(out.parent)
+        synced_files.sync(out.parent)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
@@ -208,12 +208,12 @@ def _copy_company(base_dir: Path, made: Path, dtype: str | None) -> None:
             config.pop("torch_dtype", None)
             _write_json(made / CONFIG_FILE, {**config, "dtype": dtype})
         else:
-            durable.copy_file(source, made / source.name)
+            synced_files.copy_file(source, made / source.name)
     for name in _COPIED_FOLDERS:
         if (base_dir / name).is_dir():
             (made / name).mkdir()
             for source in sorted((base_dir / name).glob("*.jinja")):
-                durable.copy_file(source, made / name / source.name)
+                synced_files.copy_file(source, made / name / source.name)
 
 
 def _write_index(base_dir: Path, made: Path, num_bytes: int) -> None:
@@ -223,4 +223,4 @@ def _write_index(base_dir: Path, made: Path, num_bytes: int) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    durable.write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+    synced_files.write_file(path, (json.dumps(value, indent=2) + "\n").encode())

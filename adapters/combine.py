@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from adapters.checkpoint import (
+from adapters.checkpoint.folder import (
     CONFIG_FILE,
     TENSORS_FILE,
     canonical_config,
@@ -24,8 +24,8 @@ from adapters.checkpoint import (
     read_config,
     read_header,
 )
-from adapters.checks import quoted, some_of
 from adapters.errors import CombineInvalid
+from adapters.methods.checks import quoted, some_of
 
 if TYPE_CHECKING:
     import torch

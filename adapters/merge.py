@@ -20,21 +20,21 @@ from typing import TypeAlias
 
 import torch
 
-from adapters.archive import stage_upload
 from adapters.base_files import weight_files
 from adapters.base_model import BaseModelSpec
 from adapters.base_writer import DTYPES, require_absent, tensor_shapes, write_base
-from adapters.checkpoint import (
+from adapters.checkpoint.archive import stage_upload
+from adapters.checkpoint.folder import (
     CONFIG_FILE,
     check_checkpoint,
     load_serving_form,
     read_config,
     shorten,
 )
-from adapters.checks import some_of
 from adapters.errors import MergeInvalid, NonFinite
 from adapters.methods import method_of
-from adapters.serving import ActivationScales
+from adapters.methods.checks import some_of
+from adapters.parts import ActivationScales
 
 MERGE_FILE = "graftwork_merge.json"
 

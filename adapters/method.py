@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import ConfigInvalid
-from adapters.serving import ServingForm
+from adapters.parts import ServingForm
 from adapters.trainable import FrozenBase, Trainable
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import sys
 def main() -> None:
     """Run the command line."""
     try:
-        from server.cli import app
+        from server.cli.main import app
     except ImportError as error:
         sys.stderr.write(f"graftwork: {error}\n")
-        from server.doctor.telling import broken_installation
+        from server.cli.doctor.report import broken_installation
 
         broken_installation()
         sys.exit(1)

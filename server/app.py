@@ -17,49 +17,45 @@ import anyio.to_thread
 import structlog
 from fastapi import FastAPI
 
-from adapters.registry import Registry
-from server.api import (
-    adapters,
-    classify,
-    combine,
-    drain,
-    errors,
-    generate,
-    health,
-    managed,
-    models,
-    tokens,
-    train,
-)
-from server.api.access_log import AccessLog
-from server.api.auth import Auth
+from server.api import error_replies as errors
+from server.api.adapters import combine
+from server.api.adapters import management as adapters
+from server.api.adapters import vllm_loading as managed
 from server.api.bounds import HoldLimits
-from server.api.headers import BodyLimit, ReplyHeaders
-from server.api.metrics import router as metrics_router
-from server.api.openai import chat, completions
-from server.api.openai_tuning import files as tuning_files
-from server.api.openai_tuning import jobs as tuning_jobs
+from server.api.generation import classify
+from server.api.generation import tgi as generate
+from server.api.generation import tokenize as tokens
+from server.api.generation.openai import chat, completions
+from server.api.middleware.access_log import AccessLog
+from server.api.middleware.authentication import Auth
+from server.api.middleware.headers import BodyLimit, ReplyHeaders
+from server.api.middleware.slow_clients import SlowClients
+from server.api.middleware.telemetry import Watched
 from server.api.openapi.page import DocumentedApp
-from server.api.services import Services
-from server.api.slow_clients import SlowClients
-from server.api.watched import Watched
+from server.api.operations import drain, health, models
+from server.api.operations.scrape import router as metrics_router
+from server.api.training import train
+from server.api.training.openai import files as tuning_files
+from server.api.training.openai import jobs as tuning_jobs
 from server.base.convert import read_manifest
-from server.data_dir import sweep_folds
+from server.config.settings import KIB, MIB, Settings
 from server.engine.client import EngineClient
 from server.engine.process_memory import give_back_free_memory
-from server.folder_watch import FolderWatch
-from server.generation import Generator
-from server.jobs.store import JobStore
+from server.generation.generator import Generator
+from server.generation.observers import Watcher
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
-from server.keys.caller import visible_adapters
-from server.keys.ring import KeyRing
-from server.keys.store import KeyStore
-from server.metrics import Metrics
-from server.settings import KIB, MIB, Settings
+from server.services import Services
+from server.store.caller import visible_adapters
+from server.store.data_dir import sweep_folds
+from server.store.files import FileStore
+from server.store.folder_watch import FolderWatch
+from server.store.jobs import JobStore
+from server.store.key_ring import KeyRing
+from server.store.keys import KeyStore
+from server.store.registry import Registry
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import open_tracing
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
-from server.tracing import open_tracing
-from server.uploads import FileStore
-from server.watching import Watcher
 
 log = structlog.get_logger(__name__)
 

@@ -29,7 +29,7 @@
     LeaseLost                a worker's claim on its job is no longer good (never told to a client)
 
 Every error carries facts as plain attributes, as those of `adapters.errors` do; nothing here knows
-a status code: `server.api.errors` holds the one table.
+a status code: `server.api.error_replies` holds the one table.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from adapters.checkpoint import load_serving_form, read_config
-from adapters.limits import CheckpointLimits
+from adapters.checkpoint.folder import load_serving_form, read_config
+from adapters.checkpoint.limits import CheckpointLimits
 from adapters.method import parse_config
 from adapters.methods import method_of
-from adapters.serving import ServingForm
+from adapters.parts import ServingForm
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import (

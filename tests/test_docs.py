@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from server.api import errors
+from server.api import error_replies as errors
+from server.config.limits import Limits
+from server.config.settings import Settings
 from server.jobs import failures
-from server.limits import Limits
-from server.settings import Settings
 from tests.benchmarks import markdown
 from tests.benchmarks.book import Book
 

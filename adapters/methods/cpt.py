@@ -21,8 +21,7 @@ from torch.nn import functional
 from adapters.base_model import BaseModelSpec
 from adapters.errors import ConfigInvalid
 from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
-from adapters.serving import SoftPrompt
-from adapters.soft_prompt import (
+from adapters.methods.soft_prompt import (
     VirtualTokens,
     check_soft_prompt,
     complete,
@@ -31,8 +30,9 @@ from adapters.soft_prompt import (
     required,
     soft_prompt_form,
 )
+from adapters.methods.trainable_rows import TrainableRows, trainable_soft_prompt
+from adapters.parts import SoftPrompt
 from adapters.trainable import FrozenBase, VirtualTargets
-from adapters.trainable_rows import TrainableRows, trainable_soft_prompt
 
 TYPES = 4
 LABEL_TYPE = 4

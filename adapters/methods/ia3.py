@@ -16,7 +16,9 @@ from pydantic import BeforeValidator
 from torch import nn
 
 from adapters.base_model import BaseModelSpec, LinearSpec
-from adapters.checks import (
+from adapters.errors import ConfigInvalid, TargetNotFound, TensorMismatch
+from adapters.method import AdapterFacts, PeftConfig, TensorInfo
+from adapters.methods.checks import (
     check_dtypes,
     check_modules_to_save,
     check_task_type,
@@ -24,9 +26,7 @@ from adapters.checks import (
     some_of,
     to_float32,
 )
-from adapters.errors import ConfigInvalid, TargetNotFound, TensorMismatch
-from adapters.method import AdapterFacts, PeftConfig, TensorInfo
-from adapters.serving import ActivationScales
+from adapters.parts import ActivationScales
 from adapters.trainable import FrozenBase, VirtualTargets
 
 PREFIX = "base_model.model."

@@ -19,8 +19,7 @@ from torch import nn
 
 from adapters.base_model import BaseModelSpec
 from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
-from adapters.serving import SoftPrompt
-from adapters.soft_prompt import (
+from adapters.methods.soft_prompt import (
     VirtualTokens,
     check_soft_prompt,
     complete,
@@ -30,8 +29,9 @@ from adapters.soft_prompt import (
     required,
     soft_prompt_form,
 )
+from adapters.methods.trainable_rows import TrainableRows, count_parameters, trainable_soft_prompt
+from adapters.parts import SoftPrompt
 from adapters.trainable import FrozenBase
-from adapters.trainable_rows import TrainableRows, count_parameters, trainable_soft_prompt
 
 MLP_NUM_LAYERS = 2
 

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.checks import to_float32
 from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
-from adapters.serving import KVPrefix
-from adapters.soft_prompt import (
+from adapters.methods.checks import to_float32
+from adapters.methods.soft_prompt import (
     ROWS,
     VirtualTokens,
     check_rows,
@@ -25,8 +24,9 @@ from adapters.soft_prompt import (
     export_rows,
     required,
 )
+from adapters.methods.trainable_rows import TrainableRows, count_parameters
+from adapters.parts import KVPrefix
 from adapters.trainable import FrozenBase
-from adapters.trainable_rows import TrainableRows, count_parameters
 
 
 class PrefixTuningConfig(PromptLearningConfig):

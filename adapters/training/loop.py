@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.checkpoint import write_checkpoint
+from adapters.checkpoint.folder import write_checkpoint
 from adapters.errors import BaseMismatch, NonFinite, TrainingDiverged
 from adapters.method import parse_config
 from adapters.methods import METHODS

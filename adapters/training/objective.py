@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from adapters.serving import KVPrefix, SoftPrompt
+from adapters.parts import KVPrefix, SoftPrompt
 from adapters.trainable import VirtualTargets
 from adapters.training.examples import Example
 from adapters.training.packed import PackedBase, Row, pack

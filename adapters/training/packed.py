@@ -24,7 +24,7 @@ from torch import nn
 
 from adapters.attention_hook import connect
 from adapters.base_model import BaseModelSpec
-from adapters.serving import KVPrefix, SoftPrompt
+from adapters.parts import KVPrefix, SoftPrompt
 
 # A row joins a group if it is at least this share of the group's longest row: padding costs products,
 # more groups cost calls.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.serving import KVPrefix, SoftPrompt
+from adapters.parts import KVPrefix, SoftPrompt
 from adapters.training.examples import Example
 from adapters.training.objective import num_targets, summed_loss
 from adapters.training.packed import PackedBase, Row, pack

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from adapters.checkpoint.limits import MIB
 from adapters.errors import DataInvalid
-from adapters.limits import MIB
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.template import Value
 

@@ -21,7 +21,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from adapters import durable
+from adapters import synced_files
 from adapters.errors import TrainingError
 
 STATE_FILE = "state.bin"
@@ -76,14 +76,14 @@ def save(directory: Path, state: RunState) -> None:
             tensors[prefix + name] = tensor.detach().cpu().contiguous()
     data = safetensors.torch.save(tensors)
     data = hashlib.sha256(data).digest() + data
-    with durable.full_disk_is_storage_full("the training checkpoint"):
+    with synced_files.full_disk_is_storage_full("the training checkpoint"):
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f".{STATE_FILE}"
         temporary.unlink(missing_ok=True)
         try:
-            durable.write_file(temporary, data)
+            synced_files.write_file(temporary, data)
             temporary.rename(directory / STATE_FILE)
-            durable.sync(directory)
+            synced_files.sync(directory)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

@@ -14,7 +14,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.limits import Limits, limited, limits
+from server.config.limits import Limits, limited, limits
 
 Kind = Literal["array", "object", "string"]
 

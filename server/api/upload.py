@@ -17,11 +17,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from adapters.durable import disk_failure_is_told
-from server.api.errors import shown
-from server.api.headers import body_too_large
+from adapters.synced_files import disk_failure_is_told
+from server.api.error_replies import shown
+from server.api.middleware.headers import body_too_large
+from server.config.limits import limits
 from server.errors import RequestInvalid, WrongContentType
-from server.limits import limits
 
 KIB = 1024
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from adapters.training.job import TrainingJob
-from server.provenance import PROVENANCE_FILE, Provenance, read_provenance
+from adapters.training.provenance import PROVENANCE_FILE, Provenance, read_provenance
 
 Split = Literal["train", "held_out"]
 

@@ -29,6 +29,7 @@ from server.engine.errors import (
     RequestFailed,
 )
 from server.engine.process import Ready, StartFailed
+from server.engine.process_handle import RunningEngine
 from server.engine.request import (
     Abort,
     AdapterRef,
@@ -43,7 +44,6 @@ from server.engine.request import (
     TokenEvent,
     Unload,
 )
-from server.engine.running import RunningEngine
 
 __all__ = [
     "AdapterOverloaded",

@@ -1,6 +1,6 @@
 """Sizes and limits of one engine, as plain data.
 
-Knows nothing of the environment: `server.settings` reads that and fills this in.
+Knows nothing of the environment: `server.config.settings` reads that and fills this in.
 """
 
 from __future__ import annotations

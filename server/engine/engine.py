@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.serving import ActivationScales, ServingForm, SoftPrompt
+from adapters.parts import ActivationScales, ServingForm, SoftPrompt
 from server.engine.adapter_slots import Residency
 from server.engine.blocks import blocks_for
 from server.engine.config import EngineConfig

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import AdapterError
-from adapters.serving import KVPrefix
+from adapters.parts import KVPrefix
 
 _DIGEST = "sha256"
 

@@ -17,7 +17,7 @@ import torch
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import AdapterCorrupt
-from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+from adapters.parts import ActivationScales, KVPrefix, ServingForm, SoftPrompt
 from server.engine.folds import FoldFiles
 from server.engine.openmp import one_thread_here
 

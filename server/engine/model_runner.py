@@ -15,7 +15,7 @@ from torch import nn
 
 from adapters.attention_hook import connect
 from adapters.base_model import BaseModelSpec
-from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+from adapters.parts import ActivationScales, KVPrefix, ServingForm, SoftPrompt
 from server.engine import block_copies, layer_kernels, sampling_kernels
 from server.engine.adapter_slots import AdapterEntry
 from server.engine.attention import AttentionPath, Rows

@@ -106,8 +106,8 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
     # Imported here: the parent imports this file for its messages, and needs no torch for them.
     import torch
 
-    from adapters.checkpoint import load_serving_form
-    from adapters.limits import CheckpointLimits
+    from adapters.checkpoint.folder import load_serving_form
+    from adapters.checkpoint.limits import CheckpointLimits
     from server.base.served import load_served
     from server.base.tokenizer import load_tokenizer
     from server.engine.engine import Engine

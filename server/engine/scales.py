@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.serving import ActivationScales
+from adapters.parts import ActivationScales
 from server.engine.layer_kernels import scale_rows
 
 

@@ -47,12 +47,12 @@ from dataclasses import dataclass
 
 from server.engine.adapter_slots import AdapterEntry, AdapterSlots, Residency
 from server.engine.blocks import BlockPool, blocks_for
+from server.engine.fairness import Budget, Turns, crowd
 from server.engine.prefix_cache import NOTHING, PrefixCache
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.round_robin import RoundRobin
 from server.engine.sequence import Sequence, SequenceState
 from server.engine.step_plan import Chunk, StepPlan, side_by_side
-from server.engine.turns import Budget, Turns, crowd
 
 MAX_PASSED_OVER = 64
 # What is read must be kept until a step takes it; more would outgrow host memory unseen.

@@ -1,6 +1,6 @@
 """What a worker process is started with and how it may end, as plain data for both sides.
 
-Knows nothing of the environment: `server.settings` reads that and fills this in.
+Knows nothing of the environment: `server.config.settings` reads that and fills this in.
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterNotFound
-from adapters.registry import AdapterRecord, Registry
-from server.provenance import words_of
+from adapters.training.provenance import words_of
+from server.store.registry import AdapterRecord, Registry
 
 if TYPE_CHECKING:
     from adapters.base_model import BaseModelSpec
     from adapters.training.loop import Trained
     from server.jobs.config import WorkerConfig
-    from server.jobs.store import JobRecord
+    from server.store.jobs import JobRecord
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from typing import Literal
 
 import structlog
 
-from adapters.registry import Registry
 from server.errors import JobNotFound, LeaseLost
 from server.jobs import failures
 from server.jobs.config import EXIT_DISK_FULL, WorkerConfig
 from server.jobs.publishing import published_by
-from server.jobs.store import Claim, JobRecord, JobStore
 from server.jobs.worker_process import WorkerProcess, describe_exit
+from server.store.jobs import Claim, JobRecord, JobStore
+from server.store.registry import Registry
 
 log = structlog.get_logger(__name__)
 

@@ -22,7 +22,6 @@ from typing import Any
 import structlog
 
 from adapters.errors import BaseMismatch
-from adapters.registry import Registry
 from adapters.training.examples import make_examples
 from adapters.training.job import TrainingJob
 from adapters.training.loop import Stopped, TrainingEvent, train
@@ -36,9 +35,10 @@ from server.jobs.config import (
     EXIT_STOPPED,
     WorkerConfig,
 )
-from server.jobs.files import STATE_DIR
 from server.jobs.publishing import Outcome, publish, published_by
-from server.jobs.store import Claim, JobStore
+from server.store.job_files import STATE_DIR
+from server.store.jobs import Claim, JobStore
+from server.store.registry import Registry
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
 log = structlog.get_logger(__name__)

@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(config.threads)
     torch.set_num_interop_threads(1)
 
-    from server.jobs.store import Claim
     from server.jobs.task import run_job
+    from server.store.jobs import Claim
 
     if config.memory_bytes is not None:
         # After the imports: what they need is the same for every job.

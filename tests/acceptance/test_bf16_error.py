@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters.checkpoint import load_serving_form
-from adapters.limits import CheckpointLimits
+from adapters.checkpoint.folder import load_serving_form
+from adapters.checkpoint.limits import CheckpointLimits
 from server.base.load import load_base
 from server.demo.install import ADAPTERS_DIR, demo_messages
 from server.engine.config import EngineConfig

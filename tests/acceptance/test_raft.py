@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from server.base.dtypes import default_dtype
+from server.config.settings import Settings
 from server.demo.install import DemoMessage
-from server.settings import Settings
 from tests.acceptance.http_load import Call, run_load
 from tests.acceptance.peft_training import BUILDERS, TEMPLATE, Trainer, batch_loss
 from tests.acceptance.real_base import BASE_DIR, ROOT, needs_base

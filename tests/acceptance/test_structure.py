@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from server.engine.offline import GenerationFailed, OfflineEngine
 from server.engine.request import Grammar
-from server.offline import GenerationFailed, OfflineEngine
 from tests.acceptance.real_base import BASE_DIR, needs_base
 from tests.server.engine.guided import PERSON, conforms
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapters.training.plan import make_plan
-from server.api.openai_tuning.conversations import turns
+from server.api.training.openai.conversations import turns
 from server.base.tokenizer import load_tokenizer
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 from tests.acceptance.real_base import BASE_DIR, needs_base

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from adapters.base_model import BaseModelSpec, LinearSpec
-from adapters.checkpoint import write_checkpoint
+from adapters.checkpoint.folder import write_checkpoint
 
 BASE = BaseModelSpec(
     model_type="llama",

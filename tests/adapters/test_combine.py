@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters import errors
-from adapters.checkpoint import check_checkpoint, write_checkpoint
+from adapters.checkpoint.folder import check_checkpoint, write_checkpoint
 from adapters.combine import combine, stored
 from tests.adapters.methods.oracle import logits, peft_load, peft_save, read
 from tests.tiny_models import tiny_model, tiny_spec

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OP
 from adapters import errors
 from adapters.base_files import weight_files
 from adapters.base_model import describe
-from adapters.checkpoint import digest_of, write_checkpoint
+from adapters.checkpoint.folder import digest_of, write_checkpoint
 from adapters.merge import MERGE_FILE, merge_into_base
-from server.offline import OfflineEngine
+from server.engine.offline import OfflineEngine
 from tests.adapters.methods.oracle import no_peft_warnings, peft_save, read
 from tests.full_disk import run_on_a_small_disk
 from tests.server.http_server import save_tiny_base

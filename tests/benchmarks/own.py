@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.checkpoint import load_serving_form
-from adapters.limits import CheckpointLimits
+from adapters.checkpoint.folder import load_serving_form
+from adapters.checkpoint.limits import CheckpointLimits
 from server.base.load import load_base
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine

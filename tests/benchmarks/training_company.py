@@ -35,7 +35,7 @@ BUSY = "import os; os.nice({nice})\nwhile True: pass"
 def server(base: str, threads: int) -> Iterator[str]:
     """`graftwork serve` on a free port, with an empty data directory."""
     with tempfile.TemporaryDirectory() as data:
-        command = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
+        command = [sys.executable, "-c", "from server.cli.main import main; main()", "serve"]
         command += ["--base", base, "--data-dir", data, "--port", "0", "--threads", str(threads)]
         environment = os.environ | {
             "GRAFTWORK_TRAIN_NICE": str(NICE),

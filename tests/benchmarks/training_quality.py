@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from adapters.checkpoint import load_serving_form, load_tensors
+from adapters.checkpoint.folder import load_serving_form, load_tensors
 from adapters.method import parse_config
 from adapters.methods import METHODS
 from adapters.methods.ia3 import attach_ia3, detach_ia3, load_ia3

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from server.settings import Settings
+from server.config.settings import Settings
 from tests.conformance.peft_oracle import make_adapter
 from tests.server.http_server import ServerClient, running_server, save_tiny_base, upload
 

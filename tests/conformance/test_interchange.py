@@ -9,11 +9,11 @@ import peft
 import pytest
 import torch
 
-from adapters.checkpoint import load_serving_form
-from adapters.limits import CheckpointLimits
+from adapters.checkpoint.folder import load_serving_form
+from adapters.checkpoint.limits import CheckpointLimits
 from adapters.methods import METHODS
 from adapters.methods.ia3 import attach_ia3, load_ia3
-from adapters.serving import ActivationScales
+from adapters.parts import ActivationScales
 from adapters.training.loop import train
 from adapters.training.packed import PackedBase
 from adapters.training.ranking import mean_loss, rank

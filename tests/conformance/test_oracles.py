@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapters.serving import ActivationScales, KVPrefix, SoftPrompt
+from adapters.parts import ActivationScales, KVPrefix, SoftPrompt
 from server.engine.request import AdapterRef
 from tests.conformance.peft_oracle import prompt_ids
 from tests.engine_tools import request, run, teacher_forced, tiny_engine, tokens

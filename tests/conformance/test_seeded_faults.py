@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.checkpoint import load_serving_form
-from adapters.limits import CheckpointLimits
-from adapters.serving import ActivationScales, KVPrefix, ServingForm, SoftPrompt
+from adapters.checkpoint.folder import load_serving_form
+from adapters.checkpoint.limits import CheckpointLimits
+from adapters.parts import ActivationScales, KVPrefix, ServingForm, SoftPrompt
 from server.engine import model_runner
 from server.engine.attention import AttentionPath
 from tests.conformance.peft_oracle import ask, make_adapter, prompt_ids

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters.checkpoint import canonical_config
+from adapters.checkpoint.folder import canonical_config
 from server.base.load import load_base
 from server.demo.install import ADAPTERS_DIR, DemoAdapter, demo_adapters, demo_messages
 from tests.acceptance.real_base import BASE_DIR, needs_base

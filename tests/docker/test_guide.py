@@ -7,10 +7,10 @@ import re
 import torch
 
 from server.base.load import describe_base
+from server.config.settings import MIB, Settings
 from server.engine.blocks import blocks_for
 from server.engine.config import EngineConfig
 from server.engine.kv_cache import KVBlocks
-from server.settings import MIB, Settings
 from tests.acceptance.real_base import BASE_DIR, needs_base
 from tests.docker.files import DOCKERFILE, GUIDE, alert_names, services
 

@@ -146,7 +146,7 @@ def test_a_server_that_is_gone_is_told_in_our_words(tmp_path):
 
 
 def test_limits_agree_with_the_server():
-    from server.settings import Settings
+    from server.config.settings import Settings
 
     sizes = [int(size) for size in re.findall(r"client_max_body_size (\d+)m", CONF.read_text())]
     defaults = Settings.model_fields

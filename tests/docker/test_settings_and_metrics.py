@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from server.api import errors
+from server.api import error_replies as errors
+from server.config.settings import Settings
 from server.engine import client
-from server.exposition import FAMILIES
-from server.settings import Settings
+from server.telemetry.exposition import FAMILIES
 from tests.docker.files import (
     DASHBOARD,
     DOCKER,

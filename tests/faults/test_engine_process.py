@@ -14,7 +14,7 @@ import time
 import pytest
 import pytest_asyncio
 
-from adapters.checkpoint import digest_of
+from adapters.checkpoint.folder import digest_of
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable, RequestFailed
 from server.engine.request import AdapterRef
 from tests.conformance.peft_oracle import make_adapter, prompt_ids

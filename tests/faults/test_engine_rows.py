@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from adapters.serving import ActivationScales, KVPrefix, SoftPrompt
+from adapters.parts import ActivationScales, KVPrefix, SoftPrompt
 from server.engine.request import AdapterRef, FailedEvent, TokenEvent
 from tests.conformance.peft_oracle import prompt_ids
 from tests.engine_tools import TINY, request, tiny_engine, tokens

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from server.http_protocol import NUM_RESERVED, SEND_BUFFER_BYTES
+from server.http.protocol import NUM_RESERVED, SEND_BUFFER_BYTES
 from tests.faults.slow_sockets import Address, Slow, request, status_and_body
 from tests.faults.storage_server import BODY, Served, serving, wait_for
 from tests.server.conftest import make_settings

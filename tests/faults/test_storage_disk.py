@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from adapters.registry import Registry
+from server.store.registry import Registry
 from tests.faults.storage_server import (
     BASE_NAME,
     Served,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.registry import Registry
-from server.jobs.store import JobStore
+from server.store.jobs import JobStore
+from server.store.registry import Registry
 from tests.adapters.checkpoints import BASE, soft_prompt
 from tests.faults.storage_server import HOOKS
 from tests.server.http_server import save_tiny_base

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.archive import stage_upload
-from adapters.checkpoint import read_config, read_header
+from adapters.checkpoint.archive import stage_upload
+from adapters.checkpoint.folder import read_config, read_header
 from adapters.errors import ArchiveInvalid, CheckpointError, DataInvalid, TemplateInvalid
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.template import Template

@@ -20,13 +20,19 @@ from pathlib import Path
 
 import atheris
 
-READ_BY = ["adapters.archive", "adapters.checkpoint", "adapters.strict_json", "tarfile", "zipfile"]
+READ_BY = [
+    "adapters.checkpoint.archive",
+    "adapters.checkpoint.folder",
+    "adapters.strict_json",
+    "tarfile",
+    "zipfile",
+]
 
 with atheris.instrument_imports(include=READ_BY):
-    from adapters.archive import stage_upload
-    from adapters.checkpoint import read_config, read_header
+    from adapters.checkpoint.archive import stage_upload
+    from adapters.checkpoint.folder import read_config, read_header
+    from adapters.checkpoint.limits import CheckpointLimits
     from adapters.errors import CheckpointError
-    from adapters.limits import CheckpointLimits
     from adapters.strict_json import StrictJsonError, parse_object
     from tests.hostile.make_files import corpus, gzip_of, pair, tar_of, zip_of
 

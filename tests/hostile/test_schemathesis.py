@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.keys.store import KeyStore
+from server.store.keys import KeyStore
 from tests.server.http_server import save_prefix_adapter, save_tiny_base, upload
 from tests.soak.server_process import serving
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import Settings
+from server.config.settings import Settings
 from tests.server.http_server import (
     running_server,
     save_prefix_adapter,

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from server.api.services import Services
 from server.app import create_app
-from server.http_protocol import uvicorn_options
+from server.config.settings import Settings
+from server.http.protocol import uvicorn_options
 from server.logs import configure
-from server.settings import Settings
+from server.services import Services
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 TRAINING_TEXT = [

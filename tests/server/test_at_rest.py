@@ -19,7 +19,7 @@ _HEAVY = "{'torch', 'numpy', 'numba', 'pandas', 'scipy'}"
 
 def test_server_process_at_rest_has_no_torch() -> None:
     code = (
-        "import sys, server.cli, server.app, server.serving\n"
+        "import sys, server.cli.main, server.app, server.http.uvicorn_server\n"
         f"print(sorted({_HEAVY} & set(sys.modules)))"
     )
     assert _told(code) == "[]"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from server.cli import _bind
-from server.settings import Settings
+from server.cli.main import _bind
+from server.config.settings import Settings
 
 
 async def test_replies_do_not_wait_for_acknowledgements():

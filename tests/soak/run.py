@@ -262,7 +262,7 @@ def _upload(http: httpx.Client, folder: Path, name: str, tally: Tally) -> None:
 
 
 def _tiny_base(directory: Path) -> Path:
-    from tests.server.api.openai.conftest import save_chatting_base
+    from tests.server.api.generation.openai.conftest import save_chatting_base
 
     return save_chatting_base(directory)
 

@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any
 
 from server.api.adapter_choice import LORAX_FIELDS, MARKS
-from server.api.openai_tuning.body import METHOD_TYPES, SUPERVISED
+from server.api.training.openai.body import METHOD_TYPES, SUPERVISED
 
 Schema = dict[str, Any]
 

@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server import errors as ours
-from server.api.access import ANY_KEY, PUBLIC, rule_of
-from server.api.auth import asks_for_keys
-from server.api.openai_tuning.body import MethodBlock
+from server.api.middleware.authentication import asks_for_keys
+from server.api.middleware.route_scopes import ANY_KEY, PUBLIC, rule_of
 from server.api.openapi import links
 from server.api.openapi.bodies import BODIES, PARAMETERS, UNNAMED, merge
 from server.api.openapi.refusals import ERROR_BODIES, Kind, responses
 from server.api.openapi.routes import EVENTS, JSON, ROUTES, Answer, Doc
+from server.api.training.openai.body import MethodBlock
 
 _REFERENCE = "#/components/schemas/{model}"
 # Parts of bodies that stand under a name of the client's choice, where FastAPI does not see them.

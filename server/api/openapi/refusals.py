@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from server.api.errors import FAILED, TABLE, TGI_PATHS, UNFORESEEN, Refusal, Told, body_of
+from server.api.error_replies import FAILED, TABLE, TGI_PATHS, UNFORESEEN, Refusal, Told, body_of
 from server.api.openapi.fields import Reply, may_show, shows
 
 Kind = type[Exception] | str

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from adapters import errors as library
 from server import errors as ours
-from server.api.errors import FAILED
+from server.api.error_replies import FAILED
 from server.api.openapi import generation, management, training, tuning
 from server.api.openapi.refusals import Kind
 from server.engine import client as engine

@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 
 from adapters.training.job import HyperparameterRequest, Hyperparameters
 from server.api.openapi.fields import Reply, may_show, shows
-from server.jobs.states import State
+from server.store.job_states import State
 
 _JOB = "job-a1ab28fe4d34fda420b6c479"
 

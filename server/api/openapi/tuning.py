@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from server.api.openapi.fields import Reply, shows
-from server.jobs.states import State
+from server.store.job_states import State
 
 _FILE = "file-0123456789abcdef01234567"
 _JOB = "job-a1ab28fe4d34fda420b6c479"

@@ -15,7 +15,7 @@ from adapters.methods.ia3 import attach_ia3, ia3_layers, load_ia3
 from adapters.methods.p_tuning import PromptEncoder
 from adapters.methods.prefix_tuning import PrefixEncoder
 from adapters.methods.prompt_tuning import PromptEmbedding
-from adapters.serving import ActivationScales, KVPrefix, SoftPrompt
+from adapters.parts import ActivationScales, KVPrefix, SoftPrompt
 from tests.adapters.methods import oracle
 
 CAUSAL = {"task_type": "CAUSAL_LM"}

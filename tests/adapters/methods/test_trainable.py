@@ -12,7 +12,7 @@ from adapters.base_model import BaseModelSpec
 from adapters.errors import AdapterError, ConfigInvalid, TargetNotFound, TensorMismatch
 from adapters.method import PeftConfig, TensorInfo, parse_config
 from adapters.methods import METHODS
-from adapters.serving import ActivationScales, KVPrefix, SoftPrompt
+from adapters.parts import ActivationScales, KVPrefix, SoftPrompt
 from adapters.training.packed import PackedBase, Row, pack
 from tests.adapters.training.tiny_jobs import CONFIGS, FROM_TOKENS, VARIANTS, tiny_job
 from tests.tiny_models import tiny_model, tiny_spec

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from adapters.base_model import BaseModelSpec
-from adapters.serving import KVPrefix, SoftPrompt
+from adapters.parts import KVPrefix, SoftPrompt
 
 Virtual = KVPrefix | SoftPrompt | None
 

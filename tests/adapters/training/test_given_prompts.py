@@ -8,8 +8,8 @@ from adapters.errors import DataInvalid, JobInvalid
 from adapters.training.examples import make_examples
 from adapters.training.job import TrainingJob
 from adapters.training.plan import Plan, make_plan
+from adapters.training.provenance import words_of
 from adapters.training.rows import DataLimits, read_objects
-from server.provenance import words_of
 from tests.adapters.training.jobs import ROWS, plan, request, spec, tokenizer
 
 CHAT = [

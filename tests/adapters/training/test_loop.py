@@ -412,8 +412,8 @@ def test_the_global_generator_is_left_alone(variant):
 
 
 def test_what_is_written_can_be_read(tmp_path):
-    from adapters.checkpoint import load_serving_form
-    from adapters.limits import CheckpointLimits
+    from adapters.checkpoint.folder import load_serving_form
+    from adapters.checkpoint.limits import CheckpointLimits
 
     trained = Run(tiny_job("prefix", spec(), epochs=1)).trained
     trained.write(tmp_path / "adapter")

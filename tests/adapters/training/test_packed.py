@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from adapters.serving import KVPrefix, SoftPrompt
+from adapters.parts import KVPrefix, SoftPrompt
 from adapters.training.packed import SIMILAR, PackedBase, Row, _similar_rows, pack
 from tests.adapters.training.reference import (
     leaves,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.checkpoint import load_serving_form
+from adapters.checkpoint.folder import load_serving_form
+from adapters.checkpoint.limits import CheckpointLimits
 from adapters.errors import BaseUnsupported
-from adapters.limits import CheckpointLimits
-from adapters.serving import ServingForm
+from adapters.parts import ServingForm
 from server.base.convert import MANIFEST_FILE
 from server.base.load import load_base
 from server.base.served import ServedBase, load_plain, load_served

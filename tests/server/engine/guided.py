@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters.checkpoint import load_serving_form
-from adapters.limits import CheckpointLimits
+from adapters.checkpoint.folder import load_serving_form
+from adapters.checkpoint.limits import CheckpointLimits
 from server.engine.engine import Engine
 from server.engine.grammar_compiler import Vocabulary
 from server.engine.request import (

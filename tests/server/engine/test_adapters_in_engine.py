@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.checkpoint import load_serving_form
-from adapters.limits import CheckpointLimits
-from adapters.serving import KVPrefix, SoftPrompt
+from adapters.checkpoint.folder import load_serving_form
+from adapters.checkpoint.limits import CheckpointLimits
+from adapters.parts import KVPrefix, SoftPrompt
 from server.engine.adapter_slots import Residency
 from server.engine.kv_cache import KVBlocks
 from server.engine.request import (

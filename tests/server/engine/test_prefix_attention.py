@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from adapters.serving import KVPrefix
+from adapters.parts import KVPrefix
 from server.engine import model_runner
 from server.engine.adapter_slots import AdapterEntry
 from server.engine.attention import AttentionPath

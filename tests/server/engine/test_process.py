@@ -15,7 +15,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, T5Config, T5ForConditionalGeneration
 
-from adapters.checkpoint import digest_of
+from adapters.checkpoint.folder import digest_of
 from server.engine.client import (
     EngineClient,
     EngineOverloaded,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from adapters.serving import ActivationScales
+from adapters.parts import ActivationScales
 from server.engine.adapter_slots import AdapterEntry
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.packed_linear import can_pack, pack_linears

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from adapters.registry import Registry
 from adapters.training.job import TrainingJob, TrainingRequest
 from adapters.training.plan import make_plan
 from server.jobs.config import WorkerConfig
-from server.jobs.store import JobRecord, JobStore
 from server.jobs.supervisor import Supervisor
 from server.jobs.task import load
+from server.store.jobs import JobRecord, JobStore
+from server.store.registry import Registry
 
 BASE_NAME = "tiny-base"
 ROWS: list[dict[str, Any]] = [

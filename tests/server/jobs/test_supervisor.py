@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.jobs.store import JobStore
 from server.jobs.supervisor import Supervisor
+from server.store.jobs import JobStore
 from tests.server.jobs.runs import ENDLESS, has_trained, home, supervised, wait_for
 
 pytestmark = pytest.mark.slow

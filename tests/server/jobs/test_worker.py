@@ -11,12 +11,12 @@ import pytest
 
 from adapters import errors as library
 from adapters.training.loop import TrainingEvent
-from server.api import errors as api
+from server.api import error_replies as api
+from server.config.settings import Settings
 from server.jobs import failures, publishing
 from server.jobs.config import EXIT_ORPHANED, WorkerConfig
 from server.jobs.task import EventWriter, load
 from server.jobs.worker_process import MAX_LOG_BYTES, WorkerProcess, describe_exit
-from server.settings import Settings
 from tests.server.jobs.runs import ENDLESS, has_trained, home, supervised, wait_for
 
 

@@ -1,0 +1,1 @@
+"""A checkpoint folder, an archive of one, and the limits on both."""

@@ -1,0 +1,243 @@
+"""What the virtual-token methods share: bounds, dimensions, and the one tensor they save.
+
+Prefix tuning, P-tuning, CPT and prompt tuning all save one matrix `prompt_embeddings`, a row for
+each virtual token. This file checks it, turns embedding rows into a `SoftPrompt`, and computes the
+rows of a trained module. It knows no config but the shared one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from adapters.base_model import BaseModelSpec
+from adapters.errors import ConfigInvalid, MethodUnsupported, TensorMismatch
+from adapters.method import AdapterFacts, PromptLearningConfig, TensorInfo
+from adapters.methods.checks import (
+    check_dtypes,
+    check_modules_to_save,
+    check_names,
+    check_shape,
+    check_task_type,
+    to_float32,
+)
+from adapters.parts import SoftPrompt
+
+ROWS = "prompt_embeddings"
+
+PromptConfigT = TypeVar("PromptConfigT", bound=PromptLearningConfig)
+
+
+class VirtualTokens(nn.Module):
+    """Base of the trainable modules of virtual tokens.
+
+    Called with token indices (B, n) of 0..n-1, a subclass returns (B, n, width).
+
+    Attributes:
+        embedding: one row a virtual token; what the rows mean is the subclass's business.
+    """
+
+    embedding: nn.Embedding
+
+    def rows(self) -> torch.Tensor:
+        """The rows that are saved, (n, width): computed in eval mode, without gradients."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                indices = torch.arange(
+                    self.embedding.num_embeddings, device=self.embedding.weight.device
+                )
+                rows: torch.Tensor = self(indices.unsqueeze(0))[0]
+        finally:
+            self.train(was_training)
+        return rows
+
+    def is_reparameterised(self) -> bool:
+        """True where a network computes the rows, so that saved rows cannot be loaded back."""
+        return False
+
+    def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:
+        """Take saved rows (n, width) as this module's own.
+
+        Raises:
+            ValueError: the rows are computed by a network, or have another shape.
+        """
+        if self.is_reparameterised():
+            raise ValueError(
+                "saved rows cannot be loaded here: a network computes them, and it is not saved"
+            )
+        want = tuple(self.embedding.weight.shape)
+        if tuple(prompt_embeddings.shape) != want:
+            raise ValueError(
+                f"prompt_embeddings have shape {tuple(prompt_embeddings.shape)}, expected {want}"
+            )
+        with torch.no_grad():
+            self.embedding.weight.copy_(prompt_embeddings)
+
+
+def required(config: PromptLearningConfig, name: str) -> int:
+    """The value of a whole-number field that a module cannot be built without.
+
+    Raises:
+        ConfigInvalid: unset or below 1.
+    """
+    value = getattr(config, name)
+    if value is None or value < 1:
+        raise ConfigInvalid(
+            f"{name} is {value}, expected a whole number of at least 1",
+            field=name,
+            expected="a whole number of at least 1",
+            came=str(value),
+        )
+    return int(value)
+
+
+def num_rows(config: PromptLearningConfig) -> int:
+    """Rows of the matrix: `num_virtual_tokens`, twice that for an encoder-decoder."""
+    return required(config, "num_virtual_tokens") * (config.num_transformer_submodules or 1)
+
+
+def check_num_virtual_tokens(config: PromptLearningConfig, base: BaseModelSpec) -> int:
+    """The number of virtual tokens, at least 1 and below the base's positions.
+
+    Raises:
+        ConfigInvalid: outside those bounds.
+    """
+    count = required(config, "num_virtual_tokens")
+    if count >= base.max_positions:
+        limit = base.max_positions - 1
+        raise ConfigInvalid(
+            f"num_virtual_tokens is {count}, but the base has {base.max_positions} positions and "
+            f"the prompt needs one: expected at most {limit}",
+            field="num_virtual_tokens",
+            expected=f"1 to {limit}",
+            came=str(count),
+        )
+    return count
+
+
+def check_dimensions(config: PromptLearningConfig, wanted: Mapping[str, int]) -> None:
+    """Hold the dimensions that the config records to those of the base; unset ones pass.
+
+    Raises:
+        TensorMismatch: one differs: the adapter was trained on another base.
+    """
+    for name, want in wanted.items():
+        came = getattr(config, name)
+        if came is not None and came != want:
+            raise TensorMismatch(
+                f"{name} is {came}, but this base needs {want}: "
+                "the adapter was trained on another base model",
+                field=name,
+                expected=str(want),
+                came=str(came),
+            )
+
+
+def check_rows(
+    config: PromptLearningConfig,
+    tensors: Mapping[str, TensorInfo],
+    base: BaseModelSpec,
+    *,
+    dimensions: Mapping[str, int],
+    width: int,
+    why: str,
+) -> AdapterFacts:
+    """The whole check of a virtual-token method.
+
+    Args:
+        config: parsed config.
+        tensors: the safetensors header.
+        base: the base to serve it on.
+        dimensions: config field -> its value on this base.
+        width: columns of `prompt_embeddings`.
+        why: where the width comes from, for the message.
+
+    Raises:
+        MethodUnsupported: the task type, `modules_to_save` or an encoder-decoder's rows.
+        ConfigInvalid: `num_virtual_tokens` out of bounds.
+        TensorMismatch: dimensions, names, dtype or shape.
+    """
+    check_task_type(config)
+    check_modules_to_save(config.modules_to_save)
+    if config.num_transformer_submodules not in (None, 1):
+        raise MethodUnsupported(
+            f"num_transformer_submodules is {config.num_transformer_submodules}: "
+            "it belongs to encoder-decoders, and only decoder-only bases are served (expected 1)",
+            field="num_transformer_submodules",
+            expected="1",
+            came=str(config.num_transformer_submodules),
+        )
+    count = check_num_virtual_tokens(config, base)
+    check_dimensions(config, dimensions)
+    check_names(tensors, [ROWS])
+    check_dtypes(tensors)
+    check_shape(ROWS, tensors[ROWS], (count, width), f"num_virtual_tokens, {why}")
+    return AdapterFacts(num_virtual_tokens=count, uses_scales=False)
+
+
+def embedding_dimensions(base: BaseModelSpec) -> dict[str, int]:
+    """The dimensions that a method of embedding rows records for this base."""
+    return {
+        "num_layers": base.num_layers,
+        "token_dim": base.hidden_size,
+        "num_attention_heads": base.num_attention_heads,
+    }
+
+
+def check_soft_prompt(
+    config: PromptLearningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+) -> AdapterFacts:
+    """`check_rows` for rows of embeddings, (n, d)."""
+    return check_rows(
+        config,
+        tensors,
+        base,
+        dimensions=embedding_dimensions(base),
+        width=base.hidden_size,
+        why="the width of the base's embeddings",
+    )
+
+
+def soft_prompt_form(tensors: Mapping[str, torch.Tensor], base: BaseModelSpec) -> SoftPrompt:
+    """`prompt_embeddings` (n, d) as a float32 SoftPrompt.
+
+    Raises:
+        TensorMismatch: another width than the base's embeddings.
+        NonFinite: NaN or infinity among the rows.
+    """
+    form = SoftPrompt(to_float32(ROWS, tensors[ROWS]))
+    form.check(base)
+    return form
+
+
+def export_rows(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The checkpoint of a `VirtualTokens` module: its rows as it would use them at inference.
+
+    Raises:
+        TypeError: another kind of module.
+        NonFinite: training has diverged.
+    """
+    if not isinstance(module, VirtualTokens):
+        raise TypeError(f"expected a module of virtual tokens, came {type(module).__name__}")
+    return {ROWS: to_float32(ROWS, module.rows())}
+
+
+def complete(
+    config: PromptConfigT, base: BaseModelSpec, dimensions: Mapping[str, int]
+) -> PromptConfigT:
+    """A copy of the config with every dimension set from the base, as PEFT sets them.
+
+    Source: peft/utils/other.py, `_prepare_prompt_learning_config`.
+
+    Raises:
+        ConfigInvalid: `num_virtual_tokens` is unset or out of bounds.
+        TensorMismatch: a dimension is set already and is not the base's.
+    """
+    check_num_virtual_tokens(config, base)
+    check_dimensions(config, {**dimensions, "num_transformer_submodules": 1})
+    return config.model_copy(update={**dimensions, "num_transformer_submodules": 1})

@@ -1,0 +1,129 @@
+"""`graftwork.json`: what a folder that was trained here says beside PEFT's two files.
+
+The job with every default resolved, what its training measured, and the versions of what it ran on.
+PEFT ignores the file, and so does an upload; the command line and the demo read it. Nothing here
+knows tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adapters import synced_files
+from adapters.checkpoint.limits import MIB
+from adapters.errors import ConfigInvalid
+from adapters.strict_json import StrictJsonError, parse_object
+from adapters.training.job import TrainingJob
+
+PROVENANCE_FILE = "graftwork.json"
+
+_MAX_BYTES = 16 * MIB
+# The file, the job, its config or its labels, and a list within.
+_DEPTH = 8
+_PACKAGES = ("graftwork", "torch", "transformers")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    job: TrainingJob
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How an adapter came to be.
+
+    Attributes:
+        job: what was done.
+        metrics: what it measured, see `adapters.training.loop.Trained`.
+        versions: package -> version that it ran on, and "python".
+    """
+
+    job: TrainingJob
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+
+    @classmethod
+    def of_now(cls, job: TrainingJob, metrics: dict[str, Any]) -> Provenance:
+        """With the versions that run here."""
+        versions = {name: version(name) for name in _PACKAGES}
+        return cls(job, metrics, {"python": platform.python_version(), **versions})
+
+    def words(self) -> dict[str, Any]:
+        """See `words_of`."""
+        return words_of(self.job, self.metrics)
+
+    def write(self, directory: Path) -> None:
+        """Write the file into a folder that has none.
+
+        Raises:
+            StorageFull: the disk took no more.
+        """
+        said = {
+            "job": self.job.model_dump(mode="json"),
+            "metrics": self.metrics,
+            "versions": self.versions,
+        }
+        text = json.dumps(said, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        with synced_files.full_disk_is_storage_full(PROVENANCE_FILE):
+            synced_files.write_file(directory / PROVENANCE_FILE, text.encode())
+
+
+def words_of(job: TrainingJob, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `Registry.publish` stores with an adapter that was trained here, by its names.
+
+    An adapter for prompts of the base's chat template gets that of the base, so it has none itself.
+    """
+    return {
+        "description": job.description,
+        "template": None if job.prompts == "chat" else job.template,
+        "labels": job.labels,
+        "target_separator": job.target_separator,
+        "append_eos": job.append_eos,
+        "tokenization": job.tokenization,
+        "base_digest": job.base_digest,
+        "recipe": job.model_dump(mode="json"),
+        "metrics": metrics,
+    }
+
+
+def read_provenance(directory: Path) -> Provenance | None:
+    """What a folder says; None where it holds no such file.
+
+    Raises:
+        ConfigInvalid: the file does not have the form that is written here.
+    """
+    path = directory / PROVENANCE_FILE
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise _invalid(f"it has more than {_MAX_BYTES} bytes")
+    try:
+        said = _File.model_validate(parse_object(data, _DEPTH))
+    except StrictJsonError as error:
+        raise _invalid(str(error)) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise _invalid(f"{place}: {first['msg']}") from error
+    return Provenance(said.job, said.metrics, said.versions)
+
+
+def _invalid(fault: str) -> ConfigInvalid:
+    return ConfigInvalid(
+        f"{PROVENANCE_FILE}: {fault}; expected what `graftwork train` writes, or no such file",
+        field=PROVENANCE_FILE,
+        expected="the file that graftwork train writes",
+        came=fault,
+    )

@@ -1,0 +1,1 @@
+"""Routes that manage adapters."""

@@ -1,0 +1,409 @@
+"""Management of adapters: upload, list, look at, download, delete, move between tiers and versions.
+
+Thin: the registry decides, off the event loop. These routes refuse what they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from adapters.checkpoint.archive import stage_upload
+from adapters.checkpoint.folder import CONFIG_FILE, read_config
+from adapters.errors import AdapterError
+from adapters.template import Template
+from server.api.adapter_choice import only_query
+from server.api.error_replies import shown
+from server.api.middleware.headers import set_headers
+from server.api.schemas import AliasBody, RollbackBody
+from server.api.upload import Form, Upload, receive_upload, small_fields
+from server.config.limits import limits
+from server.config.settings import MIB
+from server.errors import RequestInvalid
+from server.generation.generator import adapter_ref
+from server.services import Services, UseServices
+from server.store.registry import AdapterRecord, Published, Registry
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+ResultT = TypeVar("ResultT")
+Residency = Literal["disk", "host", "device"]
+Version = Annotated[
+    int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
+]
+
+FORM_FIELDS = (
+    "name",
+    "description",
+    "template",
+    "labels",
+    "target_separator",
+    "append_eos",
+    "tokenization",
+)
+_CURL = "-F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors"
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "files"],
+                    "properties": {
+                        "name": {"type": "string", "description": "The adapter's name."},
+                        "description": {"type": "string", "description": "Free text."},
+                        "template": {
+                            "type": "string",
+                            "description": "Makes prompts of rows: {column} substitution.",
+                        },
+                        "labels": {
+                            "type": "string",
+                            "description": "A JSON list of texts, or the field repeated.",
+                        },
+                        "target_separator": {
+                            "type": "string",
+                            "description": "Left out: white space that the template ends with, "
+                            "else one space.",
+                        },
+                        "append_eos": {
+                            "type": "boolean",
+                            "description": "Whether targets ended with the end of sequence.",
+                        },
+                        "tokenization": {
+                            "type": "string",
+                            "enum": ["boundary", "as_written"],
+                            "default": "boundary",
+                            "description": "Whether white space at the template's end belongs to "
+                            "the target.",
+                        },
+                        "files": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "adapter_config.json and adapter_model.safetensors, or "
+                            "one .zip or .tar of them.",
+                        },
+                    },
+                },
+                "example": {
+                    "name": "complaints",
+                    "files": ["adapter_config.json", "adapter_model.safetensors"],
+                },
+            }
+        },
+    }
+}
+
+
+@router.post("", status_code=201, summary="Upload an adapter in PEFT's format", openapi_extra=_FORM)
+async def upload_adapter(request: Request, services: UseServices) -> Response:
+    """201 for a new version, 200 where the newest version is just this already."""
+    only_query(request)
+    services.need_generator()
+    registry = services.registry
+    with registry.staging_dir() as received, registry.staging_dir() as staged:
+        form = Form(
+            small_fields(FORM_FIELDS), "files", services.settings.max_upload_mib * MIB, _CURL
+        )
+        upload = await receive_upload(request, received, form)
+        create_only = _create_only(request)
+        published, ignored = await _off_loop(
+            lambda: _publish(services, upload, staged, create_only=create_only)
+        )
+    services.name_adapter(request, published.record)
+    body = {**_version(services, published.record), "ignored_files": list(ignored)}
+    location = {"location": f"/adapters/{published.record.name}"}
+    return JSONResponse(body, 201 if published.created else 200, location)
+
+
+@router.get("", summary="Every adapter, at its default version")
+async def list_adapters(
+    request: Request,
+    services: UseServices,
+    offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> dict[str, Any]:
+    """By name; `total` says whether there are more."""
+    only_query(request, "offset", "limit")
+    registry = services.registry
+    records = await _off_loop(lambda: registry.list(offset, limit))
+    total = await _off_loop(registry.count)
+    return {"adapters": [_version(services, record) for record in records], "total": total}
+
+
+@router.get("/{name}", summary="One adapter: its versions, config, template and counters")
+async def get_adapter(request: Request, services: UseServices, name: str) -> dict[str, Any]:
+    """What a bare name means now, and every version."""
+    only_query(request)
+    registry = services.registry
+    versions = await _off_loop(lambda: registry.versions(name))
+    default = next((record for record in versions if record.is_default), versions[-1])
+    config = await _off_loop(lambda: _config(registry, default))
+    services.name_adapter(request, default)
+    return {
+        **_version(services, default),
+        "recipe": default.recipe,
+        "config": config,
+        "counters": {"requests": services.requests_by_adapter[name]},
+        "versions": [
+            {**_version(services, record), "recipe": record.recipe} for record in versions
+        ],
+    }
+
+
+@router.get("/{name}/download", summary="PEFT's folder of an adapter as a zip")
+async def download_adapter(
+    request: Request, services: UseServices, name: str, version: Version = None
+) -> Response:
+    """The version that a bare name means, unless one is given."""
+    only_query(request, "version")
+    registry = services.registry
+    record = await _off_loop(lambda: registry.resolve(_reference(name, version)))
+    blocks = await _off_loop(lambda: registry.download_zip(record.name, record.version))
+    services.name_adapter(request, record)
+    file_name = f"{record.name}-v{record.version}.zip"
+    headers = {
+        "content-disposition": f'attachment; filename="{file_name}"',
+        "etag": f'"{record.digest}"',
+    }
+    return StreamingResponse(blocks, media_type="application/zip", headers=headers)
+
+
+@router.delete("/{name}", summary="Delete an adapter, or one version of it")
+async def delete_adapter(
+    request: Request, services: UseServices, name: str, version: Version = None
+) -> dict[str, Any]:
+    """Every version, unless one is given. Requests that run keep theirs to the end."""
+    only_query(request, "version")
+    registry = services.registry
+    versions = await _off_loop(lambda: registry.versions(name))
+    unused = await _off_loop(lambda: registry.delete(name, version))
+    if services.ready:
+        for digest in unused:
+            services.client.unload(digest)
+    gone = [record.version for record in versions if version in (None, record.version)]
+    shown_version = "-" if version is None else str(version)
+    set_headers(request, {"x-adapter-id": name, "x-adapter-version": shown_version})
+    return {"name": name, "deleted_versions": gone}
+
+
+@router.post("/{name}/preload", status_code=202, summary="Bring an adapter to the device")
+async def preload_adapter(
+    request: Request, services: UseServices, name: str, version: Version = None
+) -> dict[str, Any]:
+    """Started, not awaited: `residency` of `GET /adapters/{name}` tells when it is there."""
+    record = await _servable(request, services, name, version)
+    services.client.preload(adapter_ref(record))
+    return _version(services, record)
+
+
+@router.post("/{name}/unload", status_code=202, summary="Let an adapter leave the device")
+async def unload_adapter(
+    request: Request, services: UseServices, name: str, version: Version = None
+) -> dict[str, Any]:
+    """Once no sequence uses it. The adapter stays and loads again when it is asked for."""
+    record = await _servable(request, services, name, version)
+    services.client.unload(record.digest)
+    return _version(services, record)
+
+
+@router.post("/{name}/rollback", summary="Make a bare name mean an older version")
+async def rollback_adapter(
+    request: Request, services: UseServices, name: str, body: RollbackBody
+) -> dict[str, Any]:
+    """Until the next new version is published."""
+    only_query(request)
+    record = await _off_loop(lambda: services.registry.rollback(name, body.version))
+    services.name_adapter(request, record)
+    return _version(services, record)
+
+
+@router.put("/{name}/aliases/{alias}", summary="Name a version of an adapter")
+async def set_alias(
+    request: Request, services: UseServices, name: str, alias: str, body: AliasBody
+) -> dict[str, Any]:
+    """Set it, or move it to another version."""
+    only_query(request)
+    record = await _off_loop(lambda: services.registry.set_alias(name, alias, body.version))
+    services.name_adapter(request, record)
+    return _version(services, record)
+
+
+async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
+    return await anyio.to_thread.run_sync(work)
+
+
+async def _servable(
+    request: Request, services: Services, name: str, version: int | None
+) -> AdapterRecord:
+    only_query(request, "version")
+    services.need_generator()
+    record = await _off_loop(lambda: services.registry.resolve(_reference(name, version)))
+    services.name_adapter(request, record)
+    return record
+
+
+def _reference(name: str, version: int | None) -> str:
+    return name if version is None else f"{name}@{version}"
+
+
+def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
+    try:
+        return read_config(registry.blob_path(record.digest) / CONFIG_FILE)
+    except (AdapterError, OSError):
+        return None  # `status` says that the stored bytes are damaged
+
+
+def _version(services: Services, record: AdapterRecord) -> dict[str, Any]:
+    """A record as JSON, with where it is now."""
+    residency: Residency = "disk"
+    if services.ready:
+        residency = services.client.residency(record.digest)
+    return record_json(record, residency)
+
+
+def record_json(record: AdapterRecord, residency: Residency = "disk") -> dict[str, Any]:
+    """A record as JSON; also what the command line prints."""
+    return {
+        "name": record.name,
+        "version": record.version,
+        "digest": record.digest,
+        "peft_type": record.peft_type,
+        "num_virtual_tokens": record.num_virtual_tokens,
+        "bytes": record.num_bytes,
+        "status": record.status,
+        "residency": residency,
+        "is_default": record.is_default,
+        "aliases": list(record.aliases),
+        "description": record.description,
+        "template": record.template,
+        "labels": None if record.labels is None else list(record.labels),
+        "target_separator": record.target_separator,
+        "append_eos": record.append_eos,
+        "tokenization": record.tokenization,
+        "source": record.source,
+        "job_id": record.job_id,
+        "metrics": record.metrics,
+        "base_model_name_or_path": record.base_name,
+        "base_digest": record.base_digest,
+        "created_at": record.created_at.isoformat(),
+        "warnings": list(record.warnings),
+    }
+
+
+# --- the upload's form ---------------------------------------------------------------------
+
+
+def _publish(
+    services: Services, upload: Upload, staged: Any, *, create_only: bool
+) -> tuple[Published, tuple[str, ...]]:
+    name = upload.one("name")
+    if name is None:
+        raise RequestInvalid(
+            "name: expected a form field with the adapter's name, came none",
+            field="name",
+            expected="a form field",
+            came="nothing",
+        )
+    template = upload.one("template")
+    tokenization = upload.one("tokenization")
+    separator = _separator(upload.one("target_separator"), template, tokenization)
+    labels = _labels(upload)
+    append_eos = _flag(upload, "append_eos")
+    if not upload.files:
+        raise RequestInvalid(
+            "files: expected adapter_config.json and adapter_model.safetensors, or one archive of "
+            "them, as file parts called files; came none",
+            field="files",
+            expected="file parts called files",
+            came="nothing",
+        )
+    ignored = stage_upload([(file.name, file.path) for file in upload.files], staged)
+    published = services.registry.publish(
+        name,
+        staged,
+        services.client.base,
+        description=upload.one("description"),
+        template=template,
+        labels=labels,
+        target_separator=separator,
+        append_eos=append_eos,
+        tokenization=tokenization,
+        create_only=create_only,
+        base_names=(services.base_id, services.settings.base),
+    )
+    return published, ignored
+
+
+def _create_only(request: Request) -> bool:
+    condition = request.headers.get("if-none-match")
+    if condition is None:
+        return False
+    if condition.strip() != "*":
+        raise RequestInvalid(
+            f"If-None-Match: expected *, came {shown(condition)}",
+            field="if-none-match",
+            expected="*",
+            came=shown(condition),
+        )
+    return True
+
+
+def _separator(given: str | None, template: str | None, tokenization: str | None) -> str:
+    """What stands between prompt and target; a template that does not parse is refused here."""
+    at_end = "" if template is None else Template.parse(template).dropped
+    if given is not None:
+        return given
+    return "" if tokenization == "as_written" else at_end or " "
+
+
+def _flag(upload: Upload, name: str) -> bool | None:
+    value = upload.one(name)
+    if value is None:
+        return None
+    if value not in ("true", "false"):
+        raise RequestInvalid(
+            f"{name}: expected true or false, came {shown(value)}",
+            field=name,
+            expected="true or false",
+            came=shown(value),
+        )
+    return value == "true"
+
+
+def _labels(upload: Upload) -> list[str] | None:
+    values = upload.fields.get("labels")
+    if values is None:
+        return None
+    labels = _json_list(values[0]) if len(values) == 1 and values[0].startswith("[") else values
+    texts = [label for label in labels if isinstance(label, str) and label.strip()]
+    if len(texts) != len(labels) or len(set(texts)) != len(texts) or not texts:
+        raise _labels_invalid("with an empty, repeated or non-text label, or without any")
+    if len(texts) > limits().max_labels:
+        raise _labels_invalid(f"of {len(texts)}")
+    return texts
+
+
+def _json_list(text: str) -> list[Any]:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _labels_invalid("that is not JSON") from None
+    if not isinstance(parsed, list):
+        raise _labels_invalid("that is not JSON")
+    return parsed
+
+
+def _labels_invalid(came: str) -> RequestInvalid:
+    expected = f"1 to {limits().max_labels} different texts: a JSON list, or the field repeated"
+    return RequestInvalid(
+        f"labels: expected {expected}; came a list {came}",
+        field="labels",
+        expected=expected,
+        came=f"a list {came}",
+    )

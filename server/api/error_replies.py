@@ -1,0 +1,371 @@
+"""The one table from domain errors to HTTP, and the three shapes in which they are told.
+
+    /v1/...        OpenAI's  {"error": {"message", "type", "param", "code"}}
+    TGI's routes   TGI's     {"error", "error_type"}
+    the rest       ours      {"error", "error_type", "code"}, and field, expected, came, row if known
+
+A test fails when a class of `adapters.errors`, `server.errors` or the engine's client is missing
+here. Every refusal gets a reply: unknown routes, methods and unforeseen errors included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters import errors as library
+from server import errors as ours
+from server.engine import errors as engine
+from server.http.event_stream import ClientGone
+
+log = structlog.get_logger(__name__)
+
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/info", "/health", "/tokenize"})
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How one kind of error is told.
+
+    Attributes:
+        status: HTTP status.
+        code: stable name, for programs.
+        error_type: TGI's coarser word; its clients choose an exception class by it.
+    """
+
+    status: int
+    code: str
+    error_type: str = "validation"
+
+
+UNFORESEEN = Refusal(500, "internal_error", "generation")
+
+TABLE: dict[type[Exception], Refusal] = {
+    # the adapter library
+    library.AdapterError: Refusal(422, "adapter_invalid"),
+    library.CheckpointError: Refusal(422, "checkpoint_invalid"),
+    library.CheckpointTooLarge: Refusal(413, "checkpoint_too_large"),
+    library.UnsupportedFile: Refusal(415, "unsupported_file"),
+    library.FileSetInvalid: Refusal(422, "file_set_invalid"),
+    library.ArchiveInvalid: Refusal(422, "archive_invalid"),
+    library.HeaderInvalid: Refusal(422, "header_invalid"),
+    library.ConfigInvalid: Refusal(422, "config_invalid"),
+    library.MethodUnsupported: Refusal(422, "method_unsupported"),
+    library.TensorMismatch: Refusal(422, "tensor_mismatch"),
+    library.TargetNotFound: Refusal(422, "target_not_found"),
+    library.NonFinite: Refusal(422, "non_finite"),
+    library.BaseMismatch: Refusal(422, "base_mismatch"),
+    library.BaseUnsupported: Refusal(503, "base_unsupported", "unavailable"),
+    library.TemplateInvalid: Refusal(422, "template_invalid"),
+    library.CombineInvalid: Refusal(422, "combine_invalid"),
+    library.MergeInvalid: Refusal(422, "merge_invalid"),
+    library.TrainingError: Refusal(422, "training_refused"),
+    library.JobInvalid: Refusal(422, "job_invalid"),
+    library.DataInvalid: Refusal(422, "data_invalid"),
+    library.TrainingDiverged: Refusal(422, "training_diverged"),
+    library.RegistryError: Refusal(422, "registry_refused"),
+    library.NameInvalid: Refusal(422, "name_invalid"),
+    library.AdapterNotFound: Refusal(404, "adapter_not_found"),
+    library.VersionNotFound: Refusal(404, "version_not_found"),
+    library.AdapterExists: Refusal(412, "adapter_exists"),
+    library.AdapterCorrupt: Refusal(424, "adapter_corrupt", "generation"),
+    library.StorageFull: Refusal(507, "storage_full", "unavailable"),
+    library.StorageUnavailable: Refusal(503, "storage_unavailable", "unavailable"),
+    # the server itself
+    ours.RequestRefused: Refusal(400, "refused"),
+    ours.Contradiction: Refusal(400, "contradiction"),
+    ours.UnknownParameter: Refusal(400, "unknown_parameter"),
+    ours.RequestInvalid: Refusal(422, "invalid"),
+    ours.TooLong: Refusal(422, "too_long"),
+    ours.BodyTooLarge: Refusal(413, "body_too_large"),
+    ours.WrongContentType: Refusal(415, "wrong_content_type"),
+    ours.RequestTimeout: Refusal(408, "request_timeout"),
+    ours.UrlTooLong: Refusal(414, "url_too_long"),
+    ours.HeadersTooLarge: Refusal(431, "headers_too_large"),
+    ours.TooManyConnections: Refusal(503, "too_many_connections", "unavailable"),
+    ours.NotReady: Refusal(503, "not_ready", "unavailable"),
+    ours.JobNotFound: Refusal(404, "job_not_found"),
+    ours.UploadNotFound: Refusal(404, "file_not_found"),
+    ours.FilesFull: Refusal(413, "files_full"),
+    ours.JobActive: Refusal(400, "job_active"),
+    ours.TooManyJobs: Refusal(429, "too_many_jobs", "overloaded"),
+    ours.LoadingDisabled: Refusal(403, "loading_disabled"),
+    ours.FolderNotFound: Refusal(404, "folder_not_found"),
+    ours.NotLoaded: Refusal(400, "not_loaded"),
+    ours.KeyRequired: Refusal(401, "key_required", "authentication"),
+    ours.ScopeMissing: Refusal(403, "scope_missing", "authentication"),
+    ours.RateLimited: Refusal(429, "rate_limited", "overloaded"),
+    ours.QuotaExceeded: Refusal(429, "quota_exceeded", "overloaded"),
+    ours.KeyInvalid: UNFORESEEN,
+    ours.KeyNotFound: UNFORESEEN,
+    ours.LeaseLost: UNFORESEEN,
+    # the engine
+    engine.EngineError: UNFORESEEN,
+    engine.EngineStartFailed: Refusal(503, "engine_start_failed", "unavailable"),
+    engine.EngineOverloaded: Refusal(429, "overloaded", "overloaded"),
+    engine.AdapterOverloaded: Refusal(429, "adapter_overloaded", "overloaded"),
+    engine.EngineUnavailable: Refusal(503, "engine_unavailable", "unavailable"),
+    engine.RequestFailed: UNFORESEEN,
+}
+
+# What a request can fail of inside the engine: `FailedEvent.code`.
+FAILED: dict[str, Refusal] = {
+    "adapter_corrupt": Refusal(424, "adapter_corrupt", "generation"),
+    "adapter_not_loaded": Refusal(424, "adapter_not_loaded", "generation"),
+    "too_long": Refusal(422, "too_long"),
+    "grammar_invalid": Refusal(422, "grammar_invalid"),
+    "non_finite": Refusal(424, "non_finite", "generation"),
+    "aborted": Refusal(503, "aborted", "incomplete_generation"),
+    "engine_error": Refusal(500, "engine_error", "generation"),
+}
+
+# Refusals that the framework makes before any of our code runs.
+HTTP_CODES: dict[int, str] = {
+    400: "bad_request",
+    404: "route_not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "wrong_content_type",
+}
+
+# Nobody reads it; the number is the one nginx logs.
+CLIENT_GONE = 499
+
+_OPENAI_TYPES = {
+    404: "not_found_error",
+    429: "rate_limit_error",
+    401: "authentication_error",
+    403: "permission_error",
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """An error, ready to be written in any of the shapes."""
+
+    refusal: Refusal
+    message: str
+    field: str | None = None
+    expected: str | None = None
+    came: str | None = None
+    row: int | None = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def tell(error: Exception) -> Told:
+    """Look an error up; one that is in no table is told as unforeseen, without its words."""
+    if isinstance(error, engine.RequestFailed):
+        return Told(FAILED.get(error.code, UNFORESEEN), error.message)
+    if isinstance(error, RequestValidationError):
+        return tell_validation(error.errors())
+    if isinstance(error, HTTPException):
+        return _tell_http(error)
+    for kind in type(error).__mro__:
+        if kind in TABLE:
+            return Told(
+                TABLE[kind],
+                str(error),
+                field=getattr(error, "field", None),
+                expected=getattr(error, "expected", None),
+                came=getattr(error, "came", None),
+                row=getattr(error, "row", None),
+                headers=_retry_headers(error),
+            )
+    return Told(UNFORESEEN, "an unforeseen error; the server's log has it under this request id")
+
+
+def body_of(told: Told, path: str) -> dict[str, Any]:
+    """The reply's body in the shape that clients of this path expect."""
+    refusal, message = told.refusal, _sendable(told.message)
+    if path.startswith("/v1/"):
+        kind = _OPENAI_TYPES.get(refusal.status)
+        if kind is None:
+            kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+        error = {
+            "message": message,
+            "type": kind,
+            "param": told.field and _sendable(told.field),
+            "code": refusal.code,
+        }
+        return {"error": error}
+    body: dict[str, Any] = {"error": message, "error_type": refusal.error_type}
+    if path not in TGI_PATHS:
+        body["code"] = refusal.code
+        facts = {"field": told.field, "expected": told.expected, "came": told.came}
+        body |= {name: _sendable(value) for name, value in facts.items() if value is not None}
+        if told.row is not None:
+            body["row"] = told.row
+    return body
+
+
+def _sendable(text: str) -> str:
+    # What a client sent may be quoted, and JSON can smuggle in what UTF-8 cannot say.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def reply_to(error: Exception, path: str) -> JSONResponse:
+    """The whole reply to an error."""
+    told = tell(error)
+    return JSONResponse(body_of(told, path), told.refusal.status, told.headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the tables, and the framework's own, in our shapes."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            error = _wrong_content_type(request) or error
+        return reply_to(error, request.url.path)
+
+    async def nobody(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    app.add_exception_handler(ClientGone, nobody)
+    app.add_exception_handler(ClientDisconnect, nobody)
+    for kind in (*TABLE, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, handle)
+
+
+class CatchAll:
+    """Middleware: what no handler foresaw is logged and answered, never dropped in silence."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app; answer if it raises before the reply has begun."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            log.exception("request_failed", path=scope["path"], error=type(error).__name__)
+            if started:
+                raise
+            await reply_to(error, scope["path"])(scope, receive, send)
+
+
+def _retry_headers(error: Exception) -> dict[str, str]:
+    if isinstance(error, ours.KeyRequired):
+        return {"www-authenticate": 'Bearer realm="graftwork"'}
+    if isinstance(error, (engine.EngineOverloaded, ours.RateLimited)):
+        return {"retry-after": str(retry_after(error.retry_after_seconds))}
+    if isinstance(error, ours.RequestTimeout):
+        return {"connection": "close"}
+    if isinstance(error, ours.TooManyConnections):
+        return {"retry-after": "5", "connection": "close"}
+    if isinstance(error, ours.TooManyJobs):
+        return {"retry-after": "30"}
+    if isinstance(error, (ours.NotReady, engine.EngineUnavailable, library.StorageUnavailable)):
+        return {"retry-after": "5"}
+    return {}
+
+
+def retry_after(seconds: float) -> int:
+    """Whole seconds for the header, at least one."""
+    return max(1, math.ceil(seconds))
+
+
+def _tell_http(error: HTTPException) -> Told:
+    # The framework wraps what a middleware raised while the body was being read.
+    if isinstance(error.__cause__, ours.RequestRefused):
+        return tell(error.__cause__)
+    if why := _unreadable(error.__cause__):
+        expected = "JSON in UTF-8"
+        return Told(
+            Refusal(422, "invalid"), f"body: expected {expected}; {why}", "body", expected, why
+        )
+    code = HTTP_CODES.get(error.status_code, "http_error")
+    return Told(
+        Refusal(error.status_code, code), str(error.detail), headers=dict(error.headers or {})
+    )
+
+
+def _unreadable(error: BaseException | None) -> str | None:
+    """Why Python's reader of JSON gave up, where it has no error of its own for that."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 (byte {error.start})"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    # The one other thing that it refuses: int() takes quadratic time.
+    return "a number in it has too many digits" if isinstance(error, ValueError) else None
+
+
+def tell_validation(errors: Sequence[Any]) -> Told:
+    """The first of pydantic's findings, with where it is, what was expected and what came."""
+    first = errors[0]
+    where = _place(first["loc"])
+    came = "nothing" if first["type"] == "missing" else shown(first.get("input"))
+    if first["type"] == "json_invalid":
+        where, came = "body", f"invalid JSON ({first.get('ctx', {}).get('error', '')})"
+    expected = str(first["msg"]).removeprefix("Value error, ")
+    message = f"{where}: {expected}; came: {came}"
+    if len(errors) > 1:
+        message += f" (and {len(errors) - 1} more)"
+    return Told(Refusal(422, "invalid"), message, where, expected, came)
+
+
+def _place(loc: Iterable[Any]) -> str:
+    # Between the names stand the kinds that a value of several kinds was held against.
+    parts = [part for one in loc if "[" not in (part := str(one))]
+    if len(parts) > 1 and parts[0] in ("body", "query", "path"):
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as it may stand in a message: short and plain ASCII."""
+    text = ascii(_beginning(value, [limit + 1]))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _beginning(value: Any, left: list[int]) -> Any:
+    """So much of a value that what is said of it is the same: it may be of megabytes.
+
+    Args:
+        value: as JSON has them.
+        left: how many more characters are of use; every value takes one at least.
+    """
+    left[0] -= 1
+    if isinstance(value, str):
+        return value[: max(left[0], 0) + 2]
+    if isinstance(value, list):
+        return [_beginning(one, left) for one in itertools.takewhile(lambda _: left[0] > 0, value)]
+    if isinstance(value, dict):
+        items = itertools.takewhile(lambda _: left[0] > 0, value.items())
+        return {_beginning(key, left): _beginning(one, left) for key, one in items}
+    return value
+
+
+def _wrong_content_type(request: Request) -> ours.WrongContentType | None:
+    came = request.headers.get("content-type", "")
+    if request.method not in ("POST", "PUT") or "json" in came.lower():
+        return None
+    if request.headers.get("content-length", "") in ("", "0"):
+        return None
+    return ours.WrongContentType(
+        f"the body's content-type is {came or 'not given'!r}; send application/json",
+        field="content-type",
+        expected="application/json",
+        came=shown(came),
+    )

@@ -1,0 +1,1 @@
+"""Routes that generate, classify and tokenize."""

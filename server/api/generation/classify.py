@@ -1,0 +1,140 @@
+"""`POST /classify`: which of an adapter's labels fits, by likelihood.
+
+Thin: says which prompts and labels are meant; `server.generation.ranking` does the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
+
+from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
+from server.api.error_replies import shown
+from server.api.middleware.headers import set_headers, timing_headers
+from server.api.schemas import ClassifyBody
+from server.errors import Contradiction, RequestInvalid
+from server.generation.generator import Generation, Generator, Prompt
+from server.generation.ranking import Ranking, encode_labels, rank
+from server.http.event_stream import unless_gone
+from server.services import UseServices
+from server.store.registry import AdapterRecord
+
+router = APIRouter(tags=["generation"])
+
+_ADAPTER = Query(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.")
+_INPUTS = ("inputs", "row", "rows")
+
+
+@router.post("/classify", summary="Rank labels by their likelihood after a prompt")
+async def classify(
+    request: Request, services: UseServices, body: ClassifyBody, adapter: str | None = _ADAPTER
+) -> Any:
+    """One object for a text or a row, a list of them for a list.
+
+    A label's score is the log-likelihood of separator, label and, where the adapter was trained
+    with one, the end-of-sequence token. `scores` is the softmax over the labels given.
+    """
+    only_query(request, "adapter")
+    _check_fields(body)
+    generator = services.need_generator()
+    record = await generator.resolve(chosen_adapter(adapter, None))
+    services.name_adapter(request, record)
+    labels = _labels(body, record)
+    _check_number(body, labels, services.settings.max_ranked)
+    prompts = await _prompts(generator, body, record)
+    targets = await encode_labels(generator, labels, record)
+    if record is not None:
+        services.requests_by_adapter[record.name] += len(prompts)
+    begun: list[Generation] = []
+    work = rank(
+        generator,
+        prompts,
+        targets,
+        record,
+        normalization=body.normalization or "sum",
+        max_parallel=services.settings.max_running,
+        on_begun=begun.append,
+    )
+    replies = [_reply(one) for one in await unless_gone(request.receive, work)]
+    set_headers(request, timing_headers(*begun))
+    several = isinstance(body.inputs, list) or body.rows is not None
+    return JSONResponse(replies if several else replies[0])
+
+
+def _check_fields(body: ClassifyBody) -> None:
+    extras = [*(body.model_extra or {})]
+    refuse_stray_adapters(extras, also=("model",))
+    known = ", ".join(repr(name) for name in type(body).model_fields)
+    if extras:
+        raise RequestInvalid(
+            f"unknown field {shown(extras[0])}; this route takes {known}",
+            field=shown(extras[0]),
+            expected=known,
+            came=shown(extras[0]),
+        )
+    given = [name for name in _INPUTS if getattr(body, name) is not None]
+    if len(given) > 1:
+        raise Contradiction(
+            f"{' and '.join(given)} are both given; send one of them",
+            field=given[1],
+            expected="inputs, row or rows",
+            came=" and ".join(given),
+        )
+    if not given:
+        raise RequestInvalid(
+            "inputs: expected a text, a list of texts, a row or rows; came none",
+            field="inputs",
+            expected="inputs, row or rows",
+            came="nothing",
+        )
+
+
+def _check_number(body: ClassifyBody, labels: list[str], most: int) -> None:
+    """Hold inputs times labels to their limit, before anything is tokenised."""
+    given = body.inputs if isinstance(body.inputs, list) else body.rows
+    number = 1 if given is None else len(given)
+    if number * len(labels) > most:
+        raise RequestInvalid(
+            f"{number} inputs with {len(labels)} labels each are {number * len(labels)} to rank; "
+            f"at most {most} are taken at once",
+            field="inputs",
+            expected=f"at most {most}",
+            came=str(number * len(labels)),
+        )
+
+
+def _labels(body: ClassifyBody, record: AdapterRecord | None) -> list[str]:
+    if body.labels is None:
+        if record is not None and record.labels:
+            return list(record.labels)
+        whose = "the base" if record is None else f"the adapter {record.name!r}"
+        raise RequestInvalid(
+            f"labels: {whose} has no stored labels; send them",
+            field="labels",
+            expected="a list of texts",
+            came="nothing",
+        )
+    if len(set(body.labels)) != len(body.labels):
+        raise RequestInvalid(
+            "labels: expected different texts, came one twice",
+            field="labels",
+            expected="different texts",
+            came=shown(body.labels),
+        )
+    return body.labels
+
+
+async def _prompts(
+    generator: Generator, body: ClassifyBody, record: AdapterRecord | None
+) -> list[Prompt]:
+    if body.inputs is not None:
+        texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+        return await generator.encode_all(texts)
+    rows = body.rows if body.rows is not None else [body.row or {}]
+    return await generator.encode_rows(rows, record)
+
+
+def _reply(ranking: Ranking) -> dict[str, Any]:
+    return {"label": ranking.label, "scores": ranking.scores, "logprobs": ranking.logprobs}

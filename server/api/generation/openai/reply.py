@@ -1,0 +1,159 @@
+"""A job's reply: whole, or a stream.
+
+Frames are `data: ` lines that end with LF LF, and the last is `[DONE]`; a stream that breaks off
+ends with a frame that holds the error instead. Knows neither route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import structlog
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from server.api.error_replies import UNFORESEEN, body_of, tell
+from server.api.generation.openai.batch import Batch
+from server.api.generation.openai.job import Job, Output
+from server.api.generation.openai.schemas import StreamOptions
+from server.api.middleware.headers import set_headers, timing_headers
+from server.errors import RequestInvalid
+from server.generation.generator import Piece, mean_logprob
+from server.http.event_stream import EventStream, compact, unless_gone
+
+log = structlog.get_logger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+
+
+# --- whole replies -------------------------------------------------------------------------
+
+
+async def whole(request: Request, job: Job) -> Response:
+    """Every choice at once."""
+    batch = job.batch()
+    outputs = await unless_gone(request.receive, _read_all(job, batch))
+    set_headers(request, timing_headers(*batch.generations))
+    choices: list[dict[str, Any]] = []
+    for start in range(0, len(outputs), job.best_of):
+        for output in _best(outputs[start : start + job.best_of], job.n):
+            choices.append(await job.shape.choice(output, len(choices)))
+    body = job.envelope(job.shape.object_name, choices)
+    return JSONResponse({**body, "usage": job.usage(outputs)})
+
+
+async def _read_all(job: Job, batch: Batch) -> list[Output]:
+    outputs: dict[int, Output] = {}
+    async with aclosing(batch.pieces()) as pieces:
+        async for index, piece in pieces:
+            if index not in outputs:
+                outputs[index] = job.output(batch, index)
+            outputs[index].take(piece)
+    return [outputs[index] for index in range(len(job.requests))]
+
+
+def _best(samples: list[Output], count: int) -> list[Output]:
+    """The likeliest samples; all of them in the order of their seeds where none is left out."""
+    if count == len(samples):
+        return samples
+    return sorted(samples, key=lambda output: mean_logprob(output.pieces), reverse=True)[:count]
+
+
+# --- streams -------------------------------------------------------------------------------
+
+
+async def stream(request: Request, job: Job, options: StreamOptions | None) -> Response:
+    """Every choice as it is made. The first token is awaited before, for a real status."""
+    if job.best_of > job.n:
+        raise RequestInvalid(
+            f"best_of: expected n, which is {job.n}, when streaming, came {job.best_of}",
+            field="best_of",
+            expected=str(job.n),
+            came=str(job.best_of),
+        )
+    batch = job.batch()
+    pieces = batch.pieces()
+
+    async def read_first() -> tuple[int, Piece]:
+        return await anext(pieces)
+
+    try:
+        first = await unless_gone(request.receive, read_first())
+    except BaseException:
+        batch.abort()
+        raise
+    set_headers(request, timing_headers(*batch.generations))
+    frames = _Frames(job, batch, options or StreamOptions())
+    return EventStream(frames.all(request, first, pieces), batch.abort)
+
+
+class _Frames:
+    """The frames of one stream."""
+
+    def __init__(self, job: Job, batch: Batch, options: StreamOptions) -> None:
+        self._job = job
+        self._batch = batch
+        self._outputs: dict[int, Output] = {}
+        self._with_usage = bool(options.include_usage)
+        self._always_usage = self._with_usage and bool(options.continuous_usage_stats)
+        self._envelope = job.envelope(job.shape.chunk_name, [])
+        # What every chunk begins and ends with is written once: most of a chunk is that.
+        self._head = "data: " + compact(self._envelope).removesuffix("]}")
+        self._tail = '],"usage":null}\n\n' if self._with_usage else "]}\n\n"
+
+    async def all(
+        self,
+        request: Request,
+        first: tuple[int, Piece],
+        rest: AsyncGenerator[tuple[int, Piece], None],
+    ) -> AsyncGenerator[bytes, None]:
+        """Every frame, `[DONE]` included, or the error that broke the stream off."""
+        try:
+            async with aclosing(rest):
+                for frame in await self._of_new(*first):
+                    yield frame
+                async for index, piece in rest:
+                    if index not in self._outputs:
+                        for frame in await self._of_new(index, piece):
+                            yield frame
+                    elif frame := self._of(index, piece):
+                        yield frame
+            if self._with_usage:
+                yield _frame({**self._envelope, "usage": self._usage()})
+            yield DONE
+        except Exception as error:
+            # The status has been sent: the stream itself must say that it is not whole.
+            told = tell(error)
+            if told.refusal is UNFORESEEN:
+                log.exception("stream_failed", path=request.url.path, error=type(error).__name__)
+            yield _frame(body_of(told, request.url.path))
+
+    async def _of_new(self, index: int, piece: Piece) -> list[bytes]:
+        """What an output's first token adds: there may be something to say before it."""
+        output = self._outputs[index] = self._job.output(self._batch, index)
+        opening = await self._job.shape.opening(output, index)
+        before = [] if opening is None else [self._chunk(opening)]
+        frame = self._of(index, piece)
+        return [*before, frame] if frame else before
+
+    def _of(self, index: int, piece: Piece) -> bytes:
+        output = self._outputs[index]
+        pieces = output.take(piece)
+        # Nothing is sent for a token that only begins a character, unless it is of use by itself.
+        if piece.added or piece.finish_reason is not None or self._job.logprobs:
+            return self._chunk(self._job.shape.delta(output, index, pieces))
+        return b""
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        tail = f'],"usage":{compact(self._usage())}}}\n\n' if self._always_usage else self._tail
+        return f"{self._head}{compact(choice)}{tail}".encode()
+
+    def _usage(self) -> dict[str, Any]:
+        return self._job.usage([*self._outputs.values()])
+
+
+def _frame(data: dict[str, Any]) -> bytes:
+    # Some clients take the space after the colon for a part of the prefix.
+    return f"data: {compact(data)}\n\n".encode()

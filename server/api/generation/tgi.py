@@ -1,0 +1,167 @@
+"""TGI's generation routes: `/generate`, `/generate_stream` and `/`.
+
+Thin: a body becomes `Options`; `generate_reply` does the rest.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from server.api.adapter_choice import (
+    LORAX_FIELDS,
+    chosen_adapter,
+    only_query,
+    refuse_stray_adapters,
+)
+from server.api.generation.sampling import invalid, sampling_of
+from server.api.generation.tgi_reply import Job, stream, whole
+from server.api.middleware.headers import note_ignored
+from server.api.schemas import GenerateBody, GenerateParameters, set_extras
+from server.errors import Contradiction, RequestInvalid
+from server.generation.generator import Generator, Options, Prompt
+from server.generation.grammars import grammar_from
+from server.services import Services, UseServices
+from server.store.registry import AdapterRecord
+
+router = APIRouter(tags=["generation"])
+
+_ADAPTER = Query(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.")
+
+
+@router.post("/generate", summary="Generate, in TGI's protocol")
+async def generate(
+    request: Request, services: UseServices, body: GenerateBody, adapter: str | None = _ADAPTER
+) -> Response:
+    """One output, or a stream where the body says `stream`."""
+    job = await _prepare(request, services, body, adapter, streams=bool(body.stream))
+    if body.stream:
+        return await stream(request, job)
+    return JSONResponse(await whole(request, job))
+
+
+@router.post("/generate_stream", summary="Generate as server-sent events, in TGI's protocol")
+async def generate_stream(
+    request: Request, services: UseServices, body: GenerateBody, adapter: str | None = _ADAPTER
+) -> Response:
+    """A stream, whatever the body says."""
+    return await stream(request, await _prepare(request, services, body, adapter, streams=True))
+
+
+@router.post("/", summary="As /generate, with the output in a list")
+async def compat_generate(
+    request: Request, services: UseServices, body: GenerateBody, adapter: str | None = _ADAPTER
+) -> Response:
+    """Where huggingface_hub's `InferenceClient.text_generation` posts."""
+    job = await _prepare(request, services, body, adapter, streams=bool(body.stream))
+    if body.stream:
+        return await stream(request, job)
+    return JSONResponse([await whole(request, job)])
+
+
+async def _prepare(
+    request: Request, services: Services, body: GenerateBody, adapter: str | None, *, streams: bool
+) -> Job:
+    only_query(request, "adapter")
+    parameters = body.parameters or GenerateParameters()
+    _note_extras(request, body, parameters)
+    name = chosen_adapter(adapter, parameters.adapter_id)
+    _check_inputs(body)
+    generator = services.need_generator()
+    record = await generator.resolve(name)
+    services.name_adapter(request, record)
+    options = options_from(parameters, services.settings.max_best_of)
+    if streams:
+        _check_stream(parameters)
+    prompt = await _prompt(generator, body, record)
+    # The engine's ids are ours: two requests in flight may carry the same x-request-id.
+    prepared = generator.prepare(prompt, record, options, uuid.uuid4().hex)
+    if record is not None:
+        services.requests_by_adapter[record.name] += 1
+    return Job(generator, prompt, prepared, options, parameters)
+
+
+def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParameters) -> None:
+    inside = parameters.model_extra or {}
+    named = [
+        name for name, value in inside.items() if value is not None or name not in LORAX_FIELDS
+    ]
+    refuse_stray_adapters([*(body.model_extra or {}), *named], also=("model",))
+    note_ignored(request, {*set_extras(body), *set_extras(parameters)})
+
+
+def _check_inputs(body: GenerateBody) -> None:
+    if body.inputs is not None and body.row is not None:
+        raise Contradiction(
+            "inputs and row are both given; send one of them",
+            field="row",
+            expected="inputs or row",
+            came="both",
+        )
+    if body.row is None and not body.inputs:
+        raise RequestInvalid(
+            "inputs: expected a text of at least one character (or a row), came none",
+            field="inputs",
+            expected="a text of at least one character",
+            came="nothing" if body.inputs is None else "''",
+        )
+
+
+def _check_stream(parameters: GenerateParameters) -> None:
+    if parameters.decoder_input_details:
+        raise invalid("decoder_input_details", "false when streaming", "true")
+    if (parameters.best_of or 1) > 1:
+        raise invalid("best_of", "1 when streaming", parameters.best_of)
+
+
+async def _prompt(generator: Generator, body: GenerateBody, record: AdapterRecord | None) -> Prompt:
+    if body.row is not None:
+        return await generator.encode_row(body.row, record)
+    return await generator.encode(body.inputs or "")
+
+
+def options_from(parameters: GenerateParameters, max_best_of: int) -> Options:
+    """TGI's parameters as options; the command line generates with them as well.
+
+    Raises:
+        RequestInvalid: more samples than may be drawn, or more than one of a greedy output.
+        Contradiction: two grammars.
+    """
+    sampled = _samples(parameters)
+    best_of = parameters.best_of or 1
+    if best_of > max_best_of:
+        raise invalid("best_of", f"at most {max_best_of}", best_of)
+    if best_of > 1 and not sampled:
+        raise invalid("best_of", "1 unless do_sample is true", best_of)
+    return Options(
+        sampling=sampling_of(
+            parameters,
+            do_sample=sampled,
+            ignore_eos=bool(parameters.ignore_eos or parameters.ignore_eos_token),
+            num_logprobs=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
+            prompt_logprobs=bool(parameters.decoder_input_details),
+            grammar=grammar_from(
+                tgi_grammar=parameters.grammar,
+                response_format=parameters.response_format,
+                field_prefix="parameters.",
+            ),
+        ),
+        max_new_tokens=parameters.max_new_tokens,
+        stop=tuple(parameters.stop or ()),
+        truncate=parameters.truncate,
+    )
+
+
+def _samples(parameters: GenerateParameters) -> bool:
+    """Whether to sample: as said, or as TGI does, where something that shapes sampling is given."""
+    if parameters.do_sample is not None:
+        return parameters.do_sample
+    return (
+        parameters.temperature not in (None, 1.0)
+        or bool(parameters.top_k)
+        or parameters.top_p not in (None, 1.0)
+        or parameters.typical_p not in (None, 1.0)
+        or bool(parameters.min_p)
+    )

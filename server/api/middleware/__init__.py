@@ -1,0 +1,1 @@
+"""ASGI middleware: every request passes through these."""

@@ -1,0 +1,1 @@
+"""Routes for operators: health, drain, metrics, what is served."""

@@ -1,0 +1,1 @@
+"""Routes of training jobs, in this project's form and in OpenAI's."""

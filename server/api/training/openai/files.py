@@ -1,0 +1,232 @@
+"""`/v1/files`: upload, list, look at, read and delete the files that jobs train on.
+
+Bytes go to the disk while they arrive and are kept as they came; whether they can be trained on is
+seen when a job names them. Thin: the store decides, off the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+
+from server.api.adapter_choice import only_query
+from server.api.error_replies import shown
+from server.api.middleware.headers import body_too_large
+from server.api.upload import Form, Upload, UploadedFile, receive_upload, small_fields
+from server.config.settings import MIB
+from server.errors import RequestInvalid, UploadNotFound
+from server.services import Services, UseServices
+from server.store.files import FileRecord
+
+router = APIRouter(prefix="/v1/files", tags=["fine-tuning"])
+
+ResultT = TypeVar("ResultT")
+
+PURPOSE = "fine-tune"
+MAX_PAGE = 10_000
+_EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
+_CURL = "-F purpose=fine-tune -F file=@rows.jsonl"
+# The form around the file: its fields, headers and boundaries.
+_FORM_BYTES = MIB
+_CHUNK = 1 << 18
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "JSON lines, or CSV under a name that ends in .csv.",
+                        },
+                        "purpose": {
+                            "type": "string",
+                            "enum": [PURPOSE],
+                            "description": "What the file is for.",
+                        },
+                    },
+                },
+                "example": {"purpose": PURPOSE, "file": "rows.jsonl"},
+            }
+        },
+    }
+}
+
+
+@router.post("", summary="Upload a file to train on", openapi_extra=_FORM)
+async def create_file(request: Request, services: UseServices) -> dict[str, Any]:
+    """Keeps the bytes as they are; lines are checked when a job names the file."""
+    only_query(request)
+    files = services.need_files()
+    with services.registry.staging_dir() as received:
+        max_bytes = services.settings.max_data_mib * MIB + _FORM_BYTES
+        form = Form(small_fields(("purpose", *_EXPIRY)), "file", max_bytes, _CURL)
+        upload = await receive_upload(request, received, form)
+        purpose, file = _purpose(upload), _one_file(upload)
+        _check_size(file.path, services)
+        record = await _off_loop(lambda: files.add(file.path, file.name or "upload", purpose))
+    return file_json(record)
+
+
+@router.get("", summary="Uploaded files")
+async def list_files(
+    request: Request,
+    services: UseServices,
+    after: Annotated[
+        str | None, Query(description="Only files behind the one with this id.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many at most.")] = MAX_PAGE,
+    purpose: Annotated[
+        str | None, Query(description="Only files that were uploaded for this.")
+    ] = None,
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="desc: the newest first; asc: the oldest.")
+    ] = "desc",
+) -> dict[str, Any]:
+    """A page; `has_more` says whether there is another, which `after` with `last_id` asks for."""
+    only_query(request, "after", "limit", "purpose", "order")
+    files = services.need_files()
+    newest_first = order == "desc"
+    found = await _off_loop(
+        lambda: files.list(after, limit + 1, purpose=purpose, newest_first=newest_first)
+    )
+    return page([file_json(record) for record in found], limit)
+
+
+@router.get("/{file_id}", summary="One uploaded file")
+async def get_file(request: Request, services: UseServices, file_id: str) -> dict[str, Any]:
+    """What is known of it, without its bytes."""
+    only_query(request)
+    files = services.need_files()
+    return file_json(await _off_loop(lambda: files.get(file_id)))
+
+
+@router.get(
+    "/{file_id}/content",
+    summary="The bytes of an uploaded file",
+    response_class=StreamingResponse,
+    responses={
+        200: {"description": "The file as it came.", "content": {"application/octet-stream": {}}}
+    },
+)
+async def get_content(request: Request, services: UseServices, file_id: str) -> StreamingResponse:
+    """As they came, whatever they are."""
+    only_query(request)
+    files = services.need_files()
+    record = await _off_loop(lambda: files.get(file_id))
+    chunks = await _off_loop(lambda: _opened(files.path(file_id)))
+    headers = {
+        "content-length": str(record.num_bytes),
+        "content-disposition": "attachment",
+        "x-content-type-options": "nosniff",
+    }
+    return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+
+
+@router.delete("/{file_id}", summary="Delete an uploaded file")
+async def delete_file(request: Request, services: UseServices, file_id: str) -> dict[str, Any]:
+    """Jobs that were made of it go on: each has its own rows."""
+    only_query(request)
+    files = services.need_files()
+    await _off_loop(lambda: files.delete(file_id))
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+def file_json(record: FileRecord) -> dict[str, Any]:
+    """A file in OpenAI's words."""
+    return {
+        "id": record.id,
+        "object": "file",
+        "bytes": record.num_bytes,
+        "created_at": int(record.created_at.timestamp()),
+        "expires_at": None,
+        "filename": record.filename,
+        "purpose": record.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """A list in OpenAI's shape, of up to `limit` + 1 objects that were found."""
+    shown_ = found[:limit]
+    return {
+        "object": "list",
+        "data": shown_,
+        "first_id": shown_[0]["id"] if shown_ else None,
+        "last_id": shown_[-1]["id"] if shown_ else None,
+        "has_more": len(found) > limit,
+    }
+
+
+# --- the form ----------------------------------------------------------------------------------
+
+
+def _purpose(upload: Upload) -> str:
+    for name in _EXPIRY:
+        if upload.one(name) is not None:
+            raise RequestInvalid(
+                "expires_after: files are kept until they are deleted; leave it out",
+                field="expires_after",
+                expected="the field left out",
+                came=shown(upload.one(name)),
+            )
+    purpose = upload.one("purpose")
+    if purpose != PURPOSE:
+        came = "nothing" if purpose is None else shown(purpose)
+        raise RequestInvalid(
+            f"purpose: expected {PURPOSE!r}, the one thing that files are for here; came {came}",
+            field="purpose",
+            expected=PURPOSE,
+            came=came,
+        )
+    return purpose
+
+
+def _one_file(upload: Upload) -> UploadedFile:
+    if len(upload.files) != 1:
+        raise RequestInvalid(
+            f"file: expected one file part, came {len(upload.files)} (curl: {_CURL})",
+            field="file",
+            expected="one file part",
+            came=str(len(upload.files)),
+        )
+    return upload.files[0]
+
+
+def _check_size(path: Path, services: Services) -> None:
+    num_bytes, most = path.stat().st_size, services.settings.max_data_mib * MIB
+    if num_bytes == 0:
+        raise RequestInvalid(
+            "file: it is empty", field="file", expected="at least one line", came="0 bytes"
+        )
+    if num_bytes > most:
+        raise body_too_large(most)
+
+
+def _opened(path: Path) -> Iterator[bytes]:
+    """The bytes of a file that is open already, so that deleting it takes nothing away."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise UploadNotFound("the file was deleted a moment ago", field="file_id") from None
+
+    def chunks() -> Iterator[bytes]:
+        with file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    return chunks()
+
+
+async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
+    return await anyio.to_thread.run_sync(work)

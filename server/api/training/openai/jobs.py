@@ -1,0 +1,234 @@
+"""`/v1/fine_tuning/jobs`: ask for training, follow it, cancel it, in OpenAI's words.
+
+Thin: the files become rows, the body becomes a request as `/train` takes it, and the same plan, table
+of jobs and supervisor do the rest. Jobs that `/train` made are listed too. Blocking work runs off the
+event loop.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+
+from adapters.errors import AdapterExists, JobInvalid, NameInvalid, TemplateInvalid
+from adapters.training.plan import Plan, make_plan
+from server.api.adapter_choice import only_query, refuse_stray_adapters
+from server.api.error_replies import shown
+from server.api.middleware.headers import note_ignored
+from server.api.schemas import set_extras
+from server.api.training.openai.body import Asked, TuningBody
+from server.api.training.openai.data import TuningData, read_data
+from server.api.training.openai.files import page
+from server.api.training.openai.replies import event_number, event_object, job_object, tuning_of
+from server.errors import Contradiction, RequestInvalid, UnknownParameter
+from server.services import Services, UseServices
+from server.store.jobs import JobRecord
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+ResultT = TypeVar("ResultT")
+Limit = Annotated[int, Query(ge=1, le=1000, description="How many at most.")]
+
+DEFAULT_PAGE = 20
+_METADATA = re.compile(r"metadata\[([^\]]*)\]")
+
+
+@router.post("", summary="Train an adapter on an uploaded file")
+async def create_job(request: Request, services: UseServices, body: TuningBody) -> dict[str, Any]:
+    """Checks the data at once, queues the job, and says how it stands.
+
+    `fine_tuned_model` is null until the job has succeeded; then it is the adapter's name, which
+    answers as `model` from that moment.
+    """
+    only_query(request)
+    refuse_stray_adapters(body.model_extra or {}, place="suffix")
+    note_ignored(request, set_extras(body))
+    services.need_generator()
+    _require_base(services, body.model)
+    asked = Asked(body)
+    async with services.planning:
+        record = await _off_loop(lambda: _create(services, asked))
+    if services.supervisor is not None:
+        services.supervisor.wake()
+    return job_object(record)
+
+
+@router.get("", summary="Training jobs, the newest first")
+async def list_jobs(
+    request: Request,
+    services: UseServices,
+    after: Annotated[
+        str | None, Query(description="Only jobs older than the one with this id.")
+    ] = None,
+    limit: Limit = DEFAULT_PAGE,
+) -> dict[str, Any]:
+    """A page; `metadata[NAME]=VALUE` keeps jobs with these texts, `metadata=null` those without."""
+    wanted, none_wanted = _metadata(request)
+    jobs = services.need_jobs()
+    found = await _off_loop(
+        lambda: jobs.list_after(after, limit + 1, wanted, without_metadata=none_wanted)
+    )
+    return page([job_object(record) for record in found], limit)
+
+
+@router.get("/{job_id}", summary="One training job")
+async def get_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+    """`GET /train/{id}` says more of the same job."""
+    only_query(request)
+    jobs = services.need_jobs()
+    return job_object(await _off_loop(lambda: jobs.get(job_id)))
+
+
+@router.post("/{job_id}/cancel", summary="Cancel a training job")
+async def cancel_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+    """One that runs is still `running` in the reply, and `cancelled` within seconds.
+
+    A job that has ended stays as it is.
+    """
+    only_query(request)
+    jobs = services.need_jobs()
+    record = await _off_loop(lambda: jobs.cancel(job_id))
+    if services.supervisor is not None:
+        services.supervisor.wake()
+    return job_object(record)
+
+
+@router.get("/{job_id}/events", summary="What happened to a training job, the newest first")
+async def list_events(
+    request: Request,
+    services: UseServices,
+    job_id: str,
+    after: Annotated[
+        str | None, Query(description="Only events older than the one with this id.")
+    ] = None,
+    limit: Limit = DEFAULT_PAGE,
+) -> dict[str, Any]:
+    """A page; `GET /train/{id}/events` streams the same events as they happen."""
+    only_query(request, "after", "limit")
+    jobs = services.need_jobs()
+    before = None if after is None else _number(job_id, after)
+    found = await _off_loop(lambda: jobs.events_before(job_id, before, limit + 1))
+    return page([event_object(job_id, event) for event in found], limit)
+
+
+@router.get("/{job_id}/checkpoints", summary="Always empty: only the end is served")
+async def list_checkpoints(
+    request: Request,
+    services: UseServices,
+    job_id: str,
+    after: Annotated[str | None, Query(description="Without effect.")] = None,
+    limit: Limit = DEFAULT_PAGE,
+) -> dict[str, Any]:
+    """What a worker saves on its way is for itself to go on from."""
+    only_query(request, "after", "limit")
+    jobs = services.need_jobs()
+    await _off_loop(lambda: jobs.get(job_id))
+    return page([], limit)
+
+
+# --- a new job -------------------------------------------------------------------------------------
+
+
+def _require_base(services: Services, model: str) -> None:
+    if model != services.base_id:
+        raise RequestInvalid(
+            f"model: expected the base, {services.base_id!r}; adapters are trained on it, and not on "
+            f"other adapters; came {shown(model)}",
+            field="model",
+            expected=services.base_id,
+            came=shown(model),
+        )
+
+
+def _create(services: Services, asked: Asked) -> JobRecord:
+    name = asked.body.suffix
+    if name is None:
+        name = f"ft-{secrets.token_hex(12)}"
+    try:
+        create_only = asked.block.if_exists == "error"
+        services.registry.require_free(name, create_only=create_only)
+    except (NameInvalid, AdapterExists) as error:
+        error.field = "suffix"
+        raise
+    limits = services.settings.data_limits()
+    tokenizer = services.need_generator().tokenizer
+    data = read_data(services.need_files(), asked, tokenizer, limits)
+    with data.told_by_place():
+        plan = _plan(services, asked, name, data)
+    return services.need_jobs().create(plan.job, data.rows, tuning_of(asked))
+
+
+def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan:
+    try:
+        return make_plan(
+            asked.request(name, data.template, data.target, data.separator),
+            data.rows,
+            services.need_generator().tokenizer,
+            services.client.base,
+            base_name=services.base_id,
+            num_validation_rows=data.num_validation_rows,
+            prompts=data.prompts,
+            max_virtual_tokens=services.settings.max_virtual_tokens,
+        )
+    except (JobInvalid, TemplateInvalid) as error:
+        # Their fields are those of /train, which stand in the method's block here.
+        error.field = f"{asked.place}.{error.field}" if error.field else asked.place
+        raise
+
+
+# --- queries ---------------------------------------------------------------------------------------
+
+
+def _metadata(request: Request) -> tuple[dict[str, str], bool]:
+    """The filter: texts by name, and whether only jobs without metadata are wanted."""
+    wanted: dict[str, str] = {}
+    none_wanted = False
+    for name, value in request.query_params.multi_items():
+        found = _METADATA.fullmatch(name)
+        if found:
+            wanted[found.group(1)] = value
+        elif name == "metadata":
+            if value != "null":
+                raise RequestInvalid(
+                    f"metadata: expected metadata[NAME]=VALUE, or metadata=null; came {shown(value)}",
+                    field="metadata",
+                    expected="metadata[NAME]=VALUE",
+                    came=shown(value),
+                )
+            none_wanted = True
+        elif name not in ("after", "limit"):
+            raise UnknownParameter(
+                f"unknown query parameter {name!r}; this route takes after, limit, metadata[NAME]",
+                field=name,
+                expected="after, limit, metadata[NAME]",
+                came=name,
+            )
+    if wanted and none_wanted:
+        raise Contradiction(
+            "metadata=null and metadata[NAME] are both given",
+            field="metadata",
+            expected="one of them",
+            came="both",
+        )
+    return wanted, none_wanted
+
+
+def _number(job_id: str, after: str) -> int:
+    number = event_number(job_id, after)
+    if number is None:
+        raise RequestInvalid(
+            f"after: expected the id of an event of {job_id}, came {shown(after)}",
+            field="after",
+            expected="ftevent-JOB-NUMBER",
+            came=shown(after),
+        )
+    return number
+
+
+async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
+    return await anyio.to_thread.run_sync(work)

@@ -1,0 +1,303 @@
+"""`/train`: ask for training jobs, follow them, cancel and delete them.
+
+Thin: a plan is made of the request before anything is stored, so that what cannot be trained is
+refused at once; the jobs table and the supervisor do the rest. Blocking work runs off the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from adapters.training.plan import Plan, make_plan
+from server.api.adapter_choice import only_query
+from server.api.error_replies import shown
+from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
+from server.errors import JobNotFound, RequestInvalid
+from server.http.event_stream import EventStream, named_event, ping
+from server.services import Services, UseServices
+from server.store.job_states import FINISHED
+from server.store.jobs import JobEvent, JobRecord, JobStore
+
+router = APIRouter(prefix="/train", tags=["training"])
+
+ResultT = TypeVar("ResultT")
+
+POLL_SECONDS = 0.25
+PING_SECONDS = 15.0
+_EVENTS_AT_ONCE = 500
+_MAX_LOG_BYTES = 4 * 1024 * 1024
+_JOB_ID = re.compile(r"job-[0-9a-f]{24}")
+# What a list of jobs leaves out: a config with a context in it is long.
+_LONG = frozenset({"config", "init_text", "init_token_ids", "label_names"})
+
+
+@router.post("", status_code=202, summary="Train an adapter", openapi_extra=OPENAPI_BODY)
+async def train(
+    request: Request,
+    services: UseServices,
+    dry_run: Annotated[
+        bool, Query(description="Check everything and show three rows; store nothing.")
+    ] = False,
+) -> Response:
+    """202 with every default resolved; 200 with a preview for a dry run."""
+    only_query(request, "dry_run")
+    services.need_generator()
+    jobs = services.need_jobs()
+    with services.registry.staging_dir() as directory:
+        received = await receive_job(request, directory, services.settings)
+        async with services.planning:
+            work = partial(_plan, services, jobs, received, store=not dry_run)
+            plan, record = await _off_loop(work)
+    if record is None:
+        return JSONResponse(_preview(plan))
+    if services.supervisor is not None:
+        services.supervisor.wake()
+    return JSONResponse(job_json(record), 202, {"location": f"/train/{record.id}"})
+
+
+@router.get("", summary="Training jobs, the newest first")
+async def list_jobs(
+    request: Request,
+    services: UseServices,
+    offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> dict[str, Any]:
+    """Without the longer fields; `total` says whether there are more."""
+    only_query(request, "offset", "limit")
+    jobs = services.need_jobs()
+    records = await _off_loop(lambda: jobs.list(offset, limit))
+    total = await _off_loop(jobs.count)
+    listed = [
+        {key: value for key, value in job_json(record).items() if key not in _LONG}
+        for record in records
+    ]
+    return {"jobs": listed, "total": total}
+
+
+@router.get("/{job_id}", summary="One job: state, progress, metrics, error, and what it does")
+async def get_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+    """`progress` is the last step's event."""
+    only_query(request)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    return job_json(await _off_loop(lambda: jobs.get(job_id)))
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="What happens to a job, as server-sent events",
+    response_class=Response,
+    responses={
+        200: {"description": "Events.", "content": {"text/event-stream": {}}},
+        204: {"description": "The job has ended, and its last event was had."},
+    },
+)
+async def job_events(
+    request: Request,
+    services: UseServices,
+    job_id: str,
+    after: Annotated[
+        int | None, Query(ge=0, lt=2**63, description="Only events after this id.")
+    ] = None,
+) -> Response:
+    """From the first event on, or from after `Last-Event-ID`, else `after`; ends with the job.
+
+    Events are `state`, `started`, `resumed`, `step`, `evaluation` and `checkpoint`; their `data` is
+    JSON. A client that reconnects after the last event of a job gets 204, and so stops.
+    """
+    only_query(request, "after")
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    record = await _off_loop(lambda: jobs.get(job_id))
+    resumed = _last_event_id(request)
+    start = resumed if resumed is not None else after or 0
+    over = resumed is not None and record.state in FINISHED
+    # EventSource comes back whenever a stream ends, until it hears 204.
+    if over and not await _off_loop(lambda: jobs.events(job_id, start, 1)):
+        return Response(status_code=204)
+    frames = event_frames(jobs, job_id, start, stopping=services.stopping)
+    return EventStream(frames, lambda: None)
+
+
+@router.get("/{job_id}/log", summary="A job's log", response_class=PlainTextResponse)
+async def job_log(
+    request: Request,
+    services: UseServices,
+    job_id: str,
+    tail: Annotated[
+        int | None, Query(ge=1, lt=2**63, description="Only the last so many lines.")
+    ] = None,
+) -> Response:
+    """Empty before the job has begun; of a very long one the end."""
+    only_query(request, "tail")
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    await _off_loop(lambda: jobs.get(job_id))
+    return PlainTextResponse(await _off_loop(lambda: _log(jobs.directory(job_id), tail)))
+
+
+@router.post("/{job_id}/cancel", summary="Cancel a job")
+async def cancel_job(request: Request, services: UseServices, job_id: str) -> Response:
+    """202 where it still runs and is about to stop, 200 where it has ended."""
+    only_query(request)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    record = await _off_loop(lambda: jobs.cancel(job_id))
+    if services.supervisor is not None:
+        services.supervisor.wake()
+    return JSONResponse(job_json(record), 200 if record.state in FINISHED else 202)
+
+
+@router.delete("/{job_id}", summary="Delete a job that has ended, with its rows and log")
+async def delete_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+    """The adapter that came of it stays."""
+    only_query(request)
+    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    await _off_loop(lambda: jobs.delete(job_id))
+    return {"id": job_id, "deleted": True}
+
+
+def job_json(record: JobRecord) -> dict[str, Any]:
+    """A record as JSON: what it is asked to do, and how it stands."""
+    return {
+        "id": record.id,
+        "state": record.state,
+        **record.job.model_dump(mode="json"),
+        "adapter_version": record.adapter_version,
+        "progress": record.progress,
+        "metrics": record.metrics,
+        "error": record.error,
+        "cancel_requested": record.cancel_requested,
+        "attempts": record.attempts,
+        "created_at": record.created_at.isoformat(),
+        "started_at": None if record.started_at is None else record.started_at.isoformat(),
+        "finished_at": None if record.finished_at is None else record.finished_at.isoformat(),
+    }
+
+
+async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
+    return await anyio.to_thread.run_sync(work)
+
+
+def _known_id(job_id: str) -> str:
+    """The id, if it can be one at all: it becomes the name of a folder.
+
+    Raises:
+        JobNotFound: it cannot be one.
+    """
+    if not _JOB_ID.fullmatch(job_id):
+        raise JobNotFound(
+            f"there is no training job {shown(job_id)}", field="id", came=shown(job_id)
+        )
+    return job_id
+
+
+# --- a new job -----------------------------------------------------------------------------
+
+
+def _plan(
+    services: Services, jobs: JobStore, received: Received, *, store: bool
+) -> tuple[Plan, JobRecord | None]:
+    asked = received.request
+    services.registry.require_free(asked.adapter, create_only=asked.if_exists == "error")
+    rows = received.read_rows()
+    plan = make_plan(
+        asked,
+        rows,
+        services.need_generator().tokenizer,
+        services.client.base,
+        base_name=services.base_id,
+        max_virtual_tokens=services.settings.max_virtual_tokens,
+    )
+    return plan, jobs.create(plan.job, rows) if store else None
+
+
+def _preview(plan: Plan) -> dict[str, Any]:
+    return {
+        **plan.job.model_dump(mode="json"),
+        "num_train": len(plan.examples.train),
+        "num_held_out": len(plan.examples.held_out),
+        "lengths": plan.lengths,
+        "preview": plan.preview,
+    }
+
+
+# --- events and log ------------------------------------------------------------------------
+
+
+def _last_event_id(request: Request) -> int | None:
+    given = request.headers.get("last-event-id")
+    if not given:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", given):
+        raise RequestInvalid(
+            f"Last-Event-ID: expected the id of an event, came {shown(given)}",
+            field="last-event-id",
+            expected="a whole number",
+            came=shown(given),
+        )
+    return int(given)
+
+
+async def event_frames(
+    jobs: JobStore,
+    job_id: str,
+    after: int,
+    *,
+    ping_seconds: float = PING_SECONDS,
+    stopping: Callable[[], bool] = lambda: False,
+) -> AsyncGenerator[bytes, None]:
+    """Every event after an id, then what comes, until the job has ended or is deleted.
+
+    Args:
+        jobs: where the events are; asked again and again.
+        job_id: the job.
+        after: the last event that the client has; 0 for none.
+        ping_seconds: a comment is sent after so long a silence.
+        stopping: whether to end early; the client goes on at the next server.
+    """
+    last = after
+    silent_since = time.monotonic()
+    while not stopping():
+        # The state first: what is read after it ended is all there will be.
+        try:
+            ended = await _off_loop(lambda: jobs.get(job_id).state in FINISHED)
+            found = await _off_loop(partial(jobs.events, job_id, last, _EVENTS_AT_ONCE))
+        except JobNotFound:
+            return  # deleted meanwhile
+        for event in found:
+            yield _frame(event)
+            last = event.id
+        if found:
+            silent_since = time.monotonic()
+        elif ended:
+            return
+        else:
+            if time.monotonic() - silent_since >= ping_seconds:
+                yield ping()
+                silent_since = time.monotonic()
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _frame(event: JobEvent) -> bytes:
+    return named_event(event.id, event.kind, {**event.data, "at": event.at.isoformat()})
+
+
+def _log(directory: Path, tail: int | None) -> str:
+    try:
+        with (directory / "log.txt").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _MAX_LOG_BYTES))
+            data = file.read(_MAX_LOG_BYTES)
+    except FileNotFoundError:
+        return ""
+    text = data.decode("utf-8", "replace")
+    if tail is None:
+        return text
+    return "".join(text.splitlines(keepends=True)[-tail:])

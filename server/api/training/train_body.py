@@ -1,0 +1,256 @@
+"""The body of `POST /train`: JSON with its rows, or a form with a job and a file of rows.
+
+Takes a body apart, within limits, and says what is wrong with it. What a job may ask for stands in
+`adapters.training.job`, what rows may hold in `adapters.training.rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from pydantic import Field, ValidationError
+from starlette.requests import Request
+
+from adapters.errors import UnsupportedFile
+from adapters.strict_json import StrictJsonError, parse_object
+from adapters.training.job import TrainingRequest
+from adapters.training.rows import Kind, Row, check_rows, kind_of, read_rows
+from server.api.error_replies import shown, tell_validation
+from server.api.middleware.headers import body_too_large
+from server.api.middleware.value_count import ValueCount
+from server.api.upload import Form, Upload, UploadedFile, receive_upload
+from server.config.limits import limits
+from server.config.settings import MIB, Settings
+from server.errors import Contradiction, RequestInvalid, WrongContentType
+
+# The body, its rows, a row, the config, and one level of lists or objects within.
+_DEPTH = 12
+# Bytes that are counted at a time: others may run in between.
+_SLICE = 1 << 16
+_CURL = "-F job=@job.json -F data=@rows.jsonl"
+_KINDS: dict[str, Kind] = {
+    "text/csv": "csv",
+    "application/csv": "csv",
+    "application/jsonl": "jsonl",
+    "application/jsonlines": "jsonl",
+    "application/x-jsonlines": "jsonl",
+    "application/x-ndjson": "jsonl",
+    "application/ndjson": "jsonl",
+}
+
+
+class TrainBody(TrainingRequest):
+    """A job and its rows, as JSON."""
+
+    rows: list[dict[str, str | bool | int | float]] | None = Field(
+        None, description="The data, column by column; left out where a file part has it."
+    )
+
+
+@dataclass(frozen=True)
+class Received:
+    """A body that is syntactically right.
+
+    Attributes:
+        request: the job.
+        read_rows: reads and checks its rows; slow, to be called off the event loop.
+    """
+
+    request: TrainingRequest
+    read_rows: Callable[[], list[Row]]
+
+
+async def receive_job(request: Request, directory: Path, settings: Settings) -> Received:
+    """Take in the body of a request for training.
+
+    Args:
+        request: its body is unread.
+        directory: an empty folder, where a file of rows is kept for as long as it is read.
+        settings: limits.
+
+    Raises:
+        WrongContentType: neither JSON nor a form.
+        BodyTooLarge: more bytes than the limit, noticed while they arrive.
+        RequestInvalid: a field is unknown, missing, or not what it must be.
+        Contradiction: rows in the body and in a file.
+        UnsupportedFile: a file that is neither JSON lines nor CSV.
+    """
+    content_type = request.headers.get("content-type", "")
+    if content_type.lower().startswith("multipart/form-data"):
+        return await _receive_form(request, directory, settings)
+    if "json" not in content_type.lower():
+        raise WrongContentType(
+            f"the body's content-type is {content_type or 'not given'!r}; send application/json "
+            f"with rows, or a form (curl: {_CURL})",
+            field="content-type",
+            expected="application/json or multipart/form-data",
+            came=shown(content_type),
+        )
+    raw = await _parse(await _read_body(request, settings), "body")
+    rows = raw.pop("rows", None)
+    return Received(_validated(raw), _inline(rows, settings))
+
+
+async def _receive_form(request: Request, directory: Path, settings: Settings) -> Received:
+    max_job, max_data = settings.max_body_mib * MIB, settings.max_data_mib * MIB
+    form = Form({"job": max_job}, "data", max_job + max_data, _CURL)
+    upload = await receive_upload(request, directory, form)
+    job = upload.one("job")
+    if job is None:
+        raise RequestInvalid(
+            "job: expected a form field with the job as JSON, came none",
+            field="job",
+            expected="a form field",
+            came="nothing",
+        )
+    raw = await _parse(job.encode(), "job")
+    rows = raw.pop("rows", None)
+    file = _one_file(upload)
+    if file is None:
+        return Received(_validated(raw), _inline(rows, settings))
+    if rows is not None:
+        raise Contradiction(
+            "rows are in the job and in the file part data; send one of them",
+            field="rows",
+            expected="rows or a file",
+            came="both",
+        )
+    kind = _kind(file)
+    data_limits = settings.data_limits()
+    return Received(_validated(raw), lambda: read_rows(file.path, kind, data_limits))
+
+
+async def _read_body(request: Request, settings: Settings) -> bytes:
+    max_bytes = settings.max_body_mib * MIB
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise body_too_large(max_bytes)
+    return bytes(body)
+
+
+async def _parse(data: bytes, field: str) -> dict[str, Any]:
+    return await anyio.to_thread.run_sync(_parsed, data, field)
+
+
+def _parsed(data: bytes, field: str) -> dict[str, Any]:
+    values = ValueCount(limits().max_json_values)
+    for start in range(0, len(data), _SLICE):
+        values.feed(data[start : start + _SLICE])
+    try:
+        return parse_object(data, _DEPTH)
+    except StrictJsonError as error:
+        raise RequestInvalid(
+            f"{field}: expected a JSON object; {error}",
+            field=field,
+            expected="a JSON object",
+            came=str(error),
+        ) from error
+
+
+def _validated(raw: dict[str, Any]) -> TrainingRequest:
+    try:
+        return TrainingRequest.model_validate(raw)
+    except ValidationError as error:
+        told = tell_validation(error.errors(include_url=False))
+        raise RequestInvalid(
+            told.message, field=told.field, expected=told.expected, came=told.came
+        ) from error
+
+
+def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:
+    if rows is None:
+        raise RequestInvalid(
+            "rows: expected a list of rows, or a file part data in a form; came neither",
+            field="rows",
+            expected="a list of rows, or a file part data",
+            came="nothing",
+        )
+    if not isinstance(rows, list):
+        raise RequestInvalid(
+            f"rows: expected a list of objects; came: {shown(rows)}",
+            field="rows",
+            expected="a list of objects",
+            came=shown(rows),
+        )
+    return lambda: check_rows(rows, settings.data_limits())
+
+
+def _one_file(upload: Upload) -> UploadedFile | None:
+    if len(upload.files) > 1:
+        raise RequestInvalid(
+            f"data: expected one file part, came {len(upload.files)}",
+            field="data",
+            expected="one file part",
+            came=str(len(upload.files)),
+        )
+    return upload.files[0] if upload.files else None
+
+
+def _kind(file: UploadedFile) -> Kind:
+    """By the ending of the file's name, else by its content type."""
+    kind = kind_of(file.name) or _KINDS.get(file.content_type)
+    if kind is None:
+        came = f"{shown(file.name)} ({shown(file.content_type)})"
+        raise UnsupportedFile(
+            f"data: expected a file named .jsonl (one JSON object a line) or .csv; came: {came}",
+            field="data",
+            expected=".jsonl or .csv",
+            came=came,
+        )
+    return kind
+
+
+# --- for /docs --------------------------------------------------------------------------------
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references: an operation's own schema has no place for definitions."""
+    if isinstance(schema, list):
+        return [_inlined(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(part, definitions) for key, part in schema.items() if key != "$defs"}
+
+
+def _schema(model: type[TrainingRequest]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    inlined: dict[str, Any] = _inlined(schema, schema.get("$defs", {}))
+    return inlined
+
+
+OPENAPI_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _schema(TrainBody)},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["job", "data"],
+                    "properties": {
+                        "job": {"type": "string", "description": "The same JSON, without rows."},
+                        "data": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "A file of rows, .jsonl or .csv.",
+                        },
+                    },
+                },
+                "encoding": {"job": {"contentType": "application/json"}},
+                "example": {
+                    "job": '{"adapter": "mine", "method": "ia3", "template": "{text}", '
+                    '"target": "label"}',
+                    "data": "rows.jsonl",
+                },
+            },
+        },
+    }
+}

@@ -1,0 +1,197 @@
+"""`graftwork adapters combine` and `merge`: adapters that are made of adapters, and a base of one.
+
+The arithmetic is `adapters.combine`'s and `adapters.merge`'s; here are the options, and what is printed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from server.cli.adapter_tables import tell_record
+from server.cli.adapters import adapter_place
+from server.cli.data import errors_as_lines, labels_from
+from server.cli.options import (
+    AsJson,
+    Base,
+    DataDir,
+    Revision,
+    Url,
+    connect,
+    fail,
+    place_from,
+    prepare_base,
+    print_json,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from server.cli.adapter_backends import Weighted
+    from server.config.settings import Settings
+
+CombinationType = Literal["linear", "delta"]
+MergeDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def add_commands(adapters_app: typer.Typer) -> None:
+    """Hang this file's commands into `graftwork adapters`."""
+    adapters_app.command("combine")(combine_adapters)
+    adapters_app.command("merge")(merge_adapter)
+
+
+def combine_adapters(
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME[@VERSION]:WEIGHT...", help="Adapters of one method, each with its weight."
+        ),
+    ],
+    name: Annotated[str, typer.Option("--name", help="Of the new adapter; not in use yet.")],
+    combination_type: Annotated[
+        CombinationType,
+        typer.Option(
+            "--combination-type",
+            help="linear: PEFT's weighted sum, where a module that an IA3 adapter lacks counts 0. "
+            "delta: for IA3, 1 + the weighted sum of distances from 1.",
+        ),
+    ] = "linear",
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="Left out: that of the adapters, if they agree."),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels", metavar="A,B", help="Left out: those of the adapters, if they agree."
+        ),
+    ] = None,
+    description: Annotated[str | None, typer.Option("--description")] = None,
+    url: Url = None,
+    base: Base = None,
+    revision: Revision = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add up adapters of one method, each with a weight, and register the sum.
+
+    graftwork adapters combine complaints:0.7 refunds@2:0.3 --name both
+    """
+    weighted = [_weighted(part) for part in parts]
+    said = {"template": template, "labels": labels_from(labels), "description": description}
+    words = {key: value for key, value in said.items() if value is not None}
+    with adapter_place(url, data_dir, base=base, revision=revision, needs_base=True) as place:
+        record = place.combine(weighted, name, combination_type, words)
+    tell_record(record, f"is the sum of {', '.join(parts)}", as_json=as_json)
+
+
+def merge_adapter(
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="NAME[@VERSION]", help="An IA3 adapter, or a PEFT folder of one."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder of the new base; must not be there.")
+    ],
+    safe_merge: Annotated[
+        bool, typer.Option("--safe-merge", help="Refuse weights that are not finite afterwards.")
+    ] = False,
+    dtype: Annotated[
+        MergeDtype | None,
+        typer.Option(
+            "--dtype",
+            help="Of all weights, changed before they are multiplied. Left out: as stored.",
+        ),
+    ] = None,
+    url: Url = None,
+    base: Base = None,
+    revision: Revision = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Multiply an IA3 adapter into its base, as PEFT merges it.
+
+    What comes out is a stand-alone Hugging Face folder. The base is read here;
+    with --url the adapter comes from there, and must be of the same base.
+
+    graftwork adapters merge complaints-ia3 --out complaints-merged --safe-merge
+    """
+    from adapters.merge import merge_into_base
+
+    settings, chosen = place_from(url, data_dir, base=base, revision=revision)
+    with errors_as_lines():
+        if out.exists():
+            raise fail(f"--out {out} is there already; name a new folder")
+        with _folder(adapter, settings, chosen) as (directory, name, base_digest):
+            prepare_base(settings)
+            from server.base.load import load_base
+
+            loaded = load_base(settings.base, revision=settings.revision, device="cpu")
+            _require_base(name, base_digest, loaded.spec.digest)
+            merged = merge_into_base(
+                loaded.tokenizer_dir,
+                directory,
+                out,
+                safe_merge=safe_merge,
+                base=loaded.spec,
+                dtype=dtype,
+            )
+    if as_json:
+        print_json({"adapter": name, **asdict(merged), "directory": str(merged.directory)})
+    else:
+        tell(
+            f"{name} merged into {merged.num_modules} modules, {merged.num_bytes:,} bytes written to "
+            f"{out}; serve it with: graftwork serve --base {out}"
+        )
+
+
+def _weighted(part: str) -> Weighted:
+    from server.cli.adapter_backends import Weighted
+
+    reference, colon, weight = part.rpartition(":")
+    try:
+        if colon and reference:
+            return Weighted(reference, float(weight))
+    except ValueError:
+        pass
+    raise fail(f"expected NAME:WEIGHT, such as complaints:0.5; came {part!r}")
+
+
+@contextmanager
+def _folder(
+    adapter: str, settings: Settings, url: str | None
+) -> Iterator[tuple[Path, str, str | None]]:
+    """The files of an adapter, what it is called, and the digest of the base it was trained on."""
+    from server.cli.named_adapters import find_adapters
+
+    if url is None:
+        found = find_adapters([adapter], settings)[0]
+        yield found.directory, found.name, found.base_digest
+        return
+    from server.cli.adapter_backends import stage
+    from server.cli.remote_adapters import RunningServer
+
+    with tempfile.TemporaryDirectory(prefix="graftwork-") as work, connect(url) as server:
+        archive, directory = Path(work) / "adapter.zip", Path(work) / "adapter"
+        record = RunningServer(server).download(adapter, archive)
+        directory.mkdir()
+        stage(archive, directory)
+        served = server.get("/info")["base"]["digest"]
+        yield directory, f"{record['name']}@{record['version']}", served
+
+
+def _require_base(name: str, expected: str | None, came: str) -> None:
+    from adapters.errors import BaseMismatch
+
+    if expected not in (None, came):
+        raise BaseMismatch(
+            f"{name} belongs to the base {expected}, --base is {came}",
+            field="base",
+            expected=expected,
+            came=came,
+        )

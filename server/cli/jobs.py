@@ -1,0 +1,298 @@
+"""Training jobs: `graftwork worker` and `graftwork jobs`.
+
+The worker runs those of a data directory; its servers are started with `--train-workers 0`, or share
+the work with it. `jobs` looks at them and cancels them, there or in a running server. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from server.cli.data import errors_as_lines
+from server.cli.options import (
+    AsJson,
+    Base,
+    DataDir,
+    Device,
+    DtypeOption,
+    LogFormat,
+    LogLevel,
+    Revision,
+    TrainWorkers,
+    Url,
+    connect,
+    err,
+    fail,
+    option,
+    place_from,
+    prepare_base,
+    print_json,
+    print_table,
+    settings_from,
+    tell,
+)
+from server.config.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from server.cli.job_backends import JobPlace
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, such as job-a1ab28fe4d34….")]
+
+jobs_app = typer.Typer(
+    help="Look at training jobs, and cancel them: in a data directory, or a running server.",
+    no_args_is_help=True,
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Hang this file's commands into the command line."""
+    app.command()(worker)
+    app.add_typer(jobs_app, name="jobs")
+
+
+def worker(
+    base: Base = None,
+    revision: Revision = None,
+    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
+    data_dir: DataDir = None,
+    dtype: DtypeOption = None,
+    device: Device = None,
+    train_workers: TrainWorkers = None,
+    train_threads: Annotated[int | None, option("train_threads", "--train-threads")] = None,
+    train_memory_mib: Annotated[
+        int | None, option("train_memory_mib", "--train-memory-mib")
+    ] = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Run the training jobs of a data directory until a signal comes.
+
+    Jobs that run then write a checkpoint and go back to the queue. For servers
+    that are started with --train-workers 0; a job is done once, however many
+    look for jobs.
+
+    graftwork worker --data-dir /var/lib/graftwork --train-workers 2
+    """
+    settings = settings_from(
+        base=base,
+        revision=revision,
+        base_name=base_name,
+        data_dir=data_dir,
+        dtype=dtype,
+        device=device,
+        train_workers=train_workers,
+        train_threads=train_threads,
+        train_memory_mib=train_memory_mib,
+        log_format=log_format,
+        log_level=log_level,
+    )
+    if settings.train_workers == 0:
+        raise fail("--train-workers is 0: this command would do nothing; expected 1 or more")
+    prepare_base(settings)
+    _supervise(settings)
+
+
+def _supervise(settings: Settings) -> None:
+    from server.app import base_name
+    from server.jobs.supervisor import Supervisor
+    from server.logs import configure
+    from server.store.jobs import JobStore
+    from server.store.registry import Registry
+
+    configure(settings.log_format, settings.log_level)
+    name = base_name(settings)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    registry = Registry(settings.data_dir, reserved=(name,))
+    supervisor = Supervisor(
+        JobStore(settings.data_dir),
+        registry,
+        settings.worker_config(name),
+        workers=settings.train_workers,
+    )
+    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: asked.set())
+    supervisor.start()
+    err.print(
+        f"Graftwork runs the training jobs of {settings.data_dir}, {settings.train_workers} at once",
+        highlight=False,
+        soft_wrap=True,
+    )
+    asked.wait()
+    supervisor.stop()
+    registry.close()
+
+
+# --- jobs ------------------------------------------------------------------------------------
+
+
+@jobs_app.command("list")
+def list_jobs(
+    url: Url = None,
+    data_dir: DataDir = None,
+    offset: Annotated[int, typer.Option(min=0, help="Leave out so many of the newest.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Jobs to show at most.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List training jobs, the newest first.
+
+    graftwork jobs list --url http://127.0.0.1:8000
+    """
+    with _place(url, data_dir) as place:
+        jobs = place.list(offset, limit)
+    if as_json:
+        print_json(jobs)
+        return
+    table = Table("id", "state", "adapter", "method", "step", "created")
+    for job in jobs:
+        created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
+        words = (job["id"], job["state"], job["adapter"], job["method"], _step(job), created)
+        table.add_row(*(Text(word) for word in words))
+    print_table(table)
+
+
+@jobs_app.command("show")
+def show_job(
+    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Show a job: how it stands, what it is asked to do, what it measured.
+
+    graftwork jobs show job-a1ab28fe4d34fda420b6c479
+    """
+    with _place(url, data_dir) as place:
+        shown = place.show(job_id)
+    if as_json:
+        print_json(shown)
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in shown.items():
+        if value not in (None, {}, []):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            table.add_row(name, Text(_shortened(text)))
+    print_table(table)
+
+
+@jobs_app.command("cancel")
+def cancel_job(
+    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """End a job: one that waits at once, one that runs within seconds.
+
+    graftwork jobs cancel job-a1ab28fe4d34fda420b6c479
+    """
+    with _place(url, data_dir) as place:
+        job = place.cancel(job_id)
+    if as_json:
+        print_json(job)
+        return
+    asked = job["cancel_requested"] and job["state"] == "running"
+    tell(f"{job_id} is about to stop" if asked else f"{job_id} is {job['state']}")
+
+
+@jobs_app.command("remove")
+def remove_job(
+    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Remove a job that has ended, with its rows and log; its adapter stays.
+
+    graftwork jobs remove job-a1ab28fe4d34fda420b6c479
+    """
+    with _place(url, data_dir) as place:
+        place.remove(job_id)
+    if as_json:
+        print_json({"id": job_id, "deleted": True})
+    else:
+        tell(f"removed {job_id}")
+
+
+@jobs_app.command("log")
+def job_log(
+    job_id: JobId,
+    url: Url = None,
+    data_dir: DataDir = None,
+    tail: Annotated[int | None, typer.Option(min=1, help="Only the last so many lines.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the job's worker printed.
+
+    graftwork jobs log job-a1ab28fe4d34fda420b6c479 --tail 20
+    """
+    with _place(url, data_dir) as place:
+        text = place.log(job_id, tail)
+    if as_json:
+        print_json({"id": job_id, "log": text})
+    else:
+        typer.echo(text, nl=False)
+
+
+@jobs_app.command("events")
+def job_events(
+    job_id: JobId,
+    url: Url = None,
+    data_dir: DataDir = None,
+    after: Annotated[int, typer.Option(min=0, help="Only events after this id.")] = 0,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what happened to a job, an event a line.
+
+    With --json a JSON object a line.
+
+    graftwork jobs events job-a1ab28fe4d34fda420b6c479 --follow
+    """
+    with _place(url, data_dir) as place:
+        for event in place.events(job_id, after, follow=follow):
+            if as_json:
+                print_json(event)
+            else:
+                tell(event_line(event))
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """An event of a job for people."""
+    facts = "  ".join(f"{name} {_figure(value)}" for name, value in event["data"].items())
+    return f"{event['id']:>5}  {event['at'][11:19]}  {event['kind']:<10}  {facts}"
+
+
+@contextmanager
+def _place(url: str | None, data_dir: Path | None) -> Iterator[JobPlace]:
+    """The jobs that are meant; refusals end the command with one line."""
+    settings, chosen = place_from(url, data_dir)
+    with errors_as_lines():
+        place = _open(settings.data_dir, chosen)
+        try:
+            yield place
+        finally:
+            place.close()
+
+
+def _open(data_dir: Path, url: str | None) -> JobPlace:
+    from server.cli.job_backends import RemoteJobs, StoredJobs
+
+    return StoredJobs(data_dir) if url is None else RemoteJobs(connect(url))
+
+
+def _step(job: Mapping[str, Any]) -> str:
+    progress = job["progress"]
+    return f"{progress['step']} of {progress['max_steps']}" if progress else ""
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

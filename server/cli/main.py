@@ -1,0 +1,317 @@
+"""`graftwork`: the verbs of the command line.
+
+    graftwork serve      serve a base and its adapters over HTTP
+    graftwork demo       install the demo adapters and say how well they do
+    graftwork generate   prompts or rows in, texts out
+    graftwork eval       accuracy of adapters and the base, side by side
+    graftwork adapters   list, show, add, remove, rollback, alias, download, preload, unload, combine,
+                         merge
+    graftwork train      rows of a file become an adapter
+    graftwork jobs       list, show, cancel, remove, log, events of training jobs
+    graftwork worker     run training jobs apart from a server
+    graftwork keys       make, list and revoke API keys
+    graftwork bench      put load on a server
+    graftwork doctor     would it run here, and what to do where it would not
+    graftwork settings   every setting with its default
+
+Most of them work on a data directory (--data-dir) or with a running server (--url). Status 2 is a
+refusal, status 1 a failure that was found. This file is serve, demo and settings; the others have
+their own.
+
+Options win over the environment, the environment over defaults. Knows no engine and no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from server.cli import adapters as cli_adapters
+from server.cli import bench as cli_bench
+from server.cli import combine as cli_combine
+from server.cli import evaluate as cli_eval
+from server.cli import generate as cli_generate
+from server.cli import jobs as cli_jobs
+from server.cli import keys as cli_keys
+from server.cli import train as cli_train
+from server.cli.doctor import command as cli_doctor
+from server.cli.options import (
+    AsJson,
+    Base,
+    DataDir,
+    Device,
+    DtypeOption,
+    LogFormat,
+    LogLevel,
+    Revision,
+    Threads,
+    TrainWorkers,
+    err,
+    fail,
+    option,
+    prepare_base,
+    print_json,
+    print_table,
+    settings_from,
+)
+from server.config.settings import Settings
+from server.engine.config import Batching
+
+if TYPE_CHECKING:
+    from server.cli.demo import Accuracy
+
+app = typer.Typer(
+    help="Serve many PEFT adapters on one frozen base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+app.add_typer(cli_adapters.adapters_app, name="adapters")
+cli_train.add_commands(app)
+cli_bench.add_commands(app)
+cli_combine.add_commands(cli_adapters.adapters_app)
+cli_doctor.add_commands(app)
+cli_eval.add_commands(app)
+cli_generate.add_commands(app)
+cli_jobs.add_commands(app)
+cli_keys.add_commands(app)
+
+
+@app.command()
+def serve(
+    base: Base = None,
+    revision: Revision = None,
+    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
+    data_dir: DataDir = None,
+    host: Annotated[str | None, option("host", "--host")] = None,
+    port: Annotated[int | None, option("port", "--port", "-p")] = None,
+    require_keys: Annotated[
+        bool | None, option("require_keys", "--require-keys/--no-require-keys")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: Device = None,
+    threads: Threads = None,
+    adapter_dir: Annotated[Path | None, option("adapter_dir", "--adapter-dir")] = None,
+    load_dirs: Annotated[str | None, option("load_dirs", "--load-dirs")] = None,
+    train_workers: TrainWorkers = None,
+    max_running: Annotated[int | None, option("max_running", "--max-running")] = None,
+    kv_mib: Annotated[int | None, option("kv_mib", "--kv-mib")] = None,
+    batching: Annotated[Batching | None, option("batching", "--batching")] = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo/--no-demo",
+            help="Install the demo adapters that are not there yet, and measure them.",
+        ),
+    ] = False,
+) -> None:
+    """Serve a base model and its adapters over HTTP.
+
+    Without options: the default base (made in .graftwork/base on first use),
+    adapters in .graftwork/data, on http://127.0.0.1:8000, documented under
+    /docs.
+
+    Add an adapter that PEFT saved with graftwork adapters add, and use it with
+    POST /generate?adapter=NAME. More settings: graftwork settings.
+
+    graftwork serve --base /models/llama --data-dir /var/lib/graftwork
+    """
+    settings = settings_from(
+        base=base,
+        revision=revision,
+        base_name=base_name,
+        data_dir=data_dir,
+        host=host,
+        port=port,
+        require_keys=require_keys,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        adapter_dir=adapter_dir,
+        load_dirs=load_dirs,
+        train_workers=train_workers,
+        max_running=max_running,
+        kv_mib=kv_mib,
+        batching=batching,
+        log_format=log_format,
+        log_level=log_level,
+    )
+    prepare_base(settings)
+    raise typer.Exit(_serve(settings, with_demo=demo))
+
+
+@app.command()
+def demo(
+    base: Base = None,
+    data_dir: DataDir = None,
+    dtype: DtypeOption = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Install the demo adapters and say how well they do.
+
+    Accuracy on the 20 held-out messages of the demo.
+
+    graftwork demo
+    """
+    settings = settings_from(
+        base=base, data_dir=data_dir, dtype=dtype, device=device, threads=threads
+    )
+    prepare_base(settings)
+    asyncio.run(_demo(settings, as_json=as_json))
+
+
+@app.command("settings")
+def show_settings(as_json: AsJson = False) -> None:
+    """List every setting: its environment variable, its default and what it does.
+
+    graftwork settings
+    """
+    table = Table("variable", "default", "what it does", show_lines=False, expand=True)
+    listed = []
+    for name, field in Settings.model_fields.items():
+        default = None if field.default is None else str(field.default)
+        variable = f"GRAFTWORK_{name.upper()}"
+        listed.append({"variable": variable, "default": default, "description": field.description})
+        table.add_row(variable, default or "", field.description)
+    if as_json:
+        print_json(listed)
+    else:
+        print_table(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _serve(settings: Settings, *, with_demo: bool) -> int:
+    """Run until a signal; the exit status."""
+    from server.engine.client import EngineClient
+    from server.logs import configure
+
+    configure(settings.log_format, settings.log_level)
+    _require_data_dir(settings)
+    bound = _bind(settings)
+    port = bound.getsockname()[1]
+    client = EngineClient(settings.engine_config())
+    client.launch()
+    # These take as long to import as the engine does.
+    from server.app import create_app
+    from server.http.uvicorn_server import GraftworkServer
+    from server.services import Services
+
+    async def on_ready(services: Services) -> None:
+        if with_demo:
+            await _install_and_measure(services)
+        _greet(services, port)
+
+    async def on_failure(services: Services) -> None:
+        err.print(f"[red]graftwork:[/red] {services.failure}", highlight=False)
+        server.should_exit = True
+
+    app = create_app(settings, client=client, on_ready=on_ready, on_failure=on_failure)
+    server = GraftworkServer(app, settings)
+    server.run(sockets=[bound])
+    failed = server.services is None or server.services.failure is not None
+    return 1 if failed and not server.signalled else 0
+
+
+def _require_data_dir(settings: Settings) -> None:
+    from adapters.errors import StorageUnavailable
+    from server.store.data_dir import require_writable
+
+    try:
+        require_writable(settings.data_dir)
+    except StorageUnavailable as error:
+        raise fail(error.message) from error
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Take the port before anything is loaded, so that a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # asyncio sets TCP_NODELAY only on connections of a socket that names its protocol; without it every
+    # reply waits some 40 ms between headers and body for the client's delayed acknowledgement.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((settings.host, settings.port))
+    except OSError as error:
+        bound.close()
+        raise fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    return bound
+
+
+async def _install_and_measure(services: Any) -> None:
+    from adapters.errors import AdapterError
+    from server.cli.demo import install_demo, measure
+
+    try:
+        new = await install_demo(services)
+    except AdapterError as error:
+        err.print(f"[red]graftwork:[/red] no demo adapters: {error.message}", highlight=False)
+        return
+    if not new:
+        return
+    err.print(_accuracies([await measure(services.generator, one) for one in new]))
+
+
+def _accuracies(results: Sequence[Accuracy]) -> Table:
+    table = Table("adapter", "method", "held-out messages answered exactly")
+    for result in results:
+        table.add_row(result.name, result.method, f"{result.num_right} of {result.num_messages}")
+    return table
+
+
+def _greet(services: Any, port: int) -> None:
+    from server.cli.demo import SHOWN, curl_line
+    from server.demo.install import demo_adapters
+
+    host = services.settings.host
+    err.print(
+        f"Graftwork serves {services.base_id} ({services.client.base.dtype}) "
+        f"on http://{host}:{port}, documented under /docs",
+        highlight=False,
+        soft_wrap=True,
+    )
+    shown = next((one for one in demo_adapters() if one.name == SHOWN), None)
+    names = {record.name for record in services.registry.list(limit=100_000)}
+    if shown is not None and SHOWN in names:
+        err.print("Try it:")
+        # Not wrapped: the line must work when it is copied.
+        err.print(
+            curl_line(host, port, shown), soft_wrap=True, markup=False, highlight=False, emoji=False
+        )
+
+
+async def _demo(settings: Settings, *, as_json: bool) -> None:
+    from adapters.errors import AdapterError
+    from server.app import close_services, open_services, start_engine
+
+    services = open_services(settings)
+    try:
+        services.generator = await start_engine(services)
+        from server.cli.demo import install_demo, measure
+        from server.demo.install import demo_adapters
+
+        await install_demo(services)
+        results = [await measure(services.generator, one) for one in demo_adapters()]
+        if as_json:
+            print_json([asdict(result) for result in results])
+        else:
+            print_table(_accuracies(results))
+    except AdapterError as error:
+        raise fail(error.message) from error
+    finally:
+        await close_services(services)

@@ -1,0 +1,522 @@
+"""`graftwork train`: rows of a file become an adapter in a PEFT folder, without a server.
+
+What is asked for is what `POST /train` takes, and so are the defaults. The run itself is
+`server.cli.local_training`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.table import Table
+
+from adapters.errors import TrainingDiverged
+from adapters.training.job import (
+    HyperparameterRequest,
+    IfExists,
+    MethodName,
+    OnTooLong,
+    Tokenization,
+    TrainingRequest,
+)
+from server.cli.data import (
+    AppendEos,
+    Data,
+    DataFile,
+    LabelName,
+    Labels,
+    Target,
+    TargetSeparator,
+    TemplateOption,
+    Where,
+    errors_as_lines,
+    labels_from,
+    object_from,
+    pairs_from,
+)
+from server.cli.options import (
+    AsJson,
+    Base,
+    DataDir,
+    Device,
+    DtypeOption,
+    Revision,
+    Threads,
+    Url,
+    err,
+    fail,
+    option,
+    out,
+    place_from,
+    prepare_base,
+    print_table,
+)
+from server.cli.train_remote import EXIT_INTERRUPTED, RemoteTraining, train_remotely
+from server.config.settings import Settings
+
+if TYPE_CHECKING:
+    from adapters.training.loop import Trained
+    from adapters.training.plan import Plan
+    from server.base.load import LoadedBase
+    from server.cli.local_training import PartialRun
+    from server.text.tokenizer import TextTokenizer
+
+# A folder's name need not be an adapter's; the name in the recipe is only a note then.
+_UNNAMED = "adapter"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Hang this file's command into the command line."""
+    app.command()(train)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the result goes.
+
+    Attributes:
+        out: the folder; None for none.
+        name: the adapter's name in the data directory; None registers nothing.
+        dry_run: nowhere.
+        resume: go on with an interrupted run.
+        as_json: print JSON.
+    """
+
+    out: Path | None
+    name: str | None
+    dry_run: bool
+    resume: bool
+    as_json: bool
+
+
+def train(
+    method: Annotated[MethodName, typer.Option("--method", help="How the adapter works.")],
+    data: Data,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The PEFT folder to make; must not be there, or be empty."
+        ),
+    ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            "--register",
+            metavar="NAME",
+            help="Publish it under this name in the data directory, or the server.",
+        ),
+    ] = None,
+    template: TemplateOption = None,
+    target: Target = None,
+    labels: Labels = None,
+    label_name: LabelName = None,
+    where: Where = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="JSON", help="PEFT's fields of the method, as an object."),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", "--learning-rate")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs")] = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size")] = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    validation_split: Annotated[
+        float | None, typer.Option("--validation-split", help="Share of the rows held out.")
+    ] = None,
+    early_stopping_patience: Annotated[
+        int | None,
+        typer.Option(
+            "--early-stopping-patience",
+            help="Stop after so many epochs without a better evaluation, and keep the best.",
+        ),
+    ] = None,
+    hyperparameters: Annotated[
+        str | None,
+        typer.Option(
+            "--hyperparameters",
+            metavar="JSON",
+            help="More of them, as an object: gradient_accumulation_steps, warmup_ratio, "
+            "lr_scheduler_type, optimizer, adam_epsilon, weight_decay, max_grad_norm.",
+        ),
+    ] = None,
+    init_text: Annotated[
+        str | None,
+        typer.Option("--init-text", help="Start a prefix, or prompt tuning, from this text."),
+    ] = None,
+    context_examples: Annotated[
+        int | None, typer.Option("--context-examples", help="CPT: examples in the context.")
+    ] = None,
+    context_seed: Annotated[
+        int | None, typer.Option("--context-seed", help="CPT: which ones.")
+    ] = None,
+    train_on_context: Annotated[
+        bool | None,
+        typer.Option(
+            "--train-on-context/--no-train-on-context",
+            help="CPT: whether the rows of the context are trained on as well.",
+            show_default=False,
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Tokens of a row at most.")
+    ] = None,
+    on_too_long: Annotated[
+        OnTooLong, typer.Option("--on-too-long", help="Refuse longer rows, or cut the beginning.")
+    ] = "error",
+    target_separator: TargetSeparator = None,
+    append_eos: AppendEos = None,
+    tokenization: Annotated[
+        Tokenization,
+        typer.Option(
+            "--tokenization",
+            help="Where white space at the template's end goes: to the target, or it stays.",
+        ),
+    ] = "boundary",
+    description: Annotated[str | None, typer.Option("--description")] = None,
+    if_exists: Annotated[
+        IfExists, typer.Option("--if-exists", help="With --register, where the name is taken.")
+    ] = "new_version",
+    url: Url = None,
+    base: Base = None,
+    revision: Revision = None,
+    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
+    data_dir: DataDir = None,
+    dtype: DtypeOption = None,
+    device: Device = None,
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show three rows; train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that was interrupted.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter from the rows of a file.
+
+    Without --url it runs here. What is left out comes from the method's recipe.
+    Ctrl-C writes a checkpoint into DIR.partial, and the same command with
+    --resume goes on from there.
+
+    graftwork train --method ia3 --data rows.jsonl --target label --out mine \\
+      --template 'Tweet text : {text} Label :' --labels 'complaint,no complaint'
+    """
+    settings, chosen = place_from(
+        url,
+        data_dir,
+        base=base,
+        revision=revision,
+        base_name=base_name,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
+    place = _Place(out_dir, register, dry_run, resume, as_json)
+    with errors_as_lines():
+        partial = None
+        if chosen is None:
+            partial = _check_place(place)
+        else:
+            _check_remote(place)
+        rows = DataFile(data, pairs_from("--where", where))
+    if template is None or target is None:
+        missing = "--template" if template is None else "--target"
+        raise fail(f"{missing} is needed; the columns of {data} are {rows.columns}")
+    asked = _request(
+        adapter=register or (out_dir.name if out_dir else "") or _UNNAMED,
+        method=method,
+        config=object_from("--config", config) or {},
+        template=template,
+        target=target,
+        labels=labels_from(labels),
+        label_names=pairs_from("--label-name", label_name),
+        target_separator=target_separator,
+        append_eos=append_eos is not False,
+        tokenization=tokenization,
+        max_length=max_length,
+        on_too_long=on_too_long,
+        init_text=init_text,
+        context_examples=context_examples,
+        context_seed=context_seed,
+        train_on_context=train_on_context,
+        if_exists=if_exists,
+        description=description,
+        hyperparameters=_hyperparameters(
+            hyperparameters,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            seed=seed,
+            validation_split=validation_split,
+            early_stopping_patience=early_stopping_patience,
+        ),
+    )
+    with errors_as_lines(rows):
+        if chosen is not None:
+            train_remotely(RemoteTraining(chosen, asked, rows.rows, out_dir, dry_run, as_json))
+            return
+        _train(asked, rows, settings, place, partial)
+
+
+# --- what was asked for ----------------------------------------------------------------------
+
+
+def _hyperparameters(text: str | None, **given: Any) -> dict[str, Any]:
+    named = {name: value for name, value in given.items() if value is not None}
+    others = object_from("--hyperparameters", text) or {}
+    for name in others:
+        if name in named:
+            raise fail(f"{name} is given twice: by its own option and in --hyperparameters")
+    return {**others, **named}
+
+
+def _request(**fields: Any) -> TrainingRequest:
+    try:
+        options = HyperparameterRequest.model_validate(fields.pop("hyperparameters"))
+        return TrainingRequest.model_validate({**fields, "hyperparameters": options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise fail(f"{where}: {first['msg']}; came: {ascii(first['input'])[:80]}") from error
+
+
+# --- what is done ----------------------------------------------------------------------------
+
+
+def _check_place(place: _Place) -> PartialRun | None:
+    """The folder of the run; refuses what cannot be before anything is read."""
+    from server.cli.local_training import PartialRun, check_out, partial_of
+
+    if place.dry_run:
+        return None
+    if place.out is None and place.name is None:
+        raise fail("expected --out DIR, --register NAME or both; came neither")
+    if place.out is None:
+        return None  # in the data directory, which is not known yet
+    check_out(place.out)
+    partial = PartialRun(partial_of(place.out))
+    partial.check(resume=place.resume)
+    return partial
+
+
+def _check_remote(place: _Place) -> None:
+    """Refuse what a server cannot do, before anything is read."""
+    if place.name is None and not place.dry_run:
+        raise fail("--url: expected --register NAME, the adapter's name at the server; came none")
+    if place.resume:
+        raise fail("--resume: a server goes on with its jobs by itself")
+
+
+def _train(
+    asked: TrainingRequest,
+    data: DataFile,
+    settings: Settings,
+    place: _Place,
+    partial: PartialRun | None,
+) -> None:
+    from server.app import base_name
+    from server.cli.local_training import PartialRun
+
+    prepare_base(settings)
+    name = base_name(settings)
+    if place.name is not None and not place.dry_run:
+        _require_free(asked, settings, name)
+        if partial is None:
+            partial = PartialRun(settings.data_dir / f"{place.name}.partial")
+            partial.check(resume=place.resume)
+    base, tokenizer = _load(settings)
+    plan = _plan(asked, data, tokenizer, base, name)
+    if partial is None:
+        _show_plan(plan, as_json=place.as_json)
+        return
+    began = time.monotonic()
+    partial.begin(plan.job, data.rows)
+    trained = _run(plan, base, partial)
+    _deliver(plan, trained, base, partial, settings, place, time.monotonic() - began)
+
+
+def _require_free(asked: TrainingRequest, settings: Settings, base_name: str) -> None:
+    from server.store.registry import Registry
+
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    registry = Registry(settings.data_dir, reserved=(base_name,))
+    try:
+        registry.require_free(asked.adapter, create_only=asked.if_exists == "error")
+    finally:
+        registry.close()
+
+
+def _load(settings: Settings) -> tuple[LoadedBase, TextTokenizer]:
+    import torch
+
+    from server.base.load import load_base
+    from server.base.tokenizer import load_tokenizer
+    from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    base = load_base(
+        settings.base,
+        dtype=settings.dtype or settings.train_dtype,
+        device=settings.device,
+        revision=settings.revision,
+    )
+    directory = base.tokenizer_dir
+    return base, TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
+
+
+def _plan(
+    asked: TrainingRequest,
+    data: DataFile,
+    tokenizer: TextTokenizer,
+    base: LoadedBase,
+    base_name: str,
+) -> Plan:
+    from adapters.training.plan import make_plan
+
+    return make_plan(asked, data.rows, tokenizer, base.spec, base_name=base_name)
+
+
+def _run(plan: Plan, base: LoadedBase, partial: PartialRun) -> Trained:
+    from adapters.training.loop import Stopped
+    from server.cli.local_training import run
+    from server.cli.training_progress import TrainingProgress
+
+    try:
+        with TrainingProgress(err) as progress:
+            return run(plan, base, partial, progress)
+    except Stopped:
+        again = [word for word in sys.argv[1:] if word != "--resume"]
+        command = shlex.join(["graftwork", *again, "--resume"])
+        err.print(
+            f"stopped; the checkpoint is in {partial.directory}. Go on with:",
+            highlight=False,
+            soft_wrap=True,
+        )
+        err.print(command, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except TrainingDiverged:
+        partial.remove()  # going on from there would end the same way
+        raise
+
+
+def _deliver(
+    plan: Plan,
+    trained: Trained,
+    base: LoadedBase,
+    partial: PartialRun,
+    settings: Settings,
+    place: _Place,
+    seconds: float,
+) -> None:
+    from adapters.training.provenance import Provenance
+
+    provenance = Provenance.of_now(plan.job, trained.metrics)
+    if place.out is not None:
+        partial.finish(provenance, trained, Path.cwd() / place.out)
+    registered = None
+    if place.name is not None:
+        registered = _publish(provenance, trained, base, settings, place.name)
+    partial.remove()
+    result = {
+        "out": None if place.out is None else str(place.out),
+        "registered": registered,
+        "job": plan.job.model_dump(mode="json"),
+        "metrics": trained.metrics,
+        "seconds": round(seconds, 3),
+    }
+    if place.as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        _tell(result)
+
+
+def _publish(
+    provenance: Any, trained: Trained, base: LoadedBase, settings: Settings, name: str
+) -> dict[str, Any]:
+    from server.app import base_name
+    from server.store.registry import Registry
+
+    reserved = base_name(settings)
+    registry = Registry(settings.data_dir, reserved=(reserved,))
+    try:
+        with registry.staging_dir() as staged:
+            trained.write(staged)
+            published = registry.publish(
+                name,
+                staged,
+                base.spec,
+                create_only=provenance.job.if_exists == "error",
+                base_names=(reserved, settings.base),
+                **provenance.words(),
+            )
+    finally:
+        registry.close()
+    record = published.record
+    return {
+        "name": record.name,
+        "version": record.version,
+        "digest": record.digest,
+        "created": published.created,
+    }
+
+
+# --- what is printed -------------------------------------------------------------------------
+
+
+def _tell(result: dict[str, Any]) -> None:
+    from server.cli.training_progress import evaluation_text
+
+    metrics = result["metrics"]
+    lines = [f"{metrics['steps']} steps in {result['seconds']:.1f} s, loss {metrics['loss']:.3f}"]
+    if "evaluation" in metrics:
+        lines.append(evaluation_text(metrics["evaluation"]))
+    if result["out"] is not None:
+        lines.append(
+            f"written to {result['out']}; serve it with: graftwork adapters add {result['out']}"
+        )
+    if result["registered"] is not None:
+        one = result["registered"]
+        lines.append(f"registered as {one['name']}@{one['version']} ({one['digest'][:12]})")
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_plan(plan: Plan, *, as_json: bool) -> None:
+    job = plan.job
+    shown = {
+        **job.model_dump(mode="json"),
+        "num_train": len(plan.examples.train),
+        "num_held_out": len(plan.examples.held_out),
+        "lengths": plan.lengths,
+        "preview": plan.preview,
+    }
+    if as_json:
+        typer.echo(json.dumps(shown, ensure_ascii=False))
+        return
+    options = job.hyperparameters.model_dump(exclude_none=True)
+    lengths = ", ".join(f"{name} {value:g}" for name, value in plan.lengths.items())
+    facts = {
+        "method": f"{job.method}, {job.trainable_params:,} parameters",
+        "rows": f"{shown['num_train']} to train on, {shown['num_held_out']} held out",
+        "tokens a row": lengths,
+        "labels": ", ".join(repr(label) for label in job.labels or ()) or "none",
+        "hyperparameters": ", ".join(f"{name} {value}" for name, value in options.items()),
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    print_table(table)
+    for row in plan.preview:
+        tokens = "|".join("<special>" if text is None else text for text in row["tokens"])
+        line = f"row {row['row']} ({len(row['ids'])} tokens): {tokens}"
+        out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Settings and limits: the only place that reads the environment."""

@@ -1,0 +1,1 @@
+"""Generating text: prompts, adapter lookup, quotas, ranking, grammars, observers. Knows no HTTP."""

@@ -1,0 +1,633 @@
+"""The one straight line of a generation: from a prompt and an adapter's name to text.
+
+    resolve -> tokenise -> check limits -> GenerationRequest -> engine stream -> text, stop strings
+
+Knows neither HTTP nor JSON: a route fills in `Options`, and reads `Piece`s. The adapter's version
+is fixed when the name is resolved, so replacing or deleting it later changes nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, TypeAlias, TypeVar
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from adapters.errors import AdapterCorrupt, BaseMismatch
+from adapters.template import Template, Value
+from server.config.limits import Limits
+from server.engine.client import (
+    AdapterOverloaded,
+    EngineClient,
+    EngineOverloaded,
+    EngineUnavailable,
+    RequestFailed,
+    RequestStream,
+)
+from server.engine.request import (
+    AdapterRef,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
+from server.errors import RequestInvalid, TooLong
+from server.generation.adapter_lookup import Lookups
+from server.generation.observers import Ended, Watch, Watcher
+from server.store.caller import caller, owner
+from server.store.registry import AdapterRecord, Registry
+from server.text.detokenizer import IncrementalDetokenizer
+from server.text.stop import StopStrings
+from server.text.tokenizer import TextTokenizer, TokenSpan
+
+log = structlog.get_logger(__name__)
+
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+ResultT = TypeVar("ResultT")
+Row: TypeAlias = Mapping[str, Value]
+
+DEFAULT_MAX_NEW_TOKENS = 64
+# Longer texts are tokenised off the event loop: a megabyte takes about a second.
+_INLINE_CHARACTERS = 4_096
+# Many texts are tokenised so many characters, and so many texts, at a time.
+_PIECE_CHARACTERS = 65_536
+_PIECE_TEXTS = 256
+# A resolved adapter counts as in use for so long, whether or not its request was submitted yet.
+_RESOLVED_SECONDS = 60.0
+_MAX_THREADS = 16
+# Why a generation for an adapter that exists is not begun, as watchers are told it.
+_REFUSALS: dict[type[Exception], str] = {
+    AdapterOverloaded: "adapter_overloaded",
+    EngineOverloaded: "overloaded",
+    EngineUnavailable: "engine_unavailable",
+    AdapterCorrupt: "adapter_corrupt",
+    BaseMismatch: "base_mismatch",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose about one generation.
+
+    Attributes:
+        sampling: `max_new_tokens` and `eos_token_ids` in it are filled in here.
+        max_new_tokens: None takes `default_new_tokens`, or what fits if that is less.
+        default_new_tokens: None is all that fits.
+        stop: strings that end the output.
+        include_stop: whether the one that ended it stays in the text.
+        truncate: keep only the last so many prompt tokens.
+        prompt_field: what the caller calls the prompt, for refusals.
+        length_field: what the caller calls `max_new_tokens`, likewise.
+    """
+
+    sampling: SamplingParams
+    max_new_tokens: int | None = None
+    default_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
+    stop: tuple[str, ...] = ()
+    include_stop: bool = True
+    truncate: int | None = None
+    prompt_field: str = "inputs"
+    length_field: str = "max_new_tokens"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as ids, without virtual tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One new token as text.
+
+    Attributes:
+        token_id: the token.
+        text: the same as `added`; but a special token shows its name here, which is not part of
+            the output.
+        added: what it adds to the output; empty while a character is incomplete, or while it may
+            begin a stop string that is left out.
+        offset: characters of the output before it, those held back among them.
+        special: whether it is a special token.
+        logprob: None unless asked for.
+        finish_reason: None while the sequence goes on.
+    """
+
+    token_id: int
+    text: str
+    added: str
+    offset: int
+    special: bool
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+
+
+class Generation:
+    """One request in the engine, read as text.
+
+    Iterate it once; `abort` may be called at any time and any number of times. After the last
+    piece, `text`, `num_tokens` and `finish_reason` are final.
+    """
+
+    def __init__(
+        self,
+        stream: RequestStream,
+        request: GenerationRequest,
+        detokenizer: IncrementalDetokenizer,
+        stops: StopStrings,
+        tokenizer: TextTokenizer,
+        mark_corrupt: Callable[[str], None],
+        watches: Sequence[Watch] = (),
+    ) -> None:
+        self.request = request
+        self.text = ""
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        self.queue_seconds: float | None = None
+        self.cached_tokens = 0
+        self.first_token_seconds: float | None = None
+        self._stream = stream
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._tokenizer = tokenizer
+        self._mark_corrupt = mark_corrupt
+        self._watches = watches
+        self._has_ended = False
+        self._submitted_at = self._last_at = time.monotonic()
+        self._num_characters = 0
+
+    def abort(self) -> None:
+        """Give the row back; what was read so far stays."""
+        self._stream.abort()
+        if not self._has_ended:
+            self._last_at = time.monotonic()
+            self._tell_ended("abort")
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Yield a piece a token.
+
+        Raises:
+            RequestFailed: the engine gave the request up.
+        """
+        try:
+            async for event in self._stream:
+                piece = self._take(event)
+                if piece.finish_reason is not None:
+                    self._tell_ended("length" if piece.finish_reason == "length" else "stop")
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+            raise RequestFailed("engine_error", "the engine ended the request without a reason")
+        except RequestFailed as failure:
+            self._last_at = time.monotonic()
+            self._tell_ended("error", failure.code)
+            if failure.code == "adapter_corrupt" and self.request.adapter is not None:
+                await self._note_corrupt(self.request.adapter.digest)
+            raise
+        finally:
+            self.abort()
+
+    async def _note_corrupt(self, digest: str) -> None:
+        try:
+            await anyio.to_thread.run_sync(self._mark_corrupt, digest)
+        except Exception:  # the request's own failure is what its caller must hear of
+            log.exception("mark_corrupt_failed", digest=digest)
+
+    def _take(self, event: TokenEvent) -> Piece:
+        if self.num_tokens == 0:
+            self.prompt_logprobs = event.prompt_logprobs
+            self.cached_tokens = event.cached_tokens or 0
+        self._tell_token(self._stream.heard_at, event.queue_seconds)
+        self.num_tokens += 1
+        if event.token_id in self._tokenizer.special_ids:
+            return self._take_special(event)
+        offset = self._num_characters
+        text = self._detokenizer.feed(event.token_id)
+        if event.finish_reason is not None:
+            text += self._detokenizer.flush()
+        self._num_characters += len(text)
+        text, stopped = self._stops.feed(text)
+        self.finish_reason = "stop_sequence" if stopped else _finish_reason(event)
+        if self.finish_reason is not None:
+            text += self._stops.flush()
+        self.text += text
+        return Piece(event.token_id, text, text, offset, False, event.logprob, self.finish_reason)
+
+    def _tell_token(self, at: float, queue_seconds: float | None) -> None:
+        # When it came, not when it is read: a client that reads slowly is no slow engine.
+        before, self._last_at = self._last_at, at
+        if self.num_tokens:
+            for watch in self._watches:
+                watch.token(at - before)
+            return
+        self.first_token_seconds = at - self._submitted_at
+        self.queue_seconds = queue_seconds
+        for watch in self._watches:
+            watch.first_token(self.first_token_seconds, queue_seconds)
+
+    def _tell_ended(self, how: Ended, code: str | None = None) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        for watch in self._watches:
+            watch.ended(how, self._last_at - self._submitted_at, code)
+
+    def _take_special(self, event: TokenEvent) -> Piece:
+        self.finish_reason = _finish_reason(event)
+        added = ""
+        if self.finish_reason is not None:
+            # An output that ends inside a character keeps a replacement for it.
+            added, _ = self._stops.feed(self._detokenizer.flush())
+            added += self._stops.flush()
+        self.text += added
+        name = self._tokenizer.token_text(event.token_id)
+        offset = self._num_characters
+        return Piece(event.token_id, name, added, offset, True, event.logprob, self.finish_reason)
+
+
+class Generator:
+    """Turns prompts into generations on one engine.
+
+    Args:
+        client: the started engine.
+        registry: where adapters are looked up.
+        tokenizer: the base's.
+        base_id: the name by which a caller may ask for the base itself.
+        watchers: told of every generation.
+        admit: called before each is begun; what it raises refuses it.
+        limits: on prompts and outputs.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        registry: Registry,
+        tokenizer: TextTokenizer,
+        base_id: str,
+        watchers: Sequence[Watcher] = (),
+        admit: Callable[[], None] = lambda: None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._client = client
+        self._limits = limits or Limits()
+        self._admit = admit
+        self._registry = registry
+        self.tokenizer = tokenizer
+        self.base_id = base_id
+        self._resolved_at: dict[str, float] = {}
+        # Its own: routes that write may fill the common one, when the database is held by another.
+        self._threads = anyio.CapacityLimiter(_MAX_THREADS)
+        self._lookups = Lookups(registry.resolve, self._threads, caller)
+        self._watchers = tuple(watchers)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens that virtual tokens, prompt and output may take together."""
+        return self._client.max_sequence_tokens
+
+    async def resolve(self, name: str | None) -> AdapterRecord | None:
+        """The exact version behind `NAME`, `NAME@VERSION` or `NAME@ALIAS`; None is the base.
+
+        Raises:
+            NameInvalid, AdapterNotFound, VersionNotFound, AdapterCorrupt: never the base instead.
+            BaseMismatch: it was trained here on another base.
+        """
+        if name is None or name == self.base_id:
+            return None
+        with self._telling_refusal(name.partition("@")[0]):
+            record = await self._lookups.find(name)
+            record.require_base(self._client.base)
+        self._resolved_at[record.digest] = time.monotonic()
+        return record
+
+    async def digests_in_use(self) -> set[str]:
+        """Adapters whose stored bytes a request may still need, deleted or not.
+
+        Those of requests that were looking a name up when this was asked are among them.
+        """
+        await self._lookups.settle()
+        since = time.monotonic() - _RESOLVED_SECONDS
+        self._resolved_at = {d: at for d, at in self._resolved_at.items() if at >= since}
+        return self._client.digests_in_flight() | self._resolved_at.keys()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that a prompt may hold: those that tokenizer and base both have."""
+        return min(self.tokenizer.vocab_size, self._client.base.vocab_size)
+
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, field: str = "inputs"
+    ) -> Prompt:
+        """A prompt from text, with the special tokens that the tokenizer adds, or without.
+
+        Raises:
+            TooLong: more characters than may be tokenised.
+        """
+        [prompt] = await self.encode_all([text], add_special_tokens=add_special_tokens, field=field)
+        return prompt
+
+    async def encode_all(
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        plain: bool = False,
+        field: str = "inputs",
+    ) -> list[Prompt]:
+        """Prompts from texts, a piece of them at a time and off the event loop where they are long.
+
+        Args:
+            texts: any strings.
+            add_special_tokens: see `TextTokenizer.encode`, as for the next.
+            plain: the same.
+            field: what the caller calls them, for refusals.
+
+        Raises:
+            TooLong: a text of more characters than may be tokenised.
+        """
+        for text in texts:
+            self._check_characters(text, field)
+
+        def encoded(piece: Sequence[str]) -> list[Prompt]:
+            return [
+                Prompt(
+                    text,
+                    self.tokenizer.encode(text, add_special_tokens=add_special_tokens, plain=plain),
+                )
+                for text in piece
+            ]
+
+        prompts: list[Prompt] = []
+        for piece in _pieces(texts):
+            work = partial(encoded, piece)
+            prompts += await self._run(sum(map(len, piece)), work)
+        return prompts
+
+    async def spans(
+        self, text: str, *, add_special_tokens: bool, field: str = "inputs"
+    ) -> list[TokenSpan]:
+        """Tokens of a text with the characters that each covers.
+
+        Raises:
+            TooLong: more characters than may be tokenised.
+        """
+        self._check_characters(text, field)
+        return await self._run(
+            len(text), lambda: self.tokenizer.spans(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def encode_row(self, row: Row, adapter: AdapterRecord | None) -> Prompt:
+        """A prompt from a row of data, by the adapter's own stored template.
+
+        Raises:
+            RequestInvalid: no adapter was named, or it has no template.
+            TemplateInvalid: the row does not fit the template.
+            TooLong: it makes a text of more characters than may be tokenised.
+        """
+        [prompt] = await self.encode_rows([row], adapter)
+        return prompt
+
+    async def encode_rows(self, rows: Sequence[Row], adapter: AdapterRecord | None) -> list[Prompt]:
+        """As `encode_row`, for each row."""
+        if adapter is None or adapter.template is None:
+            whose = "the base" if adapter is None else f"the adapter {adapter.name!r}"
+            raise RequestInvalid(
+                f"row: {whose} has no stored template; send inputs instead",
+                field="row",
+                expected="an adapter with a stored template",
+                came=whose,
+            )
+        as_written = adapter.tokenization == "as_written"
+        template = Template.parse(adapter.template, keep_trailing_space=as_written)
+        texts: list[str] = []
+        for start in range(0, len(rows), _PIECE_TEXTS):
+            piece = rows[start : start + _PIECE_TEXTS]
+            work = partial(lambda piece: [template.render(row) for row in piece], piece)
+            texts += await self._run(sum(map(_num_characters, piece)), work)
+        return await self.encode_all(texts, plain=True, field="row")
+
+    async def encode_targets(
+        self, texts: Sequence[str], *, append_eos: bool
+    ) -> list[tuple[int, ...]]:
+        """Ids of what stands after a prompt, as in training: plain text, then end of sequence.
+
+        Args:
+            texts: separator and target of each.
+            append_eos: end with the end-of-sequence token, if the base has one.
+
+        Raises:
+            RequestInvalid: one of no token at all.
+            TooLong: one of more characters than may be tokenised.
+        """
+        eos = self.tokenizer.eos_token_id if append_eos else None
+        end = () if eos is None else (eos,)
+        encoded = await self.encode_all(texts, add_special_tokens=False, plain=True, field="labels")
+        targets = [target.token_ids + end for target in encoded]
+        if not all(targets):
+            raise RequestInvalid(
+                "labels: expected labels of at least one token, came an empty one",
+                field="labels",
+                expected="at least one token",
+                came="none",
+            )
+        return targets
+
+    def prepare(
+        self, prompt: Prompt, adapter: AdapterRecord | None, options: Options, request_id: str
+    ) -> GenerationRequest:
+        """Hold a prompt against the limits and freeze the request.
+
+        Raises:
+            RequestInvalid: the prompt has no token.
+            TooLong: virtual tokens, prompt and output do not fit the base or the engine.
+        """
+        ids = prompt.token_ids
+        if options.truncate is not None:
+            ids = ids[-options.truncate :]
+        if not ids:
+            raise RequestInvalid(
+                f"{options.prompt_field}: expected at least one token, came an empty text",
+                field=options.prompt_field,
+                expected="at least one token",
+                came="none",
+            )
+        max_new_tokens = self.check_length(len(ids), adapter, options)
+        sampling = replace(
+            options.sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+        )
+        ref = None if adapter is None else adapter_ref(adapter)
+        return GenerationRequest(request_id, ids, sampling, ref, cache_scope=owner() or "")
+
+    def submit(self, request: GenerationRequest, options: Options) -> Generation:
+        """Queue a prepared request.
+
+        Raises:
+            EngineOverloaded: the queue is full.
+            EngineUnavailable: the engine's process is down.
+            QuotaExceeded: the caller's key may have no more tokens now.
+        """
+        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
+            return self._submit(request, options)
+
+    def try_submit(self, request: GenerationRequest, options: Options) -> Generation | None:
+        """Queue a later part of something begun; it may wait, so a full queue refuses nobody.
+
+        Returns:
+            None where the queue is full.
+
+        Raises:
+            EngineUnavailable, QuotaExceeded: see `submit`.
+        """
+        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
+            try:
+                return self._submit(request, options)
+            except EngineOverloaded:
+                return None
+
+    def _submit(self, request: GenerationRequest, options: Options) -> Generation:
+        self._admit()
+        detokenizer = IncrementalDetokenizer(self.tokenizer.decode, request.prompt_token_ids)
+        return Generation(
+            self._client.submit(request),
+            request,
+            detokenizer,
+            StopStrings(options.stop, include=options.include_stop),
+            self.tokenizer,
+            self._registry.mark_corrupt,
+            [watcher.began(request) for watcher in self._watchers],
+        )
+
+    @contextmanager
+    def _telling_refusal(self, adapter: str | None) -> Iterator[None]:
+        try:
+            yield
+        except tuple(_REFUSALS) as error:
+            code = next(code for kind, code in _REFUSALS.items() if isinstance(error, kind))
+            for watcher in self._watchers:
+                watcher.refused(adapter, code)
+            raise
+
+    async def _run(self, characters: int, work: Callable[[], ResultT]) -> ResultT:
+        if characters <= _INLINE_CHARACTERS:
+            return work()
+        return await anyio.to_thread.run_sync(work, limiter=self._threads)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt, one new token beside it, that are taken."""
+        room = self.max_sequence_tokens - 1
+        most = self._limits.max_prompt_tokens
+        return room if most is None else min(room, most)
+
+    def check_length(
+        self, num_prompt_tokens: int, adapter: AdapterRecord | None, options: Options
+    ) -> int:
+        """Hold lengths against the limits before anything is made of that length.
+
+        Returns:
+            How many tokens the output may have.
+
+        Raises:
+            TooLong: see `prepare`.
+        """
+        prompt = num_prompt_tokens
+        virtual = 0 if adapter is None else adapter.num_virtual_tokens
+        for field, came, most in (
+            (options.prompt_field, prompt, self._limits.max_prompt_tokens),
+            (options.length_field, options.max_new_tokens, self._limits.max_output_tokens),
+        ):
+            if most is not None and (came or 0) > most:
+                raise _too_long(field, f"at most {most} tokens", f"{came}")
+        return self._max_new_tokens(prompt, virtual, options)
+
+    def _check_characters(self, text: str, field: str) -> None:
+        most = self._limits.max_prompt_characters
+        if len(text) > most:
+            raise _too_long(field, f"at most {most} characters", str(len(text)))
+
+    def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
+        asked = options.max_new_tokens
+        room = self.max_sequence_tokens - virtual - prompt
+        wanted = 1 if asked is None else asked
+        if wanted > room:
+            taken = f"{prompt} prompt tokens + {wanted} new tokens"
+            if virtual:
+                taken += f" + {virtual} virtual tokens of the adapter"
+            raise TooLong(
+                f"{options.prompt_field} and {options.length_field} take {taken}, "
+                f"at most {self.max_sequence_tokens} fit in all",
+                field=options.prompt_field if room < 1 else options.length_field,
+                expected=f"at most {self.max_sequence_tokens} tokens in all",
+                came=str(prompt + wanted + virtual),
+            )
+        if asked is not None:
+            return asked
+        bounds = (room, options.default_new_tokens, self._limits.max_output_tokens)
+        return min(bound for bound in bounds if bound is not None)
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, so many and so long a piece as may be tokenised at a time."""
+    piece: list[str] = []
+    size = 0
+    for text in texts:
+        if piece and (size + len(text) > _PIECE_CHARACTERS or len(piece) == _PIECE_TEXTS):
+            yield piece
+            piece, size = [], 0
+        piece.append(text)
+        size += len(text)
+    if piece:
+        yield piece
+
+
+def _num_characters(row: Row) -> int:
+    return sum(len(value) for value in row.values() if isinstance(value, str))
+
+
+def _too_long(field: str, expected: str, came: str) -> TooLong:
+    return TooLong(
+        f"{field}: expected {expected}, came {came}", field=field, expected=expected, came=came
+    )
+
+
+def adapter_ref(record: AdapterRecord) -> AdapterRef:
+    """The engine's view of a record."""
+    return AdapterRef(
+        record.digest,
+        record.num_virtual_tokens,
+        record.uses_scales,
+        name=record.name,
+        version=record.version,
+    )
+
+
+def mean_logprob(pieces: list[Piece]) -> float:
+    """Mean log-probability of an output, by which `best_of` chooses."""
+    known = [piece.logprob.logprob for piece in pieces if piece.logprob is not None]
+    return sum(known) / len(known) if known else -math.inf
+
+
+def _finish_reason(event: TokenEvent) -> FinishReason | None:
+    match event.finish_reason:
+        case None:
+            return None
+        case "length":
+            return "length"
+        case "eos":
+            return "eos_token"
+        case reason:
+            raise RequestFailed(
+                "aborted" if reason == "aborted" else "engine_error",
+                f"the engine ended the request early ({reason})",
+            )

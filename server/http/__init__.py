@@ -1,0 +1,1 @@
+"""How the server listens: connections, limits on them, streams. Knows no route."""

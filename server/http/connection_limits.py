@@ -1,0 +1,160 @@
+"""What a request's line and headers may be, measured before they are parsed.
+
+h11 bounds only what is not whole yet: headers that come in one piece may have any size. The connection
+here looks at every beginning first, so that also the ones which wait behind another request are
+bounded. It says what is wrong as an error of ours; how that is told is not known here, nor are sockets
+and clocks.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+from starlette.exceptions import HTTPException
+
+from server.config.settings import KIB, Settings
+from server.errors import HeadersTooLarge, UrlTooLong
+
+# Method and version stand in the request line too.
+_BESIDE_THE_URL = 32
+_BLANK_LINE = re.compile(rb"\n\r?\n")
+# At the end of h11's words; not for echoing.
+_WHAT_CAME = re.compile(r": b(?:ytearray\(b)?['\"].*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What one connection may take.
+
+    Attributes:
+        max_connections: open at once; more are refused.
+        max_url_bytes: of a request's target, its query included.
+        max_header_bytes: of the request line and all headers.
+        max_headers: how many.
+        header_seconds: from the first byte of a request, or the start of a connection, to the end of
+            its headers.
+        keep_alive_seconds: between two requests.
+        send_seconds: in which a client has to take what was sent, or `bytes_per_second` of it.
+        bytes_per_second: the least pace of a client, either way.
+    """
+
+    max_connections: int
+    max_url_bytes: int
+    max_header_bytes: int
+    max_headers: int
+    header_seconds: float
+    keep_alive_seconds: float
+    send_seconds: float
+    bytes_per_second: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> ConnectionLimits:
+        """As the settings say."""
+        return cls(
+            max_connections=settings.max_connections,
+            max_url_bytes=settings.max_url_kib * KIB,
+            max_header_bytes=settings.max_header_kib * KIB,
+            max_headers=settings.max_headers,
+            header_seconds=settings.header_seconds,
+            keep_alive_seconds=settings.keep_alive_seconds,
+            send_seconds=settings.stream_send_seconds,
+            bytes_per_second=settings.client_kib_per_second * KIB,
+        )
+
+
+class BoundedConnection(h11.Connection):
+    """The server's side of HTTP, which refuses beginnings that are too large.
+
+    Attributes:
+        refusal: why the last `RemoteProtocolError` was raised, and the path that was asked for, as
+            far as it is known.
+    """
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size=limits.max_header_bytes)
+        self._limits = limits
+        self.refusal: tuple[Exception, str] = (_malformed("it cannot be read"), "")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of a request's line or headers has come, and not all of it."""
+        return self.their_state is h11.IDLE and bool(self.trailing_data[0])
+
+    def next_event(self) -> Any:
+        """As h11's.
+
+        Raises:
+            h11.RemoteProtocolError: as h11, or for a beginning that is too large.
+        """
+        beginning = self.trailing_data[0] if self.their_state is h11.IDLE else b""
+        path = path_of(beginning)
+        if too_large := self._too_large(beginning):
+            raise self._refused(too_large, path)
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.refusal = (_malformed(_WHAT_CAME.sub("", str(error))), path)
+            raise
+        if isinstance(event, h11.Request) and (too_large := self._too_many(event)):
+            raise self._refused(too_large, path)
+        return event
+
+    def _refused(self, error: Exception, path: str) -> h11.RemoteProtocolError:
+        self.refusal = (error, path)
+        return h11.RemoteProtocolError(str(error))
+
+    def _too_large(self, beginning: bytes) -> Exception | None:
+        limits = self._limits
+        if len(beginning) <= min(limits.max_url_bytes, limits.max_header_bytes):
+            return None
+        if b"\n" not in beginning[: limits.max_url_bytes + _BESIDE_THE_URL]:
+            return _url_too_long(limits.max_url_bytes)
+        if len(beginning) <= limits.max_header_bytes:
+            return None
+        # A body may follow, or the next request.
+        if _BLANK_LINE.search(beginning, 0, limits.max_header_bytes) is None:
+            return HeadersTooLarge(
+                f"the request's headers are larger than {limits.max_header_bytes} bytes",
+                field="headers",
+                expected=f"at most {limits.max_header_bytes} bytes",
+                came="more",
+            )
+        return None
+
+    def _too_many(self, request: h11.Request) -> Exception | None:
+        limits = self._limits
+        if len(request.target) > limits.max_url_bytes:
+            return _url_too_long(limits.max_url_bytes)
+        if (count := len(request.headers)) > limits.max_headers:
+            return HeadersTooLarge(
+                f"the request has {count} headers; at most {limits.max_headers} are taken",
+                field="headers",
+                expected=f"at most {limits.max_headers} headers",
+                came=str(count),
+            )
+        return None
+
+
+def path_of(beginning: bytes) -> str:
+    """The path in the first line of a request, if that is whole; else an empty one."""
+    line, end, _ = beginning[: 64 * KIB].partition(b"\n")
+    words = line.split(b" ")
+    if not end or len(words) < 2 or not words[1].startswith(b"/"):
+        return ""
+    return words[1].partition(b"?")[0].decode("ascii", "replace")
+
+
+def _url_too_long(max_bytes: int) -> UrlTooLong:
+    return UrlTooLong(
+        f"the URL is longer than {max_bytes} bytes",
+        field="url",
+        expected=f"at most {max_bytes} bytes",
+        came="more",
+    )
+
+
+def _malformed(why: str) -> HTTPException:
+    return HTTPException(400, f"the request is not HTTP: {why}")

@@ -1,0 +1,83 @@
+"""uvicorn as this server runs it, and what signals do to it. Knows no route.
+
+The first SIGTERM or SIGINT begins a drain: the socket goes on accepting, so that probes and new
+requests hear a 503 in words. Once nothing runs, or after `shutdown_seconds`, what still runs is
+told that it ends, and the process ends with status 0. The second signal ends the wait: what runs is told
+so, then the engine and the training jobs are killed; a job goes on from its last checkpoint next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from server.config.settings import Settings
+from server.http.protocol import uvicorn_options
+from server.services import Services
+
+log = structlog.get_logger(__name__)
+
+# What is told of its end at the deadline is given so long to say so.
+_LAST_WORDS_SECONDS = 2
+
+
+class GraftworkServer(uvicorn.Server):
+    """uvicorn's server, drained before it closes its sockets."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                **uvicorn_options(settings),
+            )
+        )
+        self._app = app
+        self._seconds = settings.shutdown_seconds
+        self._num_signals = 0
+        self._drain: asyncio.Task[None] | None = None
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal asked it to end."""
+        return self._num_signals > 0
+
+    @property
+    def services(self) -> Services | None:
+        """The app's; None before it has begun."""
+        return getattr(self._app.state, "services", None)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the drain, or end it. Not kept for later: uvicorn would raise it once more."""
+        self._num_signals += 1
+        services = self.services
+        if services is None or services.generator is None:
+            self.should_exit = True
+        else:
+            services.draining.going = True
+            services.draining.hurried = self._num_signals > 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """As uvicorn's, ten times a second; begin what a signal asked for."""
+        services = self.services
+        if self.signalled and services is not None and self._drain is None:
+            self._drain = asyncio.create_task(self._end(services))
+        return await super().on_tick(counter)
+
+    async def _end(self, services: Services) -> None:
+        log.info("draining", running=services.draining.running)
+        waiting = asyncio.create_task(services.draining.idle(self._seconds))
+        while not waiting.done() and not services.draining.hurried:
+            await asyncio.wait((waiting,), timeout=0.1)
+        waiting.cancel()
+        if services.draining.running:
+            # Streams and replies hear "aborted", each in the words of its own protocol.
+            await services.client.stop(0.0 if services.draining.hurried else None)
+            await services.draining.idle(_LAST_WORDS_SECONDS)
+        self.should_exit = True

@@ -1,0 +1,157 @@
+"""What the routes work with, and how they get at it.
+
+`Services` is filled in by `server.app`; while the engine is still loading, everything that needs
+it is refused with `NotReady`. Knows no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from fastapi import Depends, Request
+
+from server.api.middleware.headers import set_headers
+from server.config.settings import Settings
+from server.engine.client import EngineClient
+from server.errors import NotReady
+from server.generation.generator import Generator
+from server.generation.quotas import Quotas
+from server.http.draining import Draining
+from server.store.registry import AdapterRecord, Registry
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
+
+if TYPE_CHECKING:
+    from server.jobs.supervisor import Supervisor
+    from server.store.files import FileStore
+    from server.store.jobs import JobStore
+    from server.store.key_ring import KeyRing
+
+
+TableT = TypeVar("TableT")
+
+
+@dataclass
+class Services:
+    """One running server.
+
+    Attributes:
+        settings: what it was started with.
+        base_id: the base's name; no adapter can have it.
+        registry: the adapters.
+        client: the engine, started or starting.
+        base_notes: sentences about the base's weights, for whoever lists it.
+        generator: None until the engine is ready.
+        failure: why the engine did not start, once that is known.
+        started_at: Unix time, seconds.
+        metrics: what is counted here.
+        tracing: where spans go; None where nobody asked for them.
+        requests_by_adapter: generations asked of each name since the start; a name whose last version
+            was deleted begins anew.
+        jobs: the training jobs; None in a server that has no table of them.
+        files: the files that were uploaded to train on; None likewise.
+        keys: the API keys; None in a server that asks for none.
+        quotas: what each key has used.
+        supervisor: what runs them here; None where `graftwork worker` does.
+        draining: whether new work is refused, and what runs.
+        planning: held while a job is planned: one at a time, since each may hold a whole file.
+    """
+
+    settings: Settings
+    base_id: str
+    registry: Registry
+    client: EngineClient
+    base_notes: tuple[str, ...] = ()
+    generator: Generator | None = None
+    failure: str | None = None
+    started_at: float = field(default_factory=time.time)
+    metrics: Metrics = field(default_factory=Metrics)
+    tracing: Tracing | None = None
+    requests_by_adapter: Counter[str] = field(default_factory=Counter)
+    jobs: JobStore | None = None
+    files: FileStore | None = None
+    keys: KeyRing | None = None
+    quotas: Quotas = field(default_factory=Quotas)
+    supervisor: Supervisor | None = None
+    draining: Draining = field(default_factory=Draining)
+    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a generation would be taken now."""
+        return self.generator is not None and self.client.alive
+
+    def stopping(self) -> bool:
+        """Whether the server is about to go; streams without an end of their own end then."""
+        return self.draining.going
+
+    def need_generator(self) -> Generator:
+        """The generator.
+
+        Raises:
+            NotReady: the engine is still loading, or is gone.
+        """
+        if self.generator is None or not self.client.alive:
+            reason = self.failure or (
+                "the base model is still loading"
+                if self.generator is None
+                else "the engine's process is down and is started again"
+                if self.client.restarting
+                else "the engine's process is down"
+            )
+            raise NotReady(f"not ready: {reason}")
+        return self.generator
+
+    def need_jobs(self) -> JobStore:
+        """The training jobs.
+
+        Raises:
+            NotReady: this server has no table of them.
+        """
+        return _there(self.jobs, "training jobs")
+
+    def need_keys(self) -> KeyRing:
+        """The API keys.
+
+        Raises:
+            NotReady: this server has no table of them.
+        """
+        return _there(self.keys, "keys")
+
+    def need_files(self) -> FileStore:
+        """The files that were uploaded to train on.
+
+        Raises:
+            NotReady: this server has no table of them.
+        """
+        return _there(self.files, "files")
+
+    def adapter_headers(self, record: AdapterRecord | None) -> dict[str, str]:
+        """`x-adapter-id` and `x-adapter-version`; the base goes by its id and its digest."""
+        if record is None:
+            return {"x-adapter-id": self.base_id, "x-adapter-version": self.client.base.digest[:12]}
+        return {"x-adapter-id": record.name, "x-adapter-version": str(record.version)}
+
+    def name_adapter(self, request: Request, record: AdapterRecord | None) -> None:
+        """Put the adapter's headers on this request's reply."""
+        set_headers(request, self.adapter_headers(record))
+
+
+def _there(table: TableT | None, what: str) -> TableT:
+    if table is None:
+        raise NotReady(f"not ready: this server has no table of {what}")
+    return table
+
+
+async def get_services(request: Request) -> Services:
+    """The services of the app that serves this request."""
+    # A coroutine: FastAPI would run a plain function in a thread, and may have to wait for one.
+    services: Services = request.app.state.services
+    return services
+
+
+UseServices = Annotated[Services, Depends(get_services)]

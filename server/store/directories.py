@@ -1,0 +1,321 @@
+"""Folders of the operator's that become adapters: those a client may name, and a watched directory.
+
+A path counts only once every link in it is followed, and only if it then lies inside an allowed
+directory; so does each file in the folder. What is read goes through the same door as an upload, and
+what `graftwork train` wrote beside PEFT's files comes along.
+
+The watched directory: every folder directly below it that holds an adapter_config.json is an adapter
+of the folder's name. A folder is taken once two looks in a row found the same files, and again when
+they change; one that is refused is told once in the log and tried again when it changes. Once two
+looks have missed a folder, the versions that came from it go; other versions of the name stay. Each
+call may block: it belongs off the event loop. Knows no HTTP and no engine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from adapters.base_model import BaseModelSpec
+from adapters.checkpoint.archive import stage_upload
+from adapters.checkpoint.folder import CONFIG_FILE, FILES, PICKLE_SUFFIXES, digest_of
+from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StorageFull
+from adapters.training.provenance import PROVENANCE_FILE, read_provenance
+from server.errors import FolderNotFound
+from server.store.registry import AdapterRecord, Published, Registry
+
+log = structlog.get_logger(__name__)
+
+Managed = Literal["loaded", "watched"]
+# Name, size, times and place of every file that matters.
+Stamp = tuple[tuple[str | int, ...], ...]
+
+
+def find_folder(path: str, allowed: Sequence[Path]) -> Path:
+    """The folder that a client's path means, with every link followed.
+
+    Args:
+        path: absolute, or relative to one of `allowed`.
+        allowed: the directories that an operator allows.
+
+    Raises:
+        FolderNotFound: no folder inside them, whether there is one elsewhere or not.
+    """
+    roots = [root.resolve() for root in allowed]
+    for root in roots:
+        try:
+            folder = (root / path).resolve(strict=True)
+            is_folder = folder.is_dir()
+        except (OSError, ValueError, RuntimeError):  # nothing there, a zero byte, a loop of links
+            continue
+        if is_folder and _lies_inside(folder, roots):
+            return folder
+    raise FolderNotFound(
+        "lora_path: there is no such folder in the directories that may be loaded from",
+        field="lora_path",
+        expected="a PEFT folder inside a directory of the setting load_dirs",
+    )
+
+
+def publish_folder(
+    registry: Registry,
+    base: BaseModelSpec,
+    name: str,
+    folder: Path,
+    *,
+    source: Managed,
+    allowed: Sequence[Path],
+    create_only: bool = False,
+    base_names: Collection[str] = (),
+) -> Published:
+    """Publish a folder under a name, with the checks of an upload.
+
+    Args:
+        registry: where it goes.
+        base: what it must fit.
+        name: see `Registry.publish`.
+        folder: one that PEFT wrote.
+        source: who asks.
+        allowed: where its files must lie, links followed.
+        create_only: refuse a name that is in use.
+        base_names: as `Registry.publish` takes them.
+
+    Raises:
+        FolderNotFound: a file is not a plain one, or leads out of the allowed directories.
+        AdapterError: what an upload of it would raise.
+    """
+    with registry.staging_dir() as staged:
+        _stage(folder, allowed, staged)
+        provenance = read_provenance(folder)
+        return registry.publish(
+            name,
+            staged,
+            base,
+            source=source,
+            source_path=folder,
+            create_only=create_only,
+            base_names=base_names,
+            **({} if provenance is None else provenance.words()),
+        )
+
+
+def _stage(folder: Path, allowed: Sequence[Path], staged: Path) -> None:
+    files = [path for path in _files(folder, allowed) if path.name != PROVENANCE_FILE]
+    stage_upload([(path.name, path.resolve()) for path in files], staged)
+
+
+def _lies_inside(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
+
+
+def _matters(name: str) -> bool:
+    """Whether a file is read, or (a pickle) told of; anything else may lie beside them."""
+    return name in FILES or name == PROVENANCE_FILE or Path(name).suffix.lower() in PICKLE_SUFFIXES
+
+
+def _files(folder: Path, allowed: Sequence[Path]) -> list[Path]:
+    """The files of a folder that matter, each plain and inside the allowed directories."""
+    roots = [root.resolve() for root in allowed]
+    found = sorted(path for path in folder.iterdir() if _matters(path.name))
+    for path in found:
+        # A pipe would be waited for, and a link may lead anywhere.
+        if not path.is_file() or not _lies_inside(path.resolve(), roots):
+            raise FolderNotFound(
+                f"{path.name} is not a plain file inside the directories that may be read",
+                field="lora_path",
+                expected="plain files inside the allowed directories",
+                came=path.name,
+            )
+    return found
+
+
+@dataclass
+class Changes:
+    """What `AdapterDirectory.sync` did.
+
+    Attributes:
+        published: new versions.
+        removed: names of which versions went.
+        unused: digests that no version uses any longer: what the engine may unload.
+    """
+
+    published: list[AdapterRecord] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+class AdapterDirectory:
+    """A directory whose folders are adapters. Not for several threads at once.
+
+    Args:
+        directory: the one to watch.
+        registry: where its adapters go.
+        also_allowed: directories into which links from it may lead.
+        base_names: as `Registry.publish` takes them.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        registry: Registry,
+        *,
+        also_allowed: Sequence[Path] = (),
+        base_names: Collection[str] = (),
+    ) -> None:
+        self._directory = directory.resolve()
+        self._registry = registry
+        self._allowed = (self._directory, *also_allowed)
+        self._base_names = base_names
+        self._seen: dict[str, Stamp] = {}
+        self._dealt_with: dict[str, Stamp] = {}
+        self._missing: set[str] = set()
+        self._is_unreadable = False
+
+    def look(self) -> None:
+        """Remember what is there, so that the next `sync` takes what has not changed by then."""
+        self._seen = self._folders() or {}
+
+    def sync(self, base: BaseModelSpec) -> Changes:
+        """Take what is new and settled, and let go of what is gone."""
+        changes = Changes()
+        found = self._folders()
+        if found is None:
+            return changes
+        before, self._seen = self._seen, found
+        for name, stamp in found.items():
+            is_settled = before.get(name) == stamp
+            if is_settled and self._dealt_with.get(name) != stamp:
+                self._take(name, base, changes)
+                self._dealt_with[name] = stamp
+        self._let_go(found, changes)
+        return changes
+
+    def _folders(self) -> dict[str, Stamp] | None:
+        """Folder name -> stamp; None where the directory cannot be read."""
+        try:
+            entries = sorted(self._directory.iterdir())
+        except OSError as error:
+            if not self._is_unreadable:
+                # Its adapters stay: a mount that is gone for a while is no decision to remove them.
+                log.warning("adapter_dir_unreadable", error=str(error))
+            self._is_unreadable = True
+            return None
+        self._is_unreadable = False
+        stamps = {entry.name: _stamp(entry) for entry in entries if entry.name[0] != "."}
+        return {name: stamp for name, stamp in stamps.items() if stamp is not None}
+
+    def _take(self, name: str, base: BaseModelSpec, changes: Changes) -> None:
+        folder = self._directory / name
+        try:
+            mine, newest = self._versions(name, folder)
+            if mine is not None and mine != newest and self._holds(folder, mine.digest):
+                return  # somebody put another version on top of an unchanged folder: that one stays
+            published = publish_folder(
+                self._registry,
+                base,
+                name,
+                folder,
+                source="watched",
+                allowed=self._allowed,
+                create_only=mine is None,
+                base_names=self._base_names,
+            )
+        except StorageFull:
+            raise
+        except (AdapterError, FolderNotFound, OSError) as error:
+            log.warning("adapter_folder_refused", folder=name, error=str(error))
+            return
+        if published.created:
+            changes.published.append(published.record)
+
+    def _holds(self, folder: Path, digest: str) -> bool:
+        with self._registry.staging_dir() as staged:
+            _stage(folder, self._allowed, staged)
+            return digest_of(staged) == digest
+
+    def _versions(
+        self, name: str, folder: Path
+    ) -> tuple[AdapterRecord | None, AdapterRecord | None]:
+        """The newest version that came from this folder, and the newest of all.
+
+        Raises:
+            AdapterExists: the name is in use, and never was this folder's.
+        """
+        try:
+            versions = self._registry.versions(name)
+        except AdapterNotFound:
+            return None, None
+        mine = [one for one in versions if is_from(one, "watched", folder)]
+        if not mine:
+            raise AdapterExists(
+                f"there is an adapter {name!r} already that did not come from this folder; "
+                "give the folder another name",
+                field="name",
+                came=name,
+            )
+        return mine[-1], versions[-1]
+
+    def _let_go(self, found: Collection[str], changes: Changes) -> None:
+        """Remove the versions of folders that this look and the one before did not find."""
+        gone = {
+            record.name: Path(record.source_path)
+            for record in self._registry.from_source("watched")
+            if record.source_path is not None
+            and Path(record.source_path).parent == self._directory
+            and Path(record.source_path).name not in found
+        }
+        for name in gone.keys() & self._missing:
+            folder = gone.pop(name)
+            self._dealt_with.pop(folder.name, None)
+            changes.unused += remove_versions(
+                self._registry, name, functools.partial(_is_watched, folder)
+            )
+            changes.removed.append(name)
+        self._missing = set(gone)
+        # Refused folders come and go, too.
+        kept = {folder.name for folder in gone.values()}.union(found)
+        self._dealt_with = {n: s for n, s in self._dealt_with.items() if n in kept}
+
+
+def is_from(record: AdapterRecord, source: Managed, folder: Path | None = None) -> bool:
+    """Whether a version was made by this kind of manager, and from this folder if one is given."""
+    return record.source == source and folder in (None, Path(record.source_path or ""))
+
+
+def _is_watched(folder: Path, record: AdapterRecord) -> bool:
+    return is_from(record, "watched", folder)
+
+
+def remove_versions(
+    registry: Registry, name: str, chosen: Callable[[AdapterRecord], bool]
+) -> tuple[str, ...]:
+    """Delete some versions of an adapter; digests that no version uses any longer.
+
+    Raises:
+        AdapterNotFound: it has no version.
+    """
+    unused: set[str] = set()
+    for record in registry.versions(name):
+        if chosen(record):
+            unused.update(registry.delete(name, record.version))
+    return tuple(sorted(unused))
+
+
+def _stamp(folder: Path) -> Stamp | None:
+    """What tells one state of a folder from another; None if it is no PEFT folder."""
+    try:
+        if not (folder / CONFIG_FILE).is_file():
+            return None
+        files = sorted(path for path in folder.iterdir() if _matters(path.name))
+        stats = [(path.name, path.stat()) for path in files]
+    except OSError:  # it is being moved, or may not be read
+        return None
+    return tuple(
+        (name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        for name, stat in stats
+    )

@@ -1,0 +1,251 @@
+"""Files that clients uploaded to train on, in the data directory.
+
+    <root>/files/<id>   the bytes, as they came
+
+The row is the commit point: the bytes are complete and synced under their id before the row exists,
+and leave after it is gone. A crash between the two leaves a file without a row, which `sweep` removes.
+What a client called its file stands in the row only: it is never part of a path. Whoever asks with a
+key (`server.store.caller`) sees the files of its owner only. Nothing here knows HTTP, or what the bytes
+mean.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, delete, func, select, true
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Session
+
+from adapters import synced_files
+from adapters.errors import AdapterError
+from server.errors import FilesFull, UploadNotFound
+from server.store.caller import only_owner, owner
+from server.store.database import Database
+from server.store.tables import FileRow
+
+MAX_FILES = 1_000
+MAX_FILES_BYTES = 2**30
+MAX_FILENAME_CHARACTERS = 255
+
+_ID = re.compile(r"file-[0-9a-f]{24}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One uploaded file.
+
+    Attributes:
+        id: "file-" and 24 hex digits.
+        filename: as the client called it.
+        purpose: what it is for, in OpenAI's words.
+        num_bytes: how long it is.
+        created_at: aware UTC time.
+    """
+
+    id: str
+    filename: str
+    purpose: str
+    num_bytes: int
+    created_at: datetime
+
+
+class FileStore:
+    """All uploaded files of one data directory. Safe between threads and processes.
+
+    Args:
+        root: the data directory, made if it is not there.
+        max_files: how many may be kept.
+        max_bytes: how many bytes all of them may have.
+        clock: the Unix time.
+
+    Raises:
+        RegistryError: the database there cannot be used.
+        StorageFull: it could not be made.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_files: int = MAX_FILES,
+        max_bytes: int = MAX_FILES_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._max_files = max_files
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._files = root / "files"
+        self._files.mkdir(parents=True, exist_ok=True)
+        self._database = Database(root / "registry.db")
+
+    def close(self) -> None:
+        """Close the database's connections."""
+        self._database.close()
+
+    # --- in ---------------------------------------------------------------------------
+
+    def add(self, staged: Path, filename: str, purpose: str) -> FileRecord:
+        """Keep a file.
+
+        Args:
+            staged: its bytes, on the data directory's disk; moved from there.
+            filename: what the client calls it; its last 255 characters are kept.
+            purpose: what it is for.
+
+        Raises:
+            FilesFull: it would be one too many, or too many bytes; nothing was kept.
+            StorageFull: nothing was kept.
+        """
+        num_bytes = staged.stat().st_size
+        file_id = f"file-{secrets.token_hex(12)}"
+        with synced_files.full_disk_is_storage_full("the uploaded file"):
+            synced_files.sync(staged)
+            try:
+                with self._database.write() as session:
+                    self._check_room(session, num_bytes)
+                    row = FileRow(
+                        id=file_id,
+                        filename=filename[-MAX_FILENAME_CHARACTERS:],
+                        purpose=purpose,
+                        num_bytes=num_bytes,
+                        created_at=datetime.fromtimestamp(self._clock(), UTC),
+                        owner=owner(),
+                    )
+                    session.add(row)
+                    session.flush()
+                    staged.rename(self._files / file_id)
+                    synced_files.sync(self._files)
+                    return _record(row)
+            except BaseException:
+                # If this fails too, the next sweep finds it.
+                with contextlib.suppress(AdapterError, OSError, DatabaseError):
+                    self._remove_orphans([file_id])
+                raise
+
+    # --- out --------------------------------------------------------------------------
+
+    def get(self, file_id: str) -> FileRecord:
+        """What is known of a file.
+
+        Raises:
+            UploadNotFound: no such file.
+        """
+        with self._database.read() as session:
+            return _record(_row(session, file_id))
+
+    def path(self, file_id: str) -> Path:
+        """Where a file's bytes lie; they never change, and go when it is deleted.
+
+        Raises:
+            UploadNotFound: no such file.
+        """
+        self.get(file_id)
+        return self._files / file_id
+
+    def list(
+        self,
+        after: str | None = None,
+        limit: int = 100,
+        *,
+        purpose: str | None = None,
+        newest_first: bool = True,
+    ) -> builtins.list[FileRecord]:
+        """Files behind the one with the id `after`, in the order of their coming.
+
+        Raises:
+            UploadNotFound: there is no file `after`.
+        """
+        number = FileRow.number
+        order = number.desc() if newest_first else number
+        statement = select(FileRow).where(_seen()).order_by(order)
+        if purpose is not None:
+            statement = statement.where(FileRow.purpose == purpose)
+        with self._database.read() as session:
+            if after is not None:
+                last = _row(session, after).number
+                statement = statement.where(number < last if newest_first else number > last)
+            return [_record(row) for row in session.scalars(statement.limit(limit))]
+
+    # --- change -----------------------------------------------------------------------
+
+    def delete(self, file_id: str) -> None:
+        """Remove a file; jobs that were made of it have their own rows.
+
+        Raises:
+            UploadNotFound: no such file.
+        """
+        with self._database.write() as session:
+            session.execute(delete(FileRow).where(FileRow.number == _row(session, file_id).number))
+        (self._files / file_id).unlink(missing_ok=True)
+
+    def sweep(self) -> tuple[str, ...]:
+        """Remove what a crash left without a row; the names of what was removed."""
+        # A folder is nobody's file, and not ours to remove.
+        found = (
+            path.name for path in self._files.iterdir() if path.is_symlink() or not path.is_dir()
+        )
+        return self._remove_orphans(sorted(found))
+
+    # --- inside -----------------------------------------------------------------------
+
+    def _remove_orphans(self, names: Iterable[str]) -> tuple[str, ...]:
+        # Under the write lock: a file and its row appear within one transaction.
+        with self._database.write() as session:
+            known = set(session.scalars(select(FileRow.id)))
+            orphans = tuple(name for name in names if name not in known)
+            for name in orphans:
+                (self._files / name).unlink(missing_ok=True)
+        return orphans
+
+    def _check_room(self, session: Session, num_bytes: int) -> None:
+        count = session.scalar(select(func.count()).select_from(FileRow)) or 0
+        if count >= self._max_files:
+            raise FilesFull(
+                f"{count} files are kept already, as many as may; delete some first",
+                field="file",
+                expected=f"fewer than {self._max_files} files",
+                came=str(count),
+            )
+        taken = session.scalar(select(func.sum(FileRow.num_bytes))) or 0
+        if taken + num_bytes > self._max_bytes:
+            raise FilesFull(
+                f"the files that are kept have {taken} bytes, this one has {num_bytes}, and "
+                f"{self._max_bytes} may be kept in all; delete some first",
+                field="file",
+                expected=f"at most {self._max_bytes} bytes in all",
+                came=str(taken + num_bytes),
+            )
+
+
+def no_upload(file_id: str) -> UploadNotFound:
+    """The error for an id that no file has."""
+    shown = ascii(file_id)[1:-1][:80]
+    return UploadNotFound(f"there is no file {shown!r}", field="file_id", came=shown)
+
+
+def _seen() -> ColumnElement[bool]:
+    """The files of which the caller may know."""
+    only = only_owner()
+    return true() if only is None else FileRow.owner == only
+
+
+def _row(session: Session, file_id: str) -> FileRow:
+    row = None
+    if _ID.fullmatch(file_id):
+        row = session.scalars(select(FileRow).where(FileRow.id == file_id, _seen())).first()
+    if row is None:
+        raise no_upload(file_id)
+    return row
+
+
+def _record(row: FileRow) -> FileRecord:
+    return FileRecord(row.id, row.filename, row.purpose, row.num_bytes, row.created_at)

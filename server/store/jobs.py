@@ -1,0 +1,663 @@
+"""Training jobs in the data directory's database: their states, events, and who works on them.
+
+The row is the commit point: a job's folder is complete on disk before its row exists, and is removed
+after the row is gone. A crash between the two leaves a folder that `sweep` removes.
+
+Who works on a job holds a claim: a lease that must be renewed, and a token that grows with every
+claim of that job. Whoever lost the lease may still believe it holds it, so every write of a worker
+names its token, and one that is not the newest changes nothing (LeaseLost). So a job has one worker
+at a time as far as anybody can see, however slow or stopped the others are.
+
+Rules that callers may rely on:
+
+- States change as `server.store.job_states` says; a finished job never changes again.
+- Event ids of a job are 1, 2, 3, ...; what was read once is never different.
+- A job that loses its worker `max_attempts` times without a new checkpoint fails with code
+  "worker_lost". A worker that hands its job back does not count.
+- Whoever asks with a key (`server.store.caller`) sees the jobs of its owner only: there are no others.
+- A cancel is not lost: a running job that was asked to end is cancelled even if its worker dies.
+- What is served has succeeded: a job that lost its worker after its adapter was published, and before
+  its end was written, succeeds whatever was asked of it since.
+
+Threads and processes may use one root at once: every change holds SQLite's write lock from its start
+to its commit. Nothing here knows HTTP, tensors, or how a worker is started.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, delete, func, select, true, update
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Session
+
+from adapters import synced_files
+from adapters.errors import AdapterError
+from adapters.training.job import TrainingJob
+from adapters.training.rows import Row
+from server.errors import JobActive, LeaseLost, TooManyJobs
+from server.store.caller import only_owner, owner
+from server.store.database import Database
+from server.store.job_files import JobFiles, no_job
+from server.store.job_states import FINISHED, TRANSITIONS, State, check_transition
+from server.store.tables import JobEventRow, JobRow, VersionRow
+
+MAX_QUEUED = 100
+MAX_ATTEMPTS = 3
+MAX_EVENTS = 20_000
+# No supervisor and no worker asks for more than half of it.
+MAX_LEASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job as it is now.
+
+    Attributes:
+        id: "job-" and 24 hex digits.
+        state: see `server.store.job_states`.
+        adapter: the name it will be published under.
+        method: such as "ia3".
+        job: everything about it but the rows.
+        created_at: aware UTC time, as are the next two.
+        started_at: when it was first claimed; None before.
+        finished_at: None before.
+        progress: data of the newest step; empty before the first.
+        metrics: what was measured, once it has succeeded.
+        error: {"code", "message"}, where it failed.
+        adapter_version: version that it published.
+        cancel_requested: somebody wants it to end.
+        attempts: claims that were not handed back, from the one on that made the last checkpoint.
+        tuning: what its asker said beside the job; None for a job that was asked for in our words.
+    """
+
+    id: str
+    state: State
+    adapter: str
+    method: str
+    job: TrainingJob
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    progress: dict[str, Any]
+    metrics: dict[str, Any] | None
+    error: dict[str, Any] | None
+    adapter_version: int | None
+    cancel_requested: bool
+    attempts: int
+    tuning: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to work on a job, for as long as its token is the job's newest."""
+
+    job_id: str
+    token: int
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """Something that happened to a job; `id` counts from 1 within it, `at` is aware UTC time."""
+
+    id: int
+    kind: str
+    data: dict[str, Any]
+    at: datetime
+
+
+@dataclass(frozen=True)
+class JobSweep:
+    """What a sweep removed: folders without a job, checkpoints of finished jobs, staging entries."""
+
+    orphans: tuple[str, ...]
+    states: tuple[str, ...]
+    staging_removed: int
+
+
+class JobStore:
+    """All training jobs of one data directory.
+
+    Args:
+        root: the data directory, made if it is not there.
+        max_queued: jobs that may wait.
+        max_attempts: workers that a job may lose without a new checkpoint.
+        max_events: about how many events of a job are kept, see `add_events`.
+        clock: the Unix time; every process of one root must share it. It may be set back or forth.
+
+    Raises:
+        RegistryError: the database there cannot be used.
+        StorageFull: it could not be made.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_queued: int = MAX_QUEUED,
+        max_attempts: int = MAX_ATTEMPTS,
+        max_events: int = MAX_EVENTS,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._max_queued = max_queued
+        self._max_attempts = max_attempts
+        self._max_events = max_events
+        self._clock = clock
+        self._files = JobFiles(root)
+        self._database = Database(root / "registry.db")
+
+    def close(self) -> None:
+        """Close the database's connections."""
+        self._database.close()
+
+    # --- in ---------------------------------------------------------------------------
+
+    def create(
+        self, job: TrainingJob, rows: Sequence[Row], tuning: Mapping[str, Any] | None = None
+    ) -> JobRecord:
+        """Queue a job.
+
+        Args:
+            job: everything about it but the rows.
+            rows: its rows.
+            tuning: what its asker said beside the job, kept as it is; JSON.
+
+        Raises:
+            TooManyJobs: as many wait as may.
+            StorageFull: nothing of it was kept.
+            ValueError: a number among the rows is not finite, or `tuning` is not plain JSON.
+        """
+        said = None if tuning is None else _plain(tuning)
+        with self._database.read() as session:  # before a large file is written for nothing
+            self._check_queue(session)
+        job_id = f"job-{secrets.token_hex(12)}"
+        with (
+            synced_files.full_disk_is_storage_full("the training data"),
+            self._files.staged(rows) as staged,
+        ):
+            try:
+                with self._database.write() as session:
+                    self._check_queue(session)
+                    row = self._insert(session, job_id, job, said)
+                    self._files.place(staged, job_id)
+                    # Read before the commit: afterwards it may change at any moment.
+                    return _record(row)
+            except BaseException:
+                # If this fails too, the next sweep finds the orphan.
+                with suppress(AdapterError, OSError, DatabaseError):
+                    self._remove_orphans([job_id])
+                raise
+
+    # --- out --------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> JobRecord:
+        """A job as it is now.
+
+        Raises:
+            JobNotFound: no such job.
+        """
+        with self._database.read() as session:
+            return _record(_row(session, job_id))
+
+    def list(self, offset: int = 0, limit: int = 100) -> list[JobRecord]:
+        """Jobs, the newest first."""
+        statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc())
+        with self._database.read() as session:
+            return [_record(row) for row in session.scalars(statement.offset(offset).limit(limit))]
+
+    def list_after(
+        self,
+        after: str | None,
+        limit: int,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        without_metadata: bool = False,
+    ) -> builtins.list[JobRecord]:
+        """Jobs that are older than the one with the id `after`, the newest first.
+
+        Args:
+            after: a job's id; None begins with the newest.
+            limit: how many at most.
+            metadata: only jobs whose `tuning["metadata"]` has these texts under these names.
+            without_metadata: only jobs that have no `tuning["metadata"]`.
+
+        Raises:
+            JobNotFound: no job `after`.
+        """
+        statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc()).limit(limit)
+        for name, value in (metadata or {}).items():
+            # Not by a path, in which a name would need quoting.
+            said = func.json_each(JobRow.tuning, "$.metadata").table_valued("key", "value")
+            found = select(said.c.key).where(said.c.key == name, said.c.value == value)
+            statement = statement.where(found.exists())
+        if without_metadata:
+            statement = statement.where(JobRow.tuning["metadata"].as_string().is_(None))
+        with self._database.read() as session:
+            if after is not None:
+                statement = statement.where(JobRow.number < _row(session, after).number)
+            return [_record(row) for row in session.scalars(statement)]
+
+    def count(self) -> int:
+        """Jobs in all states."""
+        with self._database.read() as session:
+            return session.scalar(select(func.count()).select_from(JobRow).where(_seen())) or 0
+
+    def count_by_state(self) -> dict[State, int]:
+        """How many jobs there are in each state, whoever asks; none is a number too."""
+        statement = select(JobRow.state, func.count()).group_by(JobRow.state)
+        with self._database.read() as session:
+            found = {str(state): number for state, number in session.execute(statement)}
+        return {state: found.get(state, 0) for state in TRANSITIONS}
+
+    def rows(self, job_id: str) -> builtins.list[Row]:
+        """The rows that the job came with.
+
+        Raises:
+            JobNotFound: no such job.
+            FileNotFoundError: somebody took the file away.
+        """
+        self.get(job_id)
+        return self._files.rows(job_id)
+
+    def directory(self, job_id: str) -> Path:
+        """The job's folder, see `server.store.job_files`.
+
+        Raises:
+            JobNotFound: not an id that any job could have.
+        """
+        return self._files.directory(job_id)
+
+    def events(self, job_id: str, after: int = 0, limit: int = 1000) -> builtins.list[JobEvent]:
+        """Events with an id above `after`, the oldest first.
+
+        Raises:
+            JobNotFound: no such job.
+        """
+        with self._database.read() as session:
+            number = _row(session, job_id).number
+            statement = (
+                select(JobEventRow)
+                .where(JobEventRow.job == number, JobEventRow.id > after)
+                .order_by(JobEventRow.id)
+                .limit(limit)
+            )
+            return [
+                JobEvent(event.id, event.kind, event.data, event.at)
+                for event in session.scalars(statement)
+            ]
+
+    def events_before(
+        self, job_id: str, before: int | None = None, limit: int = 1000
+    ) -> builtins.list[JobEvent]:
+        """Events with an id below `before` (None: all), the newest first.
+
+        Raises:
+            JobNotFound: no such job.
+        """
+        with self._database.read() as session:
+            number = _row(session, job_id).number
+            statement = select(JobEventRow).where(JobEventRow.job == number)
+            if before is not None:
+                statement = statement.where(JobEventRow.id < before)
+            newest = session.scalars(statement.order_by(JobEventRow.id.desc()).limit(limit))
+            return [JobEvent(event.id, event.kind, event.data, event.at) for event in newest]
+
+    def running(self) -> builtins.list[tuple[JobRecord, int, float]]:
+        """Running jobs, the oldest first: each with its token and the Unix time its lease ends."""
+        statement = select(JobRow).where(JobRow.state == "running").order_by(JobRow.number)
+        with self._database.read() as session:
+            return [
+                (_record(row), row.token, row.lease_until or 0.0)
+                for row in session.scalars(statement)
+            ]
+
+    # --- a worker's side --------------------------------------------------------------
+
+    def claim(self, lease_seconds: float) -> Claim | None:
+        """The right to work on the next job, if there is one.
+
+        The oldest that is queued, or else the oldest whose worker let its lease run out. A lost job
+        that has published succeeds here, one that was asked to end is cancelled, and one that lost
+        too many workers fails.
+        """
+        with self._database.write() as session:
+            now = self._clock()
+            _shorten_leases(session, now, lease_seconds)
+            row = _first(session, JobRow.state == "queued")
+            while row is None:
+                row = _first(session, JobRow.state == "running", JobRow.lease_until < now)
+                if row is None:
+                    return None
+                if self._end_lost(session, row):
+                    row = None
+            if row.state == "queued":
+                check_transition("queued", "running")
+            row.state = "running"
+            row.attempts += 1
+            row.token += 1
+            row.lease_until = now + lease_seconds
+            row.started_at = row.started_at or self._now()
+            self._add(session, row, "state", {"state": "running", "attempt": row.attempts})
+            return Claim(row.id, row.token)
+
+    def renew(self, claim: Claim, lease_seconds: float) -> bool:
+        """Keep the claim for so long from now; whether somebody asked the job to end.
+
+        A lease that ran out can be renewed until somebody else claims the job.
+
+        Raises:
+            LeaseLost: the claim is no longer good.
+        """
+        with self._database.write() as session:
+            row = _held(session, claim)
+            row.lease_until = self._clock() + lease_seconds
+            return row.cancel_requested
+
+    def add_event(self, claim: Claim, kind: str, data: Mapping[str, Any]) -> int:
+        """As `add_events`, for one event."""
+        return self.add_events(claim, [(kind, data)])
+
+    def add_events(self, claim: Claim, events: Iterable[tuple[str, Mapping[str, Any]]]) -> int:
+        """Append events in one transaction; the id of the job's newest event.
+
+        The data of a "step" becomes the job's `progress` as well; a "checkpoint" forgives the workers
+        that were lost before. Not every step becomes an event:
+        the first tenth of `max_events` takes each, and every further tenth fills half as fast. From
+        `max_events` on only changes of state are kept.
+
+        Raises:
+            LeaseLost: the claim is no longer good; nothing was added.
+            ValueError: kind "state", which is the store's own, or data that is not plain JSON.
+        """
+        plain = [(kind, _plain(data)) for kind, data in events]
+        if any(kind == "state" for kind, _ in plain):
+            raise ValueError("events of kind 'state' are the store's own")
+        with self._database.write() as session:
+            row = _held(session, claim)
+            for kind, data in plain:
+                if kind == "step":
+                    row.progress = data
+                if kind == "checkpoint":
+                    row.attempts = 1
+                if self._keeps(row, kind):
+                    self._add(session, row, kind, data)
+            return row.last_event
+
+    def finish(
+        self,
+        claim: Claim,
+        state: State,
+        *,
+        error: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        adapter_version: int | None = None,
+    ) -> None:
+        """End a job; its checkpoints go.
+
+        Args:
+            claim: see `claim`.
+            state: one of the finished ones.
+            error: {"code", "message"}, where it failed.
+            metrics: what was measured.
+            adapter_version: the version that was published.
+
+        Raises:
+            LeaseLost: the claim is no longer good; nothing was changed.
+            ValueError: not a finished state, or values that are not plain JSON.
+        """
+        if state not in FINISHED:
+            raise ValueError(f"expected one of {sorted(FINISHED)}, came {state!r}")
+        plain_error = None if error is None else _plain(error)
+        plain_metrics = None if metrics is None else _plain(metrics)
+        with self._database.write() as session:
+            row = _held(session, claim)
+            row.metrics = plain_metrics
+            row.adapter_version = adapter_version
+            self._end(session, row, state, plain_error)
+        self._files.discard_state(claim.job_id)
+
+    def release(self, claim: Claim) -> None:
+        """Hand a job back, for another worker to go on at once; it does not count as an attempt.
+
+        One that was asked to end is cancelled instead.
+
+        Raises:
+            LeaseLost: the claim is no longer good; nothing was changed.
+        """
+        with self._database.write() as session:
+            row = _held(session, claim)
+            if row.cancel_requested:
+                self._end(session, row, "cancelled")
+                return
+            check_transition("running", "queued")
+            row.state = "queued"
+            row.attempts -= 1
+            row.lease_until = None
+            self._add(session, row, "state", {"state": "queued"})
+
+    # --- change -----------------------------------------------------------------------
+
+    def cancel(self, job_id: str) -> JobRecord:
+        """End a queued job now, ask a running one to end, leave a finished one as it is.
+
+        Raises:
+            JobNotFound: no such job.
+        """
+        with self._database.write() as session:
+            row = _row(session, job_id)
+            if row.state == "queued":
+                row.cancel_requested = True
+                self._end(session, row, "cancelled")
+            elif row.state == "running":
+                row.cancel_requested = True
+            record = _record(row)
+        if record.state == "cancelled":
+            self._files.discard_state(job_id)
+        return record
+
+    def delete(self, job_id: str) -> None:
+        """Remove a finished job, its events and its files.
+
+        Raises:
+            JobNotFound: no such job.
+            JobActive: it is not finished; nothing was removed.
+        """
+        with self._database.write() as session:
+            row = _row(session, job_id)
+            if row.state not in FINISHED:
+                raise JobActive(
+                    f"{job_id} is {row.state}; cancel it and wait until it has ended",
+                    field="state",
+                    expected=", ".join(sorted(FINISHED)),
+                    came=row.state,
+                )
+            session.execute(delete(JobRow).where(JobRow.number == row.number))
+        self._files.discard(job_id)
+
+    def sweep(self) -> JobSweep:
+        """Tidy up at start: folders without a job, checkpoints of finished jobs, staging."""
+        staging_removed = self._files.sweep_staging()
+        orphans = self._remove_orphans(self._files.ids())
+        with self._database.read() as session:
+            finished = session.scalars(select(JobRow.id).where(JobRow.state.in_(FINISHED))).all()
+        states = tuple(job_id for job_id in finished if self._files.discard_state(job_id))
+        return JobSweep(orphans, states, staging_removed)
+
+    # --- inside -----------------------------------------------------------------------
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), UTC)
+
+    def _check_queue(self, session: Session) -> None:
+        queued = select(func.count()).select_from(JobRow).where(JobRow.state == "queued")
+        if (session.scalar(queued) or 0) >= self._max_queued:
+            raise TooManyJobs(
+                f"{self._max_queued} training jobs wait already, as many as may; try again later",
+                expected=f"fewer than {self._max_queued} waiting jobs",
+            )
+
+    def _insert(
+        self, session: Session, job_id: str, job: TrainingJob, tuning: dict[str, Any] | None
+    ) -> JobRow:
+        row = JobRow(
+            id=job_id,
+            state="queued",
+            job=job.model_dump(mode="json"),
+            created_at=self._now(),
+            progress={},
+            cancel_requested=False,
+            attempts=0,
+            token=0,
+            last_event=0,
+            skipped_steps=0,
+            tuning=tuning,
+            owner=owner(),
+        )
+        session.add(row)
+        session.flush()  # parents first: the tables have foreign keys, the classes no relationships
+        self._add(session, row, "state", {"state": "queued"})
+        session.flush()
+        return row
+
+    def _add(self, session: Session, row: JobRow, kind: str, data: dict[str, Any]) -> None:
+        row.last_event += 1
+        session.add(
+            JobEventRow(job=row.number, id=row.last_event, kind=kind, data=data, at=self._now())
+        )
+
+    def _keeps(self, row: JobRow, kind: str) -> bool:
+        """Whether an event is stored; counts the steps that are not."""
+        if row.last_event >= self._max_events:
+            return False
+        if kind != "step":
+            return True
+        stride = 2 ** (10 * row.last_event // self._max_events)
+        row.skipped_steps = (row.skipped_steps + 1) % stride
+        return row.skipped_steps == 0
+
+    def _end(
+        self, session: Session, row: JobRow, state: State, error: dict[str, Any] | None = None
+    ) -> None:
+        check_transition(cast(State, row.state), state)
+        row.state = state
+        row.error = error
+        row.lease_until = None
+        row.finished_at = self._now()
+        facts = {"error": row.error, "adapter_version": row.adapter_version}
+        said = {key: value for key, value in facts.items() if value is not None}
+        self._add(session, row, "state", {"state": state, **said})
+
+    def _end_lost(self, session: Session, row: JobRow) -> bool:
+        """End a job whose worker was lost, if no other is to take it up."""
+        published = session.scalars(select(VersionRow).where(VersionRow.job_id == row.id)).first()
+        if published is not None:
+            row.metrics = published.metrics
+            row.adapter_version = published.version
+            self._end(session, row, "succeeded")
+        elif row.cancel_requested:
+            self._end(session, row, "cancelled")
+        elif row.attempts >= self._max_attempts:
+            message = (
+                f"{row.attempts} workers were lost, one after another, before any of them got as far "
+                "as a checkpoint; the job's log may say why"
+            )
+            self._end(session, row, "failed", {"code": "worker_lost", "message": message})
+        else:
+            return False
+        session.flush()
+        return True
+
+    def _remove_orphans(self, job_ids: Iterable[str]) -> tuple[str, ...]:
+        # Under the write lock: a folder and its row appear within one transaction.
+        with self._database.write() as session:
+            known = set(session.scalars(select(JobRow.id)))
+            orphans = tuple(job_id for job_id in job_ids if job_id not in known)
+            for job_id in orphans:
+                self._files.discard(job_id)
+            return orphans
+
+
+# --- rules over rows ----------------------------------------------------------------------
+
+
+def _seen() -> ColumnElement[bool]:
+    """The jobs of which the caller may know."""
+    only = only_owner()
+    return true() if only is None else JobRow.owner == only
+
+
+def _row(session: Session, job_id: str) -> JobRow:
+    row = session.scalars(select(JobRow).where(JobRow.id == job_id, _seen())).first()
+    if row is None:
+        raise no_job(job_id)
+    return row
+
+
+def _first(session: Session, *conditions: Any) -> JobRow | None:
+    return session.scalars(select(JobRow).where(*conditions).order_by(JobRow.number)).first()
+
+
+def _shorten_leases(session: Session, now: float, lease_seconds: float) -> None:
+    """Make leases that end in a far future end soon: they are of a time before the clock went back.
+
+    Whoever holds one and lives renews it long before.
+    """
+    too_late = now + lease_seconds + MAX_LEASE_SECONDS
+    of_before = update(JobRow).where(JobRow.state == "running", JobRow.lease_until > too_late)
+    session.execute(of_before.values(lease_until=now + lease_seconds))
+
+
+def _held(session: Session, claim: Claim) -> JobRow:
+    """The row of a claim that is still good."""
+    row = session.scalars(select(JobRow).where(JobRow.id == claim.job_id)).first()
+    if row is None:
+        raise LeaseLost(f"{claim.job_id} was deleted")
+    if row.state != "running":
+        raise LeaseLost(f"{claim.job_id} is {row.state}")
+    if row.token != claim.token:
+        raise LeaseLost(f"{claim.job_id} was claimed again: token {row.token}, not {claim.token}")
+    return row
+
+
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the database will give back: JSON that a reply in UTF-8 can hold.
+
+    Raises:
+        ValueError: it is not; NaN and half a surrogate pair are not JSON either.
+    """
+    try:
+        text = json.dumps(dict(data), ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return cast(dict[str, Any], json.loads(text))
+
+
+def _record(row: JobRow) -> JobRecord:
+    job = TrainingJob.model_validate(row.job)
+    return JobRecord(
+        id=row.id,
+        state=cast(State, row.state),
+        adapter=job.adapter,
+        method=job.method,
+        job=job,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        progress=row.progress,
+        metrics=row.metrics,
+        error=row.error,
+        adapter_version=row.adapter_version,
+        cancel_requested=row.cancel_requested,
+        attempts=row.attempts,
+        tuning=row.tuning,
+    )

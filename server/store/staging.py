@@ -1,0 +1,106 @@
+"""Folders for work in progress, each locked while its owner lives.
+
+    <root>/staging/<random>/
+
+What is to appear whole is made here and then renamed to where it belongs: one disk, one rename.
+Knows nothing of what is made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapters import synced_files
+
+
+class StagingArea:
+    """The staging folders under one root. Safe between threads and processes.
+
+    Attributes:
+        path: the folder that holds them.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / "staging"
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A fresh folder, locked against `sweep` and removed on the way out, if it is still there.
+
+        Raises:
+            StorageFull: the disk has no room for it.
+            StorageUnavailable: it cannot be made.
+        """
+        with synced_files.disk_failure_is_told("a folder in staging"):
+            directory, lock = self._make()
+        try:
+            yield directory
+        finally:
+            # First, for what follows takes a descriptor and this may be the last one.
+            os.close(lock)
+            _remove(directory)
+
+    def sweep(self) -> int:
+        """Remove what dead owners left; the number of entries removed."""
+        removed = 0
+        for entry in self.path.iterdir():
+            if not entry.is_dir() or entry.is_symlink():
+                entry.unlink(missing_ok=True)
+                removed += 1
+            elif _lock_and_remove(entry):
+                removed += 1
+        return removed
+
+    def _make(self) -> tuple[Path, int]:
+        while True:
+            directory = self.path / uuid.uuid4().hex
+            directory.mkdir()
+            try:
+                lock = os.open(directory, os.O_RDONLY)
+            except FileNotFoundError:  # a sweep came between
+                continue
+            except OSError:
+                directory.rmdir()
+                raise
+            if _shared(lock) and directory.exists():
+                return directory, lock
+            os.close(lock)  # a sweep came between; it owns that folder now
+
+
+def _remove(directory: Path) -> None:
+    """Remove a folder; what cannot be removed now is left to the next sweep."""
+    try:
+        directory.rmdir()  # takes no descriptor
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _shared(lock: int) -> bool:
+    """Whether nobody else is about to remove the folder."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_and_remove(directory: Path) -> bool:
+    try:
+        lock = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory, ignore_errors=True)
+    except BlockingIOError:  # its owner is alive
+        return False
+    finally:
+        os.close(lock)
+    return True

@@ -1,0 +1,338 @@
+"""One server's books: what is counted, where, and the rows that `/metrics` shows.
+
+Everything is counted on the event loop, as plain numbers without locks: a token costs a bisection and
+a few additions. `rows` copies them, so that a thread may write them out while counting goes on. A
+server has books of its own; nothing here belongs to the process.
+
+Knows neither HTTP nor Prometheus' formats.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+
+from server.engine.request import GenerationRequest, ResidencyEvent, StatsEvent
+from server.generation.observers import Ended
+from server.store.job_states import State
+from server.telemetry.exposition import (
+    BETWEEN_TOKENS,
+    FIRST_TOKEN,
+    HTTP_SECONDS,
+    NUM_TOKENS,
+    WHOLE_REQUEST,
+    Histogram,
+    Row,
+)
+from server.telemetry.top_adapters import OTHER, Busiest, Place
+
+_ENDED: tuple[Ended, ...] = ("stop", "length", "abort", "error")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_UPLOAD = ("POST", "/adapters")
+_OUTCOMES = {201: "created", 200: "unchanged"}
+# vLLM counts its engines; there is one here.
+_ENGINE = "0"
+
+
+@dataclass(frozen=True)
+class Now:
+    """What is not counted but asked for when somebody looks.
+
+    Attributes:
+        base_id: the base's name.
+        stats: the engine's latest.
+        num_restarts: times that its process was replaced.
+        jobs: training jobs by state.
+        num_adapters: adapters stored.
+        build: labels of `graftwork_build_info`, in their order.
+    """
+
+    base_id: str
+    stats: StatsEvent
+    num_restarts: int
+    jobs: Mapping[State, int]
+    num_adapters: int
+    build: tuple[str, ...]
+
+
+class AdapterBook:
+    """What is counted for one adapter, for the base, or for all others together."""
+
+    __slots__ = (
+        "evictions",
+        "failures",
+        "first_token",
+        "generation_tokens",
+        "loads",
+        "prompt_tokens",
+        "requests",
+    )
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.loads = 0
+        self.evictions = 0
+        self.failures: Counter[str] = Counter()
+        self.first_token = Histogram(FIRST_TOKEN)
+
+
+class _Totals:
+    """What is counted for all generations together; histograms carry vLLM's names."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.ended: Counter[Ended] = Counter()
+        self.first_token = Histogram(FIRST_TOKEN)
+        self.between_tokens = Histogram(BETWEEN_TOKENS)
+        self.per_token = Histogram(BETWEEN_TOKENS)
+        self.whole = Histogram(WHOLE_REQUEST)
+        self.queue = Histogram(WHOLE_REQUEST)
+        self.prefill = Histogram(WHOLE_REQUEST)
+        self.decode = Histogram(WHOLE_REQUEST)
+        self.inference = Histogram(WHOLE_REQUEST)
+        self.prompt_lengths = Histogram(NUM_TOKENS)
+        self.output_lengths = Histogram(NUM_TOKENS)
+
+    def histograms(self) -> dict[str, Histogram]:
+        return {
+            "vllm:time_to_first_token_seconds": self.first_token,
+            "vllm:inter_token_latency_seconds": self.between_tokens,
+            "vllm:request_time_per_output_token_seconds": self.per_token,
+            "vllm:e2e_request_latency_seconds": self.whole,
+            "vllm:request_queue_time_seconds": self.queue,
+            "vllm:request_prefill_time_seconds": self.prefill,
+            "vllm:request_decode_time_seconds": self.decode,
+            "vllm:request_inference_time_seconds": self.inference,
+            "vllm:request_prompt_tokens": self.prompt_lengths,
+            "vllm:request_generation_tokens": self.output_lengths,
+        }
+
+
+class Metrics:
+    """The books. A `Watcher` of generations, and told of adapters that move and of replies.
+
+    Args:
+        max_adapters: adapters with books of their own at a time, see `server.telemetry.top_adapters`.
+    """
+
+    def __init__(self, max_adapters: int = 32) -> None:
+        self._totals = _Totals()
+        self._base: Place[AdapterBook] = Place(AdapterBook())
+        self._adapters = Busiest(max_adapters, AdapterBook)
+        # By name, None is the base; a name stands here only while its number is not 0.
+        self._waiting: Counter[str | None] = Counter()
+        self._in_flight: Counter[str | None] = Counter()
+        self._resident: dict[str, tuple[str, str]] = {}
+        self._replies: Counter[tuple[str, str, int]] = Counter()
+        self._reply_seconds: dict[str, Histogram] = {}
+        self._replying = 0
+
+    # --- generations: `server.generation.observers.Watcher` ----------------------------------
+
+    def began(self, request: GenerationRequest) -> _Watch:
+        """A request was handed to the engine."""
+        name = None if request.adapter is None else request.adapter.name
+        place = self._base if name is None else self._adapters.used(name)
+        place.book.requests += 1
+        self._waiting[name] += 1
+        self._in_flight[name] += 1
+        return _Watch(self, place, name, len(request.prompt_token_ids))
+
+    def refused(self, adapter: str | None, code: str) -> None:
+        """A generation was not begun."""
+        place = self._base if adapter is None else self._adapters.used(adapter)
+        place.book.failures[code] += 1
+
+    # --- adapters and replies ------------------------------------------------------------------
+
+    def adapter_moved(self, event: ResidencyEvent) -> None:
+        """An adapter was loaded or evicted, or is somewhere else now."""
+        book = self._adapters.find(event.name).book
+        book.loads += event.loads
+        book.evictions += event.evictions
+        if event.residency == "disk":
+            self._resident.pop(event.digest, None)
+        else:
+            self._resident[event.digest] = (event.name, event.residency)
+
+    def reply_began(self) -> None:
+        """A request arrived."""
+        self._replying += 1
+
+    def reply_ended(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A reply is over. `route` is a template or one word for all paths that have none."""
+        self._replying -= 1
+        known = method if method in _METHODS else OTHER
+        self._replies[known, route, status] += 1
+        self._reply_seconds.setdefault(route, Histogram(HTTP_SECONDS)).observe(seconds)
+
+    # --- rows ----------------------------------------------------------------------------------
+
+    def rows(self, now: Now) -> list[Row]:
+        """Everything as it is now; what is counted afterwards does not change it."""
+        return [
+            *self._engine_rows(now),
+            *self._total_rows(now.base_id),
+            *self._adapter_rows(now.base_id),
+            *self._reply_rows(),
+            *(Row("graftwork_training_jobs", (state,), n) for state, n in now.jobs.items()),
+            Row("graftwork_adapters", (), now.num_adapters),
+            Row("graftwork_build_info", now.build, 1),
+        ]
+
+    def _engine_rows(self, now: Now) -> Iterator[Row]:
+        stats = now.stats
+        values: dict[str, float] = {
+            "vllm:num_requests_running": stats.num_running,
+            "vllm:num_requests_waiting": stats.num_waiting,
+            "vllm:kv_cache_usage_perc": stats.kv_blocks_used / max(1, stats.kv_blocks_total),
+            "vllm:num_preemptions_total": stats.num_preemptions,
+            "vllm:prefix_cache_queries_total": stats.prefix_query_tokens,
+            "vllm:prefix_cache_hits_total": stats.prefix_hit_tokens,
+        }
+        for name, value in values.items():
+            yield Row(name, (now.base_id, _ENGINE), value)
+        yield Row("graftwork_engine_restarts_total", (), now.num_restarts)
+
+    def _total_rows(self, base_id: str) -> Iterator[Row]:
+        labels, totals = (base_id, _ENGINE), self._totals
+        yield Row("vllm:prompt_tokens_total", labels, totals.prompt_tokens)
+        yield Row("vllm:generation_tokens_total", labels, totals.generation_tokens)
+        for how in _ENDED:
+            yield Row("vllm:request_success_total", (*labels, how), totals.ended[how])
+        for name, histogram in totals.histograms().items():
+            yield Row(name, labels, histogram.copy())
+
+    def _adapter_rows(self, base_id: str) -> Iterator[Row]:
+        books = self._adapters.books()
+        waiting, in_flight, resident = self._gauges(books.keys(), base_id)
+        # The base first; a base that calls itself `other` is told by vLLM's totals alone.
+        for label, book in ({base_id: self._base.book} | books).items():
+            yield from _book_rows(label, book)
+            yield Row("graftwork_adapter_requests_waiting", (label,), waiting[label])
+            yield Row("graftwork_adapter_requests_in_flight", (label,), in_flight[label])
+        for label, book in books.items():  # the base never moves
+            yield Row("graftwork_adapter_loads_total", (label,), book.loads)
+            yield Row("graftwork_adapter_evictions_total", (label,), book.evictions)
+            for where in ("host", "device"):
+                number = resident[label, where]
+                yield Row("graftwork_adapter_resident", (label, where), number)
+
+    def _gauges(
+        self, labels: Set[str], base_id: str
+    ) -> tuple[Counter[str], Counter[str], Counter[tuple[str, str]]]:
+        def label(name: str | None) -> str:
+            if name is None:
+                return base_id
+            return name if name in labels else OTHER
+
+        waiting: Counter[str] = Counter()
+        in_flight: Counter[str] = Counter()
+        resident: Counter[tuple[str, str]] = Counter()
+        for name, number in self._waiting.items():
+            waiting[label(name)] += number
+        for name, number in self._in_flight.items():
+            in_flight[label(name)] += number
+        for holder, where in self._resident.values():
+            resident[label(holder), where] += 1
+        return waiting, in_flight, resident
+
+    def _reply_rows(self) -> Iterator[Row]:
+        yield Row("graftwork_http_requests_in_flight", (), self._replying)
+        uploads = Counter({outcome: 0 for outcome in (*_OUTCOMES.values(), "refused")})
+        for (method, route, status), number in self._replies.items():
+            labels = (method, route, str(status))
+            yield Row("graftwork_http_requests_total", labels, number)
+            if (method, route) == _UPLOAD:
+                uploads[_OUTCOMES.get(status, "refused")] += number
+        for outcome, number in uploads.items():
+            yield Row("graftwork_uploads_total", (outcome,), number)
+        for route, histogram in self._reply_seconds.items():
+            yield Row("graftwork_http_request_duration_seconds", (route,), histogram.copy())
+
+
+class _Watch:
+    """One generation: `server.generation.observers.Watch`."""
+
+    __slots__ = (
+        "_first_seconds",
+        "_metrics",
+        "_name",
+        "_num_prompt_tokens",
+        "_num_tokens",
+        "_place",
+        "_queue_seconds",
+        "_totals",
+    )
+
+    def __init__(
+        self, metrics: Metrics, place: Place[AdapterBook], name: str | None, num_prompt_tokens: int
+    ) -> None:
+        self._metrics = metrics
+        self._totals = metrics._totals
+        self._place = place
+        self._name = name
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens = 0
+        self._first_seconds = 0.0
+        self._queue_seconds = 0.0
+
+    def first_token(self, seconds: float, queue_seconds: float | None) -> None:
+        _less(self._metrics._waiting, self._name)
+        self._num_tokens = 1
+        self._first_seconds = seconds
+        self._queue_seconds = min(queue_seconds or 0.0, seconds)
+        totals, book = self._totals, self._place.book
+        totals.prompt_tokens += self._num_prompt_tokens
+        totals.generation_tokens += 1
+        totals.first_token.observe(seconds)
+        book.prompt_tokens += self._num_prompt_tokens
+        book.generation_tokens += 1
+        book.first_token.observe(seconds)
+
+    def token(self, seconds: float) -> None:
+        self._num_tokens += 1
+        self._totals.generation_tokens += 1
+        self._totals.between_tokens.observe(seconds)
+        self._place.book.generation_tokens += 1
+
+    def ended(self, how: Ended, seconds: float, code: str | None) -> None:
+        _less(self._metrics._in_flight, self._name)
+        if not self._num_tokens:
+            _less(self._metrics._waiting, self._name)
+        self._totals.ended[how] += 1
+        if code is not None:
+            self._place.book.failures[code] += 1
+        if how in ("stop", "length"):
+            self._observe_whole(seconds)
+
+    def _observe_whole(self, seconds: float) -> None:
+        totals, decode = self._totals, seconds - self._first_seconds
+        totals.whole.observe(seconds)
+        totals.queue.observe(self._queue_seconds)
+        totals.prefill.observe(self._first_seconds - self._queue_seconds)
+        totals.decode.observe(decode)
+        totals.inference.observe(seconds - self._queue_seconds)
+        totals.prompt_lengths.observe(self._num_prompt_tokens)
+        totals.output_lengths.observe(self._num_tokens)
+        if self._num_tokens > 1:
+            totals.per_token.observe(decode / (self._num_tokens - 1))
+
+
+def _less(counts: Counter[str | None], name: str | None) -> None:
+    counts[name] -= 1
+    if not counts[name]:
+        del counts[name]
+
+
+def _book_rows(label: str, book: AdapterBook) -> Iterator[Row]:
+    yield Row("graftwork_adapter_requests_total", (label,), book.requests)
+    yield Row("graftwork_adapter_prompt_tokens_total", (label,), book.prompt_tokens)
+    yield Row("graftwork_adapter_generation_tokens_total", (label,), book.generation_tokens)
+    yield Row("graftwork_adapter_time_to_first_token_seconds", (label,), book.first_token.copy())
+    for code, number in book.failures.items():
+        yield Row("graftwork_adapter_failures_total", (label, code), number)

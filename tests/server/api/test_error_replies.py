@@ -1,0 +1,101 @@
+"""The table is complete, and each of the three shapes is what its clients read."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from adapters import errors as library
+from server import errors as ours
+from server.api.error_replies import FAILED, TABLE, body_of, reply_to, tell
+from server.engine import errors as engine
+from server.engine import request
+
+
+def classes(module):
+    return [
+        kind
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, Exception) and kind.__module__ == module.__name__
+    ]
+
+
+@pytest.mark.parametrize("module", [library, ours, engine], ids=lambda module: module.__name__)
+def test_every_error_class_is_in_the_table(module):
+    found = classes(module)
+    assert found
+    missing = [kind.__name__ for kind in found if kind not in TABLE]
+    assert not missing
+
+
+def test_every_code_of_a_failed_request_is_in_the_table():
+    words = request.FailedEvent.__doc__
+    assert all(f'"{code}"' in words for code in FAILED)
+    assert words.count('"') == 2 * len(FAILED)
+
+
+def test_409_is_not_used_and_codes_differ():
+    refusals = [*TABLE.values(), *FAILED.values()]
+    assert all(refusal.status != 409 for refusal in refusals)
+    codes = [refusal.code for refusal in TABLE.values() if refusal.code != "internal_error"]
+    assert len(codes) == len(set(codes))
+
+
+def test_the_three_shapes():
+    error = library.TensorMismatch("wrong", field="t", expected="(1, 2)", came="(2, 1)")
+    told = tell(error)
+    assert body_of(told, "/generate") == {"error": "wrong", "error_type": "validation"}
+    assert body_of(told, "/adapters") == {
+        "error": "wrong",
+        "error_type": "validation",
+        "code": "tensor_mismatch",
+        "field": "t",
+        "expected": "(1, 2)",
+        "came": "(2, 1)",
+    }
+    assert body_of(told, "/v1/models") == {
+        "error": {
+            "message": "wrong",
+            "type": "invalid_request_error",
+            "param": "t",
+            "code": "tensor_mismatch",
+        }
+    }
+
+
+def test_a_refusal_of_data_names_its_row():
+    told = tell(library.DataInvalid("wrong", row=3, field="text"))
+    assert body_of(told, "/train")["row"] == 3
+    assert "row" not in body_of(tell(library.DataInvalid("none")), "/train")
+
+
+def test_a_full_queue_says_when_to_come_back():
+    reply = reply_to(engine.EngineOverloaded(3), "/generate")
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "3")
+
+
+def test_failed_requests_go_by_their_code():
+    assert tell(engine.RequestFailed("adapter_corrupt", "m")).refusal.status == 424
+    assert tell(engine.RequestFailed("new", "m")).refusal.status == 500
+
+
+def test_an_unforeseen_error_keeps_its_words_to_itself():
+    assert "secret" not in tell(ValueError("secret prompt")).message
+
+
+def test_what_utf8_cannot_say_is_escaped():
+    reply = reply_to(ours.RequestInvalid("\ud800", field="\ud800", came="\ud800"), "/adapters")
+    assert b"\\\\ud800" in reply.body
+    assert reply_to(ours.RequestInvalid("\ud800", field="\ud800"), "/v1/x").body
+
+
+def test_framework_errors_have_our_shape(server):
+    assert server.get("/nowhere").json()["code"] == "route_not_found"
+    reply = server.get("/generate")
+    assert reply.status_code == 405
+    assert set(reply.json()) == {"error", "error_type"}
+    assert "error" in server.get("/v1/nowhere").json()
+    assert server.get("/v1/nowhere").json()["error"]["code"] == "route_not_found"
+    for path in ("/nowhere", "/generate", "/v1/nowhere"):
+        assert server.get(path).headers["x-adapter-id"] == "-"

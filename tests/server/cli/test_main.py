@@ -1,0 +1,155 @@
+"""The command line, run as a newcomer runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+
+from adapters.training.provenance import Provenance
+from server.cli.demo import curl_line
+from server.cli.main import app
+from server.config.settings import Settings
+from server.demo.install import DemoAdapter
+from tests.server.cli.runner import refusal, run, run_json
+from tests.server.jobs.examples import a_job
+
+
+def commands(group=None, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every command by its words."""
+    group = typer.main.get_command(app) if group is None else group
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= commands(command, (*path, name))
+        else:
+            found[" ".join((*path, name))] = command
+    return found
+
+
+README = (Path(__file__).parents[3] / "README.md").read_text()
+# They run until they are stopped, and print log lines.
+SERVICES = {"serve", "worker"}
+VERBS = (
+    "serve generate eval train worker bench doctor settings demo "
+    "adapters:list,add,show,remove,rollback,alias,download,preload,unload,combine,merge "
+    "jobs:list,show,cancel,remove,log,events keys:create,list,revoke"
+)
+
+
+def test_every_verb_is_there():
+    words = set()
+    for verb in VERBS.split():
+        name, _, inner = verb.partition(":")
+        words |= {f"{name} {one}" for one in inner.split(",")} if inner else {name}
+    assert set(commands()) == words
+
+
+@pytest.mark.parametrize("words", sorted(commands()))
+def test_every_command_has_help_with_an_example(words):
+    command = commands()[words]
+    text = run(*words.split(), "--help").output
+    assert f"graftwork {words}" in text.split("Options")[0].split("Usage", 1)[1].split("\n", 1)[1]
+    assert all(one.opts[0] in text for one in command.params if one.opts[0].startswith("-"))
+    # A terminal of 80 columns breaks longer lines in odd places.
+    assert max(len(line) for line in command.help.splitlines()) <= 78
+
+
+def test_the_readme_s_table_has_every_command_and_no_other():
+    section = README.split("### Command line")[1].split("\n### ")[0]
+    found = set()
+    for line in section.splitlines():
+        names = (
+            re.findall(r"`([a-z ]+)[^`]*`", line.split("|")[1]) if line.startswith("| `") else []
+        )
+        group = [*names[0].split()[:1]] if names and " " in names[0].strip() else []
+        found |= {" ".join([*group, name.split()[-1]]) for name in names}
+    assert found == set(commands())
+
+
+@pytest.mark.parametrize("words", sorted(set(commands()) - SERVICES))
+def test_every_command_that_prints_has_json(words):
+    assert "--json" in {option for one in commands()[words].params for option in one.opts}
+
+
+def test_commands_that_look_at_something_print_json(server):
+    url = ["--url", server.base_url]
+    assert {one["name"] for one in run_json("adapters", "list", *url)} >= {"complaints", "other"}
+    assert run_json("adapters", "show", "other", *url)["name"] == "other"
+    assert isinstance(run_json("jobs", "list", *url), list)
+    names = {one["variable"] for one in run_json("settings")}
+    assert names == {f"GRAFTWORK_{name.upper()}" for name in Settings.model_fields}
+
+
+def test_help_tells_every_option():
+    text = run("serve", "--help").output
+    for option in ("--base", "--revision", "--data-dir", "--host", "--port", "--dtype", "--device"):
+        assert option in text
+    assert "GRAFTWORK_PORT" in text
+
+
+def test_settings_lists_every_setting():
+    text = run("settings").output
+    assert all(f"GRAFTWORK_{name.upper()}" in text for name in Settings.model_fields)
+
+
+def test_a_wrong_option_is_told_in_a_sentence():
+    result = run("serve", "--port", "70000")
+    assert result.exit_code == 2
+
+
+def test_refusals_are_never_wrapped_or_read_as_markup(tmp_path):
+    long = tmp_path / ("x" * 120) / "[red]not red[/red]"
+    told = refusal("adapters", "list", "--data-dir", long, COLUMNS="40")
+    assert str(long) in told
+
+
+def test_the_printed_curl_line_is_one_shell_command(tmp_path):
+    job = a_job(template="Text: {text} Label:")
+    demo = DemoAdapter("c", tmp_path, Provenance(job, {}, {}))
+    words = shlex.split(curl_line("0.0.0.0", 8000, demo))
+    assert words[2] == "http://127.0.0.1:8000/generate?adapter=c"
+    assert json.loads(words[-1])["inputs"].endswith(" Label:")
+
+
+@pytest.mark.slow
+def test_serve_comes_up_answers_and_goes_down(tiny_base, tmp_path):
+    command = [sys.executable, "-m", "server", "serve", "--base", str(tiny_base), "--port", "0"]
+    command += ["--data-dir", str(tmp_path / "data"), "--threads", "1", "--kv-mib", "16"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        url = ""
+        end = time.monotonic() + 120
+        while not url and time.monotonic() < end:
+            line = process.stderr.readline()
+            if " on http://" in line:
+                url = line.split(" on ")[1].split(",")[0].strip()
+        _wait_ready(url)
+        body = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
+        reply = httpx.post(f"{url}/generate", json=body)
+        assert reply.status_code == 200
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
+def _wait_ready(url: str) -> None:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(f"{url}/readyz"):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(url)
