@@ -47,6 +47,7 @@ from server.jobs.supervisor import STOP_SECONDS, Supervisor
 from server.services import Services
 from server.store.caller import visible_adapters
 from server.store.data_dir import sweep_folds
+from server.store.directories import AdapterDirectory
 from server.store.files import FileStore
 from server.store.folder_watch import FolderWatch
 from server.store.jobs import JobStore
@@ -94,7 +95,7 @@ def create_app(
         services = await anyio.to_thread.run_sync(open_services, settings, client)
         services.tracing = await anyio.to_thread.run_sync(open_tracing)
         app.state.services = services
-        watch = FolderWatch(services)
+        watch = _folder_watch(services)
         tasks = (
             asyncio.create_task(_start(services, watch, on_ready, on_failure)),
             asyncio.create_task(_collect_for_ever(services, collect_seconds)),
@@ -307,6 +308,21 @@ def load_text_tokenizer(settings: Settings) -> TextTokenizer:
             snapshot_download(settings.base, revision=settings.revision, local_files_only=True)
         )
     return TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
+
+
+def _folder_watch(services: Services) -> FolderWatch:
+    settings = services.settings
+    directory = None
+    if settings.adapter_dir is not None:
+        directory = AdapterDirectory(
+            settings.adapter_dir,
+            services.registry,
+            also_allowed=settings.load_dirs,
+            base_names=(services.base_id, settings.base),
+        )
+    return FolderWatch(
+        directory, services.client, settings.adapter_dir_seconds, lambda: services.ready
+    )
 
 
 async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_failure: Hook) -> None:

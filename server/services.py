@@ -1,4 +1,4 @@
-"""What the routes work with, and how they get at it.
+"""What one running server is made of, and how routes get at it.
 
 `Services` is filled in by `server.app`; while the engine is still loading, everything that needs
 it is refused with `NotReady`. Knows no route.
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
 
-from server.api.middleware.headers import set_headers
 from server.config.settings import Settings
+from server.draining import Draining
 from server.engine.client import EngineClient
 from server.errors import NotReady
 from server.generation.generator import Generator
 from server.generation.quotas import Quotas
-from server.http.draining import Draining
 from server.store.registry import AdapterRecord, Registry
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
@@ -135,10 +134,6 @@ class Services:
         if record is None:
             return {"x-adapter-id": self.base_id, "x-adapter-version": self.client.base.digest[:12]}
         return {"x-adapter-id": record.name, "x-adapter-version": str(record.version)}
-
-    def name_adapter(self, request: Request, record: AdapterRecord | None) -> None:
-        """Put the adapter's headers on this request's reply."""
-        set_headers(request, self.adapter_headers(record))
 
 
 def _there(table: TableT | None, what: str) -> TableT:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from adapters import errors as library
 from server import errors as ours
 from server.engine import errors as engine
 from server.http.event_stream import ClientGone
+from server.http.scope import RefusalReply
 
 log = structlog.get_logger(__name__)
 
@@ -219,6 +221,13 @@ def reply_to(error: Exception, path: str) -> JSONResponse:
     """The whole reply to an error."""
     told = tell(error)
     return JSONResponse(body_of(told, path), told.refusal.status, told.headers)
+
+
+def refusal_reply(error: Exception, path: str) -> RefusalReply:
+    """The reply to an error, for a server that refuses before it asks the app."""
+    told = tell(error)
+    body = json.dumps(body_of(told, path)).encode()
+    return RefusalReply(told.refusal.status, told.refusal.code, told.headers, body)
 
 
 def install(app: FastAPI) -> None:

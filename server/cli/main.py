@@ -208,6 +208,7 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
     client = EngineClient(settings.engine_config())
     client.launch()
     # These take as long to import as the engine does.
+    from server.api.error_replies import refusal_reply
     from server.app import create_app
     from server.http.uvicorn_server import GraftworkServer
     from server.services import Services
@@ -222,7 +223,7 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
         server.should_exit = True
 
     app = create_app(settings, client=client, on_ready=on_ready, on_failure=on_failure)
-    server = GraftworkServer(app, settings)
+    server = GraftworkServer(app, settings, refusal_reply)
     server.run(sockets=[bound])
     failed = server.services is None or server.services.failure is not None
     return 1 if failed and not server.signalled else 0

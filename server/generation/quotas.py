@@ -16,40 +16,15 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 from server.engine.request import GenerationRequest
-from server.errors import KeyInvalid, QuotaExceeded, RateLimited
+from server.errors import QuotaExceeded, RateLimited
 from server.generation.observers import Ended, Watch
 from server.store.caller import caller
 from server.store.key import Key
 
-# A moving window keeps one entry a request.
-MAX_REQUESTS = 100_000
-MAX_TOKENS = 10**12
 # Tokens of a running sequence are counted so many at a time.
 _BUNCH = 16
 # A limit that no count reaches: `limits` does not count what goes above one.
 _WITHOUT_END = 10**18
-
-
-def checked_limit(field: str, text: str, most: int) -> str:
-    """A limit in the words of `limits`, such as "60 per 1 minute".
-
-    Raises:
-        KeyInvalid: it is none, several, or of more than `most`.
-    """
-    expected = f"a number from 1 to {most} and a time, such as 60/minute or 1000/2hour"
-    try:
-        found = limits.parse_many(text)
-    except ValueError:
-        found = []
-    if len(found) != 1 or not 1 <= found[0].amount <= most or found[0].get_expiry() < 1:
-        came = ascii(text)[1:-1][:80]
-        raise KeyInvalid(
-            f"{field}: expected {expected}; came {came!r}",
-            field=field,
-            expected=expected,
-            came=came,
-        )
-    return repr(found[0])
 
 
 class Quotas:

@@ -10,20 +10,15 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakMethod
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from server.http.scope import SEND_NOW, SendNow
+
 ResultT = TypeVar("ResultT")
-# Sends a frame of the reply that has begun; False where it did not, and ASGI's `send` has to.
-SendNow: TypeAlias = Callable[[bytes], bool]
-
-# In the request's state, where the server that listens has one: a WeakMethod, a SendNow. The layers
-# between it and a stream look at a reply's beginning and end only, and frames come by the thousand.
-SEND_NOW = "send_now"
-
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 

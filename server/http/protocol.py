@@ -15,7 +15,6 @@ httptools: its bounds can be set, and it is Python that can be read. Knows no ro
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import uuid
 from collections.abc import Callable
@@ -27,14 +26,11 @@ import h11
 import structlog
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from server.api.error_replies import body_of, tell
-from server.api.middleware.headers import NOBODY
-from server.api.middleware.slow_clients import CROWDED
 from server.config.settings import Settings
 from server.errors import RequestTimeout, TooManyConnections
 from server.http.connection_limits import BoundedConnection, ConnectionLimits, path_of
 from server.http.descriptors import room_for
-from server.http.event_stream import SEND_NOW
+from server.http.scope import CROWDED, NO_ADAPTER, SEND_NOW, RefusalWriter
 
 log = structlog.get_logger(__name__)
 
@@ -55,18 +51,26 @@ class BoundedProtocol(H11Protocol):
 
     Args:
         limits: what it may take.
+        write_refusal: writes the body of a reply to a request that the app never sees.
         on_cut: called with a word when it is cut, or refused before the app hears of it.
         options: uvicorn's own.
     """
 
     conn: BoundedConnection
 
-    def __init__(self, limits: ConnectionLimits, on_cut: CutHook, **options: Any) -> None:
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        write_refusal: RefusalWriter,
+        on_cut: CutHook,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.conn = BoundedConnection(limits)
         # uvicorn says int, and hands it to a clock.
         self.timeout_keep_alive = limits.keep_alive_seconds  # type: ignore[assignment]
         self._limits = limits
+        self._write_refusal = write_refusal
         self._on_cut = on_cut
         self._header_seconds = limits.header_seconds
         self._headers = _Deadline(self.loop)
@@ -208,19 +212,18 @@ class BoundedProtocol(H11Protocol):
 
     def _refuse(self, error: Exception, path: str) -> None:
         """Answer, in the shape that clients of the path expect, and hang up."""
-        told = tell(error)
+        refusal = self._write_refusal(error, path)
         request_id = uuid.uuid4().hex
-        body = json.dumps(body_of(told, path)).encode()
         headers: dict[str, str] = {
             "content-type": "application/json",
-            "content-length": str(len(body)),
+            "content-length": str(len(refusal.body)),
             "x-request-id": request_id,
-            "x-adapter-id": NOBODY,
-            "x-adapter-version": NOBODY,
-            **told.headers,
+            "x-adapter-id": NO_ADAPTER,
+            "x-adapter-version": NO_ADAPTER,
+            **refusal.headers,
             "connection": "close",
         }
-        status = told.refusal.status
+        status = refusal.status
         response = h11.Response(
             status_code=status,
             reason=STATUS_PHRASES[status],
@@ -229,10 +232,10 @@ class BoundedProtocol(H11Protocol):
                 *((name.encode(), value.encode()) for name, value in headers.items()),
             ],
         )
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+        for event in (response, h11.Data(data=refusal.body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        log.info("refused", code=told.refusal.code, status=status, request_id=request_id)
-        self._hang_up(told.refusal.code)
+        log.info("refused", code=refusal.code, status=status, request_id=request_id)
+        self._hang_up(refusal.code)
 
     def _hang_up(self, why: str) -> None:
         """Say nothing more, and take nothing more in; the client closes, or is cut."""
@@ -295,11 +298,16 @@ class _Deadline:
         then()
 
 
-def uvicorn_options(settings: Settings, on_cut: CutHook = lambda _why: None) -> dict[str, Any]:
+def uvicorn_options(
+    settings: Settings,
+    write_refusal: RefusalWriter,
+    on_cut: CutHook = lambda _why: None,
+) -> dict[str, Any]:
     """What `uvicorn.Config` must be given besides the app.
 
     Args:
         settings: where the limits stand.
+        write_refusal: writes the bodies of refusals, see `server.http.scope`.
         on_cut: called with a word for each connection that is cut, or refused before the app hears
             of it.
     """
@@ -308,7 +316,7 @@ def uvicorn_options(settings: Settings, on_cut: CutHook = lambda _why: None) -> 
 
     class Connection(BoundedProtocol):
         def __init__(self, **options: Any) -> None:
-            super().__init__(limits, on_cut, **options)
+            super().__init__(limits, write_refusal, on_cut, **options)
 
     # No route speaks websocket; with "auto" a library that happens to be installed would answer.
     return {"http": Connection, "ws": "none"}

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from server.config.settings import Settings
 from server.http.protocol import uvicorn_options
+from server.http.scope import RefusalWriter
 from server.services import Services
 
 log = structlog.get_logger(__name__)
@@ -28,14 +29,14 @@ _LAST_WORDS_SECONDS = 2
 class GraftworkServer(uvicorn.Server):
     """uvicorn's server, drained before it closes its sockets."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, write_refusal: RefusalWriter) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
-                **uvicorn_options(settings),
+                **uvicorn_options(settings, write_refusal),
             )
         )
         self._app = app

@@ -6,35 +6,38 @@ What a look means is `server.store.directories`'s to say. Nothing that fails her
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import anyio.to_thread
 import structlog
 
-from server.services import Services
+from server.engine.client import EngineClient
 from server.store.directories import AdapterDirectory
 
 log = structlog.get_logger(__name__)
 
 
 class FolderWatch:
-    """Keeps a server's adapters up to its watched directory; does nothing where there is none.
+    """Keeps a registry up to a watched directory; does nothing where there is none.
 
     Args:
-        services: of the server.
+        directory: the watched one; None is none.
+        client: the engine, for the base that adapters must fit, and to unload what is gone.
+        seconds: between two looks.
+        is_ready: whether the server takes requests; nothing is looked at before.
     """
 
-    def __init__(self, services: Services) -> None:
-        settings = services.settings
-        self._services = services
-        self._seconds = settings.adapter_dir_seconds
-        self._directory: AdapterDirectory | None = None
-        if settings.adapter_dir is not None:
-            self._directory = AdapterDirectory(
-                settings.adapter_dir,
-                services.registry,
-                also_allowed=settings.load_dirs,
-                base_names=(services.base_id, settings.base),
-            )
+    def __init__(
+        self,
+        directory: AdapterDirectory | None,
+        client: EngineClient,
+        seconds: float,
+        is_ready: Callable[[], bool],
+    ) -> None:
+        self._directory = directory
+        self._client = client
+        self._seconds = seconds
+        self._is_ready = is_ready
 
     async def look(self) -> None:
         """Look for the first time: before the engine starts, so that `sync` after it finds most settled."""
@@ -45,7 +48,7 @@ class FolderWatch:
         """Take what is new and let go of what is gone. The engine is up."""
         if self._directory is None:
             return
-        client = self._services.client
+        client = self._client
         try:
             changes = await anyio.to_thread.run_sync(self._directory.sync, client.base)
         except Exception:
@@ -63,5 +66,5 @@ class FolderWatch:
         """Look and sync for ever."""
         while self._directory is not None:
             await asyncio.sleep(self._seconds)
-            if self._services.ready:
+            if self._is_ready():
                 await self.sync()

@@ -19,9 +19,9 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from server.errors import KeyInvalid, KeyNotFound
-from server.generation.quotas import MAX_REQUESTS, MAX_TOKENS, checked_limit
 from server.store.database import Database
 from server.store.key import SCOPES, Key, Scope, digest_of, id_in, new_text
+from server.store.rates import MAX_REQUESTS, MAX_TOKENS, checked_limit
 from server.store.tables import KeyRow
 
 _MAX_NAME = 100

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from server.http.draining import Draining
+from server.draining import Draining
 from tests.faults.storage_server import serving
 from tests.server.http_server import save_tiny_base
 

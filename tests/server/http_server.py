@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from server.api.error_replies import refusal_reply
 from server.app import create_app
 from server.config.settings import Settings
 from server.http.protocol import uvicorn_options
@@ -127,7 +128,7 @@ def running_server(settings: Settings, **options: Any) -> Iterator[ServerClient]
             port=0,
             log_config=None,
             access_log=False,
-            **uvicorn_options(settings),
+            **uvicorn_options(settings, refusal_reply),
         )
     )
     thread = threading.Thread(target=server.run, daemon=True)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.combine import MAX_ADAPTERS
 from server.api.adapter_choice import only_query
+from server.api.adapter_headers import name_adapter
 from server.api.adapters.management import record_json
 from server.api.schemas import Labels, Text
 from server.errors import RequestInvalid
@@ -108,7 +109,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
         )
     )
     record = published.record
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     shown = record_json(record, services.client.residency(record.digest))
     location = {"location": f"/adapters/{record.name}"}
     return JSONResponse({**shown, "recipe": record.recipe, "ignored_files": []}, 201, location)

@@ -18,6 +18,7 @@ from adapters.checkpoint.folder import CONFIG_FILE, read_config
 from adapters.errors import AdapterError
 from adapters.template import Template
 from server.api.adapter_choice import only_query
+from server.api.adapter_headers import name_adapter
 from server.api.error_replies import shown
 from server.api.middleware.headers import set_headers
 from server.api.schemas import AliasBody, RollbackBody
@@ -115,7 +116,7 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
         published, ignored = await _off_loop(
             lambda: _publish(services, upload, staged, create_only=create_only)
         )
-    services.name_adapter(request, published.record)
+    name_adapter(request, services, published.record)
     body = {**_version(services, published.record), "ignored_files": list(ignored)}
     location = {"location": f"/adapters/{published.record.name}"}
     return JSONResponse(body, 201 if published.created else 200, location)
@@ -144,7 +145,7 @@ async def get_adapter(request: Request, services: UseServices, name: str) -> dic
     versions = await _off_loop(lambda: registry.versions(name))
     default = next((record for record in versions if record.is_default), versions[-1])
     config = await _off_loop(lambda: _config(registry, default))
-    services.name_adapter(request, default)
+    name_adapter(request, services, default)
     return {
         **_version(services, default),
         "recipe": default.recipe,
@@ -165,7 +166,7 @@ async def download_adapter(
     registry = services.registry
     record = await _off_loop(lambda: registry.resolve(_reference(name, version)))
     blocks = await _off_loop(lambda: registry.download_zip(record.name, record.version))
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     file_name = f"{record.name}-v{record.version}.zip"
     headers = {
         "content-disposition": f'attachment; filename="{file_name}"',
@@ -219,7 +220,7 @@ async def rollback_adapter(
     """Until the next new version is published."""
     only_query(request)
     record = await _off_loop(lambda: services.registry.rollback(name, body.version))
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     return _version(services, record)
 
 
@@ -230,7 +231,7 @@ async def set_alias(
     """Set it, or move it to another version."""
     only_query(request)
     record = await _off_loop(lambda: services.registry.set_alias(name, alias, body.version))
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     return _version(services, record)
 
 
@@ -244,7 +245,7 @@ async def _servable(
     only_query(request, "version")
     services.need_generator()
     record = await _off_loop(lambda: services.registry.resolve(_reference(name, version)))
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     return record
 
 

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterExists, AdapterNotFound
 from server.api.adapter_choice import only_query
+from server.api.adapter_headers import name_adapter
 from server.api.middleware.headers import note_ignored, set_headers
 from server.api.schemas import OpenBody, Text, set_extras
 from server.errors import LoadingDisabled, NotLoaded
@@ -73,7 +74,7 @@ async def load_adapter(
     allowed = _allowed(services)
     services.need_generator()
     record = await anyio.to_thread.run_sync(functools.partial(_load, services, body, allowed))
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     services.client.preload(adapter_ref(record))
     log.info("adapter_loaded", name=record.name, version=record.version, path=record.source_path)
     return PlainTextResponse(f"Success: LoRA adapter '{record.name}' added successfully.")

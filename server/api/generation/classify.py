@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
+from server.api.adapter_headers import name_adapter
 from server.api.error_replies import shown
 from server.api.middleware.headers import set_headers, timing_headers
 from server.api.schemas import ClassifyBody
@@ -40,7 +41,7 @@ async def classify(
     _check_fields(body)
     generator = services.need_generator()
     record = await generator.resolve(chosen_adapter(adapter, None))
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     labels = _labels(body, record)
     _check_number(body, labels, services.settings.max_ranked)
     prompts = await _prompts(generator, body, record)

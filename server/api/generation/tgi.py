@@ -16,6 +16,7 @@ from server.api.adapter_choice import (
     only_query,
     refuse_stray_adapters,
 )
+from server.api.adapter_headers import name_adapter
 from server.api.generation.sampling import invalid, sampling_of
 from server.api.generation.tgi_reply import Job, stream, whole
 from server.api.middleware.headers import note_ignored
@@ -71,7 +72,7 @@ async def _prepare(
     _check_inputs(body)
     generator = services.need_generator()
     record = await generator.resolve(name)
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     options = options_from(parameters, services.settings.max_best_of)
     if streams:
         _check_stream(parameters)

@@ -18,11 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.middleware.value_count import ValueCount
 from server.errors import BodyTooLarge, WrongContentType
 from server.generation.generator import Generation
+from server.http.scope import NO_ADAPTER
 
 # What may be echoed into a header and a log line without a second thought.
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# No adapter, and not the base either: the reply came from neither. Not a possible name.
-NOBODY = "-"
 # Characters of `x-ignored-parameters`, and of each name in it.
 _MAX_TOLD = 1_000
 _MAX_NAME = 64
@@ -42,8 +41,8 @@ class ReplyHeaders:
             return
         headers = {
             "x-request-id": _request_id(Headers(scope=scope).get("x-request-id")),
-            "x-adapter-id": NOBODY,
-            "x-adapter-version": NOBODY,
+            "x-adapter-id": NO_ADAPTER,
+            "x-adapter-version": NO_ADAPTER,
         }
         scope.setdefault("state", {})[_STATE] = headers
 

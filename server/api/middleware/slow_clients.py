@@ -15,9 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.error_replies import reply_to
 from server.api.middleware.access_log import QUIET_PATHS
 from server.errors import RequestTimeout, TooManyConnections
-
-# In the request's state, on a connection above the limit: the limit.
-CROWDED = "too_many_connections"
+from server.http.scope import CROWDED
 
 
 class SlowClients:

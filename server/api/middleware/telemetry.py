@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_replies import CLIENT_GONE
 from server.api.middleware.access_log import QUIET_PATHS
-from server.api.middleware.headers import NOBODY, reply_headers
+from server.api.middleware.headers import reply_headers
+from server.http.scope import NO_ADAPTER
 from server.services import Services
 from server.telemetry.tracing import Reply, RequestSpan
 
@@ -73,6 +74,6 @@ def _reply(scope: Scope, method: str, route: str, status: int) -> Reply:
         route=route,
         status=status,
         request_id=headers["x-request-id"],
-        adapter=None if adapter == NOBODY else adapter,
-        version=None if version == NOBODY else version,
+        adapter=None if adapter == NO_ADAPTER else adapter,
+        version=None if version == NO_ADAPTER else version,
     )

@@ -9,9 +9,10 @@ import pytest
 from server.api.error_replies import retry_after
 from server.engine.request import GenerationRequest
 from server.errors import QuotaExceeded, RateLimited
-from server.generation.quotas import Quotas, checked_limit
+from server.generation.quotas import Quotas
 from server.store.caller import calling
 from server.store.key import Key
+from server.store.rates import checked_limit
 
 # A whole hour, so that windows of an hour begin with it.
 START = 1_795_348_800.0

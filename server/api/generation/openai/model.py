@@ -6,6 +6,7 @@ from fastapi import Request
 
 from adapters.errors import AdapterNotFound, NameInvalid, VersionNotFound
 from server.api.adapter_choice import only_query, refuse_stray_adapters
+from server.api.adapter_headers import name_adapter
 from server.api.error_replies import shown
 from server.api.generation.openai.schemas import OpenAIBody
 from server.api.middleware.headers import note_ignored
@@ -43,7 +44,7 @@ async def chosen_model(request: Request, services: Services, name: str) -> Adapt
         record = None
     except VersionNotFound as error:
         raise VersionNotFound(error.message, field="model", came=error.came) from None
-    services.name_adapter(request, record)
+    name_adapter(request, services, record)
     return record
 
 
