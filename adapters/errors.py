@@ -30,14 +30,15 @@
         |-- StorageFull          the disk took no more bytes
         `-- StorageUnavailable   the disk or the database cannot be used just now
 
-Every error carries facts as plain attributes (`field`, `expected`, `came`); nothing here knows HTTP.
+`Refused` is the base of this tree and of the server's. Every error carries facts as plain attributes
+(`field`, `expected`, `came`); nothing here knows HTTP.
 """
 
 from __future__ import annotations
 
 
-class AdapterError(Exception):
-    """Base of the tree.
+class Refused(Exception):
+    """Base of what is refused with facts: of this tree, and of the server's own.
 
     Args:
         message: one sentence for a person: what was expected and what came.
@@ -59,6 +60,10 @@ class AdapterError(Exception):
         self.field = field
         self.expected = expected
         self.came = came
+
+
+class AdapterError(Refused):
+    """Base of the tree."""
 
 
 class CheckpointError(AdapterError):

@@ -26,11 +26,10 @@ from server.api.generation import classify
 from server.api.generation import tgi as generate
 from server.api.generation import tokenize as tokens
 from server.api.generation.openai import chat, completions
-from server.api.middleware.access_log import AccessLog
 from server.api.middleware.authentication import Auth
 from server.api.middleware.headers import BodyLimit, ReplyHeaders
+from server.api.middleware.observation import Observation
 from server.api.middleware.slow_clients import SlowClients
-from server.api.middleware.telemetry import Watched
 from server.api.openapi.page import DocumentedApp
 from server.api.operations import drain, health, models
 from server.api.operations.scrape import router as metrics_router
@@ -152,10 +151,8 @@ def create_app(
         idle_seconds=settings.body_idle_seconds,
         bytes_per_second=settings.client_kib_per_second * KIB,
     )
-    app.add_middleware(errors.CatchAll)
     app.add_middleware(HoldLimits, by=settings)
-    app.add_middleware(Watched)
-    app.add_middleware(AccessLog)
+    app.add_middleware(Observation)
     app.add_middleware(ReplyHeaders)
     return app
 

@@ -34,30 +34,11 @@ a status code: `server.api.error_replies` holds the one table.
 
 from __future__ import annotations
 
+from adapters.errors import Refused
 
-class RequestRefused(Exception):
-    """Base of the tree.
 
-    Args:
-        message: one sentence for a person: what was expected and what came.
-        field: the parameter that is at fault, if one is.
-        expected: what would have been accepted.
-        came: what was found.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        field: str | None = None,
-        expected: str | None = None,
-        came: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
-        self.expected = expected
-        self.came = came
+class RequestRefused(Refused):
+    """Base of the tree."""
 
 
 class Contradiction(RequestRefused):

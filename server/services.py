@@ -86,7 +86,7 @@ class Services:
 
     def stopping(self) -> bool:
         """Whether the server is about to go; streams without an end of their own end then."""
-        return self.draining.going
+        return self.draining.stopping
 
     def need_generator(self) -> Generator:
         """The generator.

@@ -1,4 +1,4 @@
-"""The one table from domain errors to HTTP, and the three shapes in which they are told.
+"""The one table from domain errors to HTTP, and the three shapes in which they are written.
 
     /v1/...        OpenAI's  {"error": {"message", "type", "param", "code"}}
     TGI's routes   TGI's     {"error", "error_type"}
@@ -18,13 +18,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters import errors as library
 from server import errors as ours
@@ -32,14 +30,12 @@ from server.engine import errors as engine
 from server.http.event_stream import ClientGone
 from server.http.scope import RefusalReply
 
-log = structlog.get_logger(__name__)
-
 TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/info", "/health", "/tokenize"})
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """How one kind of error is told.
+    """How one kind of error is reported.
 
     Attributes:
         status: HTTP status.
@@ -56,6 +52,7 @@ UNFORESEEN = Refusal(500, "internal_error", "generation")
 
 TABLE: dict[type[Exception], Refusal] = {
     # the adapter library
+    library.Refused: UNFORESEEN,
     library.AdapterError: Refusal(422, "adapter_invalid"),
     library.CheckpointError: Refusal(422, "checkpoint_invalid"),
     library.CheckpointTooLarge: Refusal(413, "checkpoint_too_large"),
@@ -154,7 +151,7 @@ _OPENAI_TYPES = {
 
 
 @dataclass(frozen=True)
-class Told:
+class ErrorReport:
     """An error, ready to be written in any of the shapes."""
 
     refusal: Refusal
@@ -166,17 +163,17 @@ class Told:
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def tell(error: Exception) -> Told:
+def describe(error: Exception) -> ErrorReport:
     """Look an error up; one that is in no table is told as unforeseen, without its words."""
     if isinstance(error, engine.RequestFailed):
-        return Told(FAILED.get(error.code, UNFORESEEN), error.message)
+        return ErrorReport(FAILED.get(error.code, UNFORESEEN), error.message)
     if isinstance(error, RequestValidationError):
-        return tell_validation(error.errors())
+        return describe_validation(error.errors())
     if isinstance(error, HTTPException):
-        return _tell_http(error)
+        return _describe_http(error)
     for kind in type(error).__mro__:
         if kind in TABLE:
-            return Told(
+            return ErrorReport(
                 TABLE[kind],
                 str(error),
                 field=getattr(error, "field", None),
@@ -185,12 +182,14 @@ def tell(error: Exception) -> Told:
                 row=getattr(error, "row", None),
                 headers=_retry_headers(error),
             )
-    return Told(UNFORESEEN, "an unforeseen error; the server's log has it under this request id")
+    return ErrorReport(
+        UNFORESEEN, "an unforeseen error; the server's log has it under this request id"
+    )
 
 
-def body_of(told: Told, path: str) -> dict[str, Any]:
+def body_of(report: ErrorReport, path: str) -> dict[str, Any]:
     """The reply's body in the shape that clients of this path expect."""
-    refusal, message = told.refusal, _sendable(told.message)
+    refusal, message = report.refusal, _sendable(report.message)
     if path.startswith("/v1/"):
         kind = _OPENAI_TYPES.get(refusal.status)
         if kind is None:
@@ -198,17 +197,17 @@ def body_of(told: Told, path: str) -> dict[str, Any]:
         error = {
             "message": message,
             "type": kind,
-            "param": told.field and _sendable(told.field),
+            "param": report.field and _sendable(report.field),
             "code": refusal.code,
         }
         return {"error": error}
     body: dict[str, Any] = {"error": message, "error_type": refusal.error_type}
     if path not in TGI_PATHS:
         body["code"] = refusal.code
-        facts = {"field": told.field, "expected": told.expected, "came": told.came}
+        facts = {"field": report.field, "expected": report.expected, "came": report.came}
         body |= {name: _sendable(value) for name, value in facts.items() if value is not None}
-        if told.row is not None:
-            body["row"] = told.row
+        if report.row is not None:
+            body["row"] = report.row
     return body
 
 
@@ -219,15 +218,15 @@ def _sendable(text: str) -> str:
 
 def reply_to(error: Exception, path: str) -> JSONResponse:
     """The whole reply to an error."""
-    told = tell(error)
-    return JSONResponse(body_of(told, path), told.refusal.status, told.headers)
+    report = describe(error)
+    return JSONResponse(body_of(report, path), report.refusal.status, report.headers)
 
 
 def refusal_reply(error: Exception, path: str) -> RefusalReply:
     """The reply to an error, for a server that refuses before it asks the app."""
-    told = tell(error)
-    body = json.dumps(body_of(told, path)).encode()
-    return RefusalReply(told.refusal.status, told.refusal.code, told.headers, body)
+    report = describe(error)
+    body = json.dumps(body_of(report, path)).encode()
+    return RefusalReply(report.refusal.status, report.refusal.code, report.headers, body)
 
 
 def install(app: FastAPI) -> None:
@@ -245,33 +244,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, nobody)
     for kind in (*TABLE, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
-
-
-class CatchAll:
-    """Middleware: what no handler foresaw is logged and answered, never dropped in silence."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app; answer if it raises before the reply has begun."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except Exception as error:
-            log.exception("request_failed", path=scope["path"], error=type(error).__name__)
-            if started:
-                raise
-            await reply_to(error, scope["path"])(scope, receive, send)
 
 
 def _retry_headers(error: Exception) -> dict[str, str]:
@@ -295,17 +267,17 @@ def retry_after(seconds: float) -> int:
     return max(1, math.ceil(seconds))
 
 
-def _tell_http(error: HTTPException) -> Told:
+def _describe_http(error: HTTPException) -> ErrorReport:
     # The framework wraps what a middleware raised while the body was being read.
     if isinstance(error.__cause__, ours.RequestRefused):
-        return tell(error.__cause__)
+        return describe(error.__cause__)
     if why := _unreadable(error.__cause__):
         expected = "JSON in UTF-8"
-        return Told(
+        return ErrorReport(
             Refusal(422, "invalid"), f"body: expected {expected}; {why}", "body", expected, why
         )
     code = HTTP_CODES.get(error.status_code, "http_error")
-    return Told(
+    return ErrorReport(
         Refusal(error.status_code, code), str(error.detail), headers=dict(error.headers or {})
     )
 
@@ -320,18 +292,18 @@ def _unreadable(error: BaseException | None) -> str | None:
     return "a number in it has too many digits" if isinstance(error, ValueError) else None
 
 
-def tell_validation(errors: Sequence[Any]) -> Told:
+def describe_validation(errors: Sequence[Any]) -> ErrorReport:
     """The first of pydantic's findings, with where it is, what was expected and what came."""
     first = errors[0]
     where = _place(first["loc"])
-    came = "nothing" if first["type"] == "missing" else shown(first.get("input"))
+    came = "nothing" if first["type"] == "missing" else quoted(first.get("input"))
     if first["type"] == "json_invalid":
         where, came = "body", f"invalid JSON ({first.get('ctx', {}).get('error', '')})"
     expected = str(first["msg"]).removeprefix("Value error, ")
     message = f"{where}: {expected}; came: {came}"
     if len(errors) > 1:
         message += f" (and {len(errors) - 1} more)"
-    return Told(Refusal(422, "invalid"), message, where, expected, came)
+    return ErrorReport(Refusal(422, "invalid"), message, where, expected, came)
 
 
 def _place(loc: Iterable[Any]) -> str:
@@ -342,7 +314,7 @@ def _place(loc: Iterable[Any]) -> str:
     return ".".join(parts)
 
 
-def shown(value: Any, limit: int = 80) -> str:
+def quoted(value: Any, limit: int = 80) -> str:
     """A value as it may stand in a message: short and plain ASCII."""
     text = ascii(_beginning(value, [limit + 1]))
     return text if len(text) <= limit else text[: limit - 3] + "..."
@@ -376,5 +348,5 @@ def _wrong_content_type(request: Request) -> ours.WrongContentType | None:
         f"the body's content-type is {came or 'not given'!r}; send application/json",
         field="content-type",
         expected="application/json",
-        came=shown(came),
+        came=quoted(came),
     )

@@ -18,7 +18,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from adapters.synced_files import disk_failure_is_told
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.middleware.headers import body_too_large
 from server.config.limits import limits
 from server.errors import RequestInvalid, WrongContentType
@@ -129,7 +129,7 @@ def _boundary(request: Request, form: Form) -> bytes:
             f"(curl: {form.example})",
             field="content-type",
             expected="multipart/form-data",
-            came=shown(given),
+            came=quoted(given),
         )
     return boundary
 
@@ -218,10 +218,10 @@ class _Sorter:
         elif self._name not in self._form.fields:
             listed = ", ".join(sorted({*self._form.fields, self._form.files}))
             raise RequestInvalid(
-                f"unknown form field {shown(self._name)}; this route takes {listed}",
-                field=shown(self._name),
+                f"unknown form field {quoted(self._name)}; this route takes {listed}",
+                field=quoted(self._name),
                 expected=listed,
-                came=shown(self._name),
+                came=quoted(self._name),
             )
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
@@ -254,7 +254,7 @@ def _text(data: bytes, what: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestInvalid(
-            f"{what} is not UTF-8", field=what, expected="UTF-8", came=shown(data)
+            f"{what} is not UTF-8", field=what, expected="UTF-8", came=quoted(data)
         ) from error
 
 
@@ -263,5 +263,5 @@ def _broken(why: str) -> RequestInvalid:
         f"the form cannot be read: {why}",
         field="body",
         expected="multipart/form-data",
-        came=shown(why),
+        came=quoted(why),
     )

@@ -164,7 +164,7 @@ def _asks(prompts: list[str] | None, row: dict[str, str] | None) -> list[Ask]:
 
 def _parameters(text: str | None, named: Mapping[str, Any]) -> dict[str, Any]:
     """TGI's parameters, checked; exits with a sentence on one that cannot be."""
-    from server.api.error_replies import tell_validation
+    from server.api.error_replies import describe_validation
     from server.api.schemas import GenerateParameters
 
     given = {name: value for name, value in named.items() if value is not None}
@@ -177,7 +177,7 @@ def _parameters(text: str | None, named: Mapping[str, Any]) -> dict[str, Any]:
     try:
         GenerateParameters.model_validate({**others, **given})
     except ValidationError as error:
-        raise fail(tell_validation(error.errors(include_url=False)).message) from error
+        raise fail(describe_validation(error.errors(include_url=False)).message) from error
     return {**others, **given}
 
 

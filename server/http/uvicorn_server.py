@@ -61,8 +61,7 @@ class GraftworkServer(uvicorn.Server):
         if services is None or services.generator is None:
             self.should_exit = True
         else:
-            services.draining.going = True
-            services.draining.hurried = self._num_signals > 1
+            services.draining.stop(hurry=self._num_signals > 1)
 
     async def on_tick(self, counter: int) -> bool:
         """As uvicorn's, ten times a second; begin what a signal asked for."""

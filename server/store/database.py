@@ -20,11 +20,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from adapters.errors import RegistryError, StorageFull, StorageUnavailable
+from server.store.schema import HEAD, unknown_schema
 from server.store.tables import Base, MetaRow
-
-# The newest file in migrations/versions. It stands here so that opening a database that is up to
-# date needs no Alembic, which takes longer to import than all the rest takes to open.
-HEAD = "0005"
 
 _BUSY_SECONDS = 30
 _WRITE = "graftwork_write"
@@ -208,15 +205,5 @@ def _revision(connection: Connection) -> str | None:
     if MetaRow.__tablename__ in tables:
         came = connection.exec_driver_sql("SELECT value FROM meta WHERE key = 'schema'").scalar()
     if came != 1:
-        raise refuse(came)
+        raise unknown_schema(came)
     return "0001"
-
-
-def refuse(came: object) -> RegistryError:
-    """The error for a database whose schema this code does not know."""
-    return RegistryError(
-        f"the registry's database has schema {came}, this version reads schemas up to {HEAD}",
-        field="schema",
-        expected=HEAD,
-        came=str(came),
-    )

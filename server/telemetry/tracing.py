@@ -5,8 +5,8 @@ variables, nothing of it is imported. Those variables are the SDK's business: en
 resource; here is only asked whether they are there. Names of attributes are OpenTelemetry's conventions
 for generative AI, and vLLM's for the times that those do not name.
 
-    Watched (middleware) -> Tracing.begin -> RequestSpan.end
-                                  ^ generations find the span by a context variable
+    Observation (middleware) -> Tracing.begin -> RequestSpan.end
+                                      ^ generations find the span by a context variable
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ async def test_a_drain_is_idle_once_nothing_runs():
     draining = Draining()
     assert not draining.active
     assert await draining.idle(0)
-    draining.asked = True
+    draining.begin()
     with draining.run():
         assert (draining.active, draining.running) == (True, 1)
         assert not await draining.idle(0.05)
@@ -206,7 +206,10 @@ async def test_a_drain_is_idle_once_nothing_runs():
     with draining.run():
         waiting = asyncio.ensure_future(draining.idle(60))
         await asyncio.sleep(0)
-        draining.asked = False
+        draining.end()
         assert not await waiting
-    draining.going = True
-    assert draining.active
+    draining.stop()
+    draining.end()
+    assert (draining.active, draining.stopping, draining.hurried) == (True, True, False)
+    draining.stop(hurry=True)
+    assert draining.hurried

@@ -19,7 +19,7 @@ from adapters.errors import AdapterError
 from adapters.template import Template
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.middleware.headers import set_headers
 from server.api.schemas import AliasBody, RollbackBody
 from server.api.upload import Form, Upload, receive_upload, small_fields
@@ -347,10 +347,10 @@ def _create_only(request: Request) -> bool:
         return False
     if condition.strip() != "*":
         raise RequestInvalid(
-            f"If-None-Match: expected *, came {shown(condition)}",
+            f"If-None-Match: expected *, came {quoted(condition)}",
             field="if-none-match",
             expected="*",
-            came=shown(condition),
+            came=quoted(condition),
         )
     return True
 
@@ -369,10 +369,10 @@ def _flag(upload: Upload, name: str) -> bool | None:
         return None
     if value not in ("true", "false"):
         raise RequestInvalid(
-            f"{name}: expected true or false, came {shown(value)}",
+            f"{name}: expected true or false, came {quoted(value)}",
             field=name,
             expected="true or false",
-            came=shown(value),
+            came=quoted(value),
         )
     return value == "true"
 

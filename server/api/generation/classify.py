@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.adapter_headers import name_adapter
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.middleware.headers import set_headers, timing_headers
 from server.api.schemas import ClassifyBody
 from server.errors import Contradiction, RequestInvalid
@@ -70,10 +70,10 @@ def _check_fields(body: ClassifyBody) -> None:
     known = ", ".join(repr(name) for name in type(body).model_fields)
     if extras:
         raise RequestInvalid(
-            f"unknown field {shown(extras[0])}; this route takes {known}",
-            field=shown(extras[0]),
+            f"unknown field {quoted(extras[0])}; this route takes {known}",
+            field=quoted(extras[0]),
             expected=known,
-            came=shown(extras[0]),
+            came=quoted(extras[0]),
         )
     given = [name for name in _INPUTS if getattr(body, name) is not None]
     if len(given) > 1:
@@ -122,7 +122,7 @@ def _labels(body: ClassifyBody, record: AdapterRecord | None) -> list[str]:
             "labels: expected different texts, came one twice",
             field="labels",
             expected="different texts",
-            came=shown(body.labels),
+            came=quoted(body.labels),
         )
     return body.labels
 

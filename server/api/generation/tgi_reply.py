@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from server.api.error_replies import body_of, tell
+from server.api.error_replies import body_of, describe
 from server.api.middleware.headers import set_headers, timing_headers
 from server.api.schemas import GenerateParameters
 from server.engine.request import GenerationRequest
@@ -203,7 +203,7 @@ async def _frames(
             yield event(_frame(job, generation, index, piece))
     except Exception as error:
         # The status has been sent: the stream itself must say that it is not whole.
-        yield event(body_of(tell(error), request.url.path))
+        yield event(body_of(describe(error), request.url.path))
 
 
 def _frame(job: Job, generation: Generation, index: int, piece: Piece) -> dict[str, Any]:

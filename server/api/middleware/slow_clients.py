@@ -13,7 +13,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_replies import reply_to
-from server.api.middleware.access_log import QUIET_PATHS
+from server.api.middleware.observation import QUIET_PATHS
 from server.errors import RequestTimeout, TooManyConnections
 from server.http.scope import CROWDED
 

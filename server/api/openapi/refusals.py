@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from server.api.error_replies import FAILED, TABLE, TGI_PATHS, UNFORESEEN, Refusal, Told, body_of
+from server.api.error_replies import (
+    FAILED,
+    TABLE,
+    TGI_PATHS,
+    UNFORESEEN,
+    ErrorReport,
+    Refusal,
+    body_of,
+)
 from server.api.openapi.fields import Reply, may_show, shows
 
 Kind = type[Exception] | str
@@ -88,7 +96,7 @@ def responses(path: str, kinds: Iterable[Kind]) -> dict[str, Any]:
                 "application/json": {
                     "schema": schema,
                     "examples": {
-                        code: {"value": body_of(Told(refusal, said), path)}
+                        code: {"value": body_of(ErrorReport(refusal, said), path)}
                         for code, (refusal, said) in codes.items()
                     },
                 }

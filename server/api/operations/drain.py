@@ -60,7 +60,7 @@ async def drain(
     """
     only_query(request, "seconds")
     _require_operator(request, services)
-    services.draining.asked = True
+    services.draining.begin()
     wait = services.settings.shutdown_seconds if seconds is None else seconds
     await services.draining.idle(wait)
     return _status(services)
@@ -71,7 +71,7 @@ async def undrain(request: Request, services: UseServices) -> dict[str, Any]:
     """Ends what `POST /drain` began; a signal is not taken back."""
     only_query(request)
     _require_operator(request, services)
-    services.draining.asked = False
+    services.draining.end()
     return _status(services)
 
 

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
 from server.errors import JobNotFound, RequestInvalid
 from server.http.event_stream import EventStream, named_event, ping
@@ -193,7 +193,7 @@ def _known_id(job_id: str) -> str:
     """
     if not _JOB_ID.fullmatch(job_id):
         raise JobNotFound(
-            f"there is no training job {shown(job_id)}", field="id", came=shown(job_id)
+            f"there is no training job {quoted(job_id)}", field="id", came=quoted(job_id)
         )
     return job_id
 
@@ -237,10 +237,10 @@ def _last_event_id(request: Request) -> int | None:
         return None
     if not re.fullmatch(r"[0-9]{1,18}", given):
         raise RequestInvalid(
-            f"Last-Event-ID: expected the id of an event, came {shown(given)}",
+            f"Last-Event-ID: expected the id of an event, came {quoted(given)}",
             field="last-event-id",
             expected="a whole number",
-            came=shown(given),
+            came=quoted(given),
         )
     return int(given)
 

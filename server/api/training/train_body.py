@@ -19,7 +19,7 @@ from adapters.errors import UnsupportedFile
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import TrainingRequest
 from adapters.training.rows import Kind, Row, check_rows, kind_of, read_rows
-from server.api.error_replies import shown, tell_validation
+from server.api.error_replies import describe_validation, quoted
 from server.api.middleware.headers import body_too_large
 from server.api.middleware.value_count import ValueCount
 from server.api.upload import Form, Upload, UploadedFile, receive_upload
@@ -88,7 +88,7 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
             f"with rows, or a form (curl: {_CURL})",
             field="content-type",
             expected="application/json or multipart/form-data",
-            came=shown(content_type),
+            came=quoted(content_type),
         )
     raw = await _parse(await _read_body(request, settings), "body")
     rows = raw.pop("rows", None)
@@ -157,9 +157,9 @@ def _validated(raw: dict[str, Any]) -> TrainingRequest:
     try:
         return TrainingRequest.model_validate(raw)
     except ValidationError as error:
-        told = tell_validation(error.errors(include_url=False))
+        report = describe_validation(error.errors(include_url=False))
         raise RequestInvalid(
-            told.message, field=told.field, expected=told.expected, came=told.came
+            report.message, field=report.field, expected=report.expected, came=report.came
         ) from error
 
 
@@ -173,10 +173,10 @@ def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:
         )
     if not isinstance(rows, list):
         raise RequestInvalid(
-            f"rows: expected a list of objects; came: {shown(rows)}",
+            f"rows: expected a list of objects; came: {quoted(rows)}",
             field="rows",
             expected="a list of objects",
-            came=shown(rows),
+            came=quoted(rows),
         )
     return lambda: check_rows(rows, settings.data_limits())
 
@@ -196,7 +196,7 @@ def _kind(file: UploadedFile) -> Kind:
     """By the ending of the file's name, else by its content type."""
     kind = kind_of(file.name) or _KINDS.get(file.content_type)
     if kind is None:
-        came = f"{shown(file.name)} ({shown(file.content_type)})"
+        came = f"{quoted(file.name)} ({quoted(file.content_type)})"
         raise UnsupportedFile(
             f"data: expected a file named .jsonl (one JSON object a line) or .csv; came: {came}",
             field="data",

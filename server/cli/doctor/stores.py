@@ -125,7 +125,7 @@ def _writable(directory: Path) -> Finding:
 
 def _revision(database: Path) -> Finding:
     """The version of the tables, read without bringing them up to date."""
-    from server.store.database import HEAD
+    from server.store.schema import HEAD
 
     repair = "restore the data directory from a copy"
     try:

@@ -5,7 +5,7 @@ there is something to change. To add one, change `server.store.tables`, then
 
     alembic -x database=FILE revision --autogenerate --rev-id 0006 -m "what it does"
 
-on a FILE of the version before, and set `HEAD` in `server.store.database`. SQLite alters a table by
+on a FILE of the version before, and set `HEAD` in `server.store.schema`. SQLite alters a table by
 copying it where it must (`op.batch_alter_table`).
 """
 
@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-from server.store.database import refuse
+from server.store.schema import unknown_schema
 
 
 def upgrade(connection: Connection, came: str) -> None:
@@ -36,7 +36,7 @@ def upgrade(connection: Connection, came: str) -> None:
     try:
         ScriptDirectory.from_config(config).get_revision(came)
     except CommandError as error:
-        raise refuse(came) from error
+        raise unknown_schema(came) from error
     config.attributes["connection"] = connection
     config.attributes["came"] = came
     command.upgrade(config, "head")

@@ -8,7 +8,7 @@ import pytest
 
 from adapters import errors as library
 from server import errors as ours
-from server.api.error_replies import FAILED, TABLE, body_of, reply_to, tell
+from server.api.error_replies import FAILED, TABLE, body_of, describe, reply_to
 from server.engine import errors as engine
 from server.engine import request
 
@@ -44,9 +44,9 @@ def test_409_is_not_used_and_codes_differ():
 
 def test_the_three_shapes():
     error = library.TensorMismatch("wrong", field="t", expected="(1, 2)", came="(2, 1)")
-    told = tell(error)
-    assert body_of(told, "/generate") == {"error": "wrong", "error_type": "validation"}
-    assert body_of(told, "/adapters") == {
+    report = describe(error)
+    assert body_of(report, "/generate") == {"error": "wrong", "error_type": "validation"}
+    assert body_of(report, "/adapters") == {
         "error": "wrong",
         "error_type": "validation",
         "code": "tensor_mismatch",
@@ -54,7 +54,7 @@ def test_the_three_shapes():
         "expected": "(1, 2)",
         "came": "(2, 1)",
     }
-    assert body_of(told, "/v1/models") == {
+    assert body_of(report, "/v1/models") == {
         "error": {
             "message": "wrong",
             "type": "invalid_request_error",
@@ -65,9 +65,9 @@ def test_the_three_shapes():
 
 
 def test_a_refusal_of_data_names_its_row():
-    told = tell(library.DataInvalid("wrong", row=3, field="text"))
-    assert body_of(told, "/train")["row"] == 3
-    assert "row" not in body_of(tell(library.DataInvalid("none")), "/train")
+    report = describe(library.DataInvalid("wrong", row=3, field="text"))
+    assert body_of(report, "/train")["row"] == 3
+    assert "row" not in body_of(describe(library.DataInvalid("none")), "/train")
 
 
 def test_a_full_queue_says_when_to_come_back():
@@ -76,12 +76,12 @@ def test_a_full_queue_says_when_to_come_back():
 
 
 def test_failed_requests_go_by_their_code():
-    assert tell(engine.RequestFailed("adapter_corrupt", "m")).refusal.status == 424
-    assert tell(engine.RequestFailed("new", "m")).refusal.status == 500
+    assert describe(engine.RequestFailed("adapter_corrupt", "m")).refusal.status == 424
+    assert describe(engine.RequestFailed("new", "m")).refusal.status == 500
 
 
 def test_an_unforeseen_error_keeps_its_words_to_itself():
-    assert "secret" not in tell(ValueError("secret prompt")).message
+    assert "secret" not in describe(ValueError("secret prompt")).message
 
 
 def test_what_utf8_cannot_say_is_escaped():

@@ -17,8 +17,8 @@ import pytest
 from server.cli.doctor import environment, machine, read_settings, stores
 from server.cli.doctor.finding import Finding, guarded
 from server.config.settings import Settings
-from server.store.database import HEAD
 from server.store.registry import Registry
+from server.store.schema import HEAD
 from tests.server.cli.runner import run, run_json
 from tests.server.cli.test_http_client import something
 from tests.server.conftest import make_settings

@@ -16,9 +16,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
 
 from adapters import errors
-from server.store.database import HEAD, Database
+from server.store.database import Database
 from server.store.migrations import configuration
 from server.store.registry import Registry
+from server.store.schema import HEAD
 from server.store.tables import Base
 from tests.adapters.checkpoints import BASE, soft_prompt
 

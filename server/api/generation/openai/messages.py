@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adapters.template import Template
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.generation.openai.schemas import Message, TextPart
 from server.api.generation.sampling import invalid
 from server.api.schemas import Row
@@ -110,7 +110,7 @@ def text_of(message: Message, number: int) -> str:
 
 def _part_text(part: TextPart, place: str) -> str:
     if part.type != "text":
-        raise invalid(f"{place}.type", "'text': the base reads nothing else", shown(part.type))
+        raise invalid(f"{place}.type", "'text': the base reads nothing else", quoted(part.type))
     if part.text is None:
         raise invalid(f"{place}.text", "a text", "nothing")
     return part.text

@@ -7,7 +7,7 @@ from fastapi import Request
 from adapters.errors import AdapterNotFound, NameInvalid, VersionNotFound
 from server.api.adapter_choice import only_query, refuse_stray_adapters
 from server.api.adapter_headers import name_adapter
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.generation.openai.schemas import OpenAIBody
 from server.api.middleware.headers import note_ignored
 from server.api.schemas import set_extras
@@ -34,7 +34,7 @@ async def chosen_model(request: Request, services: Services, name: str) -> Adapt
             "model is empty; name an adapter or the base",
             field="model",
             expected=f"an adapter, or {services.base_id}",
-            came=shown(name),
+            came=quoted(name),
         )
     try:
         record = await services.need_generator().resolve(name)
@@ -65,10 +65,10 @@ def _not_served(
 ) -> AdapterNotFound:
     # What cannot be an adapter's name is a model that is not here, as any other is.
     expected = error.expected if isinstance(error, AdapterNotFound) else None
-    reason = error.message if expected else f"there is no adapter {shown(name)}"
+    reason = error.message if expected else f"there is no adapter {quoted(name)}"
     return AdapterNotFound(
         f"{reason}; the base is {services.base_id!r}, and GET /v1/models lists what is served",
         field="model",
         expected=expected or "an adapter or the base",
-        came=shown(name),
+        came=quoted(name),
     )

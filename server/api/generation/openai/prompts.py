@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import anyio.to_thread
 
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.generation.sampling import invalid
 from server.api.schemas import Row
 from server.errors import Contradiction
@@ -100,7 +100,7 @@ async def from_row(generator: Generator, row: Row, adapter: AdapterRecord | None
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
     for wrong in (min(ids), max(ids)):
         if not 0 <= wrong < vocab_size:
-            raise invalid("prompt", f"token ids from 0 to {vocab_size - 1}", shown(wrong))
+            raise invalid("prompt", f"token ids from 0 to {vocab_size - 1}", quoted(wrong))
 
 
 def _from_ids(tokenizer: TextTokenizer, values: Sequence[Sequence[int]]) -> list[Given]:

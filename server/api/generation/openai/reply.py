@@ -14,7 +14,7 @@ import structlog
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.error_replies import UNFORESEEN, body_of, tell
+from server.api.error_replies import UNFORESEEN, body_of, describe
 from server.api.generation.openai.batch import Batch
 from server.api.generation.openai.job import Job, Output
 from server.api.generation.openai.schemas import StreamOptions
@@ -125,10 +125,10 @@ class _Frames:
             yield DONE
         except Exception as error:
             # The status has been sent: the stream itself must say that it is not whole.
-            told = tell(error)
-            if told.refusal is UNFORESEEN:
+            report = describe(error)
+            if report.refusal is UNFORESEEN:
                 log.exception("stream_failed", path=request.url.path, error=type(error).__name__)
-            yield _frame(body_of(told, request.url.path))
+            yield _frame(body_of(report, request.url.path))
 
     async def _of_new(self, index: int, piece: Piece) -> list[bytes]:
         """What an output's first token adds: there may be something to say before it."""

@@ -5,7 +5,7 @@ Knows no prompt, no adapter and no reply.
 
 from __future__ import annotations
 
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.generation.openai.schemas import OpenAIBody
 from server.api.generation.sampling import invalid, sampling_of
 from server.errors import Contradiction
@@ -98,6 +98,6 @@ def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, f
     for key, bias in biases.items():
         # str.isdigit takes other scripts' digits too; so does int().
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
-            raise invalid("logit_bias", f"token ids from 0 to {vocab_size - 1}", shown(key))
+            raise invalid("logit_bias", f"token ids from 0 to {vocab_size - 1}", quoted(key))
         known[int(key)] = bias
     return tuple(known.items())

@@ -18,7 +18,7 @@ from adapters.training.job import (
     TrainingRequest,
 )
 from adapters.training.recipes import RECIPES
-from server.api.error_replies import shown, tell_validation
+from server.api.error_replies import describe_validation, quoted
 from server.api.schemas import Text
 from server.errors import Contradiction, RequestInvalid
 
@@ -177,10 +177,10 @@ def _known_type(name: str) -> str:
     if name not in METHOD_TYPES:
         listed = ", ".join(METHOD_TYPES)
         raise RequestInvalid(
-            f"method.type: expected one of {listed}; came {shown(name)}",
+            f"method.type: expected one of {listed}; came {quoted(name)}",
             field="method.type",
             expected=listed,
-            came=shown(name),
+            came=quoted(name),
         )
     return name
 
@@ -190,21 +190,21 @@ def _block(choice: MethodChoice) -> MethodBlock:
     for name in given:
         if name != choice.type:
             raise Contradiction(
-                f"method: its type is {choice.type!r}, and it has a block {shown(name)}",
+                f"method: its type is {choice.type!r}, and it has a block {quoted(name)}",
                 field="method",
                 expected=f"a block {choice.type!r}, or none",
-                came=shown(name),
+                came=quoted(name),
             )
     try:
         return MethodBlock.model_validate(given.get(choice.type, {}))
     except ValidationError as error:
-        told = tell_validation(error.errors(include_url=False))
-        field = f"method.{choice.type}" + (f".{told.field}" if told.field else "")
+        report = describe_validation(error.errors(include_url=False))
+        field = f"method.{choice.type}" + (f".{report.field}" if report.field else "")
         raise RequestInvalid(
-            f"method.{choice.type}.{told.message}",
+            f"method.{choice.type}.{report.message}",
             field=field,
-            expected=told.expected,
-            came=told.came,
+            expected=report.expected,
+            came=report.came,
         ) from error
 
 

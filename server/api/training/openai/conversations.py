@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from adapters.errors import DataInvalid
-from server.api.error_replies import shown, tell_validation
+from server.api.error_replies import describe_validation, quoted
 from server.api.generation.openai.messages import render_chat, text_of
 from server.api.generation.openai.schemas import Message
 from server.errors import RequestInvalid
@@ -73,7 +73,7 @@ def _list_of(line: dict[str, Any], place: str, row: int) -> list[Any]:
             raise _wrong(place, row, f"no {name}: they are not supported", name)
     found = line.get(MESSAGES)
     if not isinstance(found, list) or not found:
-        raise _wrong(place, row, "a list of messages under 'messages'", shown(found))
+        raise _wrong(place, row, "a list of messages under 'messages'", quoted(found))
     return found
 
 
@@ -81,9 +81,9 @@ def _message(value: Any, number: int, place: str, row: int) -> Message:
     try:
         return Message.model_validate(value)
     except ValidationError as error:
-        told = tell_validation(error.errors(include_url=False))
-        at = ".".join(part for part in (MESSAGES, str(number), told.field) if part)
-        raise _wrong(f"{place}, {at}", row, str(told.expected), str(told.came)) from error
+        report = describe_validation(error.errors(include_url=False))
+        at = ".".join(part for part in (MESSAGES, str(number), report.field) if part)
+        raise _wrong(f"{place}, {at}", row, str(report.expected), str(report.came)) from error
 
 
 def _weight(message: Message, number: int, place: str, row: int) -> int:
@@ -91,7 +91,7 @@ def _weight(message: Message, number: int, place: str, row: int) -> int:
     if weight is None:
         return 1
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise _wrong(f"{place}, {MESSAGES}.{number}.weight", row, "0 or 1", shown(weight))
+        raise _wrong(f"{place}, {MESSAGES}.{number}.weight", row, "0 or 1", quoted(weight))
     return int(weight)
 
 

@@ -28,7 +28,7 @@ from adapters.training.rows import (
     read_objects,
     read_rows,
 )
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.training.openai.body import Asked
 from server.api.training.openai.conversations import MESSAGES, turns
 from server.errors import Contradiction, RequestInvalid, UploadNotFound
@@ -195,7 +195,7 @@ class _Reader:
                     f"{self._asked.place}.{name}: the base's chat template decides it for messages",
                     field=f"{self._asked.place}.{name}",
                     expected="the field left out",
-                    came=shown(getattr(self._asked.block, name)),
+                    came=quoted(getattr(self._asked.block, name)),
                 )
         if self._tokenizer.chat_template is None:
             raise RequestInvalid(
@@ -253,4 +253,4 @@ def _say(error: DataInvalid | UploadNotFound, message: str) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(shown(name) for name in names[:10]) or "no column"
+    return ", ".join(quoted(name) for name in names[:10]) or "no column"

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
 from server.api.adapter_choice import only_query
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.middleware.headers import body_too_large
 from server.api.upload import Form, Upload, UploadedFile, receive_upload, small_fields
 from server.config.settings import MIB
@@ -178,11 +178,11 @@ def _purpose(upload: Upload) -> str:
                 "expires_after: files are kept until they are deleted; leave it out",
                 field="expires_after",
                 expected="the field left out",
-                came=shown(upload.one(name)),
+                came=quoted(upload.one(name)),
             )
     purpose = upload.one("purpose")
     if purpose != PURPOSE:
-        came = "nothing" if purpose is None else shown(purpose)
+        came = "nothing" if purpose is None else quoted(purpose)
         raise RequestInvalid(
             f"purpose: expected {PURPOSE!r}, the one thing that files are for here; came {came}",
             field="purpose",

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Query, Request
 from adapters.errors import AdapterExists, JobInvalid, NameInvalid, TemplateInvalid
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query, refuse_stray_adapters
-from server.api.error_replies import shown
+from server.api.error_replies import quoted
 from server.api.middleware.headers import note_ignored
 from server.api.schemas import set_extras
 from server.api.training.openai.body import Asked, TuningBody
@@ -138,10 +138,10 @@ def _require_base(services: Services, model: str) -> None:
     if model != services.base_id:
         raise RequestInvalid(
             f"model: expected the base, {services.base_id!r}; adapters are trained on it, and not on "
-            f"other adapters; came {shown(model)}",
+            f"other adapters; came {quoted(model)}",
             field="model",
             expected=services.base_id,
-            came=shown(model),
+            came=quoted(model),
         )
 
 
@@ -195,10 +195,10 @@ def _metadata(request: Request) -> tuple[dict[str, str], bool]:
         elif name == "metadata":
             if value != "null":
                 raise RequestInvalid(
-                    f"metadata: expected metadata[NAME]=VALUE, or metadata=null; came {shown(value)}",
+                    f"metadata: expected metadata[NAME]=VALUE, or metadata=null; came {quoted(value)}",
                     field="metadata",
                     expected="metadata[NAME]=VALUE",
-                    came=shown(value),
+                    came=quoted(value),
                 )
             none_wanted = True
         elif name not in ("after", "limit"):
@@ -222,10 +222,10 @@ def _number(job_id: str, after: str) -> int:
     number = event_number(job_id, after)
     if number is None:
         raise RequestInvalid(
-            f"after: expected the id of an event of {job_id}, came {shown(after)}",
+            f"after: expected the id of an event of {job_id}, came {quoted(after)}",
             field="after",
             expected="ftevent-JOB-NUMBER",
-            came=shown(after),
+            came=quoted(after),
         )
     return number
 
