@@ -15,8 +15,8 @@
     |-- BaseMismatch             the adapter was trained on another base (recorded digest differs)
     |-- BaseUnsupported          the base model cannot be served, with the reason
     |-- TemplateInvalid          a template that does not parse, or a row that does not fit it
-    |-- CombineInvalid           adapters that cannot be added up, or weights that cannot weigh them
-    |-- MergeInvalid             an adapter that cannot become part of a base
+    |-- CombineInvalid           adapters that cannot be combined, or invalid weights
+    |-- MergeInvalid             an adapter that cannot be merged into a base
     |-- TrainingError            a training job cannot be done
     |   |-- JobInvalid           a field of the job is wrong, or two of them disagree
     |   |-- DataInvalid          the rows cannot be trained on; `row` counts from 1 where one is at fault
@@ -30,7 +30,7 @@
         |-- StorageFull          the disk took no more bytes
         `-- StorageUnavailable   the disk or the database cannot be used just now
 
-Every error carries facts as plain attributes (`field`, `expected`, `came`); nothing here knows HTTP.
+Every error carries its facts as attributes (`field`, `expected`, `came`). Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AdapterError(Exception):
     """Base of the tree.
 
     Args:
-        message: one sentence for a person: what was expected and what came.
+        message: one sentence for the user: what was expected and what was found.
         field: the config field, tensor or form field that is at fault, if one is.
         expected: what would have been accepted.
         came: what was found.
@@ -118,11 +118,11 @@ class TemplateInvalid(AdapterError):
 
 
 class CombineInvalid(AdapterError):
-    """Adapters that cannot be added up, or weights that cannot weigh them."""
+    """Adapters that cannot be combined, or invalid weights."""
 
 
 class MergeInvalid(AdapterError):
-    """An adapter that cannot become part of a base, or a place where the result cannot go."""
+    """An adapter that cannot be merged into a base, or an output path that cannot be used."""
 
 
 class TrainingError(AdapterError):
