@@ -1,6 +1,6 @@
-"""The clock of the watched directory: looks into it now and then, off the event loop.
+"""Polls the watched directory periodically, off the event loop.
 
-What a look means is `server.store.directories`'s to say. Nothing that fails here ends the server.
+`server.store.directories` implements the scan. Failures here never stop the server.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ log = structlog.get_logger(__name__)
 
 
 class FolderWatch:
-    """Keeps a server's adapters up to its watched directory; does nothing where there is none.
+    """Keeps a server's adapters in sync with its watched directory, if one is configured.
 
     Args:
-        services: of the server.
+        services: the server's services.
     """
 
     def __init__(self, services: Services) -> None:
@@ -37,12 +37,12 @@ class FolderWatch:
             )
 
     async def look(self) -> None:
-        """Look for the first time: before the engine starts, so that `sync` after it finds most settled."""
+        """First scan, before the engine starts, so that the next `sync` finds most folders settled."""
         if self._directory is not None:
             await anyio.to_thread.run_sync(self._directory.look)
 
     async def sync(self) -> None:
-        """Take what is new and let go of what is gone. The engine is up."""
+        """Publish new folders and remove missing ones. Requires a running engine."""
         if self._directory is None:
             return
         client = self._services.client
@@ -60,7 +60,7 @@ class FolderWatch:
                 client.unload(digest)
 
     async def run(self) -> None:
-        """Look and sync for ever."""
+        """Scan and sync in an endless loop."""
         while self._directory is not None:
             await asyncio.sleep(self._seconds)
             if self._services.ready:
