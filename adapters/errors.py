@@ -118,11 +118,11 @@ class TemplateInvalid(AdapterError):
 
 
 class CombineInvalid(AdapterError):
-    """Adapters that cannot be combined, or invalid weights."""
+    """Adapters that cannot be added up, or weights that cannot weigh them."""
 
 
 class MergeInvalid(AdapterError):
-    """An adapter that cannot be merged into a base, or an output path that cannot be used."""
+    """An adapter that cannot become part of a base, or a place where the result cannot go."""
 
 
 class TrainingError(AdapterError):
