@@ -12,7 +12,7 @@ from typing import Any
 
 
 class ConversationRefused(ValueError):
-    """The template cannot make a prompt of these messages; says why."""
+    """The template cannot render these messages; the message gives the reason."""
 
 
 class ChatTemplate:
