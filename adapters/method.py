@@ -153,7 +153,7 @@ def parse_config(config_class: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT
     """Validate `adapter_config.json` of one method, naming the field that is wrong.
 
     Raises:
-        ConfigInvalid: with the field, what was expected and what came.
+        ConfigInvalid: with the field, the expected and the actual value.
     """
     try:
         return config_class.model_validate(dict(raw))

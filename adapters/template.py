@@ -54,7 +54,7 @@ class Template:
 
     Attributes:
         parts: literal text and columns, in order; trailing white space is already gone, unless
-            `parse` was told to keep it.
+            `parse` was asked to keep it.
         dropped: the white space that was at the end.
     """
 
