@@ -1,8 +1,7 @@
-"""How a transformers model comes to compute its attention by a function of ours.
+"""Replaces the attention of a transformers model with an `Attention` of ours.
 
-The model runs on one packed row of tokens, (1, T); attention alone knows which of them belong
-together. Serving and training both connect themselves here, each with its own `Attention`. Knows no
-cache, no adapter and no mask.
+The model runs on one packed row of tokens, (1, T); only the attention separates the sequences. Serving
+and training each connect their own `Attention` here. Independent of caches, adapters and masks.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import nn
 
 from adapters.errors import BaseUnsupported
 
-# Keyword arguments that models pass along and that change nothing here. Anything else raises.
+# Keyword arguments that models pass and that have no effect here. Any other raises.
 _IGNORED_KWARGS = frozenset(
     {
         "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
@@ -25,13 +24,13 @@ _IGNORED_KWARGS = frozenset(
 )  # fmt: skip
 
 
-# Every connected model has a name of its own among transformers' attention functions.
+# Every connected model has its own name in transformers' registry of attention functions.
 _NAME = "graftwork_"
 _NUMBERS = itertools.count()
 
 
 class Attention(Protocol):
-    """What a connected model calls."""
+    """The attention interface that a connected model calls."""
 
     def attend(
         self,
@@ -66,10 +65,10 @@ class Attention(Protocol):
 def connect(model: nn.Module, path: Attention) -> None:
     """Make `model` compute its attention by `path.attend`; connecting again replaces it.
 
-    A model that has `connect_attention` is told by that; it is none of transformers'.
-    Models that look up transformers' attention interface get a function of our own under a name that
-    the mask registry does not know, so that no mask is built. BLOOM has its own attention: its
-    `forward` is replaced, nothing else of it.
+    For a model with `connect_attention`, which is not one of transformers', that method is called. Models
+    that use transformers' attention interface get a function registered under a name that the mask
+    registry does not have, so that no mask is built. BLOOM has its own attention: only its `forward` is
+    replaced.
 
     Raises:
         BaseUnsupported: the architecture does neither.
@@ -77,7 +76,7 @@ def connect(model: nn.Module, path: Attention) -> None:
     if hasattr(model, "connect_attention"):
         model.connect_attention(path)  # type: ignore[operator]
         return
-    # Only now: it imports all that transformers' models need.
+    # Imported late: it imports everything that transformers' models need.
     from transformers import AttentionInterface
 
     # A model keeps its name: transformers never forgets one, nor what is registered under it.

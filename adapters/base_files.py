@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face model directory hold its weights. Knows file names only."""
+"""Finds the weight files of a Hugging Face model directory, by file name only."""
 
 from __future__ import annotations
 

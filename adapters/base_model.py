@@ -1,7 +1,7 @@
-"""What a method must know of the base model, as plain numbers and names.
+"""Description of the base model for methods, as plain numbers and names.
 
-Holds `BaseModelSpec` and `describe`, which reads one off a loaded causal language model. It knows
-nothing of adapters, checkpoints or serving; everything here can cross a process boundary.
+`BaseModelSpec`, and `describe`, which derives one from a loaded causal language model. Independent of
+adapters, checkpoints and serving; all values can cross a process boundary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BaseModelSpec:
         num_kv_heads: H_kv, key/value heads.
         head_dim: D.
         vocab_size: rows of the embedding table.
-        max_positions: positions the base was made for, virtual tokens included.
+        max_positions: positions that the base supports, virtual tokens included.
         linear_modules: dotted module path -> LinearSpec, in module order, output head left out.
     """
 
@@ -71,7 +71,7 @@ class BaseModelSpec:
 
 
 def describe(model: nn.Module, *, digest: str, dtype: str) -> BaseModelSpec:
-    """Read the spec off a transformers causal language model.
+    """Derive the spec from a transformers causal language model.
 
     Args:
         model: a `PreTrainedModel` with a language modelling head (a meta-device model will do).

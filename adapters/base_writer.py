@@ -1,8 +1,8 @@
-"""The files of a Hugging Face model directory, written anew with some of the weights changed.
+"""Writes a copy of a Hugging Face model directory with some of the weights changed.
 
-Weights pass through a tensor at a time, so that the memory needed is that of the largest; names,
-order and files stay as they are. A new directory appears by one rename, complete and synced. Knows
-no adapter, and what is changed only as a function.
+Weights are streamed one tensor at a time, so peak memory is that of the largest tensor. Tensor names,
+their order and the file layout are preserved. The new directory is synced, then appears by a single
+rename. Independent of adapters: the change is passed in as a function.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from adapters.errors import MergeInvalid
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What belongs to a model beside its weights: configs, tokenizer, chat templates, licence.
+# Files copied beside the weights: configs, tokenizer, chat templates, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 _COPIED_FOLDERS = ("additional_chat_templates",)
-# Ours say what the base is and where it came from, which a changed one is not.
+# Our own files record the identity and origin of the base, which a changed copy no longer has.
 _LEFT_OUT = ("*.safetensors.index.json", "*.bin.index.json", "graftwork_*.json", "adapter_*.json")
 _ALIGNMENT = 8
-# Bytes of an element, by the name that a safetensors header gives its dtype.
+# Bytes per element, by safetensors dtype name.
 _NUM_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2},
@@ -49,7 +49,7 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, over all of a model's weight files. Reads headers only.
 
     Raises:
-        MergeInvalid: a file that is not there, or not safetensors.
+        MergeInvalid: a file is missing or not safetensors.
     """
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -68,20 +68,20 @@ def write_base(
     dtype: str | None = None,
     notes: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write a model directory anew.
+    """Write a changed copy of a model directory.
 
     Args:
         base_dir: the model; its configs, tokenizer and templates are copied, code is not.
         files: its weight files.
-        out: must not exist; after a crash it is there whole or not at all.
-        change: name and tensor of the base -> what is written, of the same shape and dtype.
-        dtype: of all floating-point weights, before they are changed; None leaves each as it is
-            stored.
-        notes: JSON files of the caller's own, by name.
+        out: must not exist; created atomically.
+        change: maps a name and tensor of the base to the tensor to write, of the same shape and dtype.
+        dtype: dtype that all floating-point weights are cast to before the change; None keeps the
+            stored dtypes.
+        notes: additional JSON files from the caller, by name.
 
     Raises:
         MergeInvalid: `out` exists, or a weight file is not safetensors.
-        StorageFull: the disk took no more; nothing is left behind.
+        StorageFull: the disk is full; nothing is left behind.
     """
     with synced_files.full_disk_is_storage_full("the base"), _appearing(out) as made:
         num_bytes = 0
@@ -97,10 +97,10 @@ def write_base(
 
 
 def require_absent(out: Path) -> None:
-    """Refuse a place that is taken.
+    """Refuse an output path that exists.
 
     Raises:
-        MergeInvalid: something is there, if only a link.
+        MergeInvalid: the path exists, even as a dangling link.
     """
     if out.exists() or out.is_symlink():
         raise MergeInvalid(
@@ -115,7 +115,7 @@ def require_absent(out: Path) -> None:
 
 
 def _rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | None) -> int:
-    """Copy one safetensors file with its tensors changed; the bytes of its tensors."""
+    """Copy one safetensors file with its tensors changed. Returns its tensor bytes."""
     with _opened(source) as tensors, target.open("xb") as file:
         names = list(tensors.offset_keys())
         header, num_bytes = _header(tensors, names, dtype)
@@ -181,7 +181,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or goes where something fails."""
+    """A temporary folder beside `out`: renamed to `out` on success, removed on failure."""
     require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -199,7 +199,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _copy_company(base_dir: Path, made: Path, dtype: str | None) -> None:
-    """Configs, tokenizer and templates; never code, and nothing that names the base."""
+    """Copy configs, tokenizer and templates; never code, and no file that identifies the base."""
     for source in sorted({path for mask in _COPIED for path in base_dir.glob(mask)}):
         if not source.is_file() or any(source.match(mask) for mask in _LEFT_OUT):
             continue

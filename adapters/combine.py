@@ -5,8 +5,8 @@
 
 `linear` of IA3 is PEFT's `add_weighted_adapter` to the last bit: zeros, and adapter after adapter one
 multiplication and one addition. Rows of virtual tokens add up the same way; what is stored of a
-P-tuning encoder or a prefix projection is its output, so it is the output that is added, and the
-result has no such network. Knows no registry, no base and no HTTP.
+P-tuning encoder or a prefix projection is its output, so outputs are added, and the result has no such
+network. Independent of the registry, the base and HTTP.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from adapters.checkpoint.folder import (
     read_config,
     read_header,
 )
+from adapters.checks import quoted, some_of
 from adapters.errors import CombineInvalid
-from adapters.methods.checks import quoted, some_of
 
 if TYPE_CHECKING:
     import torch
 
     _Tensors = Mapping[str, torch.Tensor]
-else:  # a server at rest has no torch
+else:  # an idle server does not import torch
     _Tensors = Mapping
 
 CombinationType = Literal["linear", "delta"]
@@ -39,7 +39,7 @@ Parent: TypeAlias = tuple[Mapping[str, Any], _Tensors]
 
 MAX_ADAPTERS = 64
 
-# What stood at the start of the rows' training says nothing about their sum.
+# Initialisation fields, which are meaningless for a sum.
 _FORGOTTEN: dict[str, dict[str, Any]] = {
     "PREFIX_TUNING": {"prefix_projection": False},
     "PROMPT_TUNING": {
@@ -59,13 +59,13 @@ def combine(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Add up checkpoints of one method.
+    """Compute a weighted sum of checkpoints of one method.
 
     Args:
         adapters: (config, tensors) each, as `stored` or `read_config` and `load_tensors` give them.
-            One may stand there several times.
-        weights: one for each adapter, of any sign.
-        combination_type: see the head; "delta" is for IA3.
+            An adapter may occur several times.
+        weights: one per adapter, of any sign.
+        combination_type: see the module docstring; "delta" is for IA3.
         dtype: of the sum; None is float32. PEFT adds in that of its base: it gives the same bits on
             a base of this dtype, and rounds after every adapter on a base of bfloat16.
 
@@ -99,7 +99,7 @@ def combine(
 
 
 class Stored(_Tensors):
-    """The tensors of a checkpoint file, each read when it is asked for and not kept.
+    """The tensors of a checkpoint file, each read on access and not cached.
 
     Args:
         path: the file; its header is checked here.
@@ -187,7 +187,7 @@ def _one_method(adapters: Sequence[Parent]) -> str:
 
 
 def _check_same_names(adapters: Sequence[Parent]) -> None:
-    """Rows of virtual tokens: no tensor may be missing from one of the adapters."""
+    """Check that all adapters of virtual tokens have the same tensors."""
     first = set(adapters[0][1])
     for number, (_, tensors) in enumerate(adapters, 1):
         if differ := sorted(first ^ set(tensors)):
@@ -209,7 +209,7 @@ def _sum(
     combination_type: CombinationType,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """One tensor of the result; an adapter without it adds nothing, which is what 0 and 1 mean."""
+    """One tensor of the result; an adapter without it contributes nothing, as if it were 0 (delta: 1)."""
     import torch
 
     numbers = [number for number, (_, tensors) in enumerate(adapters) if name in tensors]
@@ -257,7 +257,7 @@ def _check_shape(
 
 
 def _first_config(adapters: Sequence[Parent]) -> dict[str, Any]:
-    """The first adapter's config, with what it leaves open taken from the others."""
+    """The first adapter's config, with unset fields taken from the others."""
     config: dict[str, Any] = {**adapters[0][0], "inference_mode": True}
     for other, _ in adapters[1:]:
         for field in _COMPLETED:
@@ -315,7 +315,7 @@ def _united(adapters: Sequence[Parent], sides: Mapping[str, bool]) -> tuple[list
         if not isinstance(named, list) or not isinstance(inputs, list):
             return paths
         if config.get("exclude_modules"):
-            return paths  # what one adapter leaves out, another may scale
+            return paths  # a module that one adapter omits, another may scale
         targets |= set(named)
         feedforward |= set(inputs)
     if not feedforward <= targets:
@@ -326,7 +326,7 @@ def _united(adapters: Sequence[Parent], sides: Mapping[str, bool]) -> tuple[list
     return sorted(targets), sorted(feedforward)
 
 
-# PEFT's two ways to match a name; a stranger's list may be long, so the path's endings are looked up.
+# PEFT's two ways to match a name; untrusted lists may be long, so the path's suffixes are looked up.
 
 
 def _is_named(path: str, targets: set[str]) -> bool:

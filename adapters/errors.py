@@ -15,8 +15,8 @@
     |-- BaseMismatch             the adapter was trained on another base (recorded digest differs)
     |-- BaseUnsupported          the base model cannot be served, with the reason
     |-- TemplateInvalid          a template that does not parse, or a row that does not fit it
-    |-- CombineInvalid           adapters that cannot be added up, or weights that cannot weigh them
-    |-- MergeInvalid             an adapter that cannot become part of a base
+    |-- CombineInvalid           adapters that cannot be combined, or invalid weights
+    |-- MergeInvalid             an adapter that cannot be merged into a base
     |-- TrainingError            a training job cannot be done
     |   |-- JobInvalid           a field of the job is wrong, or two of them disagree
     |   |-- DataInvalid          the rows cannot be trained on; `row` counts from 1 where one is at fault
@@ -41,7 +41,7 @@ class Refused(Exception):
     """Base of what is refused with facts: of this tree, and of the server's own.
 
     Args:
-        message: one sentence for a person: what was expected and what came.
+        message: one sentence for the user: what was expected and what was found.
         field: the config field, tensor or form field that is at fault, if one is.
         expected: what would have been accepted.
         came: what was found.

@@ -1,11 +1,11 @@
-"""An IA3 adapter becomes part of its base: a stand-alone Hugging Face directory.
+"""Merges an IA3 adapter into its base, as a stand-alone Hugging Face directory.
 
     weight (out, in)   rows times l where the output is scaled, columns where the input is
     bias (out,)        times l where the output is scaled
 
 Source: peft/tuners/ia3/layer.py, `merge`: vectors are float32, so the product of a narrower weight is
-taken in float32 and rounded once. This file says what is multiplied with what; `adapters.base_writer`
-writes it. Knows no registry.
+computed in float32 and rounded once. This file determines the factors; `adapters.base_writer` writes the
+result. Independent of the registry.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from adapters.checkpoint.folder import (
     read_config,
     shorten,
 )
+from adapters.checks import some_of
 from adapters.errors import MergeInvalid, NonFinite
 from adapters.methods import method_of
-from adapters.methods.checks import some_of
 from adapters.parts import ActivationScales
 
 MERGE_FILE = "graftwork_merge.json"
 
-# Module path -> what the weight files call it.
+# Maps a module path to its name in the weight files.
 _Rename: TypeAlias = Callable[[str], str]
 
 
@@ -61,11 +61,11 @@ class Merged:
 
 @dataclass(frozen=True)
 class _Change:
-    """What a tensor of the base is multiplied with.
+    """The factor of a tensor of the base.
 
     Attributes:
         factor: float32, of a shape that broadcasts against the tensor's.
-        shape: what the tensor must have.
+        shape: required shape of the tensor.
     """
 
     factor: torch.Tensor
@@ -86,7 +86,7 @@ def merge_into_base(
     Args:
         base_dir: the base, a Hugging Face directory with safetensors weights.
         adapter_dir: a PEFT folder; what else lies in it is not read.
-        out: must not exist; after a crash it is there whole or not at all.
+        out: must not exist; created atomically.
         safe_merge: refuse weights that are not finite afterwards.
         base: the spec of `base_dir`.
         dtype: "float32", "bfloat16" or "float16" for all weights, changed before they are
@@ -97,7 +97,7 @@ def merge_into_base(
             module that the adapter scales.
         CheckpointError: the adapter does not fit the base.
         NonFinite: `safe_merge`, and a weight is NaN or infinite.
-        StorageFull: the disk took no more; nothing is left behind.
+        StorageFull: the disk is full; nothing is left behind.
     """
     if dtype is not None and dtype not in DTYPES:
         raise MergeInvalid(

@@ -1,7 +1,7 @@
 """The interface that every method implements, and the config fields that all methods share.
 
 A method is one file in `adapters/methods/`, read top to bottom: its config, its trainable module,
-its checkpoint mapping in both directions, its serving form. This file knows no method.
+its checkpoint mapping in both directions, its serving form. This file is independent of all methods.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What serving must know of a checked adapter before its bytes are read.
+    """Facts that serving needs about a checked adapter before its bytes are read.
 
     Attributes:
         num_virtual_tokens: positions taken before the prompt.
         uses_scales: True where the serving form is `ActivationScales`.
-        warnings: sentences for the person who uploads.
+        warnings: sentences for the uploader.
     """
 
     num_virtual_tokens: int
@@ -96,7 +96,7 @@ class AdapterMethod(Protocol[ConfigT_contra]):
     def check(
         self, config: ConfigT_contra, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
     ) -> AdapterFacts:
-        """Hold names, dtypes and shapes against the config and the base; allocates nothing.
+        """Check names, dtypes and shapes against the config and the base; allocates nothing.
 
         Raises:
             TensorMismatch: a tensor is missing, left over, or of another shape.
@@ -116,7 +116,7 @@ class AdapterMethod(Protocol[ConfigT_contra]):
         ...
 
     def complete_config(self, config: ConfigT_contra, base: BaseModelSpec) -> PeftConfig:
-        """The config as PEFT would save it for this base, nothing left open.
+        """The config as PEFT would save it for this base, with every field set.
 
         Raises:
             ConfigInvalid, TensorMismatch, TargetNotFound: a field does not fit the base.
@@ -124,7 +124,7 @@ class AdapterMethod(Protocol[ConfigT_contra]):
         ...
 
     def num_trainable(self, config: ConfigT_contra, base: BaseModelSpec) -> int:
-        """Numbers that training changes, an encoder's included; for a complete config."""
+        """Number of trained parameters, an encoder's included; for a complete config."""
         ...
 
     def trainable(
@@ -133,15 +133,15 @@ class AdapterMethod(Protocol[ConfigT_contra]):
         frozen: FrozenBase,
         init_token_ids: Sequence[int] | None = None,
     ) -> Trainable:
-        """The adapter at the start of its training, attached to the base.
+        """The initialised adapter, attached to the base for training.
 
         Draws from torch's global generator.
 
         Args:
             config: complete.
             frozen: the base.
-            init_token_ids: as many as there are virtual tokens: start from what the base makes of
-                them, instead of from random numbers.
+            init_token_ids: one per virtual token: initialise from the base's embeddings or keys and
+                values of these tokens instead of at random.
 
         Raises:
             ValueError: the method cannot start from tokens.
@@ -153,7 +153,7 @@ def parse_config(config_class: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT
     """Validate `adapter_config.json` of one method, naming the field that is wrong.
 
     Raises:
-        ConfigInvalid: with the field, what was expected and what came.
+        ConfigInvalid: with the field, the expected and the actual value.
     """
     try:
         return config_class.model_validate(dict(raw))

@@ -1,9 +1,9 @@
-"""Serving forms: what an adapter is once it is ready for the engine.
+"""Serving forms: an adapter as the engine consumes it.
 
-Three frozen, shape-checked values, all on the CPU. Nothing here knows files, configs or the engine.
+Three frozen, shape-checked values, all on the CPU. Independent of files, configs and the engine.
 
     KVPrefix          keys and values of every layer, past their position encoding
-    SoftPrompt        embedding rows that stand before the input; the engine folds them into a KVPrefix
+    SoftPrompt        embedding rows prepended to the input; the engine folds them into a KVPrefix
     ActivationScales  IA3: vectors that scale the input or the output of named linear modules
 """
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVPrefix:
-    """Keys and values that stand before a sequence's own.
+    """Keys and values prepended to a sequence's own.
 
     Attributes:
-        keys: (L, H_kv, n, D), never rotated again.
+        keys: (L, H_kv, n, D), already rotated.
         values: (L, H_kv, n, D).
     """
 
@@ -51,7 +51,7 @@ class KVPrefix:
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """Embedding rows (n, d) that stand before the input's embeddings at positions 0..n-1."""
+    """Embedding rows (n, d) prepended to the input's embeddings, at positions 0..n-1."""
 
     embeddings: torch.Tensor
 

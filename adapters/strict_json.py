@@ -1,8 +1,8 @@
-"""JSON from strangers: one way to read each document, and no way to exhaust the reader.
+"""Strict JSON parsing for untrusted input: unambiguous, with bounded resources.
 
-Python's own parser takes NaN, repeated keys (the last one wins), numbers of any size and nesting
-until the stack ends. `parse_object` refuses all of them. It knows no config and no header; what
-was wrong comes back as `StrictJsonError`, which the caller turns into its own kind of error.
+Python's own parser accepts NaN, repeated keys (the last one wins), numbers of any size, and nesting up to
+a stack overflow. `parse_object` refuses all of them. Independent of configs and headers; errors are
+raised as `StrictJsonError`, which the caller converts to its own error type.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 # scanned once for each quote.
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACKET = re.compile(r"[\[\]{}]")
-# Beyond this no integer fits, and int() need not be asked (it takes quadratic time).
+# Longer integers never fit, so int(), which takes quadratic time, is not called.
 _MAX_NUMBER_CHARS = 64
 _MAX_INT = 2**63 - 1
 
 
 class StrictJsonError(ValueError):
-    """The document is not acceptable; the message says where it broke."""
+    """The document is not acceptable; the message gives the position."""
 
 
 def parse_object(data: bytes, max_depth: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _finite_float(digits: str) -> float:
 
 
 def _check_surrogates(text: str, value: dict[str, Any]) -> None:
-    # Only an escape can smuggle half a pair in: raw ones are not UTF-8.
+    # A lone surrogate can only come from an escape: raw ones are not valid UTF-8.
     if "\\u" not in text and "\\U" not in text:
         return
     try:

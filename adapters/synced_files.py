@@ -1,6 +1,6 @@
-"""Files that survive a power cut, and a full disk told apart from other failures.
+"""Durable file writes (fsync), with disk-full errors distinguished from other failures.
 
-Knows nothing of adapters: bytes, folders and `OSError` only.
+Independent of adapters: handles only bytes, directories and `OSError`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @contextmanager
 def full_disk_is_storage_full(what: str) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into StorageFull; other errors pass."""
+    """Raise "no space left" and "quota exceeded" as StorageFull; other errors propagate."""
     try:
         yield
     except OSError as error:
@@ -30,12 +30,12 @@ def full_disk_is_storage_full(what: str) -> Iterator[None]:
 
 @contextmanager
 def disk_failure_is_told(what: str) -> Iterator[None]:
-    """Around files of our own: a full disk is StorageFull, any other failure StorageUnavailable."""
+    """Raise a full disk as StorageFull and any other OSError on our own files as StorageUnavailable."""
     try:
         with full_disk_is_storage_full(what):
             yield
     except OSError as error:
-        # Without the path: the words may go to a client.
+        # Leave out the path: the message may be sent to a client.
         raise StorageUnavailable(f"{what} could not be written: {error.strerror}") from error
 
 

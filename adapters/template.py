@@ -1,9 +1,9 @@
 """Templates: plain `{column}` substitution, with `{{` and `}}` for the braces themselves.
 
-No attributes, indexing, conversions or format specs, so that a template from a stranger can do
-nothing but be filled in. White space at the end of a template is dropped here: it belongs to the
-target, which stands after the prompt (the tokenizer sees both as one text). Recipes that were
-written with it keep it, where the caller says so.
+No attributes, indexing, conversions or format specs, so an untrusted template can do nothing but
+substitute. Trailing white space of a template is dropped here: it belongs to the target that follows the
+prompt (the tokenizer sees both as one text). The caller can request to keep it, for recipes written
+that way.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ MAX_TEMPLATE_CHARACTERS = 10_000
 
 @dataclass(frozen=True)
 class Column:
-    """A place in a template that a row's value fills."""
+    """A placeholder in a template."""
 
     name: str
 
 
 def text_of(value: Value) -> str:
-    """A value as it stands in a prompt or a target: numbers as Python writes them, JSON's booleans."""
+    """A value as text in a prompt or a target: numbers as in Python, booleans as in JSON."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
@@ -54,7 +54,7 @@ class Template:
 
     Attributes:
         parts: literal text and columns, in order; trailing white space is already gone, unless
-            `parse` was told to keep it.
+            `parse` was asked to keep it.
         dropped: the white space that was at the end.
     """
 

@@ -1,7 +1,7 @@
-"""What training works with: the parameters of one adapter, and how they act on the base.
+"""Interfaces for training: the parameters of one adapter, and their effect on the base.
 
-Interfaces only: virtual tokens implement them in `trainable_rows`, IA3 in its own file. Knows no
-optimiser, no data and no method.
+Interfaces only: virtual tokens implement them in `trainable_rows`, IA3 in its own file. Independent of
+optimisers, data and methods.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FrozenBase(Protocol):
-    """The base as a method may use it to make its first weights.
+    """The base, as used by a method to initialise its weights.
 
     Attributes:
         model: the loaded causal language model; its weights are never changed.
@@ -43,8 +43,8 @@ class VirtualTargets:
     """Virtual tokens that are predicted themselves (CPT's labels).
 
     Attributes:
-        token_ids: (n,), what stands at each virtual token.
-        weights: (n,), float32, weight of predicting it from what stands before.
+        token_ids: (n,), target token id at each virtual token.
+        weights: (n,), float32, loss weight of each target.
         counts: (n,), bool, whether it counts in the average.
     """
 
@@ -63,11 +63,11 @@ class Trainable(Protocol):
     targets: VirtualTargets | None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, float32, by name, in a fixed order."""
+        """The trained parameters, float32, by name, in a fixed order."""
         ...
 
     def virtual(self) -> KVPrefix | SoftPrompt | None:
-        """What stands before every row of the step, differentiable; None where nothing does."""
+        """The virtual tokens before every row of the step, differentiable; None if there are none."""
         ...
 
     def set_training(self, training: bool) -> None:
@@ -79,5 +79,5 @@ class Trainable(Protocol):
         ...
 
     def detach(self) -> None:
-        """Leave the base as it was found."""
+        """Restore the base to its original state."""
         ...

@@ -1,13 +1,13 @@
-"""What somebody uploaded -> a staging folder with exactly the two files of a checkpoint.
+"""Unpacks an upload into a staging folder with exactly the two files of a checkpoint.
 
-Takes loose files, or one .zip, .tar or .tar.gz of them. People send the folder PEFT wrote, so
-README.md, `__MACOSX`, dot files and a trainer's leftovers are skipped and listed, and the two
-files may stand one folder down. Nothing is trusted: names never become paths (the two outputs
-have fixed names), sizes are counted as bytes come out, never taken from headers, and links,
-devices, encryption and repeated names are refused.
+Accepts loose files, or one .zip, .tar or .tar.gz of them. Uploads are usually the folder that PEFT wrote,
+so README.md, `__MACOSX`, dot files and other trainer output are skipped and listed, and the two files may
+be one folder deep. The input is untrusted: names never become paths (the two outputs have fixed names),
+sizes are counted during extraction, never taken from headers, and links, devices, encryption and repeated
+names are refused.
 
-The way back, `zip_blocks`, is here too. Knows file names and bytes; what is inside the two files
-is `adapters.checkpoint.folder`'s to judge.
+The inverse is `zip_blocks`. Handles file names and bytes only; `adapters.checkpoint.folder` validates the
+content of the two files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from adapters.checkpoint.limits import DEFAULT_LIMITS, KIB, MIB, CheckpointLimit
 from adapters.errors import ArchiveInvalid, CheckpointTooLarge, FileSetInvalid, UnsupportedFile
 
 _BLOCK = 64 * KIB
-# No honest archive of two files needs more for one extended header or one table of contents.
+# No legitimate archive of two files needs more for one extended header or one table of contents.
 _MAX_TAR_EXTENSION = 64 * KIB
 _MAX_ZIP_READ = 1 * MIB
 _TAR_EXTENSIONS = frozenset(
@@ -55,7 +55,7 @@ _BROKEN = (
     gzip.BadGzipFile,
     zlib.error,
     EOFError,
-    NotImplementedError,  # zipfile: a compression it does not know
+    NotImplementedError,  # zipfile: an unknown compression method
     RecursionError,  # tarfile: a chain of extended headers
     UnicodeError,
     ValueError,
@@ -64,7 +64,7 @@ _BROKEN = (
 
 
 class Readable(Protocol):
-    """Anything bytes can be read from."""
+    """A readable byte stream."""
 
     def read(self, size: int, /) -> bytes:
         """At most `size` bytes; none at the end."""
@@ -79,19 +79,19 @@ def stage_upload(
     """Fill an empty folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        parts: (file name the client gave, where its bytes lie now), loose files or one archive.
-        directory: an empty folder; holds the two files on return, anything on an error.
-        limits: sizes, counted as bytes come out.
+        parts: (client's file name, path of its bytes) of loose files or one archive.
+        directory: an empty folder; contains the two files on return, arbitrary content on an error.
+        limits: size limits, counted during extraction.
 
     Returns:
-        The names that were ignored, sorted.
+        The ignored names, sorted.
 
     Raises:
-        UnsupportedFile: only a pickle came, or an archive of a kind that is not read.
+        UnsupportedFile: only a pickle, or an unsupported kind of archive.
         FileSetInvalid: not exactly one adapter's two files.
         ArchiveInvalid: broken, encrypted, or with links, devices, repeated or escaping names.
         CheckpointTooLarge: more bytes or members than `limits` allow.
-        StorageFull: the disk took no more.
+        StorageFull: the disk is full.
     """
     picker = _Picker(directory, limits)
     with synced_files.full_disk_is_storage_full("the upload"):
@@ -111,7 +111,7 @@ def stage_upload(
 
 
 class _Picker:
-    """Takes members one by one, keeps the two files that matter, remembers the rest."""
+    """Processes members one by one: extracts the two checkpoint files and records the other names."""
 
     def __init__(self, directory: Path, limits: CheckpointLimits) -> None:
         self._directory = directory
@@ -127,13 +127,13 @@ class _Picker:
         return self._limits
 
     def folder(self, name: str) -> None:
-        """Account for a folder; `./` is one too."""
+        """Count a folder; `./` counts too."""
         self._count()
         if name.replace("\\", "/").strip("./") or ".." in name:
             _safe_parts(name)
 
     def choose(self, name: str) -> str | None:
-        """Account for a file; the name to keep it under if it is one of the two, else None."""
+        """Count a file. Returns the output name if it is one of the two files, else None."""
         self._count()
         parts = _safe_parts(name)
         path = "/".join(parts)
@@ -157,7 +157,7 @@ class _Picker:
         return parts[-1]
 
     def keep(self, file_name: str, file: Readable) -> None:
-        """Copy the bytes of a file that `choose` named, and stop at its limit."""
+        """Copy the bytes of a file selected by `choose`, up to its limit."""
         limit = self._limits.config_bytes if file_name == CONFIG_FILE else self._limits.file_bytes
         total = 0
         with (self._directory / file_name).open("xb") as writer:
@@ -182,7 +182,7 @@ class _Picker:
             )
 
     def finish(self) -> tuple[str, ...]:
-        """The ignored names, once both files are there and stood side by side."""
+        """Check that both files were found in one folder. Returns the ignored names."""
         if self._picked.keys() != FILES:
             raise wrong_files([*self._picked, *self._ignored])
         config, tensors = self._picked[CONFIG_FILE], self._picked[TENSORS_FILE]
@@ -201,7 +201,7 @@ def _refused(why: str, name: str) -> ArchiveInvalid:
 
 
 def _safe_parts(name: str) -> tuple[str, ...]:
-    """A member's path as parts, or a refusal if it points anywhere but down."""
+    """The parts of a member's path; refused if absolute or escaping."""
     path = name.replace("\\", "/")  # zips made on Windows
     parts = tuple(part for part in path.split("/") if part not in ("", "."))
     if path.startswith("/") or (parts and len(parts[0]) > 1 and parts[0][1] == ":"):
@@ -234,7 +234,7 @@ class _Meter:
 
 
 class _Metered(io.RawIOBase):
-    """A stream whose bytes a meter counts."""
+    """A stream with a byte meter."""
 
     def __init__(self, file: Readable, meter: _Meter) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def _unpacker(name: str, path: Path) -> _Unpacker | None:
     """How to unpack a lone part, by its first bytes; None if it is a loose file."""
     suffix = Path(name).suffix.lower()
     if suffix in PICKLE_SUFFIXES or Path(name).name in FILES:
-        return None  # torch.save writes zips, and the checkpoint reader has its own words for one
+        return None  # torch.save writes zips; the checkpoint reader has its own error for those
     with path.open("rb") as file:
         start = file.read(265)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -281,10 +281,10 @@ def _unpacker(name: str, path: Path) -> _Unpacker | None:
 
 
 class _BoundedReads(io.FileIO):
-    """A file that gives no more than `_MAX_ZIP_READ` at once.
+    """A file that returns at most `_MAX_ZIP_READ` bytes per read.
 
-    zipfile reads the whole table of contents in one call, of whatever size the file declares,
-    and makes an object for each entry: the bound keeps that to a few megabytes.
+    zipfile reads the whole table of contents in one call, at the size that the file declares, and
+    creates an object for each entry. The bound limits this to a few megabytes.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -300,7 +300,7 @@ class _BoundedReads(io.FileIO):
         )
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        # Offsets come from the file; the system's refusal would look like a fault of the disk.
+        # Offsets come from the file; an OSError for a bad one would look like a disk failure.
         if whence == os.SEEK_SET and not 0 <= offset < 2**63:
             raise zipfile.BadZipFile("a member lies outside the file")
         return super().seek(offset, whence)
@@ -326,7 +326,7 @@ def _check_zip_member(member: zipfile.ZipInfo) -> None:
         raise _refused(f"{shorten(name)} is encrypted", name)
     if member.orig_filename != name and "\0" in member.orig_filename:
         raise _refused(f"{shorten(name)} has a zero byte in its name", name)
-    # Zips made on Unix keep the file's mode in the upper half; 0 says nothing.
+    # Zips made on Unix store the file's mode in the upper half; 0 means unknown.
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise _refused(f"{shorten(name)} is a link or a device", name)
@@ -335,11 +335,11 @@ def _check_zip_member(member: zipfile.ZipInfo) -> None:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar header that refuses what tarfile would read into memory whole."""
+    """A tar header that refuses members that tarfile would read into memory completely."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Parse one 512-byte block, then hold its kind and size against what is expected."""
+        """Parse one 512-byte block, then check its type and size."""
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0 or (info.type in _TAR_EXTENSIONS and info.size > _MAX_TAR_EXTENSION):
             raise _refused(f"an extended tar header of {info.size} bytes", info.name)
@@ -377,7 +377,7 @@ def _unpack_tar_stream(file: Readable, compressed_bytes: int, picker: _Picker) -
 
 
 class _Outbox(io.RawIOBase):
-    """Collects what zipfile writes until it is taken."""
+    """Buffers the output of zipfile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -396,14 +396,14 @@ class _Outbox(io.RawIOBase):
 
 
 def zip_blocks(directory: Path) -> Iterator[bytes]:
-    """A checkpoint folder as a zip, block by block; the same bytes for the same files.
+    """A checkpoint folder as a zip, block by block; deterministic for the same files.
 
-    Members are stored, not deflated: weights hardly shrink.
+    Members are stored, not deflated: weights hardly compress.
     """
     outbox = _Outbox()
     with zipfile.ZipFile(outbox, "w", zipfile.ZIP_STORED) as archive:
         for name in (CONFIG_FILE, TENSORS_FILE):
-            member = zipfile.ZipInfo(name)  # dated 1980, so that two downloads agree
+            member = zipfile.ZipInfo(name)  # dated 1980, so that downloads are identical
             member.external_attr = (stat.S_IFREG | 0o644) << 16
             with (directory / name).open("rb") as file, archive.open(member, "w") as writer:
                 while block := file.read(_BLOCK):

@@ -1,15 +1,14 @@
-"""A checkpoint folder: `adapter_config.json` and `adapter_model.safetensors`, from anybody.
+"""An untrusted checkpoint folder: `adapter_config.json` and `adapter_model.safetensors`.
 
-What lives here: reading the two files without trusting a byte of them, writing them so that a
-crash leaves all or nothing, and the digest that names their content. The safetensors header is
-parsed here and held against the file's length before any tensor is allocated; only then does the
-safetensors library see the file. Pickles are never opened.
+Reads and validates the two files, writes them atomically, and computes the digest of their content. The
+safetensors header is parsed here and checked against the file's length before any tensor is allocated;
+only then is the file passed to the safetensors library. Pickles are never opened.
 
     bytes on disk -> read_config, read_header -> the method's own check -> load_tensors
 
-torch and the methods load with the first checkpoint that is looked into: a server at rest does
-without them. This file knows no method (it asks `adapters.methods` for the one a config names), no
-registry and no HTTP.
+torch and the methods are imported with the first checkpoint that is read, so an idle server does not
+load them. Independent of the methods (`adapters.methods` finds the one that a config names), the
+registry and HTTP.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 # Bytes of one element. Weights are floats: every other dtype is refused by name.
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# PEFT keeps these as Python sets and writes them in an order that changes from run to run.
+# PEFT stores these as Python sets and writes them in an order that varies between runs.
 _SET_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules")
 _LENGTH_BYTES = 8  # the header's length, little endian, opens the file
-_SHELL_SAFE = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a stranger's name goes into a command line
+_SHELL_SAFE = re.compile(r"[A-Za-z0-9._-]{1,80}")  # untrusted names are shown in a command line
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _HEADER_DEPTH = 3  # object of entries, entry, shape or offsets
 
@@ -74,11 +73,11 @@ class CheckedCheckpoint:
         method: the method's name in URLs, such as "prefix_tuning".
         peft_type: PEFT's name for it, such as "PREFIX_TUNING".
         config: the parsed config of that method.
-        facts: what serving must know.
+        facts: facts needed for serving.
         digest: see `checkpoint_digest`.
         num_bytes: both files together.
-        base_name: the config's `base_model_name_or_path`; whether it matters is not decided here.
-        warnings: sentences for the person who uploads.
+        base_name: the config's `base_model_name_or_path`, not checked here.
+        warnings: sentences for the uploader.
     """
 
     method: str
@@ -130,7 +129,7 @@ def read_header(path: Path, limits: CheckpointLimits = DEFAULT_LIMITS) -> dict[s
 
 
 def read_config(path: Path, limits: CheckpointLimits = DEFAULT_LIMITS) -> dict[str, Any]:
-    """Read `adapter_config.json` as a plain object; its fields are the method's to judge.
+    """Read `adapter_config.json` as a plain object; the method validates its fields.
 
     Raises:
         CheckpointTooLarge: over `limits.config_bytes`.
@@ -155,12 +154,12 @@ def load_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     The header must have passed `read_header`.
 
     Raises:
-        HeaderInvalid: the safetensors library does not take the file, or a name is not in it.
+        HeaderInvalid: the safetensors library rejects the file, or a name is not in it.
         NonFinite: NaN, infinity, or a float64 that is infinite as float32.
     """
     loaded: dict[str, torch.Tensor] = {}
     for name, tensor in _iterate_tensors(path, names):
-        # The library maps the file: a copy cannot be cut short by a truncation later on.
+        # The library memory-maps the file; a copy is safe from later truncation.
         loaded[name] = tensor.clone()
     return loaded
 
@@ -203,7 +202,7 @@ def digest_of(directory: Path, limits: CheckpointLimits = DEFAULT_LIMITS) -> str
 
 
 def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same config with sorted keys, and with its set-like lists sorted."""
+    """The config with sorted keys and sorted set-like lists."""
     ordered = {key: config[key] for key in sorted(config)}
     for key in _SET_FIELDS:
         value = ordered.get(key)
@@ -217,7 +216,7 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_checkpoint(
     directory: Path, base: BaseModelSpec, limits: CheckpointLimits = DEFAULT_LIMITS
 ) -> CheckedCheckpoint:
-    """Hold a folder against a base: files, config, header, method, then the values.
+    """Check a folder against a base: files, config, header, method, then the values.
 
     Nothing is allocated for tensors before names, dtypes and shapes have all passed.
 
@@ -257,16 +256,16 @@ def load_serving_form(
     *,
     digest: str | None = None,
 ) -> ServingForm:
-    """Read a stored checkpoint for the engine's loader thread; dtypes are the caller's to cast.
+    """Read a stored checkpoint for the engine's loader thread; the caller casts dtypes.
 
     Args:
-        directory: a folder that passed `check_checkpoint` when it came in.
-        base: the base that serves now, which may not be the one it was checked against then.
+        directory: a folder that passed `check_checkpoint` when it was published.
+        base: the current base, which may differ from the one it was checked against.
         limits: as for `check_checkpoint`.
         digest: what the content must hash to; None skips the hash.
 
     Raises:
-        AdapterCorrupt: the folder is gone or cut short, or (with `digest`) changed at all.
+        AdapterCorrupt: the folder is missing or truncated, or (with `digest`) differs at all.
         CheckpointError: the checkpoint does not fit this base.
     """
     path = directory / TENSORS_FILE
@@ -349,7 +348,7 @@ def pickle_refused(name: str, source: str = "adapter_model.bin") -> UnsupportedF
 
 
 def shorten(value: object, length: int = 100) -> str:
-    """Text from a stranger, fit for an error message: printable and bounded."""
+    """Untrusted text made safe for an error message: printable and bounded."""
     text = "".join(char if char.isprintable() else "?" for char in str(value)[: length + 1])
     return text if len(text) <= length else text[: length - 3] + "..."
 
@@ -412,7 +411,7 @@ def _parse_header(file: BinaryIO, size: int, name: str, limits: CheckpointLimits
 
 
 def _not_safetensors(start: bytes, length: int, size: int, name: str) -> Exception:
-    """What a file is that does not open like safetensors."""
+    """The error for a file that does not start like safetensors."""
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
         return pickle_refused(name)
     if start.startswith(b"version "):
@@ -489,7 +488,7 @@ def _parse_offsets(name: str, offsets: object) -> tuple[int, int]:
 
 
 def _is_count(value: object) -> bool:
-    # bool is an int to Python, and `true` is no length.
+    # bool is a subclass of int, but `true` is not a valid length.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -559,7 +558,7 @@ def _check_finite(name: str, tensor: torch.Tensor, largest: float) -> None:
 def write_checkpoint(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a checkpoint folder in PEFT's form; after a crash it is there whole or not at all.
+    """Write a checkpoint folder in PEFT's format, atomically.
 
     Args:
         directory: must not exist, or be empty; its parent must exist.
@@ -568,7 +567,7 @@ def write_checkpoint(
 
     Raises:
         FileExistsError: the folder already holds something.
-        StorageFull: the disk took no more; nothing is left behind.
+        StorageFull: the disk is full; nothing is left behind.
     """
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a checkpoint")
@@ -582,7 +581,7 @@ def write_checkpoint(
         try:
             synced_files.write_file(temporary / CONFIG_FILE, text.encode())
             synced_files.write_file(temporary / TENSORS_FILE, data)
-            temporary.chmod(0o755)  # mkdtemp makes it private; a checkpoint is to be read
+            temporary.chmod(0o755)  # mkdtemp makes it private; checkpoints must be readable
             synced_files.sync(temporary)
             temporary.rename(directory)
             synced_files.sync(directory.parent)

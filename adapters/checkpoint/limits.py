@@ -1,4 +1,4 @@
-"""How much an untrusted checkpoint may ask for. Plain numbers; knows no file format."""
+"""Resource limits on untrusted checkpoints. Plain numbers, independent of file formats."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ GIB = 1024 * MIB
 
 @dataclass(frozen=True)
 class CheckpointLimits:
-    """Upper bounds, all inclusive, all held before memory is taken for what they bound.
+    """Upper bounds, all inclusive, all enforced before the bounded memory is allocated.
 
     The defaults are far above real adapters (a 100-token prefix for 80 layers of 8 KV heads is
-    65 MB) and far below what would hurt the server.
+    65 MB) and far below what would harm the server.
 
     Attributes:
         config_bytes: size of `adapter_config.json`.
@@ -29,7 +29,7 @@ class CheckpointLimits:
         archive_extra_bytes: bytes that an archive may hold beside the two files.
         archive_ratio: inflated bytes for each compressed byte, once `archive_ratio_from` is passed
             (a fresh IA3 adapter is all ones and shrinks a thousandfold, so small files are free).
-        archive_ratio_from: inflated bytes from which `archive_ratio` is held.
+        archive_ratio_from: inflated bytes from which `archive_ratio` is enforced.
     """
 
     config_bytes: int = 1 * MIB

@@ -1,6 +1,6 @@
-"""The table of methods: adding one is one file here, one line in `METHODS`.
+"""The table of methods. A new method is one file here and one line in `METHODS`.
 
-Holds no mathematics; every method stands in its own file.
+Every method is implemented in its own file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METHODS: dict[str, AdapterMethod[Any]] = {
     "PROMPT_TUNING": PROMPT_TUNING,
 }
 
-# What else PEFT writes as peft_type, up to 0.21. Source: peft/utils/peft_types.py.
+# Other values of PEFT's peft_type, up to 0.21. Source: peft/utils/peft_types.py.
 OTHER_PEFT_TYPES = {
     "ADALORA",
     "ADAMSS",
@@ -79,7 +79,7 @@ def method_of(raw_config: Mapping[str, Any]) -> AdapterMethod[Any]:
     """The method of an `adapter_config.json`, by its `peft_type`.
 
     Raises:
-        MethodUnsupported: no `peft_type`, or one that is not served; the message says which are.
+        MethodUnsupported: no `peft_type`, or an unsupported one; the message lists the supported ones.
     """
     served = ", ".join(METHODS)
     came = raw_config.get("peft_type")

@@ -1,8 +1,8 @@
-"""CPT, context-aware prompt tuning: worked examples as rows before the input, moved a little.
+"""CPT, context-aware prompt tuning: in-context examples as embedding rows with small trained deltas.
 
-Paper: Blau et al. 2024, arXiv 2410.17222. Parity source: peft/tuners/cpt. A row is the embedding of
-a context token plus a trained delta whose length is bounded by the token's type. Knows nothing of
-tokenizers, templates, other methods, files or the engine.
+Paper: Blau et al. 2024, arXiv 2410.17222. Parity source: peft/tuners/cpt. A row is the embedding of a
+context token plus a trained delta whose norm is bounded by the token's type. Independent of tokenizers,
+templates, other methods, files and the engine.
 
 Types: 0 separator, end of sequence or padding; else, modulo 4, 1 template around the input,
 2 input, 3 template before the label, 0 label. Example k of the context adds 4 * k.
@@ -49,11 +49,11 @@ class CPTConfig(PromptLearningConfig):
     """PEFT's config of CPT. Source: peft/tuners/cpt/config.py.
 
     `num_virtual_tokens` is the number of context tokens. PEFT itself takes only
-    `task_type="CAUSAL_LM"`, so set it on what PEFT shall load.
+    `task_type="CAUSAL_LM"`, so set it on configs that PEFT must load.
 
     Attributes:
         cpt_token_ids: tokens of the context; [0] if unset.
-        cpt_mask: stored, changes nothing; ones if unset.
+        cpt_mask: stored but without effect; ones if unset.
         cpt_tokens_type_mask: type of every context token; ones if unset.
         opt_weighted_loss_type: "decay" weighs older examples less.
         opt_loss_decay_factor: weight of an example relative to the one after it.
@@ -107,7 +107,7 @@ class CPTConfig(PromptLearningConfig):
 class CPTEmbedding(VirtualTokens):
     """The trainable rows: indices (B, n) -> (B, n, token_dim).
 
-    Every call first shortens each delta to its bound. Gradients reach types 1 to 3 only.
+    Every call first projects each delta to its bound. Gradients reach types 1 to 3 only.
 
     Args:
         config: with `token_dim` set.
@@ -154,7 +154,7 @@ class CPTEmbedding(VirtualTokens):
         return bounds
 
     def get_projection(self) -> torch.Tensor:
-        """The deltas, each shortened to its bound, (n, token_dim); no gradients."""
+        """The deltas, each projected to its bound, (n, token_dim); no gradients."""
         with torch.no_grad():
             delta = self.delta_embedding.weight
             length = torch.linalg.vector_norm(delta, dim=1)
@@ -172,7 +172,7 @@ class CPTEmbedding(VirtualTokens):
         return rows
 
     def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:
-        """Take saved rows (n, d): they already hold the delta, which starts again at zero.
+        """Load saved rows (n, d). They include the delta, which is reset to zero.
 
         Raises:
             ValueError: another shape.
@@ -184,7 +184,7 @@ class CPTEmbedding(VirtualTokens):
     def calculate_loss(
         base_model_output: Any, labels: torch.Tensor, cpt_type_mask: torch.Tensor, config: CPTConfig
     ) -> Any:
-        """PEFT's form of `cpt_loss`: reads `.logits` of the output, sets its `.loss`."""
+        """`cpt_loss` with PEFT's signature: reads `.logits` of the output, sets its `.loss`."""
         base_model_output.loss = cpt_loss(base_model_output.logits, labels, cpt_type_mask, config)
         return base_model_output
 
@@ -220,7 +220,7 @@ def cpt_loss(
 
 
 def _decay(types: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
-    """Weigh the label groups of one row, (T,), in place: the last 1, then `factor`, and so on."""
+    """Weight the label groups of one row, (T,), in place: the last 1, then `factor`, and so on."""
     groups = torch.unique(types[is_label_type(types)]).flip(0)  # sorted, newest first
     weight = 1.0
     for group in groups:
@@ -263,12 +263,12 @@ def with_context(
 def context_targets(config: CPTConfig) -> VirtualTargets:
     """The context's labels as the rows of a step see them, for a loss that runs the context once.
 
-    A row's own label is the newest group and weighs 1; the context's groups follow, newest first.
-    Every row counts the context once more: see `cpt_loss`, which this equals.
+    A row's own label is the newest group and has weight 1; the context's groups follow, newest first.
+    The context counts once per row, which makes the loss equal to `cpt_loss`.
     """
     types = torch.tensor(config.type_mask())
     counts = is_label_type(types)
-    counts[0] = False  # nothing stands before it
+    counts[0] = False  # no token precedes it
     weights = torch.ones(len(types))
     if config.opt_weighted_loss_type == "decay":
         _decay(types, weights, config.opt_loss_decay_factor)
@@ -286,17 +286,17 @@ class CPT:
     def check(
         self, config: CPTConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
     ) -> AdapterFacts:
-        """See `soft_prompt.check_rows`; the matrix is (n, d)."""
+        """Check the checkpoint's (n, d) matrix with `soft_prompt.check_rows`."""
         return check_soft_prompt(config, tensors, base)
 
     def serving_form(
         self, config: CPTConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
     ) -> SoftPrompt:
-        """See `soft_prompt.soft_prompt_form`: the saved rows hold the projected delta."""
+        """The saved rows, which include the projected delta, by `soft_prompt.soft_prompt_form`."""
         return soft_prompt_form(tensors, base)
 
     def export(self, module: nn.Module, config: CPTConfig) -> dict[str, torch.Tensor]:
-        """See `soft_prompt.export_rows`."""
+        """The checkpoint of the module, by `soft_prompt.export_rows`."""
         return export_rows(module)
 
     def complete_config(self, config: CPTConfig, base: BaseModelSpec) -> CPTConfig:
@@ -327,7 +327,7 @@ class CPT:
         frozen: FrozenBase,
         init_token_ids: Sequence[int] | None = None,
     ) -> TrainableRows:
-        """Deltas of zero on the context's embeddings; the context is the config's."""
+        """Zero deltas on the embeddings of the config's context."""
         if init_token_ids is not None:
             raise ValueError("CPT starts from its context, which the config holds")
         embedding = frozen.model.get_input_embeddings()  # type: ignore[operator]

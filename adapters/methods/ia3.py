@@ -1,8 +1,8 @@
 """IA3: one trained vector per targeted linear module scales its output, or a feedforward's input.
 
-Paper: Liu et al. 2022, arXiv 2205.05638. Parity source: peft/tuners/ia3. A stranger's regular
-expressions are kept as text and never run: a checkpoint binds by its tensor names. Knows nothing of
-other methods, of files or of the engine.
+Paper: Liu et al. 2022, arXiv 2205.05638. Parity source: peft/tuners/ia3. Untrusted regular expressions
+are stored as text and never run: a checkpoint binds by its tensor names. Independent of other methods,
+files and the engine.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from pydantic import BeforeValidator
 from torch import nn
 
 from adapters.base_model import BaseModelSpec, LinearSpec
-from adapters.errors import ConfigInvalid, TargetNotFound, TensorMismatch
-from adapters.method import AdapterFacts, PeftConfig, TensorInfo
-from adapters.methods.checks import (
+from adapters.checks import (
     check_dtypes,
     check_modules_to_save,
     check_task_type,
@@ -26,6 +24,8 @@ from adapters.methods.checks import (
     some_of,
     to_float32,
 )
+from adapters.errors import ConfigInvalid, TargetNotFound, TensorMismatch
+from adapters.method import AdapterFacts, PeftConfig, TensorInfo
 from adapters.parts import ActivationScales
 from adapters.trainable import FrozenBase, VirtualTargets
 
@@ -58,7 +58,7 @@ DEFAULT_TARGETS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def _listed(value: Any) -> Any:
-    """PEFT holds names as a set; a list in a fixed order says the same and can be stored."""
+    """Convert PEFT's set of names to an equivalent list in a fixed order, which can be stored."""
     return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
@@ -92,7 +92,7 @@ class IA3Config(PeftConfig):
 
 
 def ia3_targets(config: IA3Config, base: BaseModelSpec) -> dict[str, bool]:
-    """The modules that a config of our own targets on this base.
+    """The modules that a locally made config targets on this base.
 
     Returns:
         Dotted module path -> whether it is feedforward, in the order of the base's modules.
@@ -160,8 +160,8 @@ def _literal(config: IA3Config, field: str) -> list[str] | None:
     return names
 
 
-# A stranger's list may hold a hundred thousand names: a path's endings are looked up in the list's
-# set, so that the work grows with the modules and not with modules times names.
+# An untrusted list may hold a hundred thousand names. A path's suffixes are looked up in a set, so the
+# cost is linear in the modules instead of modules times names.
 
 
 def _dotted_endings(path: str) -> set[str]:
@@ -241,7 +241,7 @@ class IA3Linear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The wrapped module's weight: some models read it off their layers."""
+        """The wrapped module's weight, which some models access directly."""
         weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
         return weight
 
@@ -298,7 +298,7 @@ def attach_ia3(model: nn.Module, config: IA3Config, base: BaseModelSpec) -> dict
 
 
 def detach_ia3(model: nn.Module) -> None:
-    """Put the wrapped modules back, in place; a model without IA3 is left as it is."""
+    """Restore the wrapped modules in place; a model without IA3 is left unchanged."""
     for path, layer in ia3_layers(model).items():
         model.set_submodule(path, layer.base_layer)
 
@@ -372,7 +372,7 @@ def _listed_feedforward(config: IA3Config) -> frozenset[str] | None:
 def _is_feedforward(
     name: str, info: TensorInfo, path: str, spec: LinearSpec, names: frozenset[str] | None
 ) -> bool:
-    """Which side a vector scales: its shape decides, an explicit list must agree."""
+    """Which side a vector scales, determined by its shape; an explicit list must agree."""
     output, feedforward = (spec.out_features, 1), (1, spec.in_features)
     if info.shape not in (output, feedforward):
         raise TensorMismatch(
@@ -399,10 +399,10 @@ def _is_feedforward(
 
 
 def _check_targets(config: IA3Config, paths: set[str], base: BaseModelSpec) -> tuple[str, ...]:
-    """Hold literal targets against the bound paths; texts that PEFT would run are skipped.
+    """Check literal targets against the bound paths; regular expressions are skipped.
 
     Returns:
-        Warnings: entries that match nothing, which PEFT lets pass.
+        Warnings: entries that match nothing, which PEFT accepts.
     """
     names = config.target_modules
     if not isinstance(names, list):
@@ -500,7 +500,7 @@ class IA3:
         return _export(layers)
 
     def num_trainable(self, config: IA3Config, base: BaseModelSpec) -> int:
-        """A number for every scaled input and output."""
+        """One parameter per scaled input and output."""
         modules = base.linear_modules
         return sum(
             modules[path].in_features if is_feedforward else modules[path].out_features
@@ -558,21 +558,21 @@ class TrainableScales:
         self._layers = attach_ia3(model, config, base)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """See `Trainable`; named by module path."""
+        """The trained vectors by module path, see `Trainable.parameters`."""
         return {path: layer.ia3_l for path, layer in self._layers.items()}
 
     def virtual(self) -> None:
-        """Nothing stands before the rows."""
+        """None: IA3 has no virtual tokens."""
 
     def set_training(self, training: bool) -> None:
         """IA3 has no dropout."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See `IA3.export`."""
+        """The checkpoint as it stands, by `IA3.export`."""
         return _export(self._layers)
 
     def detach(self) -> None:
-        """Put the wrapped modules back."""
+        """Restore the wrapped modules."""
         detach_ia3(self._model)
 
 

@@ -1,8 +1,7 @@
 """P-tuning: trained embedding rows before the input, computed by a small network while training.
 
 Paper: Liu et al. 2021, arXiv 2103.10385. Parity source: peft/tuners/p_tuning. The network is not
-saved; a checkpoint holds the rows that it computes. Knows nothing of other methods, of files or of
-the engine.
+saved; a checkpoint holds the rows that it computes. Independent of other methods, files and the engine.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ class PromptEncoder(VirtualTokens):
             self.mlp_head = _mlp(self.input_size, hidden, hidden, self.output_size)
 
     def is_reparameterised(self) -> bool:
-        """True while the network is there."""
+        """True while the network exists."""
         return self.mlp_head is not None
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
@@ -145,17 +144,17 @@ class PTuning:
     def check(
         self, config: PromptEncoderConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
     ) -> AdapterFacts:
-        """See `soft_prompt.check_rows`; the matrix is (n, d)."""
+        """Check the checkpoint's (n, d) matrix with `soft_prompt.check_rows`."""
         return check_soft_prompt(config, tensors, base)
 
     def serving_form(
         self, config: PromptEncoderConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
     ) -> SoftPrompt:
-        """See `soft_prompt.soft_prompt_form`."""
+        """The saved rows as a SoftPrompt, by `soft_prompt.soft_prompt_form`."""
         return soft_prompt_form(tensors, base)
 
     def export(self, module: nn.Module, config: PromptEncoderConfig) -> dict[str, torch.Tensor]:
-        """See `soft_prompt.export_rows`: the computed rows are saved, not the network."""
+        """The checkpoint, by `soft_prompt.export_rows`: the computed rows, not the network."""
         return export_rows(module)
 
     def complete_config(

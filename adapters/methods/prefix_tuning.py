@@ -1,8 +1,8 @@
-"""Prefix tuning: trained keys and values of every layer stand before the sequence's own.
+"""Prefix tuning: trained keys and values of every layer, prepended to the sequence's own.
 
 P-Tuning v2 is the same on disk and at inference. Papers: Li and Liang 2021, arXiv 2101.00190;
-Liu et al. 2021, arXiv 2110.07602. Parity source: peft/tuners/prefix_tuning. Knows nothing of other
-methods, of files or of the engine.
+Liu et al. 2021, arXiv 2110.07602. Parity source: peft/tuners/prefix_tuning. Independent of other methods,
+files and the engine.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
+from adapters.checks import to_float32
 from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
-from adapters.methods.checks import to_float32
 from adapters.methods.soft_prompt import (
     ROWS,
     VirtualTokens,
@@ -127,7 +127,7 @@ class PrefixTuning:
     def check(
         self, config: PrefixTuningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
     ) -> AdapterFacts:
-        """See `soft_prompt.check_rows`; the matrix is (n, L * 2 * H_kv * D)."""
+        """Check the checkpoint's (n, L * 2 * H_kv * D) matrix with `soft_prompt.check_rows`."""
         return check_rows(
             config,
             tensors,
@@ -151,7 +151,7 @@ class PrefixTuning:
         return form
 
     def export(self, module: nn.Module, config: PrefixTuningConfig) -> dict[str, torch.Tensor]:
-        """See `soft_prompt.export_rows`: the projection's output is saved, not the projection."""
+        """The checkpoint, by `soft_prompt.export_rows`: the projection's output, not the projection."""
         return export_rows(module)
 
     def complete_config(
@@ -163,7 +163,7 @@ class PrefixTuning:
         return full.model_copy(update={"encoder_hidden_size": hidden})
 
     def num_trainable(self, config: PrefixTuningConfig, base: BaseModelSpec) -> int:
-        """The rows, or with projection what computes them."""
+        """Parameters of the rows, or with projection those of its network."""
         return count_parameters(lambda: PrefixEncoder(_in_training(config)))
 
     def trainable(
@@ -172,10 +172,10 @@ class PrefixTuning:
         frozen: FrozenBase,
         init_token_ids: Sequence[int] | None = None,
     ) -> TrainableRows:
-        """Random keys and values, or, without projection, the base's own of n tokens.
+        """Random keys and values, or, without projection, the base's own keys and values of n tokens.
 
-        The keys of a text are those that it has at positions 0 to n - 1: text that is too short is
-        repeated before the base reads it, its keys are never tiled.
+        The keys of a text are computed at positions 0 to n - 1: a short text is repeated before the base
+        processes it; its keys are never tiled.
         """
         module = PrefixEncoder(_in_training(config))
         if init_token_ids is not None:

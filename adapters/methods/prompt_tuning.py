@@ -1,7 +1,7 @@
 """Prompt tuning: embedding rows before the input, trained directly.
 
-Paper: Lester et al. 2021, arXiv 2104.08691. Parity source: peft/tuners/prompt_tuning. Knows nothing
-of tokenizers, other methods, files or the engine.
+Paper: Lester et al. 2021, arXiv 2104.08691. Parity source: peft/tuners/prompt_tuning. Independent of
+tokenizers, other methods, files and the engine.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PromptEmbedding(VirtualTokens):
         word_embeddings: the base's token embedding; rows are copied from it with TEXT and
             SAMPLE_VOCAB.
         init_token_ids: the tokens of `prompt_tuning_init_text`, cut or repeated to n; needed with
-            TEXT, because a config's tokenizer is never loaded here (it may be a stranger's).
+            TEXT, because a config's tokenizer is untrusted and never loaded here.
 
     Attributes:
         embedding: (n, token_dim), float32.
@@ -123,17 +123,17 @@ class PromptTuning:
     def check(
         self, config: PromptTuningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
     ) -> AdapterFacts:
-        """See `soft_prompt.check_rows`; the matrix is (n, d)."""
+        """Check the checkpoint's (n, d) matrix with `soft_prompt.check_rows`."""
         return check_soft_prompt(config, tensors, base)
 
     def serving_form(
         self, config: PromptTuningConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
     ) -> SoftPrompt:
-        """See `soft_prompt.soft_prompt_form`."""
+        """The saved rows as a SoftPrompt, by `soft_prompt.soft_prompt_form`."""
         return soft_prompt_form(tensors, base)
 
     def export(self, module: nn.Module, config: PromptTuningConfig) -> dict[str, torch.Tensor]:
-        """See `soft_prompt.export_rows`."""
+        """The checkpoint of the module, by `soft_prompt.export_rows`."""
         return export_rows(module)
 
     def complete_config(

@@ -1,8 +1,8 @@
-"""What the virtual-token methods share: bounds, dimensions, and the one tensor they save.
+"""Shared code of the virtual-token methods: bounds, dimensions, and the one tensor they save.
 
 Prefix tuning, P-tuning, CPT and prompt tuning all save one matrix `prompt_embeddings`, a row for
 each virtual token. This file checks it, turns embedding rows into a `SoftPrompt`, and computes the
-rows of a trained module. It knows no config but the shared one.
+rows of a trained module. It uses only the shared config.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.errors import ConfigInvalid, MethodUnsupported, TensorMismatch
-from adapters.method import AdapterFacts, PromptLearningConfig, TensorInfo
-from adapters.methods.checks import (
+from adapters.checks import (
     check_dtypes,
     check_modules_to_save,
     check_names,
@@ -24,6 +22,8 @@ from adapters.methods.checks import (
     check_task_type,
     to_float32,
 )
+from adapters.errors import ConfigInvalid, MethodUnsupported, TensorMismatch
+from adapters.method import AdapterFacts, PromptLearningConfig, TensorInfo
 from adapters.parts import SoftPrompt
 
 ROWS = "prompt_embeddings"
@@ -37,13 +37,13 @@ class VirtualTokens(nn.Module):
     Called with token indices (B, n) of 0..n-1, a subclass returns (B, n, width).
 
     Attributes:
-        embedding: one row a virtual token; what the rows mean is the subclass's business.
+        embedding: one row per virtual token; the subclass defines the meaning of the rows.
     """
 
     embedding: nn.Embedding
 
     def rows(self) -> torch.Tensor:
-        """The rows that are saved, (n, width): computed in eval mode, without gradients."""
+        """The rows to save, (n, width), computed in eval mode without gradients."""
         was_training = self.training
         self.eval()
         try:
@@ -61,7 +61,7 @@ class VirtualTokens(nn.Module):
         return False
 
     def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:
-        """Take saved rows (n, width) as this module's own.
+        """Load saved rows (n, width).
 
         Raises:
             ValueError: the rows are computed by a network, or have another shape.
@@ -121,7 +121,7 @@ def check_num_virtual_tokens(config: PromptLearningConfig, base: BaseModelSpec) 
 
 
 def check_dimensions(config: PromptLearningConfig, wanted: Mapping[str, int]) -> None:
-    """Hold the dimensions that the config records to those of the base; unset ones pass.
+    """Check the dimensions in the config against those of the base; unset ones pass.
 
     Raises:
         TensorMismatch: one differs: the adapter was trained on another base.
@@ -147,7 +147,7 @@ def check_rows(
     width: int,
     why: str,
 ) -> AdapterFacts:
-    """The whole check of a virtual-token method.
+    """The complete check of a virtual-token method.
 
     Args:
         config: parsed config.

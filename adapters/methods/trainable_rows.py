@@ -1,6 +1,6 @@
-"""Virtual tokens in training: a module computes their rows, the rows stand before the input.
+"""Virtual tokens in training: a module computes their rows, which are prepended to the input.
 
-Shared by prefix tuning, P-tuning, CPT and prompt tuning; what a row means is the method's business.
+Shared by prefix tuning, P-tuning, CPT and prompt tuning; each method defines the meaning of a row.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class TrainableRows:
     """Virtual tokens that a module computes.
 
     Args:
-        module: gives the rows, (n, width).
-        form: makes the virtual tokens of the rows.
+        module: computes the rows, (n, width).
+        form: converts the rows to virtual tokens.
         targets: see `Trainable`.
     """
 
@@ -37,24 +37,24 @@ class TrainableRows:
         self._indices = torch.arange(count, device=module.embedding.weight.device)[None]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """See `Trainable`."""
+        """The module's parameters, see `Trainable.parameters`."""
         named = self.module.named_parameters()
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def virtual(self) -> KVPrefix | SoftPrompt:
-        """See `Trainable`."""
+        """The virtual tokens, differentiable, see `Trainable.virtual`."""
         return self._form(self.module(self._indices)[0])
 
     def set_training(self, training: bool) -> None:
-        """See `Trainable`."""
+        """Switch the module's dropout, see `Trainable.set_training`."""
         self.module.train(training)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See `soft_prompt.export_rows`."""
+        """The checkpoint as it stands, by `soft_prompt.export_rows`."""
         return export_rows(self.module)
 
     def detach(self) -> None:
-        """Nothing was attached."""
+        """No-op: nothing is attached to the base."""
 
 
 def trainable_soft_prompt(
@@ -66,9 +66,9 @@ def trainable_soft_prompt(
     """Rows of embeddings, on the base's device.
 
     Args:
-        module: gives the rows, (n, d).
+        module: computes the rows, (n, d).
         frozen: the base.
-        init_token_ids: n tokens whose embeddings the rows start from; None leaves the module's own.
+        init_token_ids: n tokens whose embeddings initialise the rows; None keeps the module's rows.
         targets: see `Trainable`.
 
     Raises:
@@ -81,7 +81,7 @@ def trainable_soft_prompt(
 
 
 def count_parameters(build: Callable[[], nn.Module]) -> int:
-    """Numbers that a module trains; it is built without memory for them."""
+    """Number of parameters of a module, built without allocating them."""
     with torch.device("meta"):
         module = build()
     return sum(p.numel() for p in module.parameters() if p.requires_grad)

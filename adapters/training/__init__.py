@@ -1,18 +1,18 @@
 """Training: rows and a method in, a checkpoint in PEFT's format out.
 
-    job            what was asked for, and the same with every default resolved
+    job            the request, and the job with every default resolved
     recipes        the measured defaults of each method
-    rows           JSON lines, CSV and inline rows as plain values, checked
+    rows           JSON lines, CSV and inline rows, validated
     rendering      one row as text and as token ids
-    selection      which examples are trained on, held out, or in CPT's context
-    examples       all rows as token ids, of a length that fits
-    method_config  the PEFT fields of a request over those of its recipe
-    plan           a request and its rows as a job that can run, or a refusal
-    batches        which examples stand in which step
+    selection      selects examples for training, for validation and for CPT's context
+    examples       all rows as token ids, fitted to the maximum length
+    method_config  merges the PEFT fields of a request into those of its recipe
+    plan           resolves and validates a request and its rows
+    batches        assigns examples to steps
     packed         the base model on one packed row of tokens
-    loop           the steps
+    loop           the training loop
     state          checkpoints of a run
-    ranking        evaluation: which label is the most likely
+    ranking        evaluation: loss and label ranking
 
-No HTTP, no jobs table, no processes.
+Independent of HTTP, the jobs table and processes.
 """

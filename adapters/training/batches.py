@@ -1,6 +1,6 @@
-"""Which examples stand in which step: a function of the seed and the step's number, nothing else.
+"""Assigns examples to steps as a pure function of the seed and the step number.
 
-So a resumed run sees the rows that an undisturbed one would have seen, and no order is stored.
+A resumed run therefore sees the same rows as an uninterrupted one, and no order is stored.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Steps:
     """The steps of a run.
 
     Attributes:
-        num_examples: rows that are trained on.
-        batch_size: rows a forward pass; the last of an epoch may have fewer.
-        accumulation: forward passes an optimiser step; the last of an epoch may have fewer.
-        max_steps: optimiser steps in all.
-        seed: of the order.
+        num_examples: training rows.
+        batch_size: rows per forward pass; the last of an epoch may have fewer.
+        accumulation: forward passes per optimiser step; the last of an epoch may have fewer.
+        max_steps: total optimiser steps.
+        seed: seed of the row order.
     """
 
     num_examples: int
@@ -34,7 +34,7 @@ class Steps:
 
     @classmethod
     def of(cls, num_examples: int, options: Hyperparameters) -> Steps:
-        """The plan for so many rows.
+        """The steps for a number of rows.
 
         Raises:
             ValueError: there is no row.
@@ -54,7 +54,7 @@ class Steps:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every row is seen once."""
+        """Optimiser steps per pass over the rows."""
         return math.ceil(self.num_examples / (self.batch_size * self.accumulation))
 
     def epoch_of(self, step: int) -> int:
@@ -62,7 +62,7 @@ class Steps:
         return step // self.steps_per_epoch + 1
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether every row has been seen once more after this step, from 0, or it is the last."""
+        """Whether this step, from 0, completes an epoch or the run."""
         return (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.max_steps
 
     def batches(self, step: int) -> list[Sequence[int]]:
@@ -84,8 +84,8 @@ def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 def learning_rate(step: int, max_steps: int, options: Hyperparameters) -> float:
     """The rate of a step, from 0.
 
-    It rises from 0 over the warm-up, then falls to 0 at `max_steps` as a line or a half cosine, or
-    stays. The same numbers as transformers' schedules of these names.
+    Linear warm-up from 0, then linear or half-cosine decay to 0 at `max_steps`, or constant. The values
+    equal those of transformers' schedules of the same names.
     """
     warmup = math.ceil(options.warmup_ratio * max_steps)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""What training must know of a tokenizer. Implemented outside; `server.text.tokenizer` fits."""
+"""The tokenizer interface that training needs. `server.text.tokenizer` implements it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Encoder(Protocol):
     """Text to token ids, with the characters that each token covers.
 
     Attributes:
-        eos_token_id: the end-of-sequence token that targets end with; None where there is none.
+        eos_token_id: the end-of-sequence token that targets end with; None if there is none.
     """
 
     eos_token_id: int | None
@@ -21,9 +21,8 @@ class Encoder(Protocol):
 
         Args:
             text: any string.
-            add_special_tokens: add what the tokenizer adds to a text (a BOS token, for some), with an
-                empty range.
-            plain: take names of special tokens inside `text` as plain text, as data is; else they are
-                those tokens, as in a prompt that a chat template made.
+            add_special_tokens: add the tokenizer's special tokens (such as BOS), with an empty range.
+            plain: treat names of special tokens in `text` as plain text, as for data; otherwise they
+                become those tokens, as in a prompt rendered by a chat template.
         """
         ...

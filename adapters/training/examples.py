@@ -1,7 +1,7 @@
-"""The rows of a job as token ids: what it trains on and what it holds out, each of a length that fits.
+"""Turns the rows of a job into training and validation examples within the maximum length.
 
-Nothing is random but by the job's seeds, so the server, the worker and the command line make the same
-examples. Knows no tensors and no model.
+All randomness comes from the job's seeds, so the server, the worker and the command line produce the
+same examples. Independent of tensors and models.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Example", "Examples", "fit", "kept_tokens", "make_examples"]
 
 @dataclass(frozen=True)
 class Examples:
-    """What a job trains on.
+    """The examples of a job.
 
     Attributes:
-        train: in the order of the rows.
-        held_out: likewise; empty without a validation split.
+        train: training examples, in row order.
+        held_out: validation examples, in row order; empty without a validation split.
         label_ids: every label as a target (separator, label, end of sequence), in the order of the
             job's labels; None without labels.
     """
@@ -36,12 +36,12 @@ class Examples:
 
 
 def make_examples(job: TrainingJob, rows: Sequence[Row], encoder: Encoder) -> Examples:
-    """Rows as the job trains on them.
+    """Encode, split and fit the rows of a job.
 
     Raises:
         TemplateInvalid: the job's template does not parse.
-        JobInvalid: a label without tokens, an end of sequence that the tokenizer lacks, a split that
-            holds out nothing, or no row left to train on.
+        JobInvalid: a label without tokens, a tokenizer without end of sequence, a split that holds
+            out nothing, or no row left to train on.
         DataInvalid: a row lacks a column, its target is not among the labels, or it is too long.
     """
     renderer = Renderer(job, encoder)
@@ -52,12 +52,12 @@ def make_examples(job: TrainingJob, rows: Sequence[Row], encoder: Encoder) -> Ex
 
 
 def fit(job: TrainingJob, examples: Examples) -> Examples:
-    """Hold every example to the job's `max_length`, or drop the beginning of its prompt.
+    """Enforce the job's `max_length`, truncating prompts from the left where the job allows it.
 
-    A held-out example must also hold the longest label, since each is ranked after its prompt.
+    A held-out example must also fit the longest label, since every label is ranked after its prompt.
 
     Raises:
-        DataInvalid: too long and not to be truncated, or a target that is too long by itself.
+        DataInvalid: an example is too long and truncation is off, or its target alone is too long.
     """
     longest = max((len(ids) for ids in examples.label_ids or ()), default=0)
     return replace(
@@ -68,7 +68,7 @@ def fit(job: TrainingJob, examples: Examples) -> Examples:
 
 
 def kept_tokens(prompt_types: Sequence[int], room: int) -> list[int]:
-    """Which tokens of a prompt stay in `room` tokens: what the tokenizer put first, then the last."""
+    """Indices of the prompt tokens that fit in `room`: leading special tokens, then the last tokens."""
     count = len(prompt_types)
     if count <= room:
         return list(range(count))

@@ -1,9 +1,9 @@
-"""A training job as plain data: what somebody asks for, and what will be done.
+"""Training requests and jobs as plain data.
 
-`TrainingRequest` is what a person writes (its rows apart): nearly every field has a default, and those
-that all have one stand in `TrainingOptions`.
-`TrainingJob` is the same with nothing left open; it is stored with the job and, as the recipe, with
-the adapter that comes of it. Both are JSON. Nothing here knows rows, tokens or tensors.
+`TrainingRequest` is the user's request without its rows. Most fields have defaults; the fields in
+`TrainingOptions` all do. `TrainingJob` is the request with every default resolved; it is stored with the
+job and, as the recipe, with the resulting adapter. Both serialise to JSON. Independent of rows, tokens
+and tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# What a request may say -> the method that is meant. P-Tuning v2 is prefix tuning on every layer.
+# Accepted method name -> method. P-Tuning v2 is prefix tuning on every layer.
 METHOD_NAMES: dict[str, str] = {
     "prefix_tuning": "PREFIX_TUNING",
     "p_tuning_v2": "PREFIX_TUNING",
@@ -34,7 +34,7 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-# Far above any that trains; beyond, a rate that float32 cannot hold would end in an error of torch's.
+# Far above any useful rate; a rate that overflows float32 would raise an error inside torch.
 LearningRate = Annotated[float, Field(gt=0.0, le=1e30, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -91,21 +91,21 @@ class Hyperparameters(BaseModel):
 
     Attributes:
         learning_rate: the schedule's highest.
-        epochs: passes over the rows; None where `max_steps` says when to stop.
-        max_steps: optimiser steps; None where `epochs` says.
-        batch_size: rows a forward pass.
-        gradient_accumulation_steps: forward passes an optimiser step; the loss is averaged over
+        epochs: passes over the rows; None if `max_steps` sets the duration.
+        max_steps: optimiser steps; None if `epochs` sets the duration.
+        batch_size: rows per forward pass.
+        gradient_accumulation_steps: forward passes per optimiser step; the loss is averaged over
             the target tokens of all of them.
         warmup_ratio: share of the steps in which the rate rises from 0.
-        lr_scheduler_type: what it does afterwards: falls to 0 as a line or a half cosine, or stays.
+        lr_scheduler_type: schedule after warm-up: linear or half-cosine decay to 0, or constant.
         optimizer: "adamw", or plain "sgd".
         adam_epsilon: AdamW's.
         weight_decay: AdamW's, decoupled.
-        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        seed: of the initial weights, the order of rows and dropout.
-        validation_split: share of the rows held out, drawn by label where there are labels.
-        early_stopping_patience: stop after so many evaluations (one an epoch) without a better one,
-            and keep the best; None never does.
+        max_grad_norm: gradients are clipped to this norm; 0 disables clipping.
+        seed: seed of the initial weights, the row order and dropout.
+        validation_split: share of the rows held out, stratified by label if there are labels.
+        early_stopping_patience: stop after this many evaluations (one per epoch) without improvement,
+            and keep the best parameters; None disables early stopping.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -201,19 +201,19 @@ class TrainingJob(BaseModel):
 
     Attributes (those that `TrainingRequest` has mean the same):
         method: the method's own name, such as "prefix_tuning".
-        peft_type: PEFT's name of it.
+        peft_type: PEFT's name of the method.
         config: the complete `adapter_config.json`; for CPT with the context's token ids and types.
         max_length: tokens of prompt, target and end of sequence.
-        init_token_ids: what a prefix or a prompt starts from, as many as it has virtual tokens;
-            None starts from random numbers.
-        base_digest: the base it is for.
-        base_name: what that base is called.
+        init_token_ids: initial tokens of a prefix or a prompt, one per virtual token; None starts from
+            random numbers.
+        base_digest: digest of the base.
+        base_name: name of the base.
         num_rows: rows, held-out ones included.
-        num_validation_rows: the last so many rows are held out, whatever `validation_split` says.
+        num_validation_rows: number of held-out rows at the end; overrides `validation_split`.
         prompts: "template": the template makes prompts of data, in which the names of special tokens
             are plain text. "chat": the one column that the template names holds what the base's chat
-            template made, its special tokens included; the adapter keeps no template of its own.
-        trainable_params: numbers that are trained (of the encoder too, where there is one).
+            template made, its special tokens included; the adapter has no template of its own.
+        trainable_params: number of trained parameters, an encoder's included.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

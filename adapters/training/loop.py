@@ -1,10 +1,10 @@
-"""The steps of a training run: a job and its examples in, a checkpoint in PEFT's format out.
+"""The training loop: a job and its examples in, a checkpoint in PEFT's format out.
 
     for each step: batches -> loss -> gradients -> clip -> optimiser -> event
 
-The base stays frozen and in eval mode; what is trained, and its optimiser, are float32. A run
-continues by itself from the state that it finds, see `state`. Knows no process, no jobs table and
-no file but its state.
+The base stays frozen and in eval mode. Trained parameters and optimiser state are float32. A run
+resumes automatically from the checkpoint it finds, see `state`. Independent of processes and the jobs
+table; the only file it uses is its checkpoint.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ EventKind = Literal["started", "resumed", "step", "evaluation", "checkpoint"]
 
 
 class Stopped(Exception):
-    """`should_stop` said so; the state was saved where there is a place for it."""
+    """Training was stopped by `should_stop`; a checkpoint was saved if there is a state directory."""
 
 
 @dataclass(frozen=True)
 class TrainingEvent:
-    """Something that happened in a run.
+    """A progress event of a run.
 
     Attributes:
-        kind: "started" and "resumed" open a run; "step" comes after each optimiser step,
-            "evaluation" after an epoch with held-out rows, "checkpoint" after a save.
+        kind: "started" or "resumed" opens a run; "step" follows each optimiser step, "evaluation"
+            each epoch with held-out rows, "checkpoint" each save.
         data: JSON.
             started: max_steps, num_rows, num_held_out, trainable_params; resumed: also step.
             step: step, max_steps, epoch, loss, learning_rate, tokens_per_second, seconds_left.
@@ -66,14 +66,14 @@ class TrainingEvent:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         config: `adapter_config.json`.
         tensors: the checkpoint, PEFT's names, float32.
         metrics: loss (mean over the last epoch), steps, epochs, num_rows, num_tokens (of prompts and
-            targets, over all steps), and with held-out rows `evaluation`, that of the parameters that
-            are kept. The same for an interrupted run.
+            targets, over all steps), and with held-out rows `evaluation`, measured on the parameters
+            that are kept. Identical for a run that was interrupted and resumed.
     """
 
     config: dict[str, Any]
@@ -96,26 +96,25 @@ def train(
     checkpoint_seconds: float = 20.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Run a job to its end.
+    """Run a job to completion.
 
     Args:
-        job: what to do.
-        examples: its rows.
-        model: the loaded base, frozen and in eval mode; its attention is replaced, and while the
-            run lasts IA3 wraps its modules.
+        job: the job.
+        examples: its examples.
+        model: the loaded base, frozen and in eval mode; its attention is replaced, and IA3 wraps its
+            modules for the duration of the run.
         base: its dimensions.
         on_event: called in this thread.
-        state_dir: where checkpoints go and where an earlier run's is found; None keeps none.
+        state_dir: directory of the checkpoint, read on resume; None disables checkpoints.
         checkpoint_seconds: time between two checkpoints; 0 saves after every step.
-        should_stop: asked before every forward pass.
+        should_stop: called before every forward pass.
 
     Raises:
         BaseMismatch: the job was planned for another base.
-        TrainingDiverged: a loss, in training or after it, or a parameter at the end, is no finite
-            number.
-        Stopped: asked for by `should_stop`.
-        StorageFull: a checkpoint found no room.
-        TrainingError: the checkpoint that was found is damaged.
+        TrainingDiverged: a training or evaluation loss, or a final parameter, is not finite.
+        Stopped: requested by `should_stop`.
+        StorageFull: no space for a checkpoint.
+        TrainingError: the existing checkpoint is damaged.
     """
     if job.base_digest != base.digest:
         raise BaseMismatch(
@@ -160,7 +159,7 @@ class _Run:
         self._optimizer = make_optimizer(self._parameters, self._options)
         self._step = 0
         self._best: dict[str, torch.Tensor] = {}
-        # What the end depends on besides the tensors; stored with every checkpoint.
+        # Run state that the result depends on besides the tensors; stored with every checkpoint.
         self._facts: dict[str, Any] = {
             "losses": [],
             "evaluations": [],
@@ -170,7 +169,7 @@ class _Run:
         self._clock = _Clock(self._plan)
 
     def to_the_end(self, checkpoint_seconds: float) -> Trained:
-        """Every step that is left."""
+        """Run all remaining steps."""
         self._begin()
         saved_at = time.monotonic()
         while self._step < self._plan.max_steps and not self._is_over():
@@ -189,7 +188,7 @@ class _Run:
     # --- a step ------------------------------------------------------------------------
 
     def _one_step(self) -> tuple[float, int]:
-        """Gradients of all forward passes of a step, then the optimiser; its loss and tokens."""
+        """Forward and backward passes of a step, then the optimiser. Returns loss and token count."""
         train, targets = self._examples.train, self.trainable.targets
         batches = [[train[row] for row in rows] for rows in self._plan.batches(self._step)]
         count = sum(num_targets(batch, targets) for batch in batches)
@@ -307,7 +306,7 @@ class _Run:
         self._tell("resumed", step=self._step, **facts)
 
     def _stop_if_asked(self) -> None:
-        # In the middle of a step or an evaluation: nothing is saved, the run goes on from the last
+        # Inside a step or an evaluation: nothing is saved, and the run resumes from the last
         # checkpoint.
         if self._should_stop():
             raise Stopped
@@ -351,7 +350,7 @@ class _Run:
         return Trained(dict(self._job.config), tensors, metrics)
 
     def _check_last_step(self) -> None:
-        """Run what is handed out once: the last loss was computed before the last step."""
+        """Run one forward pass with the final parameters: the last loss predates the last step."""
         rows = self._examples.train[: self._plan.batch_size]
         self.trainable.set_training(False)
         with torch.no_grad():
@@ -363,7 +362,7 @@ class _Run:
 
 
 class _Clock:
-    """Pace of a run: tokens a second since it began or went on, and what that leaves."""
+    """Throughput of a run since it started or resumed, and the estimated time left."""
 
     def __init__(self, plan: Steps) -> None:
         self._plan = plan
@@ -375,7 +374,7 @@ class _Clock:
         self._started = time.monotonic()
 
     def after(self, step: int, num_tokens: int) -> tuple[float, float]:
-        """(tokens a second, seconds left) after this step, counted from 1."""
+        """(tokens per second, seconds left) after this step, counted from 1."""
         self._tokens += num_tokens
         seconds = max(time.monotonic() - self._started, 1e-9)
         left = (self._plan.max_steps - step) * seconds / (step - self._first)
@@ -385,7 +384,7 @@ class _Clock:
 def make_optimizer(
     parameters: dict[str, nn.Parameter], options: Hyperparameters
 ) -> torch.optim.Optimizer:
-    """The optimiser of these parameters as the options say."""
+    """Build the optimiser for these parameters."""
     values = list(parameters.values())
     if options.optimizer == "sgd":
         return torch.optim.SGD(values, lr=options.learning_rate)
@@ -398,5 +397,5 @@ def make_optimizer(
 
 
 def _goodness(evaluation: dict[str, Any]) -> tuple[float, float]:
-    """Higher is better: accuracy first, where there are labels, then the loss."""
+    """Sort key of an evaluation, higher is better: accuracy (if there are labels), then lower loss."""
     return evaluation.get("accuracy", 0.0), -evaluation["loss"]

@@ -1,8 +1,8 @@
-"""The PEFT fields of a request over those of the recipe, and what the trained rows start from.
+"""Merges the PEFT fields of a request into the recipe's, and determines the initialisation.
 
-A client may set what shapes the method. What is made here instead (the base's name, CPT's context) and
-what cannot be trained (`modules_to_save`) is refused, so that nothing is dropped in silence; a null
-says nothing and passes, since PEFT writes nulls. Knows no rows and no tokens.
+A client may set the fields that configure the method. Fields that are set by training (the base's name,
+CPT's context) and fields that cannot be trained (`modules_to_save`) are refused rather than ignored. A
+null counts as unset, since PEFT writes nulls. Rows and tokens are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adapters.training.recipes import Recipe
 
 TASK_TYPE = "CAUSAL_LM"
 _SHOWN = 80
-# Networks and rows are counted before they are built, and these are counted by building their shapes.
+# Parameter counts are checked before allocation, and these are counted by building their shapes.
 _LARGEST: dict[str, int] = {
     "num_virtual_tokens": 1_000_000,
     "encoder_hidden_size": 65_536,
@@ -26,7 +26,7 @@ _LARGEST: dict[str, int] = {
 }
 _TAKES_TEXT = ("PREFIX_TUNING", "PROMPT_TUNING")
 
-# Field -> why it is not the client's; for every method, then for one.
+# Field -> why a client cannot set it; for all methods, then per method.
 _NOT_YOURS: dict[str, str] = {
     "auto_mapping": "it belongs to models that PEFT does not know",
     "base_model_name_or_path": "the base is the one that is served",
@@ -48,12 +48,12 @@ _NOT_YOURS_IN: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Start:
-    """What a prefix or a prompt starts from.
+    """Initialisation of a prefix or a prompt.
 
     Attributes:
         kind: "text", "rows" (the text of training rows), "vocabulary" (random tokens), or "default"
-            (what the config says, such as random numbers).
-        text: with "text".
+            (as the config specifies, such as random numbers).
+        text: only with "text".
     """
 
     kind: Literal["text", "rows", "vocabulary", "default"]
@@ -61,10 +61,10 @@ class Start:
 
 
 def resolve(request: TrainingRequest, recipe: Recipe) -> tuple[dict[str, Any], Start]:
-    """The config as plain fields, not parsed yet, and the start.
+    """The unparsed config fields and the initialisation.
 
     Raises:
-        JobInvalid: a field that is not the client's, or that does not go with `init_text`.
+        JobInvalid: a field that a client cannot set, or one that conflicts with `init_text`.
     """
     peft_type = METHOD_NAMES[request.method]
     given = {name: value for name, value in request.config.items() if value is not None}
@@ -83,10 +83,10 @@ def resolve(request: TrainingRequest, recipe: Recipe) -> tuple[dict[str, Any], S
 
 
 def parse(raw: Mapping[str, Any], peft_type: str) -> PeftConfig:
-    """The fields as the method's config.
+    """Parse the fields into the method's config.
 
     Raises:
-        JobInvalid: an unknown field, or one of the wrong kind or size.
+        JobInvalid: an unknown field, or one of the wrong type or size.
     """
     from adapters.methods import METHODS
 
@@ -129,7 +129,7 @@ def _prefix_start(raw: Mapping[str, Any], request: TrainingRequest, recipe: Reci
             )
     if request.init_text is not None:
         return Start("text", request.init_text)
-    # An explicit null asks for PEFT's own start, random numbers.
+    # An explicit null requests PEFT's default initialisation, random numbers.
     if (
         recipe.init_from_rows
         and not raw.get("prefix_projection")
@@ -146,9 +146,9 @@ def _prefix_start(raw: Mapping[str, Any], request: TrainingRequest, recipe: Reci
 def _prompt_start(
     raw: dict[str, Any], request: TrainingRequest, recipe: Recipe
 ) -> tuple[dict[str, Any], Start]:
-    """The start that PEFT's own fields name is carried out here; PEFT then has nothing to prepare.
+    """Take over the initialisation that PEFT's own fields specify.
 
-    With TEXT it would read a tokenizer whenever it loads the adapter: RANDOM is what is written.
+    The written config says RANDOM: with TEXT, PEFT would load a tokenizer whenever it loads the adapter.
     """
     fields = {
         name: raw.pop(name, None)
@@ -156,7 +156,7 @@ def _prompt_start(
     }
     init = raw.get("prompt_tuning_init")
     if init is not None and init not in ("TEXT", "SAMPLE_VOCAB", "RANDOM"):
-        return raw, Start("default")  # the config's own check says what is wrong
+        return raw, Start("default")  # the config's own check reports the error
     for name, value in fields.items():
         if value is not None and (init != "TEXT" or name == "tokenizer_kwargs"):
             expected = "it left out" if init == "TEXT" else "prompt_tuning_init 'TEXT' with it"

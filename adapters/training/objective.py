@@ -1,8 +1,8 @@
-"""The loss of a step: cross entropy on the targets of its rows, run on the packed base.
+"""The loss of a step: cross entropy on the targets of its rows, computed on the packed base.
 
-Averaged over the target tokens. Where virtual tokens are targets themselves (CPT's context), each
-row counts them once more, although they are computed once a step: the same number, and the same
-gradients, as repeating them before every row.
+Averaged over the target tokens. Where virtual tokens are themselves targets (CPT's context), they are
+computed once per step but weighted by the number of rows. Loss and gradients equal those of repeating
+them before every row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adapters.training.packed import PackedBase, Row, pack
 
 
 def num_targets(examples: Sequence[Example], targets: VirtualTargets | None) -> int:
-    """Target tokens of these rows, those among the virtual tokens counted for every row."""
+    """Target tokens of these rows; virtual tokens that are targets count once per row."""
     own = sum(len(example.target_ids) for example in examples)
     return own + (len(examples) * int(targets.counts.sum()) if targets is not None else 0)
 
@@ -34,7 +34,7 @@ def summed_loss(
 
     Args:
         base: the frozen base.
-        virtual: what stands before the rows.
+        virtual: virtual tokens before the rows.
         examples: the rows; every prompt has at least one token.
         targets: virtual tokens that are predicted.
     """
@@ -48,7 +48,7 @@ def summed_loss(
     weights = torch.ones(len(ids))
     if targets is not None:
         places = targets.counts.nonzero()[:, 0]
-        # Predicted from the virtual token before; these count from -n, see `PackedBase.logits`.
+        # Predicted from the preceding virtual token; indices start at -n, see `PackedBase.logits`.
         at += (places - 1 - len(targets.counts)).tolist()
         ids += targets.token_ids[places].tolist()
         weights = torch.cat((weights, targets.weights[places] * len(examples)))

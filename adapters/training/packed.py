@@ -1,15 +1,15 @@
-"""The frozen base on one packed row of tokens, with gradients to what stands before the rows.
+"""The frozen base on one packed row of tokens, with gradients to the virtual tokens.
 
-Every token of a step is computed once and none is padding. The rows of a step are laid end to end,
-(1, T); attention alone keeps them apart. What stands before all of them (a prefix's keys and
-values, a soft prompt's rows) is there once a step: the rows attend to it and their gradients add
-up. Logits are computed only where somebody reads them.
+Every token of a step is computed once, without padding. The rows of a step are concatenated to (1, T);
+attention masks separate them. Virtual tokens (a prefix's keys and values, a soft prompt's rows) are
+present once per step: all rows attend to them, and their gradients accumulate. Logits are computed only
+at the requested positions.
 
     [ soft prompt | row 1 | row 2 | ... ]       the packed row
-      positions 0..n-1, then n, n+1, ... in every row anew
+      positions 0..n-1, then n, n+1, ... restarting in every row
 
-A row may end in branches, alternatives that see the row's trunk and themselves but not one another
-(the labels of a ranking). Knows no method, no loss and no optimiser.
+A row may end in branches: alternatives that attend to the row's trunk and to themselves but not to one
+another (the labels of a ranking). Independent of methods, losses and optimisers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from adapters.attention_hook import connect
 from adapters.base_model import BaseModelSpec
 from adapters.parts import KVPrefix, SoftPrompt
 
-# A row joins a group if it is at least this share of the group's longest row: padding costs products,
-# more groups cost calls.
+# Minimum ratio of a row's length to its group's longest row. Trades padding against kernel calls.
 SIMILAR = 0.6
 
 
@@ -46,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Packed:
-    """A step's rows, laid out.
+    """A step's rows, concatenated.
 
     Attributes:
         ids: (T,) token ids, without virtual tokens.
@@ -62,10 +61,10 @@ class Packed:
 
 
 def pack(rows: Sequence[Row]) -> Packed:
-    """Lay rows end to end.
+    """Concatenate rows.
 
     Raises:
-        ValueError: no row, or an empty one.
+        ValueError: no rows, or an empty row.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -90,15 +89,15 @@ def pack(rows: Sequence[Row]) -> Packed:
 
 @dataclass
 class _Group:
-    """Rows of similar length whose attention is one product; Tq is the longest.
+    """Rows of similar length whose attention is computed as one padded batch; Tq is the longest length.
 
     Attributes:
-        tokens: (R,) the packed tokens that these rows are, soft prompt counted.
-        places: (R,) where each stands in the padded layout, (B * Tq).
+        tokens: (R,) indices of these rows' tokens in the packed row, soft prompt included.
+        places: (R,) position of each in the padded layout, (B * Tq).
         shape: (B, Tq).
         visible: (B, Tq, n + Tq) bool, before any window: virtual tokens first.
         distances: (B, Tq, n + Tq) query position minus key position.
-        sees_virtual: whether the virtual tokens stand before these rows (not for themselves).
+        sees_virtual: whether these rows attend to the virtual tokens (false for the soft prompt itself).
         masks: additive masks by window, filled on first use and shared by the layers.
     """
 
@@ -124,12 +123,12 @@ class _Group:
 
 
 class PackedAttention:
-    """Attention of the step that is running; see `adapters.attention_hook.Attention`.
+    """Attention of the current step, an `adapters.attention_hook.Attention`.
 
-    Written out as products over rows padded to a similar neighbour's length: scores and softmax in
-    float32, weighted values in the base's dtype, as flash attention does it. torch's own flash
-    kernel was tried on the CPU: its backward pass with a mask takes four times as long at 30 tokens
-    a row, and a mask over several rows at once makes it pass over all their keys.
+    Explicit matrix products over rows padded to a similar length: scores and softmax in float32,
+    weighted values in the base's dtype, as in flash attention. torch's flash kernel was measured on the
+    CPU: its backward pass with a mask takes four times as long at 30 tokens a row, and a mask over
+    several rows makes it visit all their keys.
     """
 
     def __init__(self) -> None:
@@ -142,7 +141,7 @@ class PackedAttention:
 
         Args:
             packed: the rows.
-            virtual: what stands before each; a prefix's keys are float32, its values have the
+            virtual: virtual tokens before each row; a prefix's keys are float32, its values have the
                 base's dtype.
         """
         num_virtual = 0 if virtual is None else virtual.num_virtual_tokens
@@ -159,7 +158,7 @@ class PackedAttention:
         return self._kept
 
     def stop_keeping(self) -> None:
-        """End what `keep_keys_values` began."""
+        """Stop collecting keys and values."""
         self._kept = None
 
     def attend(
@@ -174,7 +173,7 @@ class PackedAttention:
         softcap: float | None = None,
         alibi_slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `adapters.attention_hook.Attention`."""
+        """Attend over the packed row, see `adapters.attention_hook.Attention.attend`."""
         if self._kept is not None:
             self._kept.append((new_keys.detach(), new_values.detach()))
         queries = _to_rows(query.float() * scale, self._groups)
@@ -188,7 +187,7 @@ class PackedAttention:
         outputs: list[torch.Tensor] = []
         for group, q, k, v in zip(self._groups, queries, keys, values, strict=True):
             if not group.sees_virtual:
-                shared = (k[0], v[0])  # the soft prompt itself: what the rows stand behind
+                shared = (k[0], v[0])  # the soft prompt itself, which precedes the rows
             elif shared is not None:
                 k, v = (_behind(s, x) for s, x in zip(shared, (k, v), strict=True))
             outputs.append(_attend(q, k, v, group, window, softcap, alibi_slopes))
@@ -196,7 +195,7 @@ class PackedAttention:
 
 
 class PackedBase:
-    """The frozen base with packed attention; `adapters.trainable.FrozenBase`.
+    """The frozen base with packed attention; implements `adapters.trainable.FrozenBase`.
 
     Args:
         model: a frozen transformers causal language model in eval mode; its attention is replaced.
@@ -222,8 +221,8 @@ class PackedBase:
 
         Args:
             packed: the rows.
-            virtual: what stands before each of them, float32 or the base's dtype.
-            at: (K,) indices into the packed ids whose logits are wanted; a soft prompt's own rows
+            virtual: virtual tokens before each row, float32 or the base's dtype.
+            at: (K,) indices into the packed ids at which to compute logits; a soft prompt's own rows
                 are -n to -1.
 
         Returns:
@@ -249,26 +248,26 @@ class PackedBase:
         return logits
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """See `FrozenBase`."""
+        """Embeddings of tokens, see `FrozenBase.embed`."""
         with torch.no_grad():
             ids = torch.tensor(list(token_ids), device=self.device)
             rows: torch.Tensor = self._embedding(ids)
             return rows.to(torch.float32, copy=True)
 
     def keys_values(self, token_ids: Sequence[int]) -> KVPrefix:
-        """See `FrozenBase`."""
+        """Keys and values of tokens, see `FrozenBase.keys_values`."""
         return self._keys_values(pack([Row(token_ids)]), None, len(token_ids))
 
     def fold(self, virtual: KVPrefix | SoftPrompt | None) -> KVPrefix | None:
-        """The same virtual tokens as keys and values, without gradients: a soft prompt is run once."""
+        """Convert virtual tokens to keys and values, without gradients; a soft prompt is run once."""
         if not isinstance(virtual, SoftPrompt):
             return virtual
-        # Some row must follow; nobody reads it.
+        # The layout needs at least one row; its output is discarded.
         return self._keys_values(pack([Row([0])]), virtual, virtual.num_virtual_tokens)
 
     @torch.no_grad()
     def _keys_values(self, packed: Packed, virtual: SoftPrompt | None, length: int) -> KVPrefix:
-        """Every layer's keys and values of the first `length` tokens of a forward pass."""
+        """Keys and values of every layer for the first `length` tokens of a forward pass."""
         kept = self.attention.keep_keys_values()
         try:
             self.logits(packed, virtual, torch.tensor([0]))
@@ -283,7 +282,7 @@ class PackedBase:
 
     def _cast(self, virtual: KVPrefix | SoftPrompt | None) -> KVPrefix | SoftPrompt | None:
         if isinstance(virtual, KVPrefix):
-            # Rounded to what serving stores; the scores are computed in float32.
+            # Rounded to the dtype that serving stores; scores are computed in float32.
             return KVPrefix(virtual.keys.to(self.dtype).float(), virtual.values.to(self.dtype))
         if isinstance(virtual, SoftPrompt):
             return SoftPrompt(virtual.embeddings.to(self.dtype))
@@ -297,7 +296,7 @@ class PackedBase:
 
 
 def _similar_rows(starts: Sequence[int]) -> list[list[int]]:
-    """Row numbers in groups, none shorter than SIMILAR times its group's longest."""
+    """Group row numbers so that no row is shorter than SIMILAR times its group's longest."""
     lengths = [end - start for start, end in itertools.pairwise(starts)]
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -313,7 +312,7 @@ def _group(packed: Packed, rows: list[int], num_virtual: int, offset: int) -> _G
     starts = torch.tensor([packed.starts[row] for row in rows], device=device)
     ends = torch.tensor([packed.starts[row + 1] for row in rows], device=device)
     longest = int((ends - starts).max())
-    # (B, Tq): where each place's token stands; a place behind its row's end repeats some token.
+    # (B, Tq): packed index of each position; positions past a row's end repeat some token.
     tokens = starts[:, None] + torch.arange(longest, device=device)
     is_token = tokens < ends[:, None]
     safe = torch.where(is_token, tokens, starts[:, None])
@@ -340,10 +339,10 @@ def _soft_group(length: int, device: torch.device) -> _Group:
 
 
 class _ToRows(torch.autograd.Function):
-    """Packed tokens (T, ...) -> one padded tensor (B, Tq, ...) a group.
+    """Packed tokens (T, ...) -> one padded tensor (B, Tq, ...) per group.
 
-    Every token is in one group, so gradients are moved back and never added up: torch's own
-    indexing would add them, one by one.
+    Every token is in exactly one group, so the backward pass copies gradients; torch's own indexing
+    would accumulate them one by one.
     """
 
     @staticmethod
@@ -395,7 +394,7 @@ def _packed(padded: Sequence[torch.Tensor], groups: list[_Group], length: int) -
 
 
 def _behind(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """(n, H_kv, D) before each of (B, Tq, H_kv, D): (B, n + Tq, H_kv, D)."""
+    """Prepend (n, H_kv, D) to each of (B, Tq, H_kv, D): (B, n + Tq, H_kv, D)."""
     return torch.cat((shared.expand(own.shape[0], *shared.shape), own), dim=1)
 
 
@@ -412,7 +411,7 @@ def _attend(
     count, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[2]
     repeats = num_heads // num_kv_heads
-    # Query heads of one KV head become more queries of it: keys and values are not repeated.
+    # Query heads that share a KV head are treated as additional queries; keys and values are not repeated.
     q = query.view(count, num_queries, num_kv_heads, repeats, head_dim)
     q = q.permute(0, 2, 3, 1, 4).reshape(count, num_kv_heads, repeats * num_queries, head_dim)
     scores = torch.matmul(q, keys.permute(0, 2, 3, 1))
@@ -420,7 +419,7 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        # Keys that a query does not see need no slope.
+        # Masked keys need no slope.
         distances = group.distances[:, None, None].clamp(min=0).float()
         scores = scores - alibi_slopes.view(num_kv_heads, repeats, 1, 1) * distances
     weights = torch.softmax(scores + group.mask(window), dim=-1).flatten(2, 3).to(values.dtype)

@@ -1,8 +1,7 @@
-"""A request and its rows as a job with nothing left open, or a refusal.
+"""Resolves and validates a training request and its rows.
 
 `make_plan` resolves every default, checks the fields against one another, the rows and the base, and
-fixes every token id. What it returns is what a dry run shows and what a worker carries out; nothing is
-trained and no weight is read here.
+fixes every token id. A dry run shows its result and a worker executes it. No weights are read here.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ from adapters.training.rows import Row
 from adapters.training.selection import alternating, by_label, context_of, split, without_context
 
 DEFAULT_SEPARATOR = " "
-# Longer rows are seldom meant, and each costs memory for every one of its tokens.
+# Longer rows are rarely intended, and memory grows with every token.
 DEFAULT_MAX_LENGTH = 2048
 PREVIEW_ROWS = 3
-# In float32 with gradients and AdamW's two states: 4 GiB.
+# 4 GiB in float32 with gradients and AdamW's two states.
 MAX_TRAINABLE_PARAMS = 2**28
 _SHOWN = 80
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be done.
+    """A validated job with its examples.
 
     Attributes:
-        job: every default resolved.
-        examples: the rows as it trains on them.
-        preview: the first rows of training as they are rendered: `row`; `text`, `prompt` and
-            `target` (with its separator); `tokens`, the characters of each token, None for one that
-            has none; their `ids`; `num_prompt_tokens`, `num_target_tokens`, and `truncated`.
+        job: the job with every default resolved.
+        examples: its training and validation examples.
+        preview: the first training rows as rendered: `row`; `text`, `prompt` and `target` (with its
+            separator); `tokens`, the characters of each token, None for a token without characters;
+            their `ids`; `num_prompt_tokens`, `num_target_tokens`, and `truncated`.
         lengths: `min`, `mean` and `max` tokens of prompt and target.
     """
 
@@ -76,17 +75,17 @@ def make_plan(
 ) -> Plan:
     """Resolve and check a request.
 
-    Whether the adapter's name may be used is the registry's business.
+    The registry checks the adapter's name.
 
     Args:
-        request: what was asked for.
-        rows: as `rows.check_rows` or `rows.read_rows` give them.
+        request: the training request.
+        rows: as returned by `rows.check_rows` or `rows.read_rows`.
         encoder: the base's tokenizer.
         base: the base.
-        base_name: what it is called; recorded in the config.
-        num_validation_rows: the last so many rows came to be held out; fewer than there are rows.
+        base_name: name of the base, recorded in the config.
+        num_validation_rows: number of validation rows at the end of `rows`; fewer than `rows` has.
         prompts: see `TrainingJob.prompts`.
-        max_virtual_tokens: that an adapter may have.
+        max_virtual_tokens: limit on an adapter's virtual tokens.
 
     Raises:
         JobInvalid: a field is wrong, or two of them disagree.
@@ -106,7 +105,7 @@ def make_plan(
     train, held_out = split(job, renderer.examples(rows))
     if peft_type == "CPT":
         if request.context_examples is None:
-            # The recipe's number is for data that has as many rows.
+            # The recipe's number assumes data with at least as many rows.
             fewer = min(job.context_examples or 0, len(train))
             job = job.model_copy(update={"context_examples": fewer})
         raw |= _context_fields(job, train, renderer, base)
@@ -137,7 +136,7 @@ def make_plan(
 
 
 def _check_texts(request: TrainingRequest) -> None:
-    # JSON can say "\ud800", which is no text: no tokenizer, database or reply could take it.
+    # JSON allows a lone surrogate such as "\ud800"; tokenizers, database and replies cannot encode it.
     for name in TrainingRequest.model_fields:
         try:
             json.dumps(getattr(request, name), ensure_ascii=False, default=str).encode()
@@ -157,7 +156,7 @@ def _draft(
     start: Start,
     num_validation_rows: int,
 ) -> TrainingJob:
-    """The job but for what depends on the rows' tokens: config, ids, length, parameters."""
+    """The job without the fields that depend on the rows' tokens: config, ids, length, parameters."""
     from adapters.methods import METHODS
 
     context = _context_settings(request, recipe)
@@ -191,7 +190,7 @@ def _draft(
 
 
 def _separator(request: TrainingRequest) -> str:
-    """What was asked for; else the template's own white space at its end moves to the target."""
+    """The requested separator; by default the template's trailing white space, moved to the target."""
     if request.target_separator is not None:
         return request.target_separator
     if request.tokenization == "as_written":
@@ -266,7 +265,7 @@ def _hyperparameters(
 def _long_enough(
     options: Hyperparameters, request: TrainingRequest, recipe: Recipe, num_train: int
 ) -> Hyperparameters:
-    """The same, with more epochs where nobody said how long and the recipe's are too few steps."""
+    """Raise the epochs to reach the recipe's `min_steps` if the request does not set a duration."""
     given = request.hyperparameters
     if given.epochs is not None or given.max_steps is not None:
         return options
@@ -297,7 +296,7 @@ def _context_settings(request: TrainingRequest, recipe: Recipe) -> dict[str, Any
 def _context_fields(
     job: TrainingJob, train: Sequence[Example], renderer: Renderer, base: BaseModelSpec
 ) -> dict[str, Any]:
-    """CPT's fields that hold the context."""
+    """The config fields that hold CPT's context."""
     ids, types = renderer.context_ids(context_of(job, train))
     if len(ids) >= base.max_positions:
         raise _wrong(
@@ -325,7 +324,7 @@ def _init_ids(
     renderer: Renderer,
     base: BaseModelSpec,
 ) -> list[int] | None:
-    """As many tokens as there are virtual ones; None where it does not start from tokens."""
+    """Initial tokens, one per virtual token; None without initialisation from tokens."""
     draw = random.Random(job.hyperparameters.seed)  # noqa: S311 (a draw, not a secret)
     if start.kind == "default":
         return None
@@ -342,7 +341,7 @@ def _init_ids(
 def _texts(
     train: Sequence[Example], rows: Sequence[Row], renderer: Renderer, draw: random.Random
 ) -> Iterator[str]:
-    """Training rows as text, a line each, again and again: labels in turn, of each the short first."""
+    """Cycle through training rows as text, one line each: labels alternate, short rows first."""
     groups = list(by_label(train).values())
     for group in groups:
         draw.shuffle(group)
@@ -352,9 +351,9 @@ def _texts(
 
 
 def _last_tokens(texts: Iterator[str], count: int, renderer: Renderer) -> list[int]:
-    """The last `count` tokens of as many texts as that takes.
+    """The last `count` tokens of as many texts as needed.
 
-    The beginning is cut, so that whole examples stand next to the input.
+    Truncates on the left, so that complete examples are adjacent to the input.
     """
     text = ""
     num_tokens = 0
@@ -364,7 +363,7 @@ def _last_tokens(texts: Iterator[str], count: int, renderer: Renderer) -> list[i
             num_tokens += len(renderer.text_ids(more, rendered=True))
             if num_tokens >= count:
                 break
-        # Pieces that are joined may have fewer tokens than they had alone.
+        # Joined texts may have fewer tokens than the separate texts.
         num_tokens = len(renderer.text_ids(text, rendered=True))
     return list(renderer.text_ids(text, rendered=True)[-count:])
 

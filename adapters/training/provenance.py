@@ -1,8 +1,7 @@
-"""`graftwork.json`: what a folder that was trained here says beside PEFT's two files.
+"""`graftwork.json`: training provenance, stored beside PEFT's two files.
 
-The job with every default resolved, what its training measured, and the versions of what it ran on.
-PEFT ignores the file, and so does an upload; the command line and the demo read it. Nothing here
-knows tensors.
+Holds the job with every default resolved, its metrics, and the package versions used. PEFT and uploads
+ignore the file; the command line and the demo read it. Independent of tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from adapters.training.job import TrainingJob
 PROVENANCE_FILE = "graftwork.json"
 
 _MAX_BYTES = 16 * MIB
-# The file, the job, its config or its labels, and a list within.
+# Nesting: the file, the job, its config or labels, and a list within.
 _DEPTH = 8
 _PACKAGES = ("graftwork", "torch", "transformers")
 
@@ -40,12 +39,12 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class Provenance:
-    """How an adapter came to be.
+    """How an adapter was trained.
 
     Attributes:
-        job: what was done.
-        metrics: what it measured, see `adapters.training.loop.Trained`.
-        versions: package -> version that it ran on, and "python".
+        job: the training job.
+        metrics: its metrics, see `adapters.training.loop.Trained`.
+        versions: package -> version used in training, and "python".
     """
 
     job: TrainingJob
@@ -54,19 +53,19 @@ class Provenance:
 
     @classmethod
     def of_now(cls, job: TrainingJob, metrics: dict[str, Any]) -> Provenance:
-        """With the versions that run here."""
+        """Provenance with the package versions of this process."""
         versions = {name: version(name) for name in _PACKAGES}
         return cls(job, metrics, {"python": platform.python_version(), **versions})
 
     def words(self) -> dict[str, Any]:
-        """See `words_of`."""
+        """Metadata for `Registry.publish`, see `words_of`."""
         return words_of(self.job, self.metrics)
 
     def write(self, directory: Path) -> None:
-        """Write the file into a folder that has none.
+        """Write the file into a folder; it must not exist there.
 
         Raises:
-            StorageFull: the disk took no more.
+            StorageFull: the disk is full.
         """
         said = {
             "job": self.job.model_dump(mode="json"),
@@ -79,9 +78,9 @@ class Provenance:
 
 
 def words_of(job: TrainingJob, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What `Registry.publish` stores with an adapter that was trained here, by its names.
+    """Keyword arguments of `Registry.publish`: the metadata of an adapter trained here.
 
-    An adapter for prompts of the base's chat template gets that of the base, so it has none itself.
+    An adapter trained on the base's chat template has no template of its own.
     """
     return {
         "description": job.description,
@@ -97,10 +96,10 @@ def words_of(job: TrainingJob, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_provenance(directory: Path) -> Provenance | None:
-    """What a folder says; None where it holds no such file.
+    """Read a folder's provenance; None if it has no such file.
 
     Raises:
-        ConfigInvalid: the file does not have the form that is written here.
+        ConfigInvalid: the file does not have the expected format.
     """
     path = directory / PROVENANCE_FILE
     if not path.is_file():

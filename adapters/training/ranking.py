@@ -1,7 +1,7 @@
-"""Evaluation: the loss on held-out rows and, where there are labels, which one is the most likely.
+"""Evaluation: the loss on held-out rows and, with labels, label ranking by likelihood.
 
 A label's score is the log-likelihood of its tokens (separator and end of sequence included, as in
-training) after the prompt. The prompt is computed once for all labels: they are branches of it.
+training) after the prompt. The prompt is computed once for all labels, which are its branches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PASS_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Scores:
-    """How well labels were chosen.
+    """Classification scores.
 
     Attributes:
         accuracy: share of rows whose most likely label is theirs.
@@ -62,10 +62,10 @@ def rank(
 
     Args:
         base: the frozen base, with IA3 attached where the adapter is one.
-        virtual: what stands before the prompts; a soft prompt is run once (`PackedBase.fold`).
+        virtual: virtual tokens before the prompts; a soft prompt is run once (`PackedBase.fold`).
         prompts: token ids, each at least one.
         label_ids: token ids of the labels, each at least one.
-        should_stop: called before every forward pass; raises to end.
+        should_stop: called before every forward pass; raises to stop.
     """
     virtual = base.fold(virtual)
     scores = torch.empty(len(prompts), len(label_ids))
@@ -84,7 +84,7 @@ def mean_loss(
     examples: Sequence[Example],
     should_stop: Callable[[], None] = lambda: None,
 ) -> float:
-    """Cross entropy a target token over these rows."""
+    """Mean cross entropy per target token over these rows."""
     virtual = base.fold(virtual)
     lengths = [len(example.prompt_ids) + len(example.target_ids) for example in examples]
     order = sorted(range(len(examples)), key=lambda row: lengths[row])
@@ -96,7 +96,7 @@ def mean_loss(
 
 
 def _passes(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows in their order, cut where a pass would have more than `_PASS_TOKENS`."""
+    """Split rows, in order, into passes of at most `_PASS_TOKENS` tokens."""
     passes: list[list[int]] = []
     tokens = 0
     for row in order:
@@ -117,7 +117,7 @@ def _rank_pass(
     # A label's last token is predicted and never read.
     branches = [ids[:-1] for ids in label_ids]
     packed = pack([Row(prompt, branches) for prompt in prompts])
-    # A prompt's end is read once, however many labels follow it: a row of logits is a vocabulary.
+    # Logits at a prompt's end are computed once for all labels: a row is as wide as the vocabulary.
     at: list[int] = []
     ids: list[int] = []
     read_at: list[int] = []  # a label's token -> where in `at` it is predicted

@@ -1,7 +1,8 @@
-"""One row as text and as token ids: template, target, separator, end of sequence.
+"""Renders one row to text and token ids: template, target, separator, end of sequence.
 
-The ids of an example are tokens(prompt) + tokens(separator + target) + end of sequence, the same here,
-in ranking and at inference with a stored template. Knows no lengths, no splits and no randomness.
+The ids of an example are tokens(prompt) + tokens(separator + target) + end of sequence. Training,
+ranking and inference with a stored template all use this form. Length limits, splits and random draws
+are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from adapters.training.encoding import Encoder
 from adapters.training.job import TrainingJob
 from adapters.training.rows import Row
 
-# Types of tokens, as CPT counts them; 0 is a token that the tokenizer added to the text.
+# CPT's token types; 0 is a token that the tokenizer added to the text.
 ADDED, TEMPLATE_BEFORE, INPUT, TEMPLATE_AFTER, LABEL = 0, 1, 2, 3, 4
-# Stands between the examples of a context.
+# Separates the examples of a context.
 EXAMPLE_SEPARATOR = "\n"
 _SHOWN = 80
 _COMPARED = 200
@@ -29,12 +30,12 @@ class Example:
     """One row as token ids.
 
     Attributes:
-        prompt_ids: the rendered template, with what the tokenizer adds to a text.
+        prompt_ids: the rendered template, with the special tokens that the tokenizer adds.
         target_ids: separator and target, then the end of sequence where the job appends it.
         label: index into the job's labels; None without labels.
-        row: which row of the data it is, counted from 1.
-        types: of prompt and target, one a token: 1 template before the last column's value, 2 values,
-            3 template after it, 4 target and its end of sequence; 0 what the tokenizer added.
+        row: row number in the data, from 1.
+        types: CPT type of each token of prompt and target: 1 template before the last column's value,
+            2 values, 3 template after it, 4 target and its end of sequence, 0 added by the tokenizer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -51,12 +52,12 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A piece of text as tokens.
+    """A tokenized text.
 
     Attributes:
-        text: the piece.
+        text: the text.
         ids: its tokens.
-        spans: the half-open range of characters of each.
+        spans: half-open character range of each token.
     """
 
     text: str
@@ -68,12 +69,12 @@ class Renderer:
     """Renders and encodes rows by a job's template, labels and token boundaries.
 
     Args:
-        job: max_length, config and seeds are not read.
+        job: `max_length`, `config` and the seeds are not used.
         encoder: the base's tokenizer.
 
     Raises:
         TemplateInvalid: the template does not parse.
-        JobInvalid: the target stands in the template, or the tokenizer has no end of sequence.
+        JobInvalid: the template contains the target column, or the tokenizer has no end of sequence.
     """
 
     def __init__(self, job: TrainingJob, encoder: Encoder) -> None:
@@ -82,13 +83,13 @@ class Renderer:
         self._template = parse_template(job)
         self._end = _end_ids(job, encoder)
         self._indices = {label: index for index, label in enumerate(job.labels or ())}
-        self._targets: dict[str, tuple[int, ...]] = {}  # labels come again and again
+        self._targets: dict[str, tuple[int, ...]] = {}  # labels repeat
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
-        """Every row, of any length, in order.
+        """Examples for all rows, in order, without a length limit.
 
         Raises:
-            DataInvalid: no rows, one class only, a column is missing, or a target that is no label.
+            DataInvalid: no rows, a single class, a missing column, or a target that is not a label.
         """
         if not rows:
             raise DataInvalid(
@@ -112,10 +113,10 @@ class Renderer:
         ]
 
     def target_text(self, row: Row, number: int) -> str:
-        """The target in words.
+        """The target as text.
 
         Raises:
-            DataInvalid: no target, a value without a name, or a word that is no label.
+            DataInvalid: no target, a value without a label name, or a text that is not a label.
         """
         job = self._job
         if job.target not in row:
@@ -130,7 +131,7 @@ class Renderer:
         return text
 
     def prompt(self, row: Row, number: int) -> tuple[EncodedText, tuple[int, ...]]:
-        """A row's prompt, and the type of each of its tokens.
+        """A row's prompt and the type of each of its tokens.
 
         Raises:
             DataInvalid: a column is missing, or the prompt has no tokens.
@@ -155,16 +156,16 @@ class Renderer:
         return self._encode(self._job.target_separator + text, add_special_tokens=False)
 
     def target_ids(self, text: str) -> tuple[int, ...]:
-        """The ids of separator, target and end of sequence; only the last where there are no others."""
+        """The ids of separator, target and end of sequence; the last alone if the text has no tokens."""
         if text not in self._targets:
             self._targets[text] = (*self.target(text).ids, *self._end)
         return self._targets[text]
 
     def label_ids(self) -> list[tuple[int, ...]] | None:
-        """See `Examples.label_ids`.
+        """Token ids of every label as a target, see `Examples.label_ids`.
 
         Raises:
-            JobInvalid: a label has no tokens, or two labels have the same.
+            JobInvalid: a label has no tokens, or two labels have the same tokens.
         """
         if self._job.labels is None:
             return None
@@ -181,10 +182,10 @@ class Renderer:
         return list(found)
 
     def context_ids(self, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-        """Examples one after another, as a context: ids and CPT's types of them, (n,) each.
+        """Concatenates examples into a context. Returns ids and CPT types, (n,) each.
 
-        Example k adds 4k to its types; the end of sequence, the separators and what the tokenizer
-        adds have type 0. What it adds stands before the first example only.
+        Example k adds 4k to its types. The end of sequence, the separators and the tokens added by the
+        tokenizer have type 0; the latter appear before the first example only.
         """
         separator = self._encode(EXAMPLE_SEPARATOR, add_special_tokens=False).ids
         ids: list[int] = []
@@ -209,17 +210,17 @@ class Renderer:
         return self.prompt(row, number)[0].text + self._job.target_separator + words
 
     def text_ids(self, text: str, *, rendered: bool = False) -> tuple[int, ...]:
-        """The ids of a text, nothing added.
+        """The ids of a text, without added special tokens.
 
         Args:
             text: any text.
-            rendered: it is made of what `text` returns.
+            rendered: the text consists of results of `text`.
         """
         plain = not rendered or self._job.prompts == "template"
         return self._encode(text, add_special_tokens=False, plain=plain).ids
 
     def _encode_prompt(self, text: str) -> EncodedText:
-        # A chat template writes the special tokens itself, the first one too.
+        # A chat template writes all special tokens itself, including the first.
         is_chat = self._job.prompts == "chat"
         return self._encode(text, add_special_tokens=not is_chat, plain=not is_chat)
 
@@ -250,11 +251,11 @@ class Renderer:
 
 
 def parse_template(job: TrainingJob) -> Template:
-    """The job's template; "as_written" keeps the white space at its end.
+    """Parse the job's template; "as_written" keeps its trailing white space.
 
     Raises:
-        TemplateInvalid: it does not parse.
-        JobInvalid: it has no column, or it has the target's.
+        TemplateInvalid: the template does not parse.
+        JobInvalid: it has no column, or it contains the target column.
     """
     template = Template.parse(job.template, keep_trailing_space=job.tokenization == "as_written")
     if not template.columns:
@@ -276,9 +277,9 @@ def parse_template(job: TrainingJob) -> Template:
 
 
 def _types(prompt: EncodedText, ranges: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """The type of every token of a prompt, by its last character.
+    """The type of every token of a prompt, determined by its last character.
 
-    A token that begins with the white space before a word belongs to the word.
+    A token that starts with the white space before a word therefore has the word's type.
     """
     kinds = bytearray([TEMPLATE_BEFORE]) * len(prompt.text)
     for start, stop in ranges:

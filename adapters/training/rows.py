@@ -1,9 +1,8 @@
-"""Rows of data from strangers: inline, JSON lines or CSV, as plain checked values.
+"""Reads and validates untrusted training rows: inline, JSON lines or CSV.
 
-A row is a flat object: column name -> text, number or boolean. Whatever is wrong is refused with the
-number of the row, counted from 1. A file is read line by line and never more of a line than the
-limit, so that a line of a gigabyte costs what the limit allows. Cells that look like formulas are
-plain text. Knows no template and no tokens.
+A row is a flat object: column name -> text, number or boolean. Errors name the row, counted from 1. A
+file is read line by line, and at most the limit of each line, which bounds memory for oversized lines.
+Cells that look like formulas are plain text. Independent of templates and tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Kind = Literal["jsonl", "csv"]
 
 _BOM = b"\xef\xbb\xbf"
 _MAX_INT = 2**63 - 1
-# A value that is a list or an object is refused by its kind; this much nesting is read to say so.
+# Lists and objects as values are refused by type; the parser accepts this depth to report the type.
 _DEPTH = 8
 _SHOWN = 80
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".csv": "csv"}
@@ -37,10 +36,10 @@ class DataLimits:
 
     Attributes:
         max_rows: rows.
-        max_bytes: UTF-8 bytes of all of them: of the file, or of the names and texts of inline rows.
+        max_bytes: UTF-8 bytes in total: of the file, or of the names and texts of inline rows.
         max_line_bytes: bytes of one line of JSON, or of one record of CSV.
-        max_columns: different columns, over all rows.
-        max_values: values, over all rows: a short one costs many times its bytes in memory.
+        max_columns: distinct columns over all rows.
+        max_values: values over all rows; a short value takes many times its bytes in memory.
     """
 
     max_rows: int = 100_000
@@ -54,18 +53,18 @@ DEFAULT_DATA_LIMITS = DataLimits()
 
 
 def kind_of(name: str) -> Kind | None:
-    """The kind of file that a name's ending says, None for any other ending."""
+    """The file kind for a name's extension; None for an unknown extension."""
     return _SUFFIXES.get(Path(name).suffix.lower())
 
 
 def check_rows(
     rows: Iterable[Mapping[str, Any]], limits: DataLimits = DEFAULT_DATA_LIMITS
 ) -> list[Row]:
-    """Hold inline rows to what a row may be.
+    """Validate inline rows.
 
     Raises:
-        DataInvalid: no rows or too many, a value that is neither text, number nor boolean, or a
-            column that holds one kind of value in one row and another in a later one.
+        DataInvalid: no rows or too many, a value that is not text, number or boolean, or a column
+            that mixes value types.
     """
     checker = _Checker(limits)
     return checker.all(_Source(row, f"row {number}") for number, row in enumerate(rows, start=1))
@@ -79,8 +78,8 @@ def read_rows(path: Path, kind: Kind, limits: DataLimits = DEFAULT_DATA_LIMITS) 
     byte order mark.
 
     Raises:
-        DataInvalid: as `check_rows`, and for what is not UTF-8, not JSON, not CSV, or too long; the
-            message also names the line.
+        DataInvalid: as `check_rows`, and for invalid UTF-8, JSON or CSV, or an oversized file or
+            line; the message also names the line.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -97,10 +96,10 @@ def read_objects(
     Args:
         path: the file.
         max_depth: nesting of one line, its object being 1.
-        limits: of rows, bytes and lines.
+        limits: limits on rows, bytes and lines.
 
     Raises:
-        DataInvalid: as `read_rows` for the file and its lines; nothing is known of the values.
+        DataInvalid: as `read_rows` for the file and its lines; values are not checked.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -115,14 +114,14 @@ def read_objects(
 
 @dataclass(frozen=True)
 class _Source:
-    """A row that was not checked yet, and what to call it."""
+    """An unchecked row and its name in error messages."""
 
     row: Any
     place: str
 
 
 class _Checker:
-    """Holds rows against the limits, and every column to one kind of value."""
+    """Checks rows against the limits, and that every column has one value type."""
 
     def __init__(self, limits: DataLimits) -> None:
         self._limits = limits
@@ -153,7 +152,7 @@ class _Checker:
             self._check(name, value, source.place, number)
         self._num_values += len(row)
         self._check_totals(source.place, number)
-        # One object a column name, not one a row.
+        # Intern column names: one object per name instead of one per row.
         return {self._names[name]: value for name, value in row.items()}
 
     def _check_totals(self, place: str, number: int) -> None:
@@ -199,7 +198,7 @@ def _check_count(number: int, limits: DataLimits) -> None:
 
 
 def _kind_of_value(value: object) -> str:
-    """What a value is called; a number that JSON or 64 bits cannot hold has a name of its own."""
+    """Name of a value's type; numbers outside JSON or 64 bits have names of their own."""
     if isinstance(value, bool):
         return "a boolean"
     if isinstance(value, int):
@@ -219,7 +218,7 @@ _KINDS: dict[type, str] = {
 
 
 def _encoded(value: object, place: str, number: int, column: str) -> int:
-    """Bytes of a text in UTF-8; other values are small and count 8."""
+    """UTF-8 bytes of a text; other values count as 8."""
     if not isinstance(value, str):
         return 8
     try:
@@ -237,8 +236,8 @@ class _Lines:
     """The lines of a file, bounded, decoded, counted from 1.
 
     Attributes:
-        number: the line that was read last.
-        row: the row that a refusal names; the reader of rows sets it.
+        number: number of the last line read.
+        row: row number for error messages; set by the row reader.
     """
 
     def __init__(self, file: BinaryIO, limits: DataLimits) -> None:
@@ -253,7 +252,7 @@ class _Lines:
         return f"row {self.row} (line {self.number})"
 
     def bytes(self) -> Iterator[bytes]:
-        """Lines with their ends, without the byte order mark."""
+        """Lines with their terminators, without the byte order mark."""
         most = self._limits.max_line_bytes
         while line := self._file.readline(most + 1):
             self.number += 1
@@ -272,7 +271,7 @@ class _Lines:
             yield line
 
     def text(self) -> Iterator[str]:
-        """The same, decoded; NUL is refused, for it comes of UTF-16 or of a file that is no text."""
+        """Decoded lines. NUL is refused: it indicates UTF-16 or a binary file."""
         for line in self.bytes():
             try:
                 text = line.decode("utf-8")
@@ -318,7 +317,7 @@ def _csv_rows(lines: _Lines, limits: DataLimits) -> Iterator[_Source]:
 
 
 def _csv_records(lines: _Lines, limits: DataLimits) -> Iterator[list[str]]:
-    """Records that are not blank, each within the limit of a line however many lines it has."""
+    """Non-blank records. The line limit applies to a whole record, even if it spans several lines."""
     budget = limits.max_line_bytes
     left = budget
 

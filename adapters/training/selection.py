@@ -1,6 +1,6 @@
-"""Which examples are trained on, held out, or shown in CPT's context.
+"""Selects examples for training, for validation and for CPT's context.
 
-All draws follow the job's seeds, so that the server, the worker and the command line agree.
+All draws use the job's seeds, so the server, the worker and the command line agree.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from adapters.training.rendering import Example
 
 
 def split(job: TrainingJob, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and examples held out, drawn by the job's seed, each in row order.
+    """Split into training and held-out examples by the job's seed, each in row order.
 
-    With labels every label gives its share, and keeps at least one example to train on. Rows that came
-    to be held out are, and nothing is drawn.
+    With labels the split is stratified, and every label keeps at least one training example. If the job
+    has validation rows of its own, those are held out and nothing is drawn.
 
     Raises:
-        JobInvalid: the split is not 0 and would hold out nothing.
+        JobInvalid: the split is nonzero but would hold out nothing.
     """
     if job.num_validation_rows:
         first = len(examples) - job.num_validation_rows
@@ -53,7 +53,7 @@ def split(job: TrainingJob, examples: Sequence[Example]) -> tuple[list[Example],
 
 
 def by_label(examples: Iterable[Example]) -> dict[int | None, list[Example]]:
-    """Examples of each label, labels in order; all under None without labels."""
+    """Group examples by label, labels in order; one group under None without labels."""
     groups: dict[int | None, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.label, []).append(example)
@@ -61,17 +61,17 @@ def by_label(examples: Iterable[Example]) -> dict[int | None, list[Example]]:
 
 
 def alternating(groups: Iterable[Sequence[Example]]) -> list[Example]:
-    """One example of each group in turn, until all are used up."""
+    """Interleave the groups round-robin until all are exhausted."""
     queues = [list(group) for group in groups]
     longest = max((len(queue) for queue in queues), default=0)
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
 
 def context_of(job: TrainingJob, train: Sequence[Example]) -> list[Example]:
-    """The examples of CPT's context: labels alternate, drawn by `context_seed`.
+    """Draw the examples of CPT's context by `context_seed`, with labels alternating.
 
     Raises:
-        JobInvalid: it wants more examples than there are.
+        JobInvalid: the context needs more examples than there are.
     """
     count = job.context_examples or 0
     if count > len(train):
@@ -93,7 +93,7 @@ def without_context(job: TrainingJob, train: Sequence[Example]) -> list[Example]
     """The examples that are not in CPT's context.
 
     Raises:
-        JobInvalid: none is left.
+        JobInvalid: no example is left.
     """
     context = {example.row for example in context_of(job, train)}
     left = [example for example in train if example.row not in context]
@@ -108,14 +108,14 @@ def without_context(job: TrainingJob, train: Sequence[Example]) -> list[Example]
 
 
 def _shares(sizes: Sequence[int], share: float) -> list[int]:
-    """How many each group gives: its share rounded up or down, and less where it must keep one.
+    """Number of held-out examples per group: its rounded share, keeping at least one to train on.
 
-    The sum is that of all rows' share unless groups that are too small fall short of theirs.
+    The total is the share of all rows, unless small groups cannot contribute theirs.
     """
     exact = [size * share for size in sizes]
     counts = [min(int(want), size - 1) for want, size in zip(exact, sizes, strict=True)]
     wanted = round(sum(sizes) * share)
-    # The groups that lost most by rounding down give one more; the order of labels breaks ties.
+    # Largest remainder: groups that lost most by rounding down give one more; label order breaks ties.
     for index in sorted(range(len(sizes)), key=lambda i: counts[i] - exact[i]):
         if sum(counts) < wanted and counts[index] < sizes[index] - 1:
             counts[index] += 1

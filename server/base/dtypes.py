@@ -1,4 +1,4 @@
-"""The dtypes that bases are served in, and which of them a device is best at. Knows no model."""
+"""The dtypes that bases are served in, and the best one for a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What a processor calls bfloat16 products in hardware (x86: first two; arm64: the others).
+# CPU flags for bfloat16 products in hardware (x86: first two; arm64: the others).
 _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 

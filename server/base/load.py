@@ -1,9 +1,9 @@
 """Loading a base model, frozen: from a local directory or from the hub at a pinned commit.
 
 Safetensors only, and never code from a checkpoint. What cannot be served is refused here, before
-any weight is read where the config says enough. Where the stored dtype is the one that is served,
-the weights stay memory-mapped: the model's tensors are pages of the file, shared and evictable.
-This file knows nothing of adapters, of the engine, or of how the default base is made.
+any weight is read if the config is sufficient. If the stored dtype is the served one, the weights stay
+memory-mapped: the model's tensors are pages of the file, shared and evictable. Independent of adapters,
+the engine, and the conversion of the default base.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class LoadedBase:
     Attributes:
         model: in eval mode, no parameter requires a gradient.
         spec: its dimensions, digest and served dtype.
-        name: what it is called where models are listed; its identity is `spec.digest`.
-        notes: sentences for people, such as that the weights were quantized once.
+        name: display name in model lists; its identity is `spec.digest`.
+        notes: sentences for users, such as that the weights were once quantized.
         tokenizer_dir: a directory for `load_tokenizer`.
         config: the model's config.
         eos_token_ids: ids that end a sequence, from the generation config.
@@ -80,7 +80,7 @@ def load_base(
         dtype: "bfloat16", "float32" or "float16"; None takes `default_dtype(device)`.
         device: a torch device; None takes "cuda" where there is one, else "cpu".
         revision: the hub commit, 40 hex digits. Branches and tags move, so they are refused.
-        cache_dir: where the digest is remembered if the base's own directory is read-only.
+        cache_dir: cache of the digest if the base's own directory is read-only.
 
     Raises:
         BaseUnsupported: with the reason.
@@ -113,14 +113,14 @@ def load_base(
 def describe_base(
     path_or_id: str | Path, *, dtype: str | None = None, revision: str | None = None
 ) -> BaseModelSpec:
-    """What adapters are held against, from the files of a base: no weight is loaded.
+    """The spec that adapters are checked against, from the files of a base. Loads no weights.
 
-    Whether the weights load is not known afterwards.
+    Does not check that the weights can be loaded.
 
     Args:
-        path_or_id: as `load_base` takes it, and so the next two.
-        dtype: the same, of a base on the CPU.
-        revision: the same.
+        path_or_id: see `load_base`.
+        dtype: see `load_base`, for a base on the CPU.
+        revision: see `load_base`.
 
     Raises:
         BaseUnsupported: with the reason.
@@ -136,7 +136,7 @@ def describe_base(
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuse what the config alone shows cannot be served.
+    """Refuse bases that the config alone shows to be unsupported.
 
     Raises:
         BaseUnsupported: encoder-decoders, models with no causal language-modelling class,
@@ -186,7 +186,7 @@ def _rope_types(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _directory(path_or_id: str | Path, revision: str | None) -> Path:
-    """The local directory that is meant, downloaded from the hub if need be."""
+    """The local directory of a base, downloaded from the hub if necessary."""
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -268,10 +268,10 @@ def _config(directory: Path) -> PretrainedConfig:
 def _load_weights(
     directory: Path, config: PretrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The frozen model, and the names of checkpoint tensors that it has no use for.
+    """The frozen model, and the names of unused checkpoint tensors.
 
-    transformers keeps tensors that need no conversion memory-mapped on the CPU (a test holds it to
-    that), so nothing is copied here.
+    transformers keeps tensors that need no conversion memory-mapped on the CPU (a test checks this), so
+    nothing is copied here.
     """
     with quiet_progress_bars():
         try:
@@ -289,7 +289,7 @@ def _load_weights(
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers would serve these as random numbers, with a line in a log.
+        # transformers would initialise these at random, with only a log message.
         raise BaseUnsupported(
             f"{directory}: {len(missing)} weights of the model are not in the checkpoint: "
             f"{', '.join(missing[:_MANY])}",

@@ -1,11 +1,10 @@
 """Llama in plain torch: the modules, names and operations of transformers' class, and nothing else.
 
-transformers' own classes bring torch's compiler, its distributed tensors and sympy with them: 100 MB and
-two of the five seconds that a server took to start. Only a config is taken that says all that is asked
-here and nothing that is not known here; `read_numbers` gives None for every other, and transformers loads
-it. Each operation is the one that transformers has there, in its order, so that the logits are the same to
-the bit: a test holds them to that, since the engine's check at start compares with these. Knows no files,
-cache or adapter.
+transformers' own classes import torch's compiler, its distributed tensors and sympy: 100 MB and two of the
+five seconds that a server took to start. A config is accepted only if it has all required keys and no
+unknown ones; `read_numbers` returns None for any other, and transformers loads it. The operations and their
+order are those of transformers, so the logits are bit-identical: a test checks this, since the engine's
+check at start compares with these. Independent of files, caches and adapters.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from adapters.attention_hook import Attention
 
-# Keys of a config that change nothing in what a frozen model computes.
+# Config keys that do not affect what a frozen model computes.
 _WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
@@ -32,9 +31,9 @@ _COUNTS = (
     "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
     "num_hidden_layers", "num_key_value_heads", "vocab_size",
 )  # fmt: skip
-# These may be absent, and mean the value here then; `pretraining_tp` can have no other.
+# Optional keys and their defaults; `pretraining_tp` must have this value.
 _DEFAULTS = {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "head_dim": None}
-# The rotation's base as it is written today, and as it was.
+# The RoPE base in the current and in the older config format.
 _ROPE, _OLD_ROPE = "rope_parameters", frozenset({"rope_theta", "rope_scaling"})
 _NEEDED = frozenset({*_FIXED, *_COUNTS, "rms_norm_eps", "tie_word_embeddings"})
 _KNOWN = _NEEDED | _WITHOUT_EFFECT | _DEFAULTS.keys() | _OLD_ROPE | {_ROPE}
@@ -42,7 +41,7 @@ _KNOWN = _NEEDED | _WITHOUT_EFFECT | _DEFAULTS.keys() | _OLD_ROPE | {_ROPE}
 
 @dataclass(frozen=True)
 class LlamaNumbers:
-    """A config as far as it is computed with; the names are those of `config.json`."""
+    """The config values that the computation uses; names as in `config.json`."""
 
     head_dim: int
     hidden_size: int
@@ -60,12 +59,12 @@ class LlamaNumbers:
     model_type: str = "llama"
 
     def get_text_config(self) -> LlamaNumbers:
-        """Itself: there is nothing but text."""
+        """Itself: the model is text-only."""
         return self
 
 
 def read_numbers(config: dict[str, Any]) -> LlamaNumbers | None:
-    """The numbers of a `config.json`; None where it is not plainly that of a Llama."""
+    """The numbers of a `config.json`; None unless it is that of a plain Llama."""
     if not _NEEDED <= config.keys() <= _KNOWN:
         return None
     given = {**_DEFAULTS, **config}
@@ -93,7 +92,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _theta(config: dict[str, Any]) -> float | None:
-    """The base of the plain rotation; None where there is another, or none."""
+    """The base of plain RoPE; None for another RoPE type, or none."""
     old = {key: config[key] for key in _OLD_ROPE & config.keys()}
     rope = config.get(_ROPE)
     if rope is None:
@@ -108,7 +107,7 @@ def _theta(config: dict[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class Logits:
-    """What a forward pass gives: `logits` (B, T, V)."""
+    """Result of a forward pass: `logits` (B, T, V)."""
 
     logits: torch.Tensor
 
@@ -134,7 +133,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, numbers: LlamaNumbers) -> None:
         super().__init__()
-        # On the CPU wherever the rest of the model is made: it is in no file.
+        # On the CPU wherever the rest of the model is created: no file contains it.
         steps = torch.arange(0, numbers.head_dim, 2, dtype=torch.float, device="cpu")
         inv_freq = 1.0 / (numbers.rope_theta ** (steps / numbers.head_dim))
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -151,7 +150,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention: causal within the row, or by what the model is connected to."""
+    """Grouped-query attention: causal within the row, or by the connected `Attention`."""
 
     def __init__(self, numbers: LlamaNumbers, layer_idx: int) -> None:
         super().__init__()
@@ -238,7 +237,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, numbers: LlamaNumbers) -> None:
         super().__init__()
-        # Made of a table: one that torch fills at random, on the meta device, imports its compiler.
+        # From an existing table: torch's random initialisation on the meta device imports its compiler.
         table = torch.empty(numbers.vocab_size, numbers.hidden_size)
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
             table, freeze=False
@@ -259,9 +258,9 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The whole model. Made on the meta device: its weights come from a file.
+    """The whole model. Created on the meta device; its weights come from a file.
 
-    Named as transformers names it, since the engine knows models by the names of their classes.
+    Has transformers' class name, since the engine identifies models by class name.
     """
 
     def __init__(self, numbers: LlamaNumbers) -> None:
@@ -275,11 +274,11 @@ class LlamaForCausalLM(nn.Module):
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear:
-        """What makes logits."""
+        """The output head."""
         return self.lm_head
 
     def connect_attention(self, path: Attention) -> None:
-        """See `adapters.attention_hook.connect`."""
+        """Set the attention implementation, see `adapters.attention_hook.connect`."""
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.path = path
@@ -299,10 +298,10 @@ class LlamaForCausalLM(nn.Module):
         Args:
             input_ids: tokens, or
             inputs_embeds: their embeddings.
-            position_ids: (B, T); 0, 1, ... if left out.
-            logits_to_keep: indices (n,) of the tokens whose logits are wanted; all if left out.
-            past_key_values: not looked at, and so the next one: a connected model has its cache elsewhere.
-            use_cache: the same.
+            position_ids: (B, T); 0, 1, ... if omitted.
+            logits_to_keep: indices (n,) of the tokens at which to compute logits; all if omitted.
+            past_key_values: ignored; a connected model has its cache elsewhere.
+            use_cache: ignored.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:

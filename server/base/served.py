@@ -1,7 +1,7 @@
-"""A base as the engine takes it: in plain torch where that is the same, else as transformers loads it.
+"""Loads a base for the engine: in plain torch if that is equivalent, else with transformers.
 
-Plain are Llamas on the CPU whose files hold just the tensors that the config asks for, in the dtype that is
-served: see `plain_llama`. Whatever is not so goes to `load`, which says what is wrong if something is.
+The plain path takes Llamas on the CPU whose files hold exactly the tensors of the config, in the served
+dtype: see `plain_llama`. Any other base goes to `load`, which reports errors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _EOS_KEY = "eos_token_id"
 
 @dataclass(frozen=True)
 class ServedBase:
-    """A frozen base model and what the engine tells about it; see `load.LoadedBase`."""
+    """A frozen base model and its metadata; see `load.LoadedBase`."""
 
     model: nn.Module
     spec: BaseModelSpec
@@ -54,7 +54,7 @@ def load_served(
         plain = load_plain(Path(path_or_id).expanduser(), dtype or default_dtype(device))
         if plain is not None:
             return plain
-    # Only now: it imports transformers' models.
+    # Imported late: it imports transformers' models.
     from server.base.load import load_base
 
     loaded = load_base(path_or_id, dtype=dtype, device=device, revision=revision)
@@ -69,7 +69,7 @@ def load_served(
 
 
 def load_plain(directory: Path, dtype: str) -> ServedBase | None:
-    """The base of a directory in plain torch, its weights mapped; None where that is not to be had.
+    """A directory's base in plain torch, weights memory-mapped; None if the plain path does not apply.
 
     Raises:
         BaseUnsupported: a weights file has no digest.
@@ -118,7 +118,7 @@ def _numbers(directory: Path) -> LlamaNumbers | None:
 
 
 def _tensors(files: list[Path]) -> dict[str, torch.Tensor]:
-    """All tensors by name: pages of the files, not copies."""
+    """All tensors by name, memory-mapped."""
     found: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:

@@ -1,4 +1,4 @@
-"""The tokenizer of a base directory. Apart from `load`: whoever needs only this imports no models."""
+"""Loads the tokenizer of a base directory. Separate from `load` to avoid importing model classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adapters.errors import BaseUnsupported
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Model types whose tokenizer is what its config names, by the rules of AutoTokenizer.
+# Model types for which AutoTokenizer uses the tokenizer class named in the config.
 _TAKEN_AT_THEIR_WORD = frozenset({"llama"})
 
 
@@ -19,7 +19,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a base directory (`LoadedBase.tokenizer_dir`).
 
     Raises:
-        BaseUnsupported: the directory holds none that loads without code of its own.
+        BaseUnsupported: no tokenizer that loads without custom code.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = _tokenizer_class(Path(path)).from_pretrained(
@@ -31,9 +31,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer_class(directory: Path) -> Any:
-    """AutoTokenizer, or the class that it would choose where the files leave no doubt.
+    """AutoTokenizer, or the class that it would choose, if the files determine it.
 
-    AutoTokenizer looks at every model's config first and loads torch on its way.
+    AutoTokenizer imports every model's config first, and torch with them.
     """
     named = _read(directory / "tokenizer_config.json")
     kind = _read(directory / "config.json").get("model_type")
@@ -52,7 +52,7 @@ def _tokenizer_class(directory: Path) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
+    """The object in a JSON file; empty if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -128,10 +128,10 @@ def staged(path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
 
 
 def stage(path: Path, directory: Path) -> tuple[str, ...]:
-    """Fill an empty folder from a PEFT folder or an archive; the names that were left out.
+    """Fill an empty folder from a PEFT folder or an archive. Returns the ignored names.
 
     Raises:
-        CheckpointError: as `adapters.checkpoint.archive.stage_upload`, the same door as an upload's.
+        CheckpointError: as `adapters.checkpoint.archive.stage_upload`, which uploads use too.
     """
     from adapters.checkpoint.archive import stage_upload
 

@@ -39,7 +39,7 @@ class Wording:
     on_too_long: OnTooLong = "error"
 
     def job(self, base: BaseModelSpec, num_virtual_tokens: int) -> TrainingJob:
-        """A job of these words, for the renderer that training uses; nothing is trained by it."""
+        """A job with this metadata, for the renderer that training uses; it is never run."""
         longest = base.max_positions - num_virtual_tokens
         return TrainingJob(
             adapter="",

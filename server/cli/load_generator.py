@@ -4,8 +4,8 @@
     open loop     requests come at a rate, as a Poisson process, whether others have ended or not
 
 Every request is a stream of `/generate_stream`; adapters take turns. Prompts are random words, cut to
-their number of tokens by the server (`truncate`), so that no two share a beginning. Knows HTTP and
-TGI's frames; nothing of models, engines or tables.
+their number of tokens by the server (`truncate`), so that no two share a prefix. Depends on HTTP and
+TGI's frames only, not on models, engines or tables.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ async def _read(reply: httpx.Response, outcome: Outcome) -> None:
 
 
 def _prompt(plan: LoadPlan, words: random.Random) -> str:
-    """Enough random words: each is a token at least."""
+    """Enough random words: each is at least one token."""
     return " ".join(
         "".join(words.choices(string.ascii_lowercase, k=words.randint(3, 8)))
         for _ in range(plan.prompt_tokens)

@@ -1,6 +1,6 @@
 """Adapters that a command line names: in the data directory, or as PEFT folders.
 
-Finds their files and the words that were stored with them; knows no engine and prints nothing.
+Finds their files and their stored metadata. Independent of the engine; prints nothing.
 """
 
 from __future__ import annotations

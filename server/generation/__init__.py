@@ -1,1 +1,1 @@
-"""Generating text: prompts, adapter lookup, quotas, ranking, grammars, observers. Knows no HTTP."""
+"""Text generation: prompts, adapter lookup, quotas, ranking, grammars, observers. Independent of HTTP."""

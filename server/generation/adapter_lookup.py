@@ -1,11 +1,11 @@
-"""Adapters looked up by name, for many requests at once.
+"""Coalesces concurrent adapter lookups by name.
 
-A lookup takes a millisecond, nearly all of it Python: threads that make several side by side want one
-interpreter, and each took three times as long. So one thread makes them, one after another, and who
-asks for the same as somebody else meanwhile gets the same answer.
+A lookup takes a millisecond, nearly all of it Python. Lookups on parallel threads contend for the
+interpreter lock, and each took three times as long. One thread therefore makes them in sequence, and
+concurrent lookups of one name share a result.
 
-Nothing is kept: a lookup begins after everybody has asked whom it answers, so that each sees what was
-written before. Knows neither the registry nor requests.
+No caching. A shared lookup starts after the last of its callers asked, so each sees all earlier writes.
+Independent of the registry and of requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adapters.errors import StorageUnavailable
 FoundT = TypeVar("FoundT")
 Asker: TypeAlias = Hashable
 
-# Lookups that one visit of the thread makes, before those who asked hear of any.
+# Lookups per batch on the thread; results are delivered after the batch.
 _MOST_AT_ONCE = 16
 
 
@@ -37,12 +37,12 @@ class _Lookup(Generic[FoundT]):
 
 
 class Lookups(Generic[FoundT]):
-    """Makes lookups on one thread at a time. Use from one event loop.
+    """Runs lookups on one thread at a time. Use from one event loop.
 
     Args:
-        look_up: what finds a name, or raises; called on a thread, in the context of one who asked.
-        threads: how many threads there may be.
-        asker: who asks just now; an answer to one is none to another.
+        look_up: returns the result for a name, or raises; called on a thread, in a caller's context.
+        threads: the thread limiter.
+        asker: returns the current caller; results are not shared between different callers.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Lookups(Generic[FoundT]):
         self._working: asyncio.Task[None] | None = None
 
     async def find(self, name: str) -> FoundT:
-        """What is found now, or raised, by this name."""
+        """Look up a name and return or raise the result."""
         key = (name, self._asker())
         lookup = self._asked.get(key)
         if lookup is None:
             lookup = self._asked[key] = _Lookup(name, copy_context())
-        # One each: who leaves takes nobody's answer along.
+        # One future per caller: a cancelled caller does not cancel the others.
         answer: asyncio.Future[FoundT | Exception] = asyncio.get_running_loop().create_future()
         lookup.waiting.append(answer)
         self._unheard.add(answer)
@@ -79,7 +79,7 @@ class Lookups(Generic[FoundT]):
         return found
 
     async def settle(self) -> None:
-        """Wait until all who have asked so far have heard, and did what they do at once with it."""
+        """Wait until all pending callers have received their results and run their continuations."""
         if self._unheard:
             await asyncio.wait([*self._unheard])
 
@@ -98,14 +98,14 @@ class Lookups(Generic[FoundT]):
     async def _find_all(self, lookups: Sequence[_Lookup[FoundT]]) -> Sequence[FoundT | Exception]:
         try:
             return await anyio.to_thread.run_sync(self._find, lookups, limiter=self._threads)
-        except Exception as error:  # no thread is to be had: nobody may wait for one for ever
+        except Exception as error:  # no thread is available: callers must not wait forever
             return [error] * len(lookups)
 
     def _find(self, lookups: Sequence[_Lookup[FoundT]]) -> list[FoundT | Exception]:
         found: list[FoundT | Exception] = []
         for lookup in lookups:
             last = found[-1] if found else None
-            # It was waited for once, which may take half a minute: the others need not wait again.
+            # The timeout, up to half a minute, was already spent: fail the others without another wait.
             one = last if isinstance(last, StorageUnavailable) else self._one(lookup)
             found.append(one)
         return found
@@ -113,5 +113,5 @@ class Lookups(Generic[FoundT]):
     def _one(self, lookup: _Lookup[FoundT]) -> FoundT | Exception:
         try:
             return lookup.context.run(self._look_up, lookup.name)
-        except Exception as error:  # it belongs to whoever asked
+        except Exception as error:  # delivered to the callers
             return error

@@ -1,9 +1,9 @@
-"""The one straight line of a generation: from a prompt and an adapter's name to text.
+"""The generation pipeline: from a prompt and an adapter name to text.
 
     resolve -> tokenise -> check limits -> GenerationRequest -> engine stream -> text, stop strings
 
-Knows neither HTTP nor JSON: a route fills in `Options`, and reads `Piece`s. The adapter's version
-is fixed when the name is resolved, so replacing or deleting it later changes nothing here.
+Independent of HTTP and JSON: a route fills in `Options` and reads `Piece`s. The adapter version is fixed
+when the name is resolved; replacing or deleting it later does not affect running requests.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ Row: TypeAlias = Mapping[str, Value]
 DEFAULT_MAX_NEW_TOKENS = 64
 # Longer texts are tokenised off the event loop: a megabyte takes about a second.
 _INLINE_CHARACTERS = 4_096
-# Many texts are tokenised so many characters, and so many texts, at a time.
+# Many texts are tokenised in batches, bounded by characters and by number of texts.
 _PIECE_CHARACTERS = 65_536
 _PIECE_TEXTS = 256
-# A resolved adapter counts as in use for so long, whether or not its request was submitted yet.
+# A resolved adapter counts as in use for this long, even before its request is submitted.
 _RESOLVED_SECONDS = 60.0
 _MAX_THREADS = 16
-# Why a generation for an adapter that exists is not begun, as watchers are told it.
+# Refusal codes reported to observers for an adapter that exists.
 _REFUSALS: dict[type[Exception], str] = {
     AdapterOverloaded: "adapter_overloaded",
     EngineOverloaded: "overloaded",
@@ -74,17 +74,17 @@ _REFUSALS: dict[type[Exception], str] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller may choose about one generation.
+    """Per-request options of a generation.
 
     Attributes:
-        sampling: `max_new_tokens` and `eos_token_ids` in it are filled in here.
+        sampling: its `max_new_tokens` and `eos_token_ids` are filled in here.
         max_new_tokens: None takes `default_new_tokens`, or what fits if that is less.
         default_new_tokens: None is all that fits.
         stop: strings that end the output.
-        include_stop: whether the one that ended it stays in the text.
-        truncate: keep only the last so many prompt tokens.
-        prompt_field: what the caller calls the prompt, for refusals.
-        length_field: what the caller calls `max_new_tokens`, likewise.
+        include_stop: whether the output includes the stop string that ended it.
+        truncate: keep only this many tokens at the end of the prompt.
+        prompt_field: the API's name for the prompt, used in errors.
+        length_field: the API's name for `max_new_tokens`, used in errors.
     """
 
     sampling: SamplingParams
@@ -111,14 +111,14 @@ class Piece:
 
     Attributes:
         token_id: the token.
-        text: the same as `added`; but a special token shows its name here, which is not part of
+        text: the same as `added`, except that a special token has its name here, which is not part of
             the output.
-        added: what it adds to the output; empty while a character is incomplete, or while it may
-            begin a stop string that is left out.
-        offset: characters of the output before it, those held back among them.
+        added: text added to the output; empty while a character is incomplete, or while it may be the
+            prefix of an excluded stop string.
+        offset: characters of the output before it, including those held back.
         special: whether it is a special token.
-        logprob: None unless asked for.
-        finish_reason: None while the sequence goes on.
+        logprob: None unless requested.
+        finish_reason: None until the sequence ends.
     """
 
     token_id: int
@@ -166,17 +166,17 @@ class Generation:
         self._num_characters = 0
 
     def abort(self) -> None:
-        """Give the row back; what was read so far stays."""
+        """Abort the request; the output read so far is preserved."""
         self._stream.abort()
         if not self._has_ended:
             self._last_at = time.monotonic()
             self._tell_ended("abort")
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Yield a piece a token.
+        """Yield one piece per token.
 
         Raises:
-            RequestFailed: the engine gave the request up.
+            RequestFailed: the request failed in the engine.
         """
         try:
             async for event in self._stream:
@@ -199,7 +199,7 @@ class Generation:
     async def _note_corrupt(self, digest: str) -> None:
         try:
             await anyio.to_thread.run_sync(self._mark_corrupt, digest)
-        except Exception:  # the request's own failure is what its caller must hear of
+        except Exception:  # the request's own failure must reach its caller
             log.exception("mark_corrupt_failed", digest=digest)
 
     def _take(self, event: TokenEvent) -> Piece:
@@ -223,7 +223,7 @@ class Generation:
         return Piece(event.token_id, text, text, offset, False, event.logprob, self.finish_reason)
 
     def _tell_token(self, at: float, queue_seconds: float | None) -> None:
-        # When it came, not when it is read: a client that reads slowly is no slow engine.
+        # Arrival time, not read time: a slow client must not count as a slow engine.
         before, self._last_at = self._last_at, at
         if self.num_tokens:
             for watch in self._watches:
@@ -245,7 +245,7 @@ class Generation:
         self.finish_reason = _finish_reason(event)
         added = ""
         if self.finish_reason is not None:
-            # An output that ends inside a character keeps a replacement for it.
+            # An output that ends inside a character ends in a replacement character.
             added, _ = self._stops.feed(self._detokenizer.flush())
             added += self._stops.flush()
         self.text += added
@@ -259,12 +259,12 @@ class Generator:
 
     Args:
         client: the started engine.
-        registry: where adapters are looked up.
-        tokenizer: the base's.
-        base_id: the name by which a caller may ask for the base itself.
-        watchers: told of every generation.
-        admit: called before each is begun; what it raises refuses it.
-        limits: on prompts and outputs.
+        registry: the registry of adapters.
+        tokenizer: the base's tokenizer.
+        base_id: the model name of the base itself.
+        watchers: observers of every generation.
+        admit: called before each generation starts; raises to refuse it.
+        limits: limits on prompts and outputs.
     """
 
     def __init__(
@@ -284,22 +284,22 @@ class Generator:
         self.tokenizer = tokenizer
         self.base_id = base_id
         self._resolved_at: dict[str, float] = {}
-        # Its own: routes that write may fill the common one, when the database is held by another.
+        # A separate limiter: writes blocked on the database lock may exhaust the default one.
         self._threads = anyio.CapacityLimiter(_MAX_THREADS)
         self._lookups = Lookups(registry.resolve, self._threads, caller)
         self._watchers = tuple(watchers)
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Tokens that virtual tokens, prompt and output may take together."""
+        """Maximum total of virtual, prompt and output tokens."""
         return self._client.max_sequence_tokens
 
     async def resolve(self, name: str | None) -> AdapterRecord | None:
-        """The exact version behind `NAME`, `NAME@VERSION` or `NAME@ALIAS`; None is the base.
+        """Resolve `NAME`, `NAME@VERSION` or `NAME@ALIAS` to an exact version; None is the base.
 
         Raises:
-            NameInvalid, AdapterNotFound, VersionNotFound, AdapterCorrupt: never the base instead.
-            BaseMismatch: it was trained here on another base.
+            NameInvalid, AdapterNotFound, VersionNotFound, AdapterCorrupt: no fallback to the base.
+            BaseMismatch: the adapter was trained here on another base.
         """
         if name is None or name == self.base_id:
             return None
@@ -310,9 +310,9 @@ class Generator:
         return record
 
     async def digests_in_use(self) -> set[str]:
-        """Adapters whose stored bytes a request may still need, deleted or not.
+        """Digests of adapters whose stored bytes a request may still need, deleted or not.
 
-        Those of requests that were looking a name up when this was asked are among them.
+        Includes those of requests whose lookup was in progress at the call.
         """
         await self._lookups.settle()
         since = time.monotonic() - _RESOLVED_SECONDS
@@ -321,13 +321,13 @@ class Generator:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that a prompt may hold: those that tokenizer and base both have."""
+        """Number of valid token ids: those that both tokenizer and base have."""
         return min(self.tokenizer.vocab_size, self._client.base.vocab_size)
 
     async def encode(
         self, text: str, *, add_special_tokens: bool = True, field: str = "inputs"
     ) -> Prompt:
-        """A prompt from text, with the special tokens that the tokenizer adds, or without.
+        """Encode a text as a prompt, with or without the tokenizer's special tokens.
 
         Raises:
             TooLong: more characters than may be tokenised.
@@ -343,13 +343,13 @@ class Generator:
         plain: bool = False,
         field: str = "inputs",
     ) -> list[Prompt]:
-        """Prompts from texts, a piece of them at a time and off the event loop where they are long.
+        """Encode texts as prompts, in batches, and off the event loop if they are long.
 
         Args:
             texts: any strings.
-            add_special_tokens: see `TextTokenizer.encode`, as for the next.
-            plain: the same.
-            field: what the caller calls them, for refusals.
+            add_special_tokens: see `TextTokenizer.encode`.
+            plain: see `TextTokenizer.encode`.
+            field: the API's name for the texts, used in errors.
 
         Raises:
             TooLong: a text of more characters than may be tokenised.
@@ -375,7 +375,7 @@ class Generator:
     async def spans(
         self, text: str, *, add_special_tokens: bool, field: str = "inputs"
     ) -> list[TokenSpan]:
-        """Tokens of a text with the characters that each covers.
+        """Tokens of a text with their character ranges.
 
         Raises:
             TooLong: more characters than may be tokenised.
@@ -386,12 +386,12 @@ class Generator:
         )
 
     async def encode_row(self, row: Row, adapter: AdapterRecord | None) -> Prompt:
-        """A prompt from a row of data, by the adapter's own stored template.
+        """Render a row of data with the adapter's stored template and encode it as a prompt.
 
         Raises:
             RequestInvalid: no adapter was named, or it has no template.
             TemplateInvalid: the row does not fit the template.
-            TooLong: it makes a text of more characters than may be tokenised.
+            TooLong: the rendered text has more characters than may be tokenised.
         """
         [prompt] = await self.encode_rows([row], adapter)
         return prompt
@@ -418,15 +418,15 @@ class Generator:
     async def encode_targets(
         self, texts: Sequence[str], *, append_eos: bool
     ) -> list[tuple[int, ...]]:
-        """Ids of what stands after a prompt, as in training: plain text, then end of sequence.
+        """Encode targets as in training: plain text, then end of sequence.
 
         Args:
             texts: separator and target of each.
             append_eos: end with the end-of-sequence token, if the base has one.
 
         Raises:
-            RequestInvalid: one of no token at all.
-            TooLong: one of more characters than may be tokenised.
+            RequestInvalid: a target has no tokens.
+            TooLong: a target has more characters than may be tokenised.
         """
         eos = self.tokenizer.eos_token_id if append_eos else None
         end = () if eos is None else (eos,)
@@ -444,10 +444,10 @@ class Generator:
     def prepare(
         self, prompt: Prompt, adapter: AdapterRecord | None, options: Options, request_id: str
     ) -> GenerationRequest:
-        """Hold a prompt against the limits and freeze the request.
+        """Check a prompt against the limits and build the request.
 
         Raises:
-            RequestInvalid: the prompt has no token.
+            RequestInvalid: the prompt has no tokens.
             TooLong: virtual tokens, prompt and output do not fit the base or the engine.
         """
         ids = prompt.token_ids
@@ -475,16 +475,16 @@ class Generator:
         Raises:
             EngineOverloaded: the queue is full.
             EngineUnavailable: the engine's process is down.
-            QuotaExceeded: the caller's key may have no more tokens now.
+            QuotaExceeded: the token quota of the caller's key is used up.
         """
         with self._telling_refusal(None if request.adapter is None else request.adapter.name):
             return self._submit(request, options)
 
     def try_submit(self, request: GenerationRequest, options: Options) -> Generation | None:
-        """Queue a later part of something begun; it may wait, so a full queue refuses nobody.
+        """Queue a further request of an operation in progress; a full queue is not an error.
 
         Returns:
-            None where the queue is full.
+            None if the queue is full.
 
         Raises:
             EngineUnavailable, QuotaExceeded: see `submit`.
@@ -525,7 +525,7 @@ class Generator:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Tokens of a prompt, one new token beside it, that are taken."""
+        """Maximum prompt tokens, with room for one new token."""
         room = self.max_sequence_tokens - 1
         most = self._limits.max_prompt_tokens
         return room if most is None else min(room, most)
@@ -533,10 +533,10 @@ class Generator:
     def check_length(
         self, num_prompt_tokens: int, adapter: AdapterRecord | None, options: Options
     ) -> int:
-        """Hold lengths against the limits before anything is made of that length.
+        """Check lengths against the limits before anything of that length is allocated.
 
         Returns:
-            How many tokens the output may have.
+            The maximum number of output tokens.
 
         Raises:
             TooLong: see `prepare`.
@@ -578,7 +578,7 @@ class Generator:
 
 
 def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts, so many and so long a piece as may be tokenised at a time."""
+    """Split texts into batches within the tokenisation limits."""
     piece: list[str] = []
     size = 0
     for text in texts:
@@ -602,7 +602,7 @@ def _too_long(field: str, expected: str, came: str) -> TooLong:
 
 
 def adapter_ref(record: AdapterRecord) -> AdapterRef:
-    """The engine's view of a record."""
+    """The engine's reference to an adapter record."""
     return AdapterRef(
         record.digest,
         record.num_virtual_tokens,

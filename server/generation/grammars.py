@@ -1,12 +1,12 @@
-"""From what an API says about the shape of an output to the engine's `Grammar`.
+"""Converts the APIs' structured-output parameters to the engine's `Grammar`.
 
     response_format    OpenAI's  {"type": "text" | "json_object" | "json_schema", "json_schema": {"schema"}}
     structured_outputs vLLM's    {"json" | "json_object" | "regex" | "choice": ...}
     guided_*           vLLM's older names of the same
     grammar            TGI's     {"type": "json" | "json_object" | "json_schema" | "regex", "value"}
 
-Checks kinds, sizes and depth, and no more: whether a schema or an expression can be followed is
-found where it is compiled, off everybody's path. Knows no route, no tensor and no grammar library.
+Checks types, sizes and depth only. Whether a schema or an expression is supported is determined when it
+is compiled, off the request path. Independent of routes, tensors and grammar libraries.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from server.engine.request import Grammar
 from server.errors import Contradiction, RequestInvalid
 
 MAX_SCHEMA_BYTES = 64 * 1024
-# Objects and lists inside one another, in the schema's own JSON: the compiler's reader stops at 128.
+# Nesting depth of the schema's JSON; the compiler's parser stops at 128.
 MAX_SCHEMA_DEPTH = 100
 MAX_REGEX_CHARS = 4 * 1024
 MAX_CHOICES = 1_000
 MAX_CHOICE_CHARS = 10_000
-# Of all choices together: what a schema may take, and four times more.
+# Total size of all choices: the limit of a schema, times four.
 MAX_CHOICES_BYTES = 256 * 1024
 
 _ANY_OBJECT = '{"type":"object"}'
-# What stands under these is data, not a schema: a "$ref" in it refers to nothing.
+# Values under these keys are data, not schemas: a "$ref" in them is not a reference.
 _DATA = frozenset({"const", "default", "enum", "examples"})
 _SCHEMA_PLACE = frozenset({"name", "description", "schema", "strict"})
 
@@ -44,21 +44,21 @@ def grammar_from(
     tgi_grammar: object = None,
     field_prefix: str = "",
 ) -> Grammar | None:
-    """The one grammar that a request asks for; None where it asks for none.
+    """The grammar that a request specifies; None if it specifies none.
 
     Args:
-        response_format: OpenAI's object; `{"type": "text"}` asks for nothing. TGI's and LoRAX's
-            spellings ("json" or "regex" with "value", "json_object" with "schema") are taken too.
+        response_format: OpenAI's object; `{"type": "text"}` specifies none. TGI's and LoRAX's variants
+            ("json" or "regex" with "value", "json_object" with "schema") are accepted too.
         structured_outputs: vLLM's object with one of json, json_object, regex and choice.
         guided_json: a JSON Schema, as an object or as its text.
         guided_regex: a regular expression for the whole output.
         guided_choice: texts, one of which is the output.
         tgi_grammar: TGI's object with type and value.
-        field_prefix: what stands before the field's name in an error, such as "parameters.".
+        field_prefix: prefix of field names in errors, such as "parameters.".
 
     Raises:
         Contradiction: more than one is given.
-        RequestInvalid: one of them is malformed, too large, or not of a kind that is known here.
+        RequestInvalid: one of them is malformed, too large, or of an unknown type.
     """
     given: dict[str, tuple[object, Callable[[object, str], Grammar | None]]] = {
         "response_format": (response_format, _typed),
@@ -88,7 +88,7 @@ def grammar_from(
 
 
 def _typed(value: object, field: str) -> Grammar | None:
-    """OpenAI's response_format and TGI's grammar, whose types have other names for one another."""
+    """OpenAI's response_format and TGI's grammar, which name their types differently."""
     fields = _object(value, field)
     kind = fields.get("type")
     if kind == "text":
@@ -146,7 +146,7 @@ def _schema(value: object, field: str) -> Grammar:
     if isinstance(value, str):
         return _schema_text(value, field)
     schema = _object(value, field, "a JSON Schema (an object)")
-    # Before it is written: the writer recurses.
+    # Checked before serialisation, which recurses.
     _check_depth(schema, field)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -225,7 +225,7 @@ def _check_depth(schema: Mapping[str, Any], field: str) -> None:
     number = 0
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [inner for value in level for inner in _parts(value)]
-        # Each is a byte at least: nobody waits until half a million of them are written.
+        # Each takes at least a byte: refuse half a million of them before serialising any.
         number += len(level)
         if number > MAX_SCHEMA_BYTES:
             raise _wrong(field, f"a JSON Schema of at most {MAX_SCHEMA_BYTES} bytes", "more")
@@ -243,7 +243,7 @@ def _parts(value: object) -> Iterator[Any]:
 
 
 def _check_refs(schema: Mapping[str, Any], field: str) -> None:
-    """Nothing is fetched: a `$ref` stays inside its own schema."""
+    """Refuse a `$ref` that points outside its own schema; nothing is fetched."""
     pending: list[Any] = [schema]
     while pending:
         value = pending.pop()
@@ -266,6 +266,6 @@ def _wrong(field: str, expected: str, came: object) -> RequestInvalid:
 def _shown(came: object) -> str:
     if isinstance(came, str):
         return came if len(came) <= 200 else came[:197] + "..."
-    # A container's own words may be endless, and nested too deeply to be written at all.
+    # The repr of a container can be arbitrarily long, or nested too deeply to be produced.
     kinds: dict[type, str] = {dict: "an object", list: "a list", type(None): "null"}
     return kinds.get(type(came)) or str(came)[:200]

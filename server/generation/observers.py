@@ -1,7 +1,7 @@
-"""Who is told of generations, and what: the two interfaces behind metrics and traces.
+"""Observer interfaces for generations, implemented by metrics, traces and quotas.
 
-Every generation of every route passes `Generator.submit`, so it is told once and by one piece of code.
-All calls come on the event loop; they must return at once and raise nothing. Knows neither HTTP nor
+Every generation of every route passes `Generator.submit`, the single place that notifies observers. All
+calls are made on the event loop; they must return immediately and not raise. Independent of HTTP and
 Prometheus.
 """
 
@@ -11,46 +11,46 @@ from typing import Literal, Protocol
 
 from server.engine.request import GenerationRequest
 
-# vLLM's words: "stop" is the end-of-sequence token or a stop string, "abort" a caller that left.
+# vLLM's terms: "stop" is the end-of-sequence token or a stop string, "abort" a disconnected caller.
 Ended = Literal["stop", "length", "abort", "error"]
 
 
 class Watch(Protocol):
-    """One generation. `first_token` and `token` come as tokens are read, `ended` once and last."""
+    """Observes one generation: `first_token` and `token` as tokens are read, then `ended` once."""
 
     def first_token(self, seconds: float, queue_seconds: float | None) -> None:
-        """The first token came.
+        """The first token arrived.
 
         Args:
-            seconds: since the engine was asked.
-            queue_seconds: of which the request waited for its first step.
+            seconds: time since submission to the engine.
+            queue_seconds: queueing time before the first step, included in `seconds`.
         """
         ...
 
     def token(self, seconds: float) -> None:
-        """Another token came, so long after the one before."""
+        """Another token arrived, `seconds` after the previous one."""
         ...
 
     def ended(self, how: Ended, seconds: float, code: str | None) -> None:
-        """Nothing follows.
+        """The generation ended; the last call.
 
         Args:
-            how: it ended.
-            seconds: from asking the engine to the last token, or to the failure.
-            code: as in `FailedEvent`, where it failed.
+            how: how it ended.
+            seconds: time from submission to the last token, or to the failure.
+            code: as in `FailedEvent`, if it failed.
         """
         ...
 
 
 class Watcher(Protocol):
-    """Told of all generations."""
+    """Observes all generations."""
 
     def began(self, request: GenerationRequest) -> Watch:
-        """A request was handed to the engine."""
+        """A request was submitted to the engine."""
         ...
 
     def refused(self, adapter: str | None, code: str) -> None:
-        """A generation was not begun.
+        """A generation was refused before it started.
 
         Args:
             adapter: its name; None is the base.

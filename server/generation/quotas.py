@@ -1,10 +1,10 @@
-"""How many requests and tokens a key may have, by `limits`, in the memory of one server.
+"""Request and token quotas per key, using `limits`, in the memory of one server.
 
-Requests are counted in a moving window, exactly. Tokens are counted in a sliding window of two counters,
-since a moving one would keep an entry a token: what the last whole window used counts by the share of
-it that is still inside. What a key uses is known only as it is used, so a sequence that has begun ends,
-and what it took above the quota counts against what comes next. Several servers on one data directory
-each count for themselves, and a restart begins anew. Knows no HTTP.
+Requests are counted exactly, in a moving window. Tokens are counted in a sliding window of two counters,
+since a moving window would store an entry per token; the previous window's count is weighted by the share
+that still overlaps. Usage is known only as tokens are produced, so a running sequence is not interrupted;
+the excess counts against later requests. Servers that share a data directory count separately, and a
+restart resets the counters. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from server.store.key import Key
 
 # Tokens of a running sequence are counted so many at a time.
 _BUNCH = 16
-# A limit that no count reaches: `limits` does not count what goes above one.
+# An unreachable limit: `limits` does not count hits beyond a limit.
 _WITHOUT_END = 10**18
 
 
 class Quotas:
-    """What every key has used; a `Watcher` of generations."""
+    """Usage per key; a `Watcher` of generations."""
 
     def __init__(self) -> None:
         self._storage = MemoryStorage()
@@ -39,7 +39,7 @@ class Quotas:
         """Count a request.
 
         Raises:
-            RateLimited: it is one too many, and does not count.
+            RateLimited: the request exceeds the limit; it is not counted.
         """
         if key.rate is None:
             return
@@ -52,10 +52,10 @@ class Quotas:
         )
 
     def check_tokens(self) -> None:
-        """Whether the caller may have any more tokens.
+        """Check that the caller has tokens left.
 
         Raises:
-            QuotaExceeded: it has had as many as it may.
+            QuotaExceeded: the quota is used up.
         """
         key = caller()
         if key is None or key.tokens is None:
@@ -69,22 +69,22 @@ class Quotas:
             )
 
     def began(self, request: GenerationRequest) -> Watch:
-        """A request was handed to the engine: its prompt counts from here on."""
+        """A request was submitted to the engine: count its prompt."""
         key = caller()
         meter = _Meter(self, key if key is not None and key.tokens is not None else None)
         meter.add(len(request.prompt_token_ids))
         return meter
 
     def refused(self, adapter: str | None, code: str) -> None:
-        """What was not begun costs nothing."""
+        """Refused generations are not counted."""
 
     def count_tokens(self, key: Key, number: int) -> None:
-        """Count tokens, above the quota too."""
+        """Count tokens, even beyond the quota."""
         if key.tokens is not None:
             self._tokens.hit(_ledger(key.tokens), key.id, cost=number)
 
     def _wait(self, key_id: str, tokens: str) -> float:
-        """Seconds until a token may be had again; 0 for now."""
+        """Seconds until a token is available; 0 if one is available now."""
         item = limits.parse(tokens)
         window = item.get_expiry()
         last, last_left, now, now_left = self._storage.get_sliding_window(
@@ -92,9 +92,9 @@ class Quotas:
         )
         if last * last_left / window + now < item.amount:
             return 0.0
-        if now < item.amount:  # the last window has to slide out far enough
+        if now < item.amount:  # wait until enough of the previous window has expired
             return last_left - (item.amount - now) * window / last
-        # This window has to end (its counter is kept for one window more), and then to slide out.
+        # This window must end (its counter is stored for one more window), then slide out.
         return now_left - window + window * (1 - item.amount / now)
 
 
@@ -130,6 +130,6 @@ class _Meter:
 
 
 def _ledger(tokens: str) -> limits.RateLimitItem:
-    """The quota's window, without its limit."""
+    """The quota's window with an unreachable limit."""
     item = limits.parse(tokens)
     return type(item)(_WITHOUT_END, item.multiples, "tokens")

@@ -1,9 +1,9 @@
-"""Which of several labels an adapter holds most likely after a prompt.
+"""Ranks labels by their likelihood after a prompt.
 
-A label's score is the log-likelihood of its tokens: the separator, the label, and the
-end-of-sequence token where the adapter learned one. Every label is a request of its own in the
-engine, all of them at once, so that they share its steps with whatever else runs; the engine computes
-the prompt that they share once. Knows neither HTTP nor JSON.
+A label's score is the log-likelihood of its tokens: the separator, the label, and the end-of-sequence
+token if the adapter was trained with one. Every label is a separate engine request. They run
+concurrently, batched with other traffic, and the engine computes their shared prompt once. Independent
+of HTTP and JSON.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Normalization = Literal["sum", "token_mean"]
 Target = tuple[int, ...]
 
 _DEFAULT_SEPARATOR = " "
-# How often a full queue is asked again.
+# Retry interval when the queue is full.
 _RETRY_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What came out for one prompt.
+    """The ranking for one prompt.
 
     Attributes:
-        label: the most likely; of equal ones the first that was given.
-        scores: softmax of the log-probabilities over the labels that were given.
+        label: the most likely label; ties go to the first given.
+        scores: softmax of the log-probabilities over the given labels.
         logprobs: log-likelihood of each label, per token with "token_mean".
     """
 
@@ -50,7 +50,7 @@ async def encode_labels(
     """Token ids of every label as a target of this adapter: separator, label, end of sequence.
 
     Raises:
-        RequestInvalid: a label that has no token.
+        RequestInvalid: a label has no tokens.
     """
     separator = _DEFAULT_SEPARATOR if adapter is None else adapter.target_separator
     append_eos = adapter is not None and bool(adapter.append_eos)
@@ -72,18 +72,18 @@ async def rank(
     """Rank the labels after every prompt.
 
     Args:
-        generator: the engine's front.
+        generator: submits requests to the engine.
         prompts: at least one token each.
         targets: see `encode_labels`.
         adapter: None is the base.
-        normalization: "sum" of a target's log-probabilities, or their mean a token.
-        max_parallel: requests in the engine at a time.
-        on_begun: handed each request to the engine, for its times.
+        normalization: "sum" of a target's log-probabilities, or their mean per token.
+        max_parallel: maximum number of concurrent requests.
+        on_begun: called with each submitted request, for its timings.
 
     Raises:
         RequestInvalid: an empty prompt.
         TooLong: a prompt with a label does not fit the base or the engine.
-        EngineOverloaded, EngineUnavailable, RequestFailed: as generations do; nothing stays behind.
+        EngineOverloaded, EngineUnavailable, RequestFailed: as for generations; all requests are aborted.
     """
     wanted = [(prompt, target) for prompt in prompts for target in targets.values()]
     logprobs = await _score_all(generator, wanted, adapter, max_parallel, on_begun)
@@ -116,8 +116,7 @@ async def _score_all(
     _check_lengths(generator, wanted, adapter)
     batch = uuid.uuid4().hex
     logprobs = [0.0] * len(wanted)
-    # Whoever is free takes the next. A request is made when its turn comes, since each holds its
-    # prompt.
+    # Each free worker takes the next. Requests are created lazily, since each holds its prompt.
     turns = deque(enumerate(wanted))
     num_working = min(max_parallel, len(wanted))
     has_begun = False
@@ -135,7 +134,7 @@ async def _score_all(
             submit = generator.try_submit if has_begun else generator.submit
             generation = submit(request, Options(request.sampling))
             if generation is None:
-                # What was begun is not given up because others took the places.
+                # A started ranking is not abandoned because the queue is full.
                 turns.appendleft((index, (prompt, target)))
                 if num_working > 1:
                     num_working -= 1
@@ -168,9 +167,9 @@ def _options(prompt: Prompt) -> Options:
 def _check_lengths(
     generator: Generator, wanted: Sequence[tuple[Prompt, Target]], adapter: AdapterRecord | None
 ) -> None:
-    """Refuse all before the first is begun."""
+    """Check all lengths before the first request is submitted."""
     if any(not prompt.token_ids for prompt, _ in wanted):
-        # The first token of a text has no likelihood: a target cannot stand there.
+        # The first token of a text has no likelihood, so a target needs a prompt.
         raise RequestInvalid(
             "inputs: expected at least one token, came an empty text",
             field="inputs",

@@ -1,6 +1,6 @@
-"""What a worker process is started with and how it may end, as plain data for both sides.
+"""The configuration and exit statuses of a worker process, shared by parent and worker.
 
-Knows nothing of the environment: `server.config.settings` reads that and fills this in.
+Independent of the environment, which `server.config.settings` reads.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-# Exit statuses of a worker that could not say in the jobs table how its job stands.
+# Exit statuses of a worker that could not record its job's outcome in the jobs table.
 EXIT_DISK_FULL = 74
 EXIT_STOPPED = 75
 EXIT_LEASE_LOST = 76
@@ -23,19 +23,19 @@ EXITS = {
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """Everything a worker knows beside its job.
+    """The configuration of a worker, its job apart.
 
     Attributes:
-        data_dir: where the jobs, the adapters and their database live.
+        data_dir: directory of the jobs, the adapters and their database.
         base: local directory of the base model, or a hub id together with `revision`.
-        base_name: what clients call the base; no adapter can have this name.
+        base_name: the base's name in the API; no adapter can have this name.
         revision: pinned revision of a hub id.
-        dtype: number format of the frozen weights; None chooses by the hardware, as serving does.
+        dtype: dtype of the frozen weights; None chooses by the hardware, as serving does.
         device: "cpu", "cuda", "cuda:1", ...
         threads: threads within one operation.
         nice: added to the process's niceness, 0 to 19.
-        memory_bytes: private memory of the process at most; None does not limit it.
-        checkpoint_seconds: between two checkpoints, about.
+        memory_bytes: limit on the private memory of the process; None is no limit.
+        checkpoint_seconds: approximate time between two checkpoints.
     """
 
     data_dir: str

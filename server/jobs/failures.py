@@ -1,7 +1,7 @@
-"""An exception as the error of a job: a stable code and one sentence.
+"""Maps an exception to a job's error: a stable code and one sentence.
 
-The codes of refusals are those that the API answers with. What nobody foresaw is told without its
-words; the job's log has them.
+Refusals have the codes of the API. The message of an unexpected exception is not exposed; the job's log
+has it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from adapters import errors as library
 INTERNAL_ERROR = "internal_error"
 OUT_OF_MEMORY = "out_of_memory"
 DISK_FULL = "disk_full"
-# What a job can fail of besides the refusals below; the last one is the store's word.
+# Failure codes of a job besides the refusals below; the last one is set by the store.
 OTHER_CODES = frozenset({INTERNAL_ERROR, OUT_OF_MEMORY, DISK_FULL, "worker_lost"})
 
-# A class covers those below it that are not named themselves.
+# A class covers its subclasses that are not listed.
 CODES: dict[type[library.AdapterError], str] = {
     library.JobInvalid: "job_invalid",
     library.DataInvalid: "data_invalid",
@@ -38,13 +38,13 @@ CODES: dict[type[library.AdapterError], str] = {
 }
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-# torch, safetensors and the C++ runtime raise plain errors; these words tell them apart.
+# torch, safetensors and the C++ runtime raise generic errors, distinguished by these phrases.
 _MEMORY_WORDS = ("allocate memory", "out of memory", "not enough memory", "bad_alloc")
 _DISK_WORDS = ("no space left on device", "disk quota exceeded", "disk is full")
 
 
 def describe(error: BaseException) -> dict[str, str]:
-    """`{"code", "message"}` of what ended a job."""
+    """`{"code", "message"}` for the exception that ended a job."""
     causes = list(_causes(error))
     if any(_is_full_disk(one) for one in causes):
         return failed(DISK_FULL, "the disk is full; nothing was published")
@@ -66,7 +66,7 @@ def failed(code: str, message: str) -> dict[str, str]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from; a refusal may only wrap a full disk."""
+    """The error and its causes; a refusal may wrap a disk-full error."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -89,7 +89,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _says(error: BaseException, words: tuple[str, ...]) -> bool:
-    # A refusal's own words may quote the user's data.
+    # A refusal's message may quote the user's data.
     if isinstance(error, library.AdapterError):
         return False
     text = str(error).lower()

@@ -1,7 +1,7 @@
-"""A trained adapter goes through the door that uploads use, with its job's words about it.
+"""Publishes a trained adapter through `Registry.publish`, with the job's metadata.
 
-Whether a job has published is read off the registry by the job's id, so that a worker or a machine
-that stops between publishing and writing the job's end publishes nothing twice. No torch.
+The registry records the job's id with the adapter, so a worker that crashes between publishing and
+writing the job's final state does not publish twice. Does not use torch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job published: the adapter's version, and what training measured."""
+    """The result of a job: the published version and the training metrics."""
 
     version: int
     metrics: dict[str, Any] | None
 
 
 def published_by(registry: Registry, record: JobRecord) -> Outcome | None:
-    """What a job has published already; None where nothing."""
+    """The outcome of a job that has published already; None if it has not."""
     versions: tuple[AdapterRecord, ...] = ()
     with contextlib.suppress(AdapterNotFound):
         versions = registry.versions(record.adapter)
@@ -50,8 +50,8 @@ def publish(
     """Write a trained adapter and publish it under the job's name.
 
     Raises:
-        AdapterError: what `Registry.publish` refuses; nothing was published.
-        OSError: it cannot be written.
+        AdapterError: refused by `Registry.publish`; nothing was published.
+        OSError: the adapter cannot be written.
     """
     if (before := published_by(registry, record)) is not None:
         return before

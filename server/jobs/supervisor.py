@@ -1,14 +1,13 @@
 """Claims jobs and runs a worker process for each, in a thread of the server or of `graftwork worker`.
 
-    tick: look after every run -> claim while there is room -> wait
+    tick: check every run -> claim while there is capacity -> wait
 
-The supervisor holds the lease, not the worker: it renews it while the process lives, so a worker
-never outlives the lease of a supervisor that is gone (it ends with its parent, too). What becomes of
-a job whose process has ended is decided in one place, `_settle`, from what the jobs table and the
-registry say.
+The supervisor, not the worker, holds the lease and renews it while the process lives. A worker also
+exits with its parent, so it never outlives its supervisor's lease. `_settle` alone decides the state of
+a job whose process has ended, from the jobs table and the registry.
 
-Several supervisors may share a data directory: a claim gives a job to one of them. Nothing here
-knows torch, HTTP or asyncio.
+Several supervisors may share a data directory; a claim assigns a job to one of them. Independent of
+torch, HTTP and asyncio.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from server.store.registry import Registry
 log = structlog.get_logger(__name__)
 
 LEASE_SECONDS = 10.0
-# Looked after this often; also the longest that a cancelled worker goes unnoticed.
+# Tick interval; also the maximum delay before a cancellation is noticed.
 TICK_SECONDS = 0.25
 CLAIM_SECONDS = 1.0
-# What a cancelled worker is given to leave by itself.
+# Grace period of a cancelled worker before it is killed.
 CANCEL_SECONDS = 2.0
 STOP_SECONDS = 10.0
 
@@ -46,9 +45,9 @@ class _Run:
     """A worker process and its claim; times are of the monotonic clock.
 
     Attributes:
-        renew_at: when the lease is due.
-        ending: why it was asked to leave, if it was.
-        kill_at: when it is no longer asked.
+        renew_at: when to renew the lease.
+        ending: why it was asked to stop, if it was.
+        kill_at: when to kill it.
     """
 
     claim: Claim
@@ -63,10 +62,10 @@ class Supervisor:
 
     Args:
         store: the jobs.
-        registry: where their adapters go.
-        config: what workers are started with.
-        workers: jobs that run at once.
-        lease_seconds: a job whose supervisor was silent for so long is anybody's.
+        registry: where their adapters are published.
+        config: configuration of the workers.
+        workers: maximum number of concurrent jobs.
+        lease_seconds: lease duration; a job whose lease has expired can be claimed by any supervisor.
     """
 
     def __init__(
@@ -92,26 +91,26 @@ class Supervisor:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids of the workers that run now, by job."""
+        """Process ids of the running workers, by job."""
         return {run.claim.job_id: run.process.pid for run in list(self._runs)}
 
     def start(self) -> None:
-        """Begin to claim jobs. Without workers nothing is started."""
+        """Start claiming jobs. With 0 workers nothing is started."""
         if self._workers == 0 or self._thread is not None:
             return
         self._thread = threading.Thread(target=self._loop, name="graftwork-jobs", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Look at the jobs now: one was added, or cancelled. Safe from any thread."""
+        """Tick now, because a job was added or cancelled. Thread-safe."""
         self._claim_at = 0.0
         self._wake.set()
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """Claim no more, let workers write a checkpoint and leave, and put their jobs back.
+        """Stop claiming, let workers write a checkpoint and exit, and requeue their jobs.
 
         Args:
-            seconds: what they are given; then they are killed, and lose what came after their last
+            seconds: grace period; workers are then killed and lose the progress since their last
                 checkpoint.
         """
         if self._thread is None:
@@ -127,7 +126,7 @@ class Supervisor:
     def _loop(self) -> None:
         while not self._stopping:
             in_order = self._look_after_all()
-            # With a lease that could not be renewed, the job claimed might be one that runs here.
+            # If a lease could not be renewed, a claim might return a job that still runs here.
             if in_order and time.monotonic() >= self._claim_at:
                 self._claim_more()
             self._wake.wait(TICK_SECONDS if self._runs else CLAIM_SECONDS)
@@ -142,19 +141,19 @@ class Supervisor:
             self._look_after_all()
             time.sleep(TICK_SECONDS / 5)
         for run in self._runs:
-            # Its end could not be written; the lease runs out by itself.
+            # The final state could not be written; the lease expires by itself.
             run.process.kill()
             run.process.close()
         self._runs.clear()
 
     def _look_after_all(self) -> bool:
-        """Whether everything could be done that was due."""
+        """Check every run. Returns whether all due actions succeeded."""
         in_order = True
         for run in list(self._runs):
             try:
                 ended = self._look_after(run)
             except Exception:
-                # A full disk or a locked database: the next tick tries again.
+                # A full disk or a locked database: retry on the next tick.
                 log.exception("job_not_looked_after", job=run.claim.job_id)
                 in_order = False
                 continue
@@ -163,7 +162,7 @@ class Supervisor:
         return in_order
 
     def _look_after(self, run: _Run) -> bool:
-        """One tick of one run; whether it is over."""
+        """One tick of one run. Returns whether the run is over."""
         code = run.process.poll()
         if code is not None:
             run.process.close()
@@ -183,7 +182,7 @@ class Supervisor:
             run.process.kill()
             return False
         if record.state != "running":
-            # It has written its job's end, and has only to go.
+            # It has written the job's final state and is about to exit.
             run.kill_at = min(run.kill_at, now + CANCEL_SECONDS)
         elif record.cancel_requested and run.ending != "cancel":
             self._ask_to_leave(run, "cancel", CANCEL_SECONDS)
@@ -215,10 +214,10 @@ class Supervisor:
         log.info("job_started", job=claim.job_id, pid=process.pid)
         self._runs.append(_Run(claim, process, time.monotonic() + self._lease_seconds / 4))
 
-    # --- what becomes of a job whose process has ended -----------------------------------------
+    # --- settling jobs whose process has ended -------------------------------------------------
 
     def _settle(self, run: _Run, code: int) -> None:
-        """Write the job's state where the worker did not; a job that is another's is left alone."""
+        """Write the job's state if the worker did not; jobs claimed by another are left unchanged."""
         try:
             record = self._store.get(run.claim.job_id)
             if record.state == "running":
@@ -231,7 +230,7 @@ class Supervisor:
         claim = run.claim
         done = published_by(self._registry, record)
         if done is not None:
-            # It died between the two: what is served has succeeded.
+            # It died between publishing and the final write: a published job has succeeded.
             self._store.finish(
                 claim, "succeeded", metrics=done.metrics, adapter_version=done.version
             )
@@ -244,6 +243,6 @@ class Supervisor:
             self._store.finish(claim, "failed", error=error)
         else:
             self._store.add_event(claim, "worker_lost", {"how": describe_exit(code)})
-            # A lease that is over now: the next claim takes the job up, or the store gives it up.
+            # Expire the lease: the next claim resumes the job, or the store fails it.
             self._store.renew(claim, 0.0)
             self._claim_at = 0.0

@@ -1,10 +1,10 @@
-"""What a worker does with its job: load the base, make the examples, train, publish, say so.
+"""The job of a worker: load the base, make the examples, train, publish, record the result.
 
     load -> make_examples -> train -> publish -> finish
 
-A job ends in the jobs table by one write, after its adapter is published. A worker that is killed in
-between leaves a running job with a published adapter: who comes next finds that by the job's id and
-only writes the end. Nothing here knows the parent process.
+A job's final state is one write to the jobs table, after its adapter is published. A worker that is
+killed in between leaves a running job with a published adapter. The next worker detects this by the
+job's id and only writes the final state. Independent of the parent process.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
 log = structlog.get_logger(__name__)
 
-# Long enough to publish an adapter and to write the job's end.
+# Long enough to publish an adapter and to write the job's final state.
 PUBLISH_LEASE_SECONDS = 30.0
 STEP_SECONDS = 0.25
 
 
 def run_job(config: WorkerConfig, claim: Claim) -> int:
-    """Do a claimed job and write its end.
+    """Run a claimed job and write its final state.
 
     Returns:
         0, or one of `server.jobs.config.EXITS`.
@@ -72,10 +72,10 @@ def run_job(config: WorkerConfig, claim: Claim) -> int:
 
 
 def load(config: WorkerConfig) -> tuple[LoadedBase, TextTokenizer]:
-    """The frozen base, mapped from the files that the server maps too, and its tokenizer.
+    """The frozen base, memory-mapped from the same files as the server's, and its tokenizer.
 
     Raises:
-        BaseUnsupported: it cannot be loaded, with the reason.
+        BaseUnsupported: the base cannot be loaded; the message gives the reason.
     """
     base = load_base(
         config.base, dtype=config.dtype, device=config.device, revision=config.revision
@@ -110,8 +110,8 @@ def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
                 should_stop=should_stop,
             )
         events.flush()
-        # The last word on whether this worker may publish. Should it stand still between here and
-        # the registry for longer than the lease, another one publishes the same bytes.
+        # Last check that this worker may publish. If it stalls for longer than the lease between here
+        # and the registry, another worker publishes the same bytes.
         if store.renew(claim, PUBLISH_LEASE_SECONDS):
             raise Stopped
         return publish(registry, config, record, base.spec, trained)
@@ -130,7 +130,7 @@ def _require_base(job: TrainingJob, base: LoadedBase) -> None:
 
 
 def _fail(store: JobStore, claim: Claim, error: dict[str, str]) -> int:
-    # Its checkpoints are of no more use, and a full disk needs their room for the job's end.
+    # Its checkpoints are no longer needed, and on a full disk their space is needed for the final state.
     shutil.rmtree(store.directory(claim.job_id) / STATE_DIR, ignore_errors=True)
     try:
         store.finish(claim, "failed", error=error)
@@ -146,10 +146,10 @@ def _fail(store: JobStore, claim: Claim, error: dict[str, str]) -> int:
 
 @contextmanager
 def _stop_after_step() -> Iterator[Callable[[], bool]]:
-    """While the block runs, SIGTERM asks training to leave, and raises Stopped if it did not.
+    """While the block runs, SIGTERM asks training to stop; raises Stopped at its end if it did not.
 
-    Before, it ends the process at once: nothing would be lost. Afterwards it is ignored: publishing
-    and writing the job's end take a moment, and belong together.
+    Before the block, SIGTERM ends the process at once: nothing would be lost. After the block it is
+    ignored: publishing and writing the final state are short and must both complete.
     """
     asked = False
 
@@ -167,13 +167,13 @@ def _stop_after_step() -> Iterator[Callable[[], bool]]:
 
 
 class EventWriter:
-    """Passes training's events on: every one but steps, and of those a few a second.
+    """Forwards training events; step events are rate-limited.
 
-    The step before any other event, and the last one, are always told.
+    The step before any other event, and the last one, are always forwarded.
 
     Args:
-        write: takes an event's kind and data.
-        seconds: between two steps that are told, at least.
+        write: receives an event's kind and data.
+        seconds: minimum time between two forwarded steps.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class EventWriter:
         self._held: TrainingEvent | None = None
 
     def __call__(self, event: TrainingEvent) -> None:
-        """Take an event."""
+        """Handle an event."""
         if event.kind != "step":
             self.flush()
             log.info(event.kind, **event.data)
@@ -196,7 +196,7 @@ class EventWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Tell of the latest step, if that was not done yet."""
+        """Forward the latest step if it is pending."""
         if self._held is None:
             return
         held, self._held = self._held, None

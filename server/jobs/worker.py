@@ -1,9 +1,9 @@
-"""A worker process: `python -m server.jobs.worker --job ID --token N`, one job and then the end.
+"""A worker process: `python -m server.jobs.worker --job ID --token N` runs one job, then exits.
 
-What it works with arrives as one line on standard input (`WorkerConfig`). Standard input then stays
-open for as long as the parent lives: its end ends the worker, whatever that is doing, so that no
-worker outlives a server that was killed. Here are the process's limits and its end; what it does is
-in `server.jobs.task`, which is imported once the limits stand.
+Its configuration arrives as one line on standard input (`WorkerConfig`). Standard input then stays open
+while the parent lives; EOF terminates the worker at once, so that no worker outlives a killed server.
+This module sets the process limits and handles exit. `server.jobs.task`, imported after the limits are
+set, does the work.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from server.jobs.config import EXIT_ORPHANED, WorkerConfig
 
-# Linux: whom to end first when the machine runs out of memory, from -1000 to 1000.
+# Linux: OOM killer adjustment, -1000 to 1000; higher values are killed first.
 _OOM_SCORE = "500"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one job.
+    """Run one job.
 
     Returns:
-        The exit status: 0 where the jobs table says all there is to say, else see `config.EXITS`.
+        The exit status: 0 if the jobs table holds the outcome, else see `config.EXITS`.
     """
     parser = argparse.ArgumentParser(prog="server.jobs.worker")
     parser.add_argument("--job", required=True)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from server.store.jobs import Claim
 
     if config.memory_bytes is not None:
-        # After the imports: what they need is the same for every job.
+        # After the imports, whose memory is the same for every job.
         _limit_memory(config.memory_bytes)
     return run_job(config, Claim(given.job, given.token))
 
@@ -60,13 +60,13 @@ def _end_with_parent() -> None:
     with contextlib.suppress(OSError):
         while os.read(sys.stdin.fileno(), 1):
             pass
-    # Not sys.exit: this is not the main thread, and nothing may delay it.
+    # Not sys.exit: this is not the main thread, and the exit must be immediate.
     os._exit(EXIT_ORPHANED)
 
 
 def _be_nice_as_a_session(nice: int) -> None:
-    # Linux shares the cores among sessions first (autogroups); niceness counts only within one. The
-    # worker leads a session of its own, so without this it took as much as the server: with two busy
+    # Linux schedules sessions first (autogroups); niceness applies only within a session. The worker
+    # has a session of its own, so without this it gets the same CPU share as the server: with two busy
     # cores the engine's threads then waited for one another at every operation, and a step took
     # forty times as long.
     if os.getsid(0) == os.getpid():

@@ -1,9 +1,9 @@
-"""A worker process from its parent's side: start it, watch it, end it, keep its words.
+"""The parent's handle of a worker process: start, poll, stop, and capture its output.
 
     stdin    one line of JSON (`WorkerConfig`), then nothing until the parent is gone
-    stdout   and stderr: the job's log, as much of it as `MAX_LOG_BYTES` allows
+    stdout   and stderr: the job's log, up to `MAX_LOG_BYTES`
 
-Knows no jobs table. What runs on the other side is `server.jobs.worker`.
+Independent of the jobs table. The process runs `server.jobs.worker`.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ class WorkerProcess:
     """One worker process.
 
     Args:
-        config: what it is started with.
+        config: its configuration.
         job_id: its job.
         token: the fencing token under which the job was claimed.
-        log: the file that its words are appended to.
+        log: the file that its output is appended to.
 
     Raises:
-        OSError: the process or its log cannot be made.
+        OSError: the process or its log cannot be created.
     """
 
     def __init__(self, config: WorkerConfig, job_id: str, token: int, log: Path) -> None:
         command = [sys.executable, "-m", "server.jobs.worker", "--job", job_id]
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own words
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
             [*command, "--token", str(token)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # Ctrl-C in the server's terminal is the server's to handle.
+            # Ctrl-C in the server's terminal must reach only the server.
             start_new_session=True,
         )
         self.pid = self._process.pid
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `poll` tells
+        with contextlib.suppress(BrokenPipeError):  # it exited at once: `poll` reports it
             _stream(self._process.stdin).write(config.to_json().encode() + b"\n")
             _stream(self._process.stdin).flush()
         self._pump = threading.Thread(target=self._keep_words, args=(log,), daemon=True)
@@ -59,15 +59,15 @@ class WorkerProcess:
         return self._process.poll()
 
     def terminate(self) -> None:
-        """Ask it to leave: it does at once, or in training after the step, with a checkpoint."""
+        """Ask it to stop: at once, or during training after the current step, with a checkpoint."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End it now."""
+        """Kill it."""
         self._process.kill()
 
     def close(self) -> None:
-        """Wait for the end of a process that was killed or has ended, and for its last words."""
+        """Wait for a process that was killed or has exited, and drain its output."""
         self._process.wait()
         with contextlib.suppress(BrokenPipeError):
             _stream(self._process.stdin).close()
@@ -83,13 +83,13 @@ class WorkerProcess:
                         _write(file, block, room)
                         room -= len(block)
             except OSError:
-                # A full disk costs the log, never the job: the pipe must not fill up.
+                # A full disk loses the log, never the job: keep draining the pipe.
                 while _read(pipe):
                     pass
 
 
 def describe_exit(code: int) -> str:
-    """An exit status in words, such as "signal SIGKILL"."""
+    """Describe an exit status, such as "signal SIGKILL"."""
     if code >= 0:
         return f"exit status {code}" + (f" ({EXITS[code]})" if code in EXITS else "")
     try:
@@ -103,7 +103,7 @@ def _read(pipe: IO[bytes]) -> bytes:
 
 
 def _write(file: IO[bytes], block: bytes, room: int) -> None:
-    """Append what there is room for; the block that does not fit ends in a remark."""
+    """Append up to `room` bytes; a truncated block ends in a notice."""
     if room > 0:
         file.write(block[:room] + _CUT if len(block) > room else block)
 

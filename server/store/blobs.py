@@ -1,9 +1,9 @@
-"""Checkpoint folders on disk, named by what they hold.
+"""Content-addressed checkpoint folders on disk.
 
     <root>/blobs/<digest>/adapter_config.json, adapter_model.safetensors
 
 A folder under `blobs/` appears by one rename, complete and synced, and is never written to again.
-This file knows no names, versions or database; when a blob may go is the registry's to decide.
+Independent of names, versions and the database; the registry decides when to remove a blob.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlobStore:
     """The folders under one root. Safe between threads and processes, see each method.
 
     Attributes:
-        staging: where a folder is made before it becomes a blob.
+        staging: area where a folder is prepared before it becomes a blob.
     """
 
     def __init__(self, root: Path, limits: CheckpointLimits) -> None:
@@ -45,7 +45,7 @@ class BlobStore:
         self._limits = limits
 
     def path(self, digest: str) -> Path:
-        """Where a digest's folder is or would be.
+        """The path of a digest's folder, which may not exist.
 
         Raises:
             ValueError: not a sha256 in lower-case hex.
@@ -60,7 +60,7 @@ class BlobStore:
 
     @contextmanager
     def taken_in(self, directory: Path) -> Iterator[Path]:
-        """A checkpoint folder in staging: the given one if it is there already, else a copy.
+        """A checkpoint folder in staging: the given one if it is already there, else a copy.
 
         Raises what `check_file_set` raises: nothing is copied but the two files.
         """
@@ -74,9 +74,9 @@ class BlobStore:
             yield copy
 
     def place(self, staged: Path, digest: str) -> bool:
-        """Move a staged folder to its digest; False if that digest is there and intact.
+        """Move a staged folder to its digest; False if an intact blob exists already.
 
-        A blob that no longer matches its digest is replaced. The caller serialises this with
+        A blob that no longer matches its digest is replaced. The caller must serialise this with
         `discard`.
         """
         target = self.path(digest)
@@ -101,14 +101,14 @@ class BlobStore:
             synced_files.sync(self._blobs)
 
     def is_intact(self, digest: str, *, deep: bool = True) -> bool:
-        """Whether the folder still holds what its name says.
+        """Whether the folder's content still matches its digest.
 
         Args:
-            digest: which.
+            digest: the digest.
             deep: hash every byte; otherwise files, config, header and length only.
         """
         directory = self.path(digest)
-        if directory.is_symlink():  # nothing that this store made; where it leads may change
+        if directory.is_symlink():  # not created by this store, and its target may change
             return False
         try:
             if deep:

@@ -1,10 +1,9 @@
-"""The key that the running request came with.
+"""The API key of the current request, in a context variable.
 
-Set once a request, by `server.api.middleware.authentication`, and read where it matters: which
-adapters there are, whose files and jobs are seen, whose prompts may be reused. Tasks and threads that
-work for a request see it too. Whatever works for no request (the start, the watched directory, a
-training worker, the command line) has no key, and neither has a server that asks for none: nothing is
-hidden from those.
+Set once per request by `server.api.middleware.authentication`. It determines which adapters, files and
+jobs are visible and whose cached prompts may be reused. Tasks and threads started by a request inherit
+it. Code outside a request (startup, the watched directory, a training worker, the command line) has no
+key, as has every request on a server without authentication. Without a key nothing is hidden.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _caller: ContextVar[Key | None] = ContextVar("caller", default=None)
 
 @contextmanager
 def calling(key: Key | None) -> Iterator[None]:
-    """Everything inside runs on behalf of this key; None is nobody in particular."""
+    """Run the block on behalf of this key; None is unrestricted."""
     token = _caller.set(key)
     try:
         yield
@@ -29,23 +28,23 @@ def calling(key: Key | None) -> Iterator[None]:
 
 
 def caller() -> Key | None:
-    """The key; None for nobody in particular."""
+    """The current key; None if there is none."""
     return _caller.get()
 
 
 def visible_adapters() -> tuple[str, ...] | None:
-    """Names and beginnings of names that the caller may know of; None is all."""
+    """Adapter names and name prefixes visible to the caller; None is all."""
     key = caller()
     return None if key is None else key.adapters
 
 
 def owner() -> str | None:
-    """Whose that is which the caller makes; None is nobody's."""
+    """The owner recorded for what the caller creates; None is no owner."""
     key = caller()
     return None if key is None else key.owner
 
 
 def only_owner() -> str | None:
-    """The one owner whose files and jobs the caller may know of; None is all of them."""
+    """The owner whose files and jobs are visible to the caller; None is all."""
     key = caller()
     return None if key is None or key.may(()) else key.owner

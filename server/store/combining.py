@@ -1,8 +1,7 @@
-"""A weighted sum of stored adapters becomes an adapter of its own, with its origin recorded.
+"""Publishes a weighted sum of stored adapters as a new adapter, with its origin recorded.
 
-What the adapters were said to be (template, labels and the rest) is said of the sum where they agree
-or where the caller says it; where they differ it is left out, with a warning. Knows no HTTP and no
-engine.
+Metadata (template, labels and so on) comes from the caller, or from the adapters where they agree. Where
+they differ it is left out, with a warning. Independent of HTTP and the engine.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from adapters.errors import AdapterNotFound
 from adapters.template import Template
 from server.store.registry import AdapterRecord, Published, Registry
 
-# Word -> what stands for it where it is left out.
+# Metadata field -> its value if it is left out.
 _INHERITED: dict[str, Any] = {
     "template": None,
     "labels": None,
@@ -38,26 +37,26 @@ def combine_stored(
     words: Mapping[str, Any] | None = None,
     base_names: Collection[str] = (),
 ) -> Published:
-    """Add up adapters of a registry and publish the sum under a new name.
+    """Combine adapters of a registry and publish the sum under a new name.
 
     Args:
-        registry: where they are, and where the sum goes.
-        base: what they all fit.
+        registry: source of the adapters and destination of the sum.
+        base: the base of all adapters.
         references: NAME, NAME@VERSION or NAME@ALIAS each.
-        weights: one for each.
-        name: not in use yet.
+        weights: one per adapter.
+        name: an unused name.
         combination_type: see `adapters.combine`.
         words: description, template, labels, tokenization, target_separator and append_eos of the
-            sum; None stands for one that is left out.
-        base_names: as `Registry.publish` takes them.
+            sum; None for a field that is left out.
+        base_names: see `Registry.publish`.
 
     Raises:
-        AdapterExists, NameInvalid: the name.
-        AdapterNotFound, VersionNotFound, AdapterCorrupt: one of the references.
-        BaseMismatch: one was trained here on another base.
+        AdapterExists, NameInvalid: for `name`.
+        AdapterNotFound, VersionNotFound, AdapterCorrupt: for one of the references.
+        BaseMismatch: an adapter was trained here on another base.
         CombineInvalid: see `adapters.combine.combine`.
         TemplateInvalid: the template in `words` does not parse.
-        StorageFull: nothing of it was kept.
+        StorageFull: the disk is full; nothing was stored.
     """
     registry.require_free(name, create_only=True)
     parents = [registry.resolve(reference) for reference in references]
@@ -116,7 +115,7 @@ def _recipe(
 def _words(
     parents: Sequence[AdapterRecord], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What is said of the sum, and a warning for everything on which the adapters differ."""
+    """Metadata of the sum, and a warning for each field on which the adapters differ."""
     said: dict[str, Any] = {"description": given.get("description")}
     warnings: list[str] = []
     for word, left_out in _INHERITED.items():
@@ -136,7 +135,7 @@ def _words(
 
 
 def _separator(template: str, tokenization: str) -> str:
-    """What stands between prompt and target where nobody says: an upload's rule."""
+    """The default separator between prompt and target, as for uploads."""
     return "" if tokenization == "as_written" else Template.parse(template).dropped or " "
 
 
@@ -147,7 +146,7 @@ def _differ(word: str, parents: Sequence[AdapterRecord], left_out: Any) -> str:
 
 
 def _differing_contexts(adapters: Sequence[Parent]) -> list[str]:
-    """CPT's config names the tokens that its rows began as; a sum has those of the first."""
+    """Warn where CPT contexts differ: the sum's config has the context tokens of the first adapter."""
     first = adapters[0][0]
     if first.get("peft_type") != "CPT":
         return []

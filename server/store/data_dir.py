@@ -1,6 +1,6 @@
-"""A data directory as a whole, at the start: can it be used, and which folds in it are stale.
+"""Startup checks of a data directory: whether it is writable, and which folds in it are stale.
 
-A server that cannot write there would find out at its first upload.
+Without the check, a read-only directory would fail only at the first upload.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from server.store.registry import Registry
 
 
 def require_writable(directory: Path) -> None:
-    """Make a data directory if it is not there, and try it out.
+    """Create a data directory if it does not exist, and check that it is usable.
 
     Raises:
-        StorageUnavailable: it cannot be made, written or opened, with the reason and its path.
+        StorageUnavailable: it cannot be created, written or opened; with the reason and the path.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -35,16 +35,16 @@ def require_writable(directory: Path) -> None:
 
 
 def sweep_folds(directory: Path, registry: Registry) -> int:
-    """Remove folded prompts of adapters that are gone, and halves of files; how many there were.
+    """Remove folded prompts of deleted adapters, and partial files. Returns the number removed.
 
-    A fold is named <digest>-<base>-<dtype>.safetensors. The engine makes it again where it is missed.
+    A fold is named <digest>-<base>-<dtype>.safetensors. The engine recreates a missing fold.
     """
     removed = 0
     for path in (directory / "folds").glob("*"):
         digest = path.name.partition("-")[0]
         try:
             stale = path.suffix == ".tmp" or not registry.blob_path(digest).exists()
-        except ValueError:  # not named by us, and not ours to remove
+        except ValueError:  # not our naming scheme: leave it
             continue
         if stale:
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""How a data directory's database is opened, brought up to date, read and written.
+"""Opens, migrates, reads and writes a data directory's database.
 
-SQLite, with what is needed to survive a power cut, and two kinds of transaction: `read`, and
-`write`, which holds the write lock from its start. Several processes may open one file at once; the
-first migrates it, the others wait. Nothing here knows what the tables mean.
+SQLite, configured for durability, with two kinds of transaction: `read`, and `write`, which holds the
+write lock from its start. Several processes may open one file concurrently; the first migrates it, the
+others wait. Independent of the meaning of the tables.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OF_THE_DISK = frozenset(
     }
 )
 
-# Alembic keeps the migration that runs in module globals.
+# Alembic stores the running migration in module globals.
 _one_migration = threading.Lock()
 
 
@@ -49,11 +49,11 @@ class Database:
     """One SQLite file with the tables of `server.store.tables`. Safe between threads and processes.
 
     Args:
-        path: made if it is not there; its folder must be.
+        path: created if it does not exist; its folder must exist.
 
     Raises:
-        RegistryError: not a database, or one of a version that this code does not know.
-        StorageFull: it could not be made or migrated; an older one is as it was.
+        RegistryError: not a database, or one of an unknown version.
+        StorageFull: it could not be created or migrated; an older database is unchanged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +85,7 @@ class Database:
         """One transaction that sees the database as it was when it first read.
 
         Raises:
-            StorageUnavailable: the database cannot be read just now.
+            StorageUnavailable: the database cannot be read at present.
         """
         with _failure_is_told("read"), Session(self._engine) as session, session.begin():
             yield session
@@ -95,8 +95,8 @@ class Database:
         """One transaction that holds the write lock from its start (BEGIN IMMEDIATE).
 
         Raises:
-            StorageFull: nothing of it was kept.
-            StorageUnavailable: the same; the database cannot be written just now.
+            StorageFull: the disk is full; the transaction was rolled back.
+            StorageUnavailable: the database cannot be written at present; likewise rolled back.
         """
         # The lock spares threads SQLite's polling; between processes the polling decides.
         with (
@@ -109,7 +109,7 @@ class Database:
 
 
 def is_full(error: DatabaseError) -> bool:
-    """Whether SQLite failed because the disk took no more."""
+    """Whether SQLite failed because the disk is full."""
     return _code(error) == sqlite3.SQLITE_FULL
 
 
@@ -119,7 +119,7 @@ def _code(error: DatabaseError) -> int:
 
 @contextmanager
 def _failure_is_told(done: str) -> Iterator[None]:
-    """Turn what SQLite says of the disk into our words; a fault of the statement passes."""
+    """Map SQLite's disk errors to StorageFull and StorageUnavailable; statement errors propagate."""
     try:
         yield
     except DatabaseError as error:
@@ -162,7 +162,7 @@ def _begin(connection: Connection) -> None:
 
 
 def _bring_up_to_date(path: Path) -> None:
-    """Make the tables of a new database, or migrate an old one: all of it, or nothing."""
+    """Create the tables of a new database, or migrate an old one, in one transaction."""
     # Foreign keys are not enforced here: a migration that has to copy a table drops the old one,
     # which would empty every table that points at it. They are checked before the commit.
     engine = _engine(path, migrating=True)
@@ -191,10 +191,10 @@ def _bring_up_to_date(path: Path) -> None:
 
 
 def _revision(connection: Connection) -> str | None:
-    """The migration that a database has reached; None for an empty one.
+    """The migration revision of a database; None for an empty one.
 
     Raises:
-        RegistryError: it has tables, and nothing says which version's.
+        RegistryError: it has tables but no revision.
     """
     tables = set(inspect(connection).get_table_names())
     if not tables:

@@ -1,14 +1,14 @@
-"""Folders of the operator's that become adapters: those a client may name, and a watched directory.
+"""Adapters from the operator's folders: those that clients may load by path, and a watched directory.
 
-A path counts only once every link in it is followed, and only if it then lies inside an allowed
-directory; so does each file in the folder. What is read goes through the same door as an upload, and
-what `graftwork train` wrote beside PEFT's files comes along.
+All symlinks in a path are resolved first; the result, and each file in the folder, must lie inside an
+allowed directory. Folders are validated and published like uploads, with the provenance that
+`graftwork train` wrote beside PEFT's files.
 
-The watched directory: every folder directly below it that holds an adapter_config.json is an adapter
-of the folder's name. A folder is taken once two looks in a row found the same files, and again when
-they change; one that is refused is told once in the log and tried again when it changes. Once two
-looks have missed a folder, the versions that came from it go; other versions of the name stay. Each
-call may block: it belongs off the event loop. Knows no HTTP and no engine.
+The watched directory: every direct subfolder with an adapter_config.json is an adapter of the folder's
+name. A folder is published once two consecutive scans found the same files, and again when they change;
+a refused folder is logged once and retried when it changes. When two scans have missed a folder, its
+versions are removed; other versions of the name stay. Calls may block and belong off the event loop.
+Independent of HTTP and the engine.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from server.store.registry import AdapterRecord, Published, Registry
 log = structlog.get_logger(__name__)
 
 Managed = Literal["loaded", "watched"]
-# Name, size, times and place of every file that matters.
+# Name, size, times and path of every relevant file.
 Stamp = tuple[tuple[str | int, ...], ...]
 
 
 def find_folder(path: str, allowed: Sequence[Path]) -> Path:
-    """The folder that a client's path means, with every link followed.
+    """Resolve a client's path to a folder, following all symlinks.
 
     Args:
         path: absolute, or relative to one of `allowed`.
-        allowed: the directories that an operator allows.
+        allowed: the directories that the operator allows.
 
     Raises:
-        FolderNotFound: no folder inside them, whether there is one elsewhere or not.
+        FolderNotFound: no such folder inside them; the same error if it exists elsewhere.
     """
     roots = [root.resolve() for root in allowed]
     for root in roots:
         try:
             folder = (root / path).resolve(strict=True)
             is_folder = folder.is_dir()
-        except (OSError, ValueError, RuntimeError):  # nothing there, a zero byte, a loop of links
+        except (OSError, ValueError, RuntimeError):  # missing, a NUL byte, or a symlink loop
             continue
         if is_folder and _lies_inside(folder, roots):
             return folder
@@ -76,18 +76,18 @@ def publish_folder(
     """Publish a folder under a name, with the checks of an upload.
 
     Args:
-        registry: where it goes.
-        base: what it must fit.
+        registry: the destination.
+        base: the base it must fit.
         name: see `Registry.publish`.
-        folder: one that PEFT wrote.
-        source: who asks.
-        allowed: where its files must lie, links followed.
+        folder: a PEFT folder.
+        source: the recorded source.
+        allowed: directories that must contain its files, symlinks resolved.
         create_only: refuse a name that is in use.
-        base_names: as `Registry.publish` takes them.
+        base_names: see `Registry.publish`.
 
     Raises:
-        FolderNotFound: a file is not a plain one, or leads out of the allowed directories.
-        AdapterError: what an upload of it would raise.
+        FolderNotFound: a file is not a regular file, or lies outside the allowed directories.
+        AdapterError: as for an upload.
     """
     with registry.staging_dir() as staged:
         _stage(folder, allowed, staged)
@@ -114,16 +114,16 @@ def _lies_inside(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def _matters(name: str) -> bool:
-    """Whether a file is read, or (a pickle) told of; anything else may lie beside them."""
+    """Whether a file is read, or refused (a pickle); other files are ignored."""
     return name in FILES or name == PROVENANCE_FILE or Path(name).suffix.lower() in PICKLE_SUFFIXES
 
 
 def _files(folder: Path, allowed: Sequence[Path]) -> list[Path]:
-    """The files of a folder that matter, each plain and inside the allowed directories."""
+    """The relevant files of a folder, each a regular file inside the allowed directories."""
     roots = [root.resolve() for root in allowed]
     found = sorted(path for path in folder.iterdir() if _matters(path.name))
     for path in found:
-        # A pipe would be waited for, and a link may lead anywhere.
+        # Opening a pipe would block, and a symlink may point anywhere.
         if not path.is_file() or not _lies_inside(path.resolve(), roots):
             raise FolderNotFound(
                 f"{path.name} is not a plain file inside the directories that may be read",
@@ -140,8 +140,8 @@ class Changes:
 
     Attributes:
         published: new versions.
-        removed: names of which versions went.
-        unused: digests that no version uses any longer: what the engine may unload.
+        removed: names with removed versions.
+        unused: digests that no version uses any longer; the engine may unload them.
     """
 
     published: list[AdapterRecord] = field(default_factory=list)
@@ -150,13 +150,13 @@ class Changes:
 
 
 class AdapterDirectory:
-    """A directory whose folders are adapters. Not for several threads at once.
+    """A directory whose folders are adapters. Not thread-safe.
 
     Args:
-        directory: the one to watch.
-        registry: where its adapters go.
-        also_allowed: directories into which links from it may lead.
-        base_names: as `Registry.publish` takes them.
+        directory: the watched directory.
+        registry: destination of its adapters.
+        also_allowed: directories that symlinks in it may point into.
+        base_names: see `Registry.publish`.
     """
 
     def __init__(
@@ -177,11 +177,11 @@ class AdapterDirectory:
         self._is_unreadable = False
 
     def look(self) -> None:
-        """Remember what is there, so that the next `sync` takes what has not changed by then."""
+        """Record the current state, so that the next `sync` publishes what has not changed since."""
         self._seen = self._folders() or {}
 
     def sync(self, base: BaseModelSpec) -> Changes:
-        """Take what is new and settled, and let go of what is gone."""
+        """Publish new, settled folders and remove the versions of missing ones."""
         changes = Changes()
         found = self._folders()
         if found is None:
@@ -201,7 +201,7 @@ class AdapterDirectory:
             entries = sorted(self._directory.iterdir())
         except OSError as error:
             if not self._is_unreadable:
-                # Its adapters stay: a mount that is gone for a while is no decision to remove them.
+                # Its adapters stay: an unmounted directory is not a request to remove them.
                 log.warning("adapter_dir_unreadable", error=str(error))
             self._is_unreadable = True
             return None
@@ -214,7 +214,7 @@ class AdapterDirectory:
         try:
             mine, newest = self._versions(name, folder)
             if mine is not None and mine != newest and self._holds(folder, mine.digest):
-                return  # somebody put another version on top of an unchanged folder: that one stays
+                return  # a newer version was published over an unchanged folder: it stays
             published = publish_folder(
                 self._registry,
                 base,
@@ -241,10 +241,10 @@ class AdapterDirectory:
     def _versions(
         self, name: str, folder: Path
     ) -> tuple[AdapterRecord | None, AdapterRecord | None]:
-        """The newest version that came from this folder, and the newest of all.
+        """The newest version from this folder, and the newest of all.
 
         Raises:
-            AdapterExists: the name is in use, and never was this folder's.
+            AdapterExists: the name is in use by adapters from elsewhere.
         """
         try:
             versions = self._registry.versions(name)
@@ -261,7 +261,7 @@ class AdapterDirectory:
         return mine[-1], versions[-1]
 
     def _let_go(self, found: Collection[str], changes: Changes) -> None:
-        """Remove the versions of folders that this look and the one before did not find."""
+        """Remove the versions of folders missing from this scan and the previous one."""
         gone = {
             record.name: Path(record.source_path)
             for record in self._registry.from_source("watched")
@@ -277,13 +277,13 @@ class AdapterDirectory:
             )
             changes.removed.append(name)
         self._missing = set(gone)
-        # Refused folders come and go, too.
+        # Also forget refused folders that are gone.
         kept = {folder.name for folder in gone.values()}.union(found)
         self._dealt_with = {n: s for n, s in self._dealt_with.items() if n in kept}
 
 
 def is_from(record: AdapterRecord, source: Managed, folder: Path | None = None) -> bool:
-    """Whether a version was made by this kind of manager, and from this folder if one is given."""
+    """Whether a version has this source, and came from this folder if one is given."""
     return record.source == source and folder in (None, Path(record.source_path or ""))
 
 
@@ -294,10 +294,10 @@ def _is_watched(folder: Path, record: AdapterRecord) -> bool:
 def remove_versions(
     registry: Registry, name: str, chosen: Callable[[AdapterRecord], bool]
 ) -> tuple[str, ...]:
-    """Delete some versions of an adapter; digests that no version uses any longer.
+    """Delete some versions of an adapter. Returns the digests that no version uses any longer.
 
     Raises:
-        AdapterNotFound: it has no version.
+        AdapterNotFound: the adapter has no version.
     """
     unused: set[str] = set()
     for record in registry.versions(name):
@@ -307,13 +307,13 @@ def remove_versions(
 
 
 def _stamp(folder: Path) -> Stamp | None:
-    """What tells one state of a folder from another; None if it is no PEFT folder."""
+    """Fingerprint of a folder's state; None if it is not a PEFT folder."""
     try:
         if not (folder / CONFIG_FILE).is_file():
             return None
         files = sorted(path for path in folder.iterdir() if _matters(path.name))
         stats = [(path.name, path.stat()) for path in files]
-    except OSError:  # it is being moved, or may not be read
+    except OSError:  # being moved, or not readable
         return None
     return tuple(
         (name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)

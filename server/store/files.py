@@ -1,12 +1,11 @@
 """Files that clients uploaded to train on, in the data directory.
 
-    <root>/files/<id>   the bytes, as they came
+    <root>/files/<id>   the uploaded bytes
 
-The row is the commit point: the bytes are complete and synced under their id before the row exists,
-and leave after it is gone. A crash between the two leaves a file without a row, which `sweep` removes.
-What a client called its file stands in the row only: it is never part of a path. Whoever asks with a
-key (`server.store.caller`) sees the files of its owner only. Nothing here knows HTTP, or what the bytes
-mean.
+The row is the commit point: the bytes are complete and synced under their id before the row exists, and
+are removed after it. A crash between the two leaves a file without a row, which `sweep` removes. The
+client's filename is stored in the row only and never part of a path. A caller with a key
+(`server.store.caller`) sees only the files of its owner. Independent of HTTP and of the content.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ class FileRecord:
 
     Attributes:
         id: "file-" and 24 hex digits.
-        filename: as the client called it.
-        purpose: what it is for, in OpenAI's words.
-        num_bytes: how long it is.
+        filename: the client's filename.
+        purpose: its purpose, in OpenAI's terms.
+        num_bytes: its size.
         created_at: aware UTC time.
     """
 
@@ -62,14 +61,14 @@ class FileStore:
     """All uploaded files of one data directory. Safe between threads and processes.
 
     Args:
-        root: the data directory, made if it is not there.
-        max_files: how many may be kept.
-        max_bytes: how many bytes all of them may have.
-        clock: the Unix time.
+        root: the data directory, created if it does not exist.
+        max_files: maximum number of files.
+        max_bytes: maximum total bytes.
+        clock: Unix time.
 
     Raises:
-        RegistryError: the database there cannot be used.
-        StorageFull: it could not be made.
+        RegistryError: the database cannot be used.
+        StorageFull: the database could not be created.
     """
 
     def __init__(
@@ -94,16 +93,16 @@ class FileStore:
     # --- in ---------------------------------------------------------------------------
 
     def add(self, staged: Path, filename: str, purpose: str) -> FileRecord:
-        """Keep a file.
+        """Store a file.
 
         Args:
             staged: its bytes, on the data directory's disk; moved from there.
-            filename: what the client calls it; its last 255 characters are kept.
-            purpose: what it is for.
+            filename: the client's filename; its last 255 characters are stored.
+            purpose: its purpose.
 
         Raises:
-            FilesFull: it would be one too many, or too many bytes; nothing was kept.
-            StorageFull: nothing was kept.
+            FilesFull: the file or byte limit would be exceeded; nothing was stored.
+            StorageFull: the disk is full; nothing was stored.
         """
         num_bytes = staged.stat().st_size
         file_id = f"file-{secrets.token_hex(12)}"
@@ -134,7 +133,7 @@ class FileStore:
     # --- out --------------------------------------------------------------------------
 
     def get(self, file_id: str) -> FileRecord:
-        """What is known of a file.
+        """The record of a file.
 
         Raises:
             UploadNotFound: no such file.
@@ -143,7 +142,7 @@ class FileStore:
             return _record(_row(session, file_id))
 
     def path(self, file_id: str) -> Path:
-        """Where a file's bytes lie; they never change, and go when it is deleted.
+        """The path of a file's bytes, which never change and are removed when it is deleted.
 
         Raises:
             UploadNotFound: no such file.
@@ -159,7 +158,7 @@ class FileStore:
         purpose: str | None = None,
         newest_first: bool = True,
     ) -> builtins.list[FileRecord]:
-        """Files behind the one with the id `after`, in the order of their coming.
+        """Files after the one with the id `after`, in upload order.
 
         Raises:
             UploadNotFound: there is no file `after`.
@@ -178,7 +177,7 @@ class FileStore:
     # --- change -----------------------------------------------------------------------
 
     def delete(self, file_id: str) -> None:
-        """Remove a file; jobs that were made of it have their own rows.
+        """Remove a file; jobs created from it have their own copy of the rows.
 
         Raises:
             UploadNotFound: no such file.
@@ -188,8 +187,8 @@ class FileStore:
         (self._files / file_id).unlink(missing_ok=True)
 
     def sweep(self) -> tuple[str, ...]:
-        """Remove what a crash left without a row; the names of what was removed."""
-        # A folder is nobody's file, and not ours to remove.
+        """Remove files that a crash left without a row. Returns the removed names."""
+        # Folders are not created by this store and are left in place.
         found = (
             path.name for path in self._files.iterdir() if path.is_symlink() or not path.is_dir()
         )
@@ -233,7 +232,7 @@ def no_upload(file_id: str) -> UploadNotFound:
 
 
 def _seen() -> ColumnElement[bool]:
-    """The files of which the caller may know."""
+    """Filter for the files visible to the caller."""
     only = only_owner()
     return true() if only is None else FileRow.owner == only
 

@@ -1,6 +1,6 @@
-"""The clock of the watched directory: looks into it now and then, off the event loop.
+"""Polls the watched directory periodically, off the event loop.
 
-What a look means is `server.store.directories`'s to say. Nothing that fails here ends the server.
+`server.store.directories` implements the scan. Failures here never stop the server.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class FolderWatch:
         self._is_ready = is_ready
 
     async def look(self) -> None:
-        """Look for the first time: before the engine starts, so that `sync` after it finds most settled."""
+        """First scan, before the engine starts, so that the next `sync` finds most folders settled."""
         if self._directory is not None:
             await anyio.to_thread.run_sync(self._directory.look)
 
     async def sync(self) -> None:
-        """Take what is new and let go of what is gone. The engine is up."""
+        """Publish new folders and remove missing ones. Requires a running engine."""
         if self._directory is None:
             return
         client = self._client
@@ -63,7 +63,7 @@ class FolderWatch:
                 client.unload(digest)
 
     async def run(self) -> None:
-        """Look and sync for ever."""
+        """Scan and sync in an endless loop."""
         while self._directory is not None:
             await asyncio.sleep(self._seconds)
             if self._is_ready():

@@ -1,11 +1,11 @@
-"""What a job has on disk.
+"""The files of a job on disk.
 
     <root>/jobs/<id>/rows.jsonl   its rows, one JSON object a line; written once
     <root>/jobs/<id>/state/       checkpoints of the run, while it is not finished
-    <root>/jobs/<id>/log.txt      what its workers printed
+    <root>/jobs/<id>/log.txt      output of its workers
 
-A job's folder appears by one rename, with its rows complete and synced. This file knows no tables:
-the store says when a folder may go.
+A job's folder appears by one rename, with its rows complete and synced. Independent of the database: the
+job store decides when to remove a folder.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class JobFiles:
         self._staging = StagingArea(root)
 
     def directory(self, job_id: str) -> Path:
-        """Where a job's folder is or would be.
+        """The path of a job's folder, which may not exist.
 
         Raises:
-            JobNotFound: not an id that any job could have.
+            JobNotFound: not a valid job id.
         """
         if not _ID.fullmatch(job_id):
             raise no_job(job_id)
@@ -53,7 +53,7 @@ class JobFiles:
 
     @contextmanager
     def staged(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
-        """A folder with the rows, synced, in a place that a crash cannot litter.
+        """A staging folder with the rows, synced; removed by the next sweep after a crash.
 
         Raises:
             ValueError: a number among the rows is not finite.
@@ -65,15 +65,15 @@ class JobFiles:
             yield folder
 
     def place(self, staged: Path, job_id: str) -> None:
-        """Make a staged folder the job's own."""
+        """Move a staged folder to the job's place."""
         staged.rename(self.directory(job_id))
         synced_files.sync(self._jobs)
 
     def rows(self, job_id: str) -> list[Row]:
-        """The rows as they came.
+        """The job's rows.
 
         Raises:
-            FileNotFoundError: the folder is gone.
+            FileNotFoundError: the folder does not exist.
         """
         with (self.directory(job_id) / ROWS_FILE).open("rb") as file:
             return [json.loads(line) for line in file]
@@ -88,14 +88,14 @@ class JobFiles:
             synced_files.sync(self._jobs)
 
     def discard_state(self, job_id: str) -> bool:
-        """Remove a job's checkpoints; whether there were any."""
+        """Remove a job's checkpoints. Returns whether there were any."""
         state = self.directory(job_id) / STATE_DIR
         found = state.exists()
         shutil.rmtree(state, ignore_errors=True)
         return found
 
     def sweep_staging(self) -> int:
-        """Remove what dead owners left in staging; the number of entries removed."""
+        """Remove staging folders of dead owners. Returns the number of entries removed."""
         return self._staging.sweep()
 
 

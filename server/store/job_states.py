@@ -1,4 +1,4 @@
-"""The life of a training job, as data.
+"""The state machine of a training job, as data.
 
     queued -> running, cancelled
     running -> queued, succeeded, failed, cancelled
@@ -6,8 +6,8 @@
     failed ->
     cancelled ->
 
-Running goes back to queued when a worker hands its job back (a server that shuts down). A job whose
-worker was lost stays running; another worker claims it. Nothing here knows tables or processes.
+A running job returns to queued when its worker releases it (on server shutdown). A job whose worker was
+lost stays running until another worker claims it. Independent of tables and processes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     "cancelled": frozenset(),
 }
 
-# What nothing leads out of.
+# Final states.
 FINISHED: frozenset[State] = frozenset(state for state, after in TRANSITIONS.items() if not after)
 
 
 def check_transition(before: State, after: State) -> None:
-    """Refuse a change that the table does not have.
+    """Check that a transition is allowed.
 
     Raises:
-        ValueError: a mistake in the code that asked for it.
+        ValueError: it is not, which is a bug in the calling code.
     """
     if after not in TRANSITIONS[before]:
         raise ValueError(f"a job never goes from {before} to {after}")

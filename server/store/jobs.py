@@ -1,26 +1,25 @@
-"""Training jobs in the data directory's database: their states, events, and who works on them.
+"""Training jobs in the data directory's database: states, events and worker claims.
 
 The row is the commit point: a job's folder is complete on disk before its row exists, and is removed
 after the row is gone. A crash between the two leaves a folder that `sweep` removes.
 
-Who works on a job holds a claim: a lease that must be renewed, and a token that grows with every
-claim of that job. Whoever lost the lease may still believe it holds it, so every write of a worker
-names its token, and one that is not the newest changes nothing (LeaseLost). So a job has one worker
-at a time as far as anybody can see, however slow or stopped the others are.
+A worker holds a claim on its job: a lease that must be renewed, and a fencing token that increases with
+every claim of that job. A worker that has lost its lease may not know it, so every write carries the
+token, and a stale token is rejected (LeaseLost). A job therefore has at most one effective worker.
 
-Rules that callers may rely on:
+Guarantees:
 
 - States change as `server.store.job_states` says; a finished job never changes again.
-- Event ids of a job are 1, 2, 3, ...; what was read once is never different.
+- Event ids of a job are 1, 2, 3, ...; events are immutable.
 - A job that loses its worker `max_attempts` times without a new checkpoint fails with code
   "worker_lost". A worker that hands its job back does not count.
-- Whoever asks with a key (`server.store.caller`) sees the jobs of its owner only: there are no others.
-- A cancel is not lost: a running job that was asked to end is cancelled even if its worker dies.
-- What is served has succeeded: a job that lost its worker after its adapter was published, and before
-  its end was written, succeeds whatever was asked of it since.
+- A caller with a key (`server.store.caller`) sees only the jobs of its owner.
+- A cancellation is not lost: a running job that was asked to stop is cancelled even if its worker dies.
+- A published job has succeeded: if its worker is lost after publishing and before the final write, the
+  job succeeds, even if it was cancelled since.
 
-Threads and processes may use one root at once: every change holds SQLite's write lock from its start
-to its commit. Nothing here knows HTTP, tensors, or how a worker is started.
+Threads and processes may share one root: every write holds SQLite's write lock from its start to its
+commit. Independent of HTTP, tensors, and the way workers are started.
 """
 
 from __future__ import annotations
@@ -54,30 +53,30 @@ from server.store.tables import JobEventRow, JobRow, VersionRow
 MAX_QUEUED = 100
 MAX_ATTEMPTS = 3
 MAX_EVENTS = 20_000
-# No supervisor and no worker asks for more than half of it.
+# Supervisors and workers request at most half of it.
 MAX_LEASE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job as it is now.
+    """A snapshot of a job.
 
     Attributes:
         id: "job-" and 24 hex digits.
         state: see `server.store.job_states`.
         adapter: the name it will be published under.
         method: such as "ia3".
-        job: everything about it but the rows.
+        job: the job without its rows.
         created_at: aware UTC time, as are the next two.
-        started_at: when it was first claimed; None before.
-        finished_at: None before.
+        started_at: time of the first claim; None before.
+        finished_at: None until finished.
         progress: data of the newest step; empty before the first.
-        metrics: what was measured, once it has succeeded.
-        error: {"code", "message"}, where it failed.
-        adapter_version: version that it published.
-        cancel_requested: somebody wants it to end.
-        attempts: claims that were not handed back, from the one on that made the last checkpoint.
-        tuning: what its asker said beside the job; None for a job that was asked for in our words.
+        metrics: training metrics, once it has succeeded.
+        error: {"code", "message"}, if it failed.
+        adapter_version: the published version.
+        cancel_requested: whether cancellation was requested.
+        attempts: claims that were not released, counted from the one that made the last checkpoint.
+        tuning: request fields stored beside the job; None for a job of Graftwork's own API.
     """
 
     id: str
@@ -129,10 +128,10 @@ class JobStore:
 
     Args:
         root: the data directory, made if it is not there.
-        max_queued: jobs that may wait.
+        max_queued: maximum number of queued jobs.
         max_attempts: workers that a job may lose without a new checkpoint.
-        max_events: about how many events of a job are kept, see `add_events`.
-        clock: the Unix time; every process of one root must share it. It may be set back or forth.
+        max_events: approximate number of events stored per job, see `add_events`.
+        clock: Unix time, shared by all processes of one root. It may jump in either direction.
 
     Raises:
         RegistryError: the database there cannot be used.
@@ -167,13 +166,13 @@ class JobStore:
         """Queue a job.
 
         Args:
-            job: everything about it but the rows.
+            job: the job without its rows.
             rows: its rows.
-            tuning: what its asker said beside the job, kept as it is; JSON.
+            tuning: request fields stored unchanged beside the job; JSON.
 
         Raises:
-            TooManyJobs: as many wait as may.
-            StorageFull: nothing of it was kept.
+            TooManyJobs: the queue is full.
+            StorageFull: the disk is full; nothing was stored.
             ValueError: a number among the rows is not finite, or `tuning` is not plain JSON.
         """
         said = None if tuning is None else _plain(tuning)
@@ -200,7 +199,7 @@ class JobStore:
     # --- out --------------------------------------------------------------------------
 
     def get(self, job_id: str) -> JobRecord:
-        """A job as it is now.
+        """A snapshot of a job.
 
         Raises:
             JobNotFound: no such job.
@@ -209,7 +208,7 @@ class JobStore:
             return _record(_row(session, job_id))
 
     def list(self, offset: int = 0, limit: int = 100) -> list[JobRecord]:
-        """Jobs, the newest first."""
+        """Jobs, newest first."""
         statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc())
         with self._database.read() as session:
             return [_record(row) for row in session.scalars(statement.offset(offset).limit(limit))]
@@ -222,20 +221,20 @@ class JobStore:
         *,
         without_metadata: bool = False,
     ) -> builtins.list[JobRecord]:
-        """Jobs that are older than the one with the id `after`, the newest first.
+        """Jobs older than the one with the id `after`, newest first.
 
         Args:
-            after: a job's id; None begins with the newest.
-            limit: how many at most.
-            metadata: only jobs whose `tuning["metadata"]` has these texts under these names.
-            without_metadata: only jobs that have no `tuning["metadata"]`.
+            after: a job's id; None starts with the newest.
+            limit: maximum number of jobs.
+            metadata: only jobs whose `tuning["metadata"]` contains these items.
+            without_metadata: only jobs without `tuning["metadata"]`.
 
         Raises:
             JobNotFound: no job `after`.
         """
         statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc()).limit(limit)
         for name, value in (metadata or {}).items():
-            # Not by a path, in which a name would need quoting.
+            # Not a JSON path, in which names would need quoting.
             said = func.json_each(JobRow.tuning, "$.metadata").table_valued("key", "value")
             found = select(said.c.key).where(said.c.key == name, said.c.value == value)
             statement = statement.where(found.exists())
@@ -252,18 +251,18 @@ class JobStore:
             return session.scalar(select(func.count()).select_from(JobRow).where(_seen())) or 0
 
     def count_by_state(self) -> dict[State, int]:
-        """How many jobs there are in each state, whoever asks; none is a number too."""
+        """Number of jobs in each state, for all owners; includes zeros."""
         statement = select(JobRow.state, func.count()).group_by(JobRow.state)
         with self._database.read() as session:
             found = {str(state): number for state, number in session.execute(statement)}
         return {state: found.get(state, 0) for state in TRANSITIONS}
 
     def rows(self, job_id: str) -> builtins.list[Row]:
-        """The rows that the job came with.
+        """The job's rows.
 
         Raises:
             JobNotFound: no such job.
-            FileNotFoundError: somebody took the file away.
+            FileNotFoundError: the file is missing.
         """
         self.get(job_id)
         return self._files.rows(job_id)
@@ -272,12 +271,12 @@ class JobStore:
         """The job's folder, see `server.store.job_files`.
 
         Raises:
-            JobNotFound: not an id that any job could have.
+            JobNotFound: not a valid job id.
         """
         return self._files.directory(job_id)
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> builtins.list[JobEvent]:
-        """Events with an id above `after`, the oldest first.
+        """Events with an id above `after`, oldest first.
 
         Raises:
             JobNotFound: no such job.
@@ -298,7 +297,7 @@ class JobStore:
     def events_before(
         self, job_id: str, before: int | None = None, limit: int = 1000
     ) -> builtins.list[JobEvent]:
-        """Events with an id below `before` (None: all), the newest first.
+        """Events with an id below `before` (None: all), newest first.
 
         Raises:
             JobNotFound: no such job.
@@ -312,7 +311,7 @@ class JobStore:
             return [JobEvent(event.id, event.kind, event.data, event.at) for event in newest]
 
     def running(self) -> builtins.list[tuple[JobRecord, int, float]]:
-        """Running jobs, the oldest first: each with its token and the Unix time its lease ends."""
+        """Running jobs, oldest first, each with its token and the Unix time at which its lease ends."""
         statement = select(JobRow).where(JobRow.state == "running").order_by(JobRow.number)
         with self._database.read() as session:
             return [
@@ -323,11 +322,11 @@ class JobStore:
     # --- a worker's side --------------------------------------------------------------
 
     def claim(self, lease_seconds: float) -> Claim | None:
-        """The right to work on the next job, if there is one.
+        """Claim the next job; None if there is none.
 
-        The oldest that is queued, or else the oldest whose worker let its lease run out. A lost job
-        that has published succeeds here, one that was asked to end is cancelled, and one that lost
-        too many workers fails.
+        Takes the oldest queued job, else the oldest with an expired lease. A lost job that has published
+        succeeds here, one whose cancellation was requested is cancelled, and one that lost too many
+        workers fails.
         """
         with self._database.write() as session:
             now = self._clock()
@@ -350,12 +349,12 @@ class JobStore:
             return Claim(row.id, row.token)
 
     def renew(self, claim: Claim, lease_seconds: float) -> bool:
-        """Keep the claim for so long from now; whether somebody asked the job to end.
+        """Extend the lease to `lease_seconds` from now. Returns whether cancellation was requested.
 
-        A lease that ran out can be renewed until somebody else claims the job.
+        An expired lease can be renewed until another worker claims the job.
 
         Raises:
-            LeaseLost: the claim is no longer good.
+            LeaseLost: the claim is no longer valid.
         """
         with self._database.write() as session:
             row = _held(session, claim)
@@ -367,16 +366,15 @@ class JobStore:
         return self.add_events(claim, [(kind, data)])
 
     def add_events(self, claim: Claim, events: Iterable[tuple[str, Mapping[str, Any]]]) -> int:
-        """Append events in one transaction; the id of the job's newest event.
+        """Append events in one transaction. Returns the id of the job's newest event.
 
-        The data of a "step" becomes the job's `progress` as well; a "checkpoint" forgives the workers
-        that were lost before. Not every step becomes an event:
-        the first tenth of `max_events` takes each, and every further tenth fills half as fast. From
-        `max_events` on only changes of state are kept.
+        The data of a "step" also becomes the job's `progress`; a "checkpoint" resets the count of lost
+        workers. Steps are thinned out: the first tenth of `max_events` stores each step, and every
+        further tenth fills at half the rate. Beyond `max_events` only state changes are stored.
 
         Raises:
-            LeaseLost: the claim is no longer good; nothing was added.
-            ValueError: kind "state", which is the store's own, or data that is not plain JSON.
+            LeaseLost: the claim is no longer valid; nothing was added.
+            ValueError: kind "state", which is reserved for the store, or data that is not plain JSON.
         """
         plain = [(kind, _plain(data)) for kind, data in events]
         if any(kind == "state" for kind, _ in plain):
@@ -401,17 +399,17 @@ class JobStore:
         metrics: Mapping[str, Any] | None = None,
         adapter_version: int | None = None,
     ) -> None:
-        """End a job; its checkpoints go.
+        """Finish a job and remove its checkpoints.
 
         Args:
             claim: see `claim`.
             state: one of the finished ones.
-            error: {"code", "message"}, where it failed.
-            metrics: what was measured.
-            adapter_version: the version that was published.
+            error: {"code", "message"}, if it failed.
+            metrics: training metrics.
+            adapter_version: the published version.
 
         Raises:
-            LeaseLost: the claim is no longer good; nothing was changed.
+            LeaseLost: the claim is no longer valid; nothing was changed.
             ValueError: not a finished state, or values that are not plain JSON.
         """
         if state not in FINISHED:
@@ -426,12 +424,12 @@ class JobStore:
         self._files.discard_state(claim.job_id)
 
     def release(self, claim: Claim) -> None:
-        """Hand a job back, for another worker to go on at once; it does not count as an attempt.
+        """Release a job so that another worker can resume it at once; does not count as an attempt.
 
-        One that was asked to end is cancelled instead.
+        A job whose cancellation was requested is cancelled instead.
 
         Raises:
-            LeaseLost: the claim is no longer good; nothing was changed.
+            LeaseLost: the claim is no longer valid; nothing was changed.
         """
         with self._database.write() as session:
             row = _held(session, claim)
@@ -447,7 +445,7 @@ class JobStore:
     # --- change -----------------------------------------------------------------------
 
     def cancel(self, job_id: str) -> JobRecord:
-        """End a queued job now, ask a running one to end, leave a finished one as it is.
+        """Cancel a queued job, request cancellation of a running one, leave a finished one unchanged.
 
         Raises:
             JobNotFound: no such job.
@@ -484,7 +482,7 @@ class JobStore:
         self._files.discard(job_id)
 
     def sweep(self) -> JobSweep:
-        """Tidy up at start: folders without a job, checkpoints of finished jobs, staging."""
+        """Clean up at start: folders without a job, checkpoints of finished jobs, staging."""
         staging_removed = self._files.sweep_staging()
         orphans = self._remove_orphans(self._files.ids())
         with self._database.read() as session:
@@ -535,7 +533,7 @@ class JobStore:
         )
 
     def _keeps(self, row: JobRow, kind: str) -> bool:
-        """Whether an event is stored; counts the steps that are not."""
+        """Whether to store an event; counts skipped steps."""
         if row.last_event >= self._max_events:
             return False
         if kind != "step":
@@ -557,7 +555,7 @@ class JobStore:
         self._add(session, row, "state", {"state": state, **said})
 
     def _end_lost(self, session: Session, row: JobRow) -> bool:
-        """End a job whose worker was lost, if no other is to take it up."""
+        """Finish a job whose worker was lost, unless another worker should resume it."""
         published = session.scalars(select(VersionRow).where(VersionRow.job_id == row.id)).first()
         if published is not None:
             row.metrics = published.metrics
@@ -590,7 +588,7 @@ class JobStore:
 
 
 def _seen() -> ColumnElement[bool]:
-    """The jobs of which the caller may know."""
+    """Filter for the jobs visible to the caller."""
     only = only_owner()
     return true() if only is None else JobRow.owner == only
 
@@ -607,9 +605,9 @@ def _first(session: Session, *conditions: Any) -> JobRow | None:
 
 
 def _shorten_leases(session: Session, now: float, lease_seconds: float) -> None:
-    """Make leases that end in a far future end soon: they are of a time before the clock went back.
+    """Shorten leases that end far in the future: they predate a backward jump of the clock.
 
-    Whoever holds one and lives renews it long before.
+    A live holder renews its lease long before the new end.
     """
     too_late = now + lease_seconds + MAX_LEASE_SECONDS
     of_before = update(JobRow).where(JobRow.state == "running", JobRow.lease_until > too_late)
@@ -617,7 +615,7 @@ def _shorten_leases(session: Session, now: float, lease_seconds: float) -> None:
 
 
 def _held(session: Session, claim: Claim) -> JobRow:
-    """The row of a claim that is still good."""
+    """The row of a claim; raises unless the claim is valid."""
     row = session.scalars(select(JobRow).where(JobRow.id == claim.job_id)).first()
     if row is None:
         raise LeaseLost(f"{claim.job_id} was deleted")
@@ -629,10 +627,10 @@ def _held(session: Session, claim: Claim) -> JobRow:
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What the database will give back: JSON that a reply in UTF-8 can hold.
+    """The data as the database will return it: JSON that is encodable as UTF-8.
 
     Raises:
-        ValueError: it is not; NaN and half a surrogate pair are not JSON either.
+        ValueError: not plain JSON; NaN and lone surrogates are refused too.
     """
     try:
         text = json.dumps(dict(data), ensure_ascii=False, allow_nan=False)

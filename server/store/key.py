@@ -1,11 +1,11 @@
-"""A key: what its text looks like, and what it allows.
+"""An API key: the format of its text, and its permissions.
 
     gw-0123456789ab-<64 hex digits>
        ^ id          ^ 256 random bits
 
-The id is no secret: it finds the row, and names the key in lists and logs. Of the whole text only the
-SHA-256 is kept. A slow hash such as Argon2 protects what people think up, by making each guess dear;
-of 256 random bits nobody guesses any, and every request would pay. Knows no database and no HTTP.
+The id is not secret: it locates the row and identifies the key in lists and logs. Only the SHA-256 of the
+whole text is stored. A slow hash such as Argon2 protects low-entropy passwords from guessing; 256 random
+bits do not need it, and every request would pay for it. Independent of the database and HTTP.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _ID_BYTES, _SECRET_BYTES = 6, 32
 _TEXT = re.compile(r"gw-([0-9a-f]{12})-[0-9a-f]{64}")
-# Compared with where no key has the id, so that this takes as long as a wrong secret does.
+# Compared with if no key has the id, so that this takes as long as a wrong secret.
 _NOBODYS = bytes(hashlib.sha256().digest_size)
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key as it is kept; its text is not among what is kept.
+    """A stored key, without its text.
 
     Attributes:
         id: "key-" and 12 hex digits.
-        name: what people call it.
+        name: display name.
         digest: SHA-256 of its text.
-        scopes: what it may do; "admin" may do everything.
-        adapters: names it may use, and beginnings of names that end in `*`; None is all.
+        scopes: its scopes; "admin" includes all.
+        adapters: names it may use, and name prefixes ending in `*`; None is all.
         tenant: keys of one tenant see one another's files and jobs, and share cached prompts; a key
             without one is its own.
-        rate: requests in a time, such as "60 per 1 minute"; None is no limit.
-        tokens: prompt and output tokens in a time, likewise.
+        rate: request limit, such as "60 per 1 minute"; None is no limit.
+        tokens: limit on prompt and output tokens, in the same form.
         created_at: aware UTC time, as are the next three.
         expires_at: None is never.
-        last_used_at: to about a minute; None before.
-        revoked_at: None while it is good.
+        last_used_at: accurate to about a minute; None before the first use.
+        revoked_at: None unless revoked.
     """
 
     id: str
@@ -71,27 +71,27 @@ class Key:
 
     @property
     def owner(self) -> str:
-        """Whose the files and jobs are that it makes, and the prompts that it leaves in the cache."""
+        """The owner of its files, jobs and cached prompts: its tenant, or the key itself."""
         return self.id if self.tenant is None else f"tenant:{self.tenant}"
 
 
 def new_text() -> str:
-    """The text of a new key, from the system's source of randomness."""
+    """Generate the text of a new key from the system's random source."""
     return f"gw-{secrets.token_hex(_ID_BYTES)}-{secrets.token_hex(_SECRET_BYTES)}"
 
 
 def id_in(text: str) -> str | None:
-    """The id of the key that a text could be; None if it could be none."""
+    """The key id in a text; None if the text does not have the format of a key."""
     found = _TEXT.fullmatch(text)
     return None if found is None else f"key-{found.group(1)}"
 
 
 def digest_of(text: str) -> bytes:
-    """What is kept of a key's text."""
+    """The stored digest of a key's text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def is_text_of(text: str, key: Key | None) -> bool:
-    """Whether a text is this key's, in a time that does not tell how much of it is right."""
+    """Whether a text is this key's; constant-time comparison."""
     kept = _NOBODYS if key is None else key.digest
     return hmac.compare_digest(digest_of(text), kept) and key is not None

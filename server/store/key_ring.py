@@ -1,9 +1,9 @@
-"""The keys of a data directory in memory, for looking one up on every request.
+"""In-memory cache of the API keys of a data directory, for authentication on every request.
 
-A key that was revoked elsewhere (`graftwork keys`) is seen within a second: everything is read anew when
-it is older, off the event loop. A key that is not known may have been made a moment ago, so nobody is
-refused one without another look; whoever tries unknown ones shares ten looks a second with all others who
-do, and waits for them. When keys were used is written down about once a minute. Knows no HTTP.
+The cache is reloaded off the event loop when it is older than a second, which bounds the delay of a
+revocation elsewhere (`graftwork keys`). An unknown key may be new, so a reload precedes every refusal;
+these reloads are limited to ten a second, shared by all callers with unknown keys, who wait for them.
+Last-use times are written about once a minute. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 FRESH_SECONDS = 1.0
 _BETWEEN_LOOKS_SECONDS = 0.1
-# A database that cannot be read may hide for so long that a key was revoked.
+# Maximum age of the cache while the database cannot be read; revocations are not seen in that time.
 _STALE_SECONDS = 60.0
 _NOTE_SECONDS = 60.0
 
@@ -36,25 +36,25 @@ class KeyRing:
     """Looks keys up. One event loop at a time.
 
     Args:
-        store: where they are kept; read at once.
-        clock: seconds that only grow.
+        store: the key store; read on construction.
+        clock: monotonic seconds.
 
     Raises:
-        AdapterError: they cannot be read.
+        AdapterError: the keys cannot be read.
     """
 
     def __init__(self, store: KeyStore, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._clock = clock
         self._reading = asyncio.Lock()
-        # Its own: with the common threads all at work for requests, every other one would wait at the door.
+        # A separate limiter: requests may occupy all default threads, which would block authentication.
         self._threads = anyio.CapacityLimiter(1)
         self._used: dict[str, datetime] = {}
         self._keys = _by_id(store)
         self._read_at = self._noted_at = clock()
 
     async def find(self, text: str) -> Key | None:
-        """The key with this text, if there is one and it is good.
+        """The valid key with this text; None if there is none.
 
         Raises:
             NotReady: the keys cannot be read.
@@ -71,17 +71,17 @@ class KeyRing:
         return key
 
     def is_empty(self) -> bool:
-        """Whether there was no good key when they were last read."""
+        """Whether the last read found no valid key."""
         now = self._store.now()
         return not any(key.is_good(now) for key in self._keys.values())
 
     def close(self) -> None:
-        """Write down what was used, and let go of the database."""
+        """Write pending last-use times and close the database."""
         self._note()
         self._store.close()
 
     async def _look_since(self, moment: float) -> None:
-        """See to it that the keys were read after a moment."""
+        """Ensure that the keys were read after the given moment."""
         if self._read_at > moment:
             return
         async with self._reading:
@@ -109,13 +109,13 @@ class KeyRing:
         if not used:
             return
         try:
-            # A copy: the event loop may still have hold of the other.
+            # A copy: the event loop may still hold a reference to the original.
             self._store.note_used(dict(used))
         except (
             AdapterError,
             DatabaseError,
             OSError,
-        ) as error:  # nobody's request is worth less for it
+        ) as error:  # does not fail a request
             log.warning("key_use_not_noted", error=str(error))
 
 

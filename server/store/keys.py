@@ -1,7 +1,8 @@
-"""Keys in the data directory's database. Rows are never changed but for `revoked_at` and `last_used_at`.
+"""API keys in the data directory's database. Only `revoked_at` and `last_used_at` of a row ever change.
 
-What a key may do is fixed when it is made: to change it, make another and revoke the first. So a key in
-memory can be out of date in nothing but whether it was revoked. Knows no HTTP, and keeps no key's text.
+The permissions of a key are fixed at creation: to change them, create another key and revoke the first. A
+key cached in memory can therefore be stale only in its revocation. Independent of HTTP; never stores the
+text of a key.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class KeyStore:
     """All keys of one data directory. Safe between threads and processes.
 
     Args:
-        root: the data directory; it must be there.
-        clock: the Unix time.
+        root: the data directory; it must exist.
+        clock: Unix time.
 
     Raises:
-        RegistryError: the database there cannot be used.
-        StorageFull: it could not be made.
+        RegistryError: the database cannot be used.
+        StorageFull: the database could not be created.
     """
 
     def __init__(self, root: Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -68,20 +69,20 @@ class KeyStore:
         tokens: str | None = None,
         expires_in: timedelta | None = None,
     ) -> NewKey:
-        """Make a key; its text is in the answer and nowhere else.
+        """Create a key; its text is returned here and stored nowhere.
 
         Args:
-            name: what people call it; several may have one name.
+            name: display name, not necessarily unique.
             scopes: at least one.
-            adapters: see `Key`, as for the next.
-            tenant: the same.
+            adapters: see `Key`.
+            tenant: see `Key`.
             rate: such as "60/minute".
             tokens: such as "100000/day".
             expires_in: from now; None is never.
 
         Raises:
-            KeyInvalid: one of them; nothing was kept.
-            StorageFull: nothing was kept.
+            KeyInvalid: an argument is invalid; nothing was stored.
+            StorageFull: the disk is full; nothing was stored.
         """
         text, now = new_text(), self.now()
         row = KeyRow(
@@ -102,13 +103,13 @@ class KeyStore:
             return NewKey(_key(row), text)
 
     def list(self) -> builtins.list[Key]:
-        """Every key, the oldest first; those that are good no more as well."""
+        """Every key, oldest first, including revoked and expired ones."""
         statement = select(KeyRow).order_by(KeyRow.created_at, KeyRow.id)
         with self._database.read() as session:
             return [_key(row) for row in session.scalars(statement)]
 
     def revoke(self, key_id: str) -> Key:
-        """Make a key good no more; one that is revoked already stays as it is.
+        """Revoke a key; a revoked key is left unchanged.
 
         Raises:
             KeyNotFound: no such key.
@@ -119,13 +120,13 @@ class KeyStore:
             return _key(row)
 
     def note_used(self, times: Mapping[str, datetime]) -> None:
-        """Record when keys were last used, by id; ids that are not there are passed over."""
+        """Record when keys were last used, by id; unknown ids are ignored."""
         with self._database.write() as session:
             for key_id, at in times.items():
                 session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used_at=at))
 
     def now(self) -> datetime:
-        """The time by which keys expire."""
+        """The current time, used for expiry."""
         return datetime.fromtimestamp(self._clock(), UTC)
 
 
@@ -142,7 +143,7 @@ def _key(row: KeyRow) -> Key:
         id=row.id,
         name=row.name,
         digest=bytes.fromhex(row.digest),
-        # A scope of newer code is none of ours.
+        # Ignore scopes of newer versions.
         scopes=frozenset(scope for scope in SCOPES if scope in row.scopes),
         adapters=None if row.adapters is None else tuple(row.adapters),
         tenant=row.tenant,

@@ -3,28 +3,26 @@
     name -> versions -> digest -> blobs/<digest>
 
 The database row is the commit point: bytes are synced and renamed to their digest first, then one
-transaction says that they exist. A crash between the two leaves an orphan that `sweep` removes;
-there is no row without bytes unless somebody damaged the disk, and then that one adapter is
-"corrupt".
+transaction records them. A crash between the two leaves an orphan that `sweep` removes. A row without
+bytes occurs only after damage to the disk, and marks that adapter as "corrupt".
 
-Rules that callers may rely on:
+Guarantees:
 
 - A version number is never used again, not even after its adapter was deleted: NAME@VERSION means
   the same bytes for ever, or an error.
 - A bare NAME is its newest version, or the one it was rolled back to. Publishing a new version
   ends a rollback.
-- Publishing the newest version's bytes again, with the same words about them, changes nothing.
+- Publishing the newest version's bytes again, with the same metadata, changes nothing.
   The same bytes with another template, labels or description are a new version of one digest.
 - Deleting removes rows, never files: a request that resolved the adapter before may still load
-  it. Files go at `sweep` (start) or `collect_garbage` (any time, told what is in use).
+  it. Files are removed by `sweep` (at start) or `collect_garbage` (any time, given what is in use).
 - Aliases belong to one adapter (NAME@ALIAS). A bare alias works while only one adapter has it;
   an alias and an adapter never share a name.
-- Whoever asks may be one who knows some names only (`visible`): for them all other names are as if
-  there were none, whatever they ask, and they can give nothing such a name.
+- A caller may be restricted to some names (`visible`). All other names behave as nonexistent in every
+  operation, and cannot be created.
 
-Threads of one process and several processes may use one root at once: every write holds SQLite's
-write lock from before it touches `blobs/` until its commit. Nothing here knows HTTP, tensors'
-meaning, or the engine.
+Threads and processes may share one root: every write holds SQLite's write lock from before it touches
+`blobs/` until its commit. Independent of HTTP, the meaning of tensors, and the engine.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62} without '..'"
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
-# What does not make the same bytes another version: the first follows from the rest.
+# Fields that do not distinguish versions of the same bytes; the first is derived from the rest.
 _NOT_COMPARED = frozenset({"warnings", "source", "source_path"})
 
 Status = Literal["ok", "corrupt"]
@@ -84,26 +82,26 @@ class AdapterRecord:
         num_virtual_tokens: positions taken before the prompt.
         uses_scales: True for IA3.
         num_bytes: both files together.
-        warnings: sentences for the person who uploaded it.
+        warnings: sentences for the uploader.
         description: free text.
         template: `{column}` template of its prompts.
-        labels: what it may answer, where it classifies.
-        target_separator: stands between prompt and target.
+        labels: possible outputs, if it is a classifier.
+        target_separator: text between prompt and target.
         append_eos: whether targets ended with the end-of-sequence token in training; None unknown.
-        base_digest: digest of the base it was trained on here; None if it came from elsewhere.
+        base_digest: digest of the base, if it was trained here; else None.
         base_name: `base_model_name_or_path` of its config.
-        recipe: how it was trained, where that was here (JSON).
-        job_id: the training job that made it, where one did.
-        metrics: what its training measured (JSON).
-        tokenization: where its template's trailing white space goes: "boundary" moves it to the
+        recipe: training settings, if it was trained here (JSON).
+        job_id: the training job that made it, if any.
+        metrics: training metrics (JSON).
+        tokenization: treatment of the template's trailing white space: "boundary" moves it to the
             target, "as_written" leaves it.
-        source: how it came here: an upload, a training job, a sum of adapters, a client that named
-            one of the operator's folders, or the operator's watched directory.
+        source: origin: an upload, a training job, a sum of adapters, one of the operator's folders
+            loaded by a client, or the operator's watched directory.
         source_path: the operator's folder, for the last two.
         created_at: aware UTC time.
-        status: "corrupt" where the stored bytes no longer match the digest.
+        status: "corrupt" if the stored bytes no longer match the digest.
         aliases: aliases of this version, sorted.
-        is_default: whether a bare NAME means this version.
+        is_default: whether a bare NAME resolves to this version.
     """
 
     name: str
@@ -139,7 +137,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class Published:
-    """What `publish` did; `created` is False where that version was there already."""
+    """Result of `publish`; `created` is False if that version existed already."""
 
     record: AdapterRecord
     created: bool
@@ -147,7 +145,7 @@ class Published:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep found: digests removed, digests that are corrupt, staging entries removed."""
+    """Result of a sweep: removed digests, corrupt digests, number of staging entries removed."""
 
     removed: tuple[str, ...]
     corrupt: tuple[str, ...]
@@ -158,15 +156,15 @@ class Registry:
     """All adapters under one root.
 
     Args:
-        root: made if it is not there.
-        reserved: names nobody may give an adapter (the base's id).
-        limits: what a checkpoint may ask for on its way in; what is stored is read in any case.
-        visible: asked at every call: the names, and beginnings of names that end in `*`, of which
-            whoever calls may know; None is all. Adapters that are asked for by digest are not hidden.
+        root: created if it does not exist.
+        reserved: names that adapters cannot have (the base's id).
+        limits: limits on new checkpoints; not applied to stored ones.
+        visible: called on every operation: names, and name prefixes ending in `*`, visible to the
+            caller; None is all. Lookups by digest are not restricted.
 
     Raises:
-        RegistryError: the database there is not one, or of a newer schema.
-        StorageFull: it could not be made or migrated.
+        RegistryError: the file is not a database, or has a newer schema.
+        StorageFull: the database could not be created or migrated.
     """
 
     def __init__(
@@ -180,7 +178,7 @@ class Registry:
         self._limits = limits
         self._visible = visible
         self._reserved = frozenset(name.casefold() for name in reserved)
-        # An operator who lowers a limit does not lose what is there.
+        # Lowering a limit must not invalidate stored adapters.
         self._blobs = BlobStore(root, DEFAULT_LIMITS)
         self._database = Database(root / "registry.db")
 
@@ -191,7 +189,7 @@ class Registry:
     # --- in ---------------------------------------------------------------------------
 
     def staging_dir(self) -> AbstractContextManager[Path]:
-        """A fresh folder on the store's own disk, removed on the way out."""
+        """A new temporary folder on the store's disk, removed on exit."""
         return self._blobs.staging.folder()
 
     def publish(
@@ -216,35 +214,35 @@ class Registry:
         create_only: bool = False,
         base_names: Collection[str] = (),
     ) -> Published:
-        """Check a checkpoint folder against the base and give it a name.
+        """Check a checkpoint folder against the base and publish it under a name.
 
         Args:
-            name: see the module's head for what names and versions mean.
+            name: see the module docstring for names and versions.
             directory: exactly the two files. Consumed if it is a `staging_dir`, else copied.
-            base: what it must fit.
-            description: see `AdapterRecord`, as for the next four.
-            template: the same.
-            labels: the same.
-            target_separator: the same.
-            append_eos: the same.
-            base_digest: digest of the base it was trained on, where that was here.
-            recipe: see `AdapterRecord`, as for the next two.
-            job_id: the same.
-            metrics: the same.
-            tokenization: the same; None is "boundary".
-            source: the same; None is "trained" with a job's id, else "uploaded".
-            source_path: the same.
-            warnings: sentences to stand before those of the checks.
+            base: the base it must fit.
+            description: see `AdapterRecord`.
+            template: see `AdapterRecord`.
+            labels: see `AdapterRecord`.
+            target_separator: see `AdapterRecord`.
+            append_eos: see `AdapterRecord`.
+            base_digest: digest of the base, if it was trained here.
+            recipe: see `AdapterRecord`.
+            job_id: see `AdapterRecord`.
+            metrics: see `AdapterRecord`.
+            tokenization: see `AdapterRecord`; None is "boundary".
+            source: see `AdapterRecord`; None is "trained" with a job's id, else "uploaded".
+            source_path: see `AdapterRecord`.
+            warnings: warnings to prepend to those of the checks.
             create_only: refuse a name that is in use.
             base_names: names of `base`; a config that names another base gets a warning.
 
         Raises:
-            CheckpointError: the checkpoint is refused, or one of the words about it.
+            CheckpointError: the checkpoint or its metadata is refused.
             BaseMismatch: `base_digest` is another base's.
-            NameInvalid: not a name, reserved, or an alias of another adapter.
-            AdapterNotFound: a name of which whoever calls may not know.
+            NameInvalid: not a valid name, reserved, or an alias of another adapter.
+            AdapterNotFound: the name is not visible to the caller.
             AdapterExists: `create_only`, and the name is in use.
-            StorageFull, StorageUnavailable: nothing of it was kept.
+            StorageFull, StorageUnavailable: nothing was stored.
         """
         self._check_name(name)
         self._require_visible(name)
@@ -293,7 +291,7 @@ class Registry:
         return Published(record, created)
 
     def require_free(self, name: str, *, create_only: bool = False) -> None:
-        """Raise what `publish` would raise about a name, before there is anything to publish.
+        """Check a name as `publish` would, before there is anything to publish.
 
         Raises:
             NameInvalid, AdapterExists, AdapterNotFound: as `publish`.
@@ -306,7 +304,7 @@ class Registry:
     # --- out --------------------------------------------------------------------------
 
     def resolve(self, reference: str) -> AdapterRecord:
-        """The version that NAME, NAME@VERSION, NAME@ALIAS or a bare alias means, fit to serve.
+        """Resolve NAME, NAME@VERSION, NAME@ALIAS or a bare alias to a servable version.
 
         Raises:
             AdapterNotFound: no adapter, and no alias that only one adapter has.
@@ -323,7 +321,7 @@ class Registry:
         return record
 
     def lookup(self, reference: str) -> AdapterRecord:
-        """As `resolve`, but a corrupt adapter is returned like any other."""
+        """As `resolve`, but also returns corrupt adapters."""
         with self._database.read() as session:
             return _one(session, *_locate(session, reference, self._visible()))
 
@@ -345,13 +343,13 @@ class Registry:
             return _records(session, statement)
 
     def count(self) -> int:
-        """Adapters that have a version."""
+        """Number of adapters that have a version."""
         with self._database.read() as session:
             names = select(func.count(VersionRow.name.distinct()))
             return session.scalar(names.where(_among(self._visible()))) or 0
 
     def gone(self, names: Collection[str]) -> frozenset[str]:
-        """Those of the names that have no version."""
+        """The subset of names that have no version."""
         with self._database.read() as session:
             there = set(session.scalars(select(VersionRow.name).distinct()))
         return frozenset(names) - there
@@ -368,20 +366,20 @@ class Registry:
             return _records(session, statement) or _no_adapter(name)
 
     def from_source(self, source: Source) -> tuple[AdapterRecord, ...]:
-        """Every version that came here in one way, by name, oldest first."""
+        """Every version from one source, by name, oldest first."""
         with self._database.read() as session:
             statement = _versions().where(VersionRow.source == source, _among(self._visible()))
             return _records(session, statement.order_by(VersionRow.name, VersionRow.version))
 
     def blob_path(self, digest: str) -> Path:
-        """The folder of a digest, whether it is there or not."""
+        """The folder of a digest, which may not exist."""
         return self._blobs.path(digest)
 
     def download_zip(self, name: str, version: int | None = None) -> Iterator[bytes]:
-        """The PEFT folder of a version (default: what NAME means) as the blocks of a zip.
+        """The PEFT folder of a version (default: the version of NAME) as the blocks of a zip.
 
-        The zip of one digest is the same bytes every time. Names are resolved before the first
-        block is asked for.
+        The zip of a digest is byte-identical every time. Names are resolved before the first block is
+        requested.
 
         Raises:
             AdapterNotFound, VersionNotFound, AdapterCorrupt: as `resolve`.
@@ -392,12 +390,12 @@ class Registry:
     # --- change -----------------------------------------------------------------------
 
     def delete(self, name: str, version: int | None = None) -> tuple[str, ...]:
-        """Remove a version, or all of them; its aliases go with it. Files stay, see the head.
+        """Remove a version, or all of them, with its aliases. Files stay, see the module docstring.
 
         A rollback to the deleted version ends.
 
         Returns:
-            Digests that no version uses any longer: what the engine may unload.
+            Digests that no version uses any longer; the engine may unload them.
 
         Raises:
             AdapterNotFound, VersionNotFound: nothing was removed.
@@ -418,14 +416,14 @@ class Registry:
             return tuple(sorted(digests - _used(session, digests)))
 
     def set_alias(self, name: str, alias: str, version: int) -> AdapterRecord:
-        """Point NAME@ALIAS at a version, moving it if it is there.
+        """Point NAME@ALIAS at a version; an existing alias is moved.
 
         Raises:
             NameInvalid: not an alias name, a number, reserved, or an adapter's own name.
             AdapterNotFound, VersionNotFound: nothing to point at.
         """
         self._check_name(alias, "alias")
-        # An alias too: what it may be would tell which adapters there are.
+        # Aliases too: a conflict would reveal which adapters exist.
         self._require_visible(name, alias)
         with self._database.write() as session:
             if alias.isdigit() or _newest(session, alias):
@@ -440,7 +438,7 @@ class Registry:
             return _one(session, name, version)
 
     def rollback(self, name: str, version: int) -> AdapterRecord:
-        """Make a bare NAME mean this version until the next new one is published.
+        """Make a bare NAME resolve to this version until a new one is published.
 
         Raises:
             AdapterNotFound, VersionNotFound: nothing to roll back to.
@@ -454,14 +452,14 @@ class Registry:
     # --- care -------------------------------------------------------------------------
 
     def verify(self, digest: str, *, deep: bool = True) -> bool:
-        """Hold a blob against its digest and record what came out, for good or ill.
+        """Check a blob against its digest and record the result.
 
         Raises:
             AdapterNotFound: no version ever had this digest.
         """
         intact = self._blobs.is_intact(digest, deep=deep)
         with self._database.write() as session:
-            # Under the lock once more: an upload may have put good bytes there meanwhile.
+            # Again under the lock: an upload may have replaced the bytes meanwhile.
             intact = intact or self._blobs.is_intact(digest, deep=deep)
             blob = session.get(BlobRow, digest)
             if blob is None:
@@ -477,7 +475,7 @@ class Registry:
                 blob.status = "corrupt"
 
     def unused_digests(self) -> frozenset[str]:
-        """Blobs that no version uses now."""
+        """Digests of blobs that no version uses."""
         stored = set(self._blobs.digests())
         with self._database.read() as session:
             return frozenset(stored - _used(session, stored))
@@ -485,14 +483,14 @@ class Registry:
     def collect_garbage(
         self, in_use: Collection[str] = (), *, among: Collection[str] | None = None
     ) -> tuple[str, ...]:
-        """Remove blobs that no version uses, but for those in use; the digests removed.
+        """Remove blobs that no version uses, except those in use. Returns the removed digests.
 
-        What dead owners left in staging goes as well.
+        Also removes staging folders of dead owners.
 
         Args:
             in_use: digests that a running request may still have to load.
-            among: remove no others. Where requests come in meanwhile, take `unused_digests` first
-                and learn what is in use after that: nobody can begin to use what no version names.
+            among: consider only these digests. If requests arrive concurrently, call `unused_digests`
+                first and determine `in_use` afterwards: a digest without a version gains no new users.
         """
         candidates = self._blobs.digests() if among is None else among
         removed = self._collect(set(candidates) - set(in_use))
@@ -500,14 +498,14 @@ class Registry:
         return removed
 
     def sweep(self, *, deep: bool = True) -> SweepReport:
-        """Tidy up at start, before anything is served from this root.
+        """Clean up at start, before anything is served from this root.
 
         Removes orphan blobs and abandoned staging folders, and marks adapters whose blob is
         missing or damaged.
 
         Args:
-            deep: hash every stored byte (about a second a gigabyte); otherwise files, header and
-                length only, which finds what was cut short but no changed weight.
+            deep: hash every stored byte (about a second per gigabyte); otherwise check files, header and
+                length only, which detects truncation but not changed weights.
         """
         staging_removed = self._blobs.staging.sweep()
         removed = self.collect_garbage()
@@ -574,7 +572,7 @@ def _require_version(session: Session, name: str, version: int) -> None:
 
 
 def _default_versions() -> Select[str, int]:
-    """(name, version) that each bare name means: the pinned version, else the newest."""
+    """(name, version) that each bare name resolves to: the pinned version, else the newest."""
     version = func.coalesce(AdapterRow.pinned_version, func.max(VersionRow.version))
     return (
         select(AdapterRow.name, version.label("version"))
@@ -584,14 +582,14 @@ def _default_versions() -> Select[str, int]:
 
 
 def _is_among(name: str, visible: Collection[str] | None) -> bool:
-    """Whether a name is one of these, or begins as one that ends in `*`; None is all."""
+    """Whether a name matches one of these names or `*` prefixes; None matches all."""
     return visible is None or any(
         name.startswith(one[:-1]) if one.endswith("*") else name == one for one in visible
     )
 
 
 def _among(visible: Collection[str] | None) -> ColumnElement[bool]:
-    """As `_is_among`, of the rows of versions."""
+    """`_is_among` as a filter on rows of versions."""
     if visible is None:
         return true()
     beginnings = [one[:-1] for one in visible if one.endswith("*")]
@@ -648,7 +646,7 @@ def _check_free(session: Session, name: str, create_only: bool) -> None:
 def _insert(
     session: Session, name: str, checked: CheckedCheckpoint, said: dict[str, Any]
 ) -> tuple[int, bool]:
-    """The version number that these bytes and words have under a name, and whether it is new."""
+    """The version number of these bytes and metadata under a name, and whether it is new."""
     session.merge(
         BlobRow(
             digest=checked.digest,
@@ -683,14 +681,14 @@ def _insert(
 
 
 def _says(row: VersionRow, said: dict[str, Any]) -> bool:
-    """Whether a version carries the same words; whence it came does not make it another."""
+    """Whether a version has the same metadata; its source is not compared."""
     return all(
         getattr(row, key) == value for key, value in said.items() if key not in _NOT_COMPARED
     )
 
 
 def _used(session: Session, digests: Collection[str]) -> set[str]:
-    """Those of the digests that a version uses."""
+    """The subset of digests that a version uses."""
     return set(session.scalars(select(VersionRow.digest).distinct())).intersection(digests)
 
 
@@ -718,7 +716,7 @@ def _records(session: Session, statement: Select[VersionRow, BlobRow]) -> tuple[
 
 
 def _one(session: Session, name: str, version: int) -> AdapterRecord:
-    """A version that is known to exist; what the session changed is seen."""
+    """A version that is known to exist, including the session's pending changes."""
     statement = _versions().where(VersionRow.name == name, VersionRow.version == version)
     return _records(session, statement)[0]
 
@@ -779,7 +777,7 @@ def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> l
 
 
 def _plain(key: str, value: Any) -> Any:
-    """What a column will give back: JSON that any UTF-8 file can hold, or a refusal."""
+    """The value as a column will return it; refused unless it is JSON that is encodable as UTF-8."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")

@@ -1,9 +1,9 @@
-"""Folders for work in progress, each locked while its owner lives.
+"""Temporary folders, each locked while its owner lives.
 
     <root>/staging/<random>/
 
-What is to appear whole is made here and then renamed to where it belongs: one disk, one rename.
-Knows nothing of what is made.
+Content that must appear atomically is built here, then renamed into place on the same disk. Independent
+of the content.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class StagingArea:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A fresh folder, locked against `sweep` and removed on the way out, if it is still there.
+        """A new folder, locked against `sweep`, and removed on exit if it still exists.
 
         Raises:
-            StorageFull: the disk has no room for it.
-            StorageUnavailable: it cannot be made.
+            StorageFull: the disk is full.
+            StorageUnavailable: the folder cannot be created.
         """
         with synced_files.disk_failure_is_told("a folder in staging"):
             directory, lock = self._make()
         try:
             yield directory
         finally:
-            # First, for what follows takes a descriptor and this may be the last one.
+            # First: the following calls need a file descriptor, and this may be the last one.
             os.close(lock)
             _remove(directory)
 
     def sweep(self) -> int:
-        """Remove what dead owners left; the number of entries removed."""
+        """Remove folders of dead owners. Returns the number of entries removed."""
         removed = 0
         for entry in self.path.iterdir():
             if not entry.is_dir() or entry.is_symlink():
@@ -64,26 +64,26 @@ class StagingArea:
             directory.mkdir()
             try:
                 lock = os.open(directory, os.O_RDONLY)
-            except FileNotFoundError:  # a sweep came between
+            except FileNotFoundError:  # removed by a concurrent sweep
                 continue
             except OSError:
                 directory.rmdir()
                 raise
             if _shared(lock) and directory.exists():
                 return directory, lock
-            os.close(lock)  # a sweep came between; it owns that folder now
+            os.close(lock)  # a concurrent sweep owns that folder now
 
 
 def _remove(directory: Path) -> None:
-    """Remove a folder; what cannot be removed now is left to the next sweep."""
+    """Remove a folder; the next sweep retries what cannot be removed now."""
     try:
-        directory.rmdir()  # takes no descriptor
+        directory.rmdir()  # needs no file descriptor
     except OSError:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _shared(lock: int) -> bool:
-    """Whether nobody else is about to remove the folder."""
+    """Take the shared lock unless a sweep holds it exclusively. Returns whether it was taken."""
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -99,7 +99,7 @@ def _lock_and_remove(directory: Path) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(directory, ignore_errors=True)
-    except BlockingIOError:  # its owner is alive
+    except BlockingIOError:  # the owner is alive
         return False
     finally:
         os.close(lock)

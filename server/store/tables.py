@@ -1,18 +1,18 @@
 """The tables of a data directory's database.
 
-Rows only: what they mean together is `server.store.registry`'s to keep, for the jobs
-`server.store.jobs`'s, for the files `server.store.files`', and for the keys `server.store.keys`'s. A
-change here needs a new file in `server/store/migrations/versions`.
+Rows only: invariants are maintained by `server.store.registry`, `server.store.jobs`,
+`server.store.files` and `server.store.keys`. A change here needs a new file in
+`server/store/migrations/versions`.
 
 meta        one row: the schema's version, for code from before migrations
 adapters    a name; its last version number (never used again) and the version it is pinned to
 blobs       a digest: what is stored under blobs/<digest>, and whether it still matches
-versions    (name, version) -> digest, with what was said about it
+versions    (name, version) -> digest, with its metadata
 aliases     (name, alias) -> version
-jobs        a training job, its state, and who may work on it
+jobs        a training job, its state, and the claim on it
 job_events  (job, event) -> what happened, in order
-files       a file that somebody uploaded, to train on
-keys        an API key: what it may do, and the digest of its text
+files       an uploaded file with training data
+keys        an API key: its permissions, and the digest of its text
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sqlalchemy.types import TypeDecorator
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC time; SQLite itself keeps no zone."""
+    """An aware UTC time; SQLite itself stores no time zone."""
 
     impl = DateTime
     cache_ok = True
@@ -58,8 +58,8 @@ class Base(DeclarativeBase):
 class MetaRow(Base):
     """The schema's version; `key` is always "schema".
 
-    Migrations are counted in Alembic's own table. This row says 2 since there are any, so that
-    older code, which reads it alone, refuses the file.
+    Alembic's own table records migrations. This row has been 2 since migrations were introduced, so that
+    older code, which reads only this row, refuses the file.
     """
 
     __tablename__ = "meta"
@@ -71,7 +71,7 @@ class MetaRow(Base):
 class AdapterRow(Base):
     """A name that was ever used.
 
-    `last_version` outlives deletion, so that NAME@VERSION never means other bytes than before.
+    `last_version` survives deletion, so that NAME@VERSION never refers to different bytes.
     """
 
     __tablename__ = "adapters"
@@ -120,7 +120,7 @@ class VersionRow(Base):
 
 
 class AliasRow(Base):
-    """A second name for one version of an adapter; leaves with that version."""
+    """An alias of one version of an adapter; removed with that version."""
 
     __tablename__ = "aliases"
     __table_args__ = (
@@ -138,16 +138,16 @@ class JobRow(Base):
     """One training job.
 
     Attributes:
-        number: grows with every job; the order in which they were asked for.
+        number: increases with every job; the order of creation.
         job: a `TrainingJob` as JSON.
         progress: data of the newest step.
-        attempts: claims that were not handed back, from the last checkpoint's on.
-        token: grows with every claim; only who holds the newest may write.
-        lease_until: Unix time up to which the claim is good; NULL where nobody works on it.
+        attempts: claims that were not released, counted from the last checkpoint's.
+        token: fencing token, increases with every claim; only the holder of the newest may write.
+        lease_until: Unix time at which the lease ends; NULL if unclaimed.
         last_event: id of its newest event.
         skipped_steps: steps since the last one that became an event.
-        tuning: what `/v1/fine_tuning/jobs` was asked for, beside the job; NULL for other jobs.
-        owner: the tenant or the key that asked for it; NULL where no key was needed.
+        tuning: request fields of `/v1/fine_tuning/jobs` beside the job; NULL for other jobs.
+        owner: the tenant or the key that created it; NULL without authentication.
     """
 
     __tablename__ = "jobs"
@@ -175,7 +175,7 @@ class JobRow(Base):
 
 
 class JobEventRow(Base):
-    """One thing that happened to a job; `id` counts from 1 within it, without holes."""
+    """One event of a job; `id` counts from 1 within it, without gaps."""
 
     __tablename__ = "job_events"
 
@@ -192,11 +192,11 @@ class FileRow(Base):
     """One uploaded file; its bytes lie under files/<id>.
 
     Attributes:
-        number: grows with every file; the order in which they came.
-        filename: as the client called it; never part of a path.
-        purpose: what it is for, in OpenAI's words.
-        num_bytes: how long it is.
-        owner: the tenant or the key that uploaded it; NULL where no key was needed.
+        number: increases with every file; the order of upload.
+        filename: the client's filename; never part of a path.
+        purpose: its purpose, in OpenAI's terms.
+        num_bytes: its size.
+        owner: the tenant or the key that uploaded it; NULL without authentication.
     """
 
     __tablename__ = "files"
@@ -215,8 +215,8 @@ class KeyRow(Base):
 
     Attributes:
         digest: SHA-256 of its text, in hex.
-        adapters: names it may use, and beginnings of names that end in `*`; NULL is all.
-        revoked_at: NULL while it is good.
+        adapters: names it may use, and name prefixes ending in `*`; NULL is all.
+        revoked_at: NULL unless revoked.
     """
 
     __tablename__ = "keys"

@@ -1,8 +1,8 @@
-"""Every metric by name, and how rows of numbers become Prometheus' text.
+"""The table of all metrics, and the encoding of rows in the Prometheus text format.
 
-The table is the one list: a row of an unknown name raises, and a test holds the README to it. Names,
-buckets and labels that begin with `vllm:` are vLLM's (its V1 engine), where the meaning is the same.
-Knows nothing of where numbers come from.
+The table is authoritative: a row with an unknown name raises, and a test checks the README against it.
+Metrics with the prefix `vllm:` have the names, buckets and labels of vLLM's V1 engine and the same
+meaning. Independent of the source of the numbers.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ WHOLE_REQUEST: Bounds = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-# vLLM ends this row at the base's length; the row here is the same for every base.
+# vLLM ends these buckets at the base's length; here they are the same for every base.
 NUM_TOKENS: Bounds = (*(m * 10.0**e for e in range(5) for m in (1, 2, 5)), 100_000.0)
 HTTP_SECONDS: Bounds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
 
 class Histogram:
-    """Counts by upper bound. Not for several threads: that is what makes it cheap."""
+    """Counts by upper bound. Not thread-safe, to avoid locking."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -52,12 +52,12 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value; one that equals a bound belongs below it."""
+        """Count one value; upper bounds are inclusive."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
     def copy(self) -> Histogram:
-        """As it is now."""
+        """A snapshot."""
         other = Histogram(self.bounds)
         other.counts, other.total = self.counts.copy(), self.total
         return other
@@ -65,7 +65,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Family:
-    """One metric: its type, its labels and a sentence about it."""
+    """One metric: its type, labels and help text."""
 
     kind: Kind
     labels: tuple[str, ...]
@@ -173,7 +173,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One number, or one histogram, of a family. `labels` are values in the family's order."""
+    """One sample or histogram of a family. `labels` are values in the family's order."""
 
     name: str
     labels: tuple[str, ...]
@@ -181,15 +181,15 @@ class Row:
 
 
 def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[bytes, str]:
-    """Rows as text, with those of this process and the engine's.
+    """Encode rows as text, with the process metrics of the server and the engine.
 
     Args:
-        rows: in any order; families that have none are announced all the same.
-        accept: the request's header; OpenMetrics where it asks for that.
-        engine_pid: None where there is no engine.
+        rows: in any order; families without rows still get their header.
+        accept: the request's `Accept` header; OpenMetrics if it accepts that.
+        engine_pid: None if there is no engine.
 
     Returns:
-        The text, and its content type.
+        The text and its content type.
     """
     registry = CollectorRegistry()
     registry.register(_Rows(rows))
@@ -198,8 +198,8 @@ def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[by
         ProcessCollector("graftwork_engine", lambda: engine_pid, registry=registry)
     if "application/openmetrics-text" not in accept.lower():
         return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
-    # Without leave for UTF-8 the library (0.26) writes `vllm_` for `vllm:` in samples, as if a colon were
-    # not allowed in a name. Every name here is allowed everywhere, so this writes them as they are.
+    # Without UTF-8 names enabled, the library (0.26) writes `vllm_` for `vllm:` in samples, although a
+    # colon is valid in a name. Every name here is valid in all formats, so names are written unchanged.
     text = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
         registry, escaping=openmetrics.ALLOWUTF8
     )

@@ -1,10 +1,10 @@
-"""One server's books: what is counted, where, and the rows that `/metrics` shows.
+"""The counters of one server, and the rows that `/metrics` exposes.
 
-Everything is counted on the event loop, as plain numbers without locks: a token costs a bisection and
-a few additions. `rows` copies them, so that a thread may write them out while counting goes on. A
-server has books of its own; nothing here belongs to the process.
+All updates run on the event loop, on plain numbers without locks: a token costs a bisection and a few
+additions. `rows` takes a copy, so a thread can format it while counting continues. Counters belong to a
+server instance, not to the process.
 
-Knows neither HTTP nor Prometheus' formats.
+Independent of HTTP and of the Prometheus formats.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _ENDED: tuple[Ended, ...] = ("stop", "length", "abort", "error")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _UPLOAD = ("POST", "/adapters")
 _OUTCOMES = {201: "created", 200: "unchanged"}
-# vLLM counts its engines; there is one here.
+# vLLM labels series by engine; there is one here.
 _ENGINE = "0"
 
 
 @dataclass(frozen=True)
 class Now:
-    """What is not counted but asked for when somebody looks.
+    """Gauges that are sampled at scrape time.
 
     Attributes:
         base_id: the base's name.
-        stats: the engine's latest.
-        num_restarts: times that its process was replaced.
+        stats: the engine's latest statistics.
+        num_restarts: restarts of the engine's process.
         jobs: training jobs by state.
         num_adapters: adapters stored.
         build: labels of `graftwork_build_info`, in their order.
@@ -57,7 +57,7 @@ class Now:
 
 
 class AdapterBook:
-    """What is counted for one adapter, for the base, or for all others together."""
+    """Counters of one adapter, of the base, or of all others together."""
 
     __slots__ = (
         "evictions",
@@ -80,7 +80,7 @@ class AdapterBook:
 
 
 class _Totals:
-    """What is counted for all generations together; histograms carry vLLM's names."""
+    """Counters over all generations; histograms have vLLM's names."""
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
@@ -113,17 +113,17 @@ class _Totals:
 
 
 class Metrics:
-    """The books. A `Watcher` of generations, and told of adapters that move and of replies.
+    """All counters. A `Watcher` of generations; also receives adapter residency events and replies.
 
     Args:
-        max_adapters: adapters with books of their own at a time, see `server.telemetry.top_adapters`.
+        max_adapters: maximum adapters with series of their own, see `server.telemetry.top_adapters`.
     """
 
     def __init__(self, max_adapters: int = 32) -> None:
         self._totals = _Totals()
         self._base: Place[AdapterBook] = Place(AdapterBook())
         self._adapters = Busiest(max_adapters, AdapterBook)
-        # By name, None is the base; a name stands here only while its number is not 0.
+        # By name, None is the base; only nonzero entries are stored.
         self._waiting: Counter[str | None] = Counter()
         self._in_flight: Counter[str | None] = Counter()
         self._resident: dict[str, tuple[str, str]] = {}
@@ -134,7 +134,7 @@ class Metrics:
     # --- generations: `server.generation.observers.Watcher` ----------------------------------
 
     def began(self, request: GenerationRequest) -> _Watch:
-        """A request was handed to the engine."""
+        """A request was submitted to the engine."""
         name = None if request.adapter is None else request.adapter.name
         place = self._base if name is None else self._adapters.used(name)
         place.book.requests += 1
@@ -143,14 +143,14 @@ class Metrics:
         return _Watch(self, place, name, len(request.prompt_token_ids))
 
     def refused(self, adapter: str | None, code: str) -> None:
-        """A generation was not begun."""
+        """A generation was refused before it started."""
         place = self._base if adapter is None else self._adapters.used(adapter)
         place.book.failures[code] += 1
 
     # --- adapters and replies ------------------------------------------------------------------
 
     def adapter_moved(self, event: ResidencyEvent) -> None:
-        """An adapter was loaded or evicted, or is somewhere else now."""
+        """An adapter was loaded, evicted or moved."""
         book = self._adapters.find(event.name).book
         book.loads += event.loads
         book.evictions += event.evictions
@@ -164,7 +164,7 @@ class Metrics:
         self._replying += 1
 
     def reply_ended(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A reply is over. `route` is a template or one word for all paths that have none."""
+        """A reply ended. `route` is a template, or one fixed value for all unmatched paths."""
         self._replying -= 1
         known = method if method in _METHODS else OTHER
         self._replies[known, route, status] += 1
@@ -173,7 +173,7 @@ class Metrics:
     # --- rows ----------------------------------------------------------------------------------
 
     def rows(self, now: Now) -> list[Row]:
-        """Everything as it is now; what is counted afterwards does not change it."""
+        """A snapshot of everything, unaffected by later updates."""
         return [
             *self._engine_rows(now),
             *self._total_rows(now.base_id),
@@ -210,12 +210,12 @@ class Metrics:
     def _adapter_rows(self, base_id: str) -> Iterator[Row]:
         books = self._adapters.books()
         waiting, in_flight, resident = self._gauges(books.keys(), base_id)
-        # The base first; a base that calls itself `other` is told by vLLM's totals alone.
+        # The base first; a base named `other` appears only in vLLM's totals.
         for label, book in ({base_id: self._base.book} | books).items():
             yield from _book_rows(label, book)
             yield Row("graftwork_adapter_requests_waiting", (label,), waiting[label])
             yield Row("graftwork_adapter_requests_in_flight", (label,), in_flight[label])
-        for label, book in books.items():  # the base never moves
+        for label, book in books.items():  # the base has no residency
             yield Row("graftwork_adapter_loads_total", (label,), book.loads)
             yield Row("graftwork_adapter_evictions_total", (label,), book.evictions)
             for where in ("host", "device"):
@@ -256,7 +256,7 @@ class Metrics:
 
 
 class _Watch:
-    """One generation: `server.generation.observers.Watch`."""
+    """Counts one generation, a `server.generation.observers.Watch`."""
 
     __slots__ = (
         "_first_seconds",

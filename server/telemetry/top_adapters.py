@@ -1,12 +1,12 @@
-"""Which adapters have books of their own in the metrics, so that their number stays bounded.
+"""Bounds the `adapter` label: the busiest N adapters get series of their own, the rest share `other`.
 
-At most `limit` names at a time; the others share one book under `other`. A name takes a free place at
-once. When all are taken, one that had more than twice the recent requests of the quietest holder (and
-at least `MIN_REQUESTS`) takes its place. Recent counts are halved every `WINDOW` requests.
+A name takes a free slot immediately. When all slots are taken, a name with more than twice the recent
+requests of the least busy holder (and at least `MIN_REQUESTS`) replaces it. Recent counts are halved
+every `WINDOW` requests.
 
-No counter ever goes backwards. What a name did before it had a place stays in `other`. The book of a
-name that loses its place is put aside, and goes on from there if the name comes back; in between it
-counts under `other`. So every series only grows, and sums of rates are right. Knows no Prometheus.
+Counters never decrease. Requests before a name gets a slot are counted under `other`. The counters of a
+name that loses its slot are retained and resume if the name returns; meanwhile it counts under `other`.
+Every series is therefore monotonic, and sums of rates are correct. Independent of Prometheus.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BookT = TypeVar("BookT")
 OTHER = "other"
 MIN_REQUESTS = 8
 WINDOW = 1024
-# Books put aside at most; the oldest goes first, and its name would begin again from nothing.
+# Maximum retained counters; the oldest are dropped first, and their names would restart from zero.
 MAX_ASIDE = 4096
 
 
 class Place(Generic[BookT]):
-    """Where a name counts now: ask for `book` each time, it may change."""
+    """The slot a name currently counts in: read `book` each time, it may change."""
 
     __slots__ = ("book",)
 
@@ -34,11 +34,11 @@ class Place(Generic[BookT]):
 
 
 class Busiest(Generic[BookT]):
-    """The books, by name.
+    """Counters by name.
 
     Args:
-        limit: names with a book of their own at a time.
-        new_book: makes an empty book.
+        limit: maximum names with counters of their own.
+        new_book: creates empty counters.
     """
 
     def __init__(self, limit: int, new_book: Callable[[], BookT]) -> None:
@@ -51,7 +51,7 @@ class Busiest(Generic[BookT]):
         self._num_recent = 0
 
     def used(self, name: str) -> Place[BookT]:
-        """The place of a name that has just been asked for; this may give it one."""
+        """Count a use of a name and return its slot; this may assign it one."""
         self._count(name)
         place = self._places.get(name)
         if place is not None:
@@ -62,11 +62,11 @@ class Busiest(Generic[BookT]):
         return self.other
 
     def find(self, name: str) -> Place[BookT]:
-        """The place of a name, without counting this as a use."""
+        """The slot of a name, without counting a use."""
         return self._places.get(name, self.other)
 
     def books(self) -> dict[str, BookT]:
-        """Every book with its label: those who hold a place, then `other`."""
+        """Counters by label: names with a slot, then `other`."""
         return {name: place.book for name, place in self._places.items()} | {OTHER: self.other.book}
 
     def _count(self, name: str) -> None:
@@ -93,4 +93,4 @@ class Busiest(Generic[BookT]):
         self._aside[name] = place.book
         if len(self._aside) > MAX_ASIDE:
             del self._aside[next(iter(self._aside))]
-        place.book = self.other.book  # requests of it that still run
+        place.book = self.other.book  # for its requests in progress

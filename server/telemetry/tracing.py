@@ -1,9 +1,9 @@
-"""OpenTelemetry: one span a request, with what its generations came to. Never a prompt or an output.
+"""OpenTelemetry: one span per request, with totals of its generations. Never a prompt or an output.
 
-An extra (`pip install 'graftwork[otel]'`). Without it, or without OpenTelemetry's own environment
-variables, nothing of it is imported. Those variables are the SDK's business: endpoint, headers, sampler,
-resource; here is only asked whether they are there. Names of attributes are OpenTelemetry's conventions
-for generative AI, and vLLM's for the times that those do not name.
+An extra (`pip install 'graftwork[otel]'`). Without it, or without OpenTelemetry's environment variables,
+nothing of it is imported. The SDK interprets those variables (endpoint, headers, sampler, resource);
+this module only checks whether they are set. Attribute names follow OpenTelemetry's conventions for
+generative AI, and vLLM's for timings that those do not cover.
 
     Observation (middleware) -> Tracing.begin -> RequestSpan.end
                                       ^ generations find the span by a context variable
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# A collector that does not answer may not hold up the end of the server.
+# An unresponsive collector must not delay shutdown.
 CLOSE_SECONDS = 5.0
-# A request that ranks thousands of labels is thousands of generations.
+# A request that ranks thousands of labels has thousands of generations.
 MAX_FINISH_REASONS = 64
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -42,7 +42,7 @@ _current: ContextVar[RequestSpan | None] = ContextVar("graftwork_request_span", 
 
 
 def wanted(environ: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's own variables ask for traces."""
+    """Whether OpenTelemetry's environment variables enable tracing."""
     exporters = environ.get("OTEL_TRACES_EXPORTER", "").lower().replace(" ", "")
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporters == "none":
         return False
@@ -50,7 +50,7 @@ def wanted(environ: Mapping[str, str]) -> bool:
 
 
 def open_tracing(environ: Mapping[str, str] = os.environ) -> Tracing | None:
-    """Traces over OTLP/HTTP, or None where nobody asked for them or they cannot be had."""
+    """Tracing over OTLP/HTTP; None if it is not enabled or not available."""
     if not wanted(environ):
         return None
     protocol = next((environ[name] for name in _PROTOCOLS if environ.get(name)), "http/protobuf")
@@ -75,12 +75,12 @@ def open_tracing(environ: Mapping[str, str] = os.environ) -> Tracing | None:
 
 @dataclass(frozen=True)
 class Reply:
-    """What is known of a request once its reply is over.
+    """Facts about a request, available when its reply has ended.
 
     Attributes:
-        method, route, status: HTTP's; `route` is a template.
+        method, route, status: of the HTTP request; `route` is a template.
         request_id: `x-request-id`.
-        adapter, version: who answered; None where nobody was meant.
+        adapter, version: the adapter that served it; None if none was requested.
     """
 
     method: str
@@ -92,10 +92,10 @@ class Reply:
 
 
 class Tracing:
-    """Makes the spans of one server, and is a `server.generation.observers.Watcher` of its generations.
+    """Creates the spans of one server; a `server.generation.observers.Watcher` of its generations.
 
     Args:
-        provider: of this server alone; it is shut down with it.
+        provider: the server's own tracer provider, shut down with it.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -106,10 +106,10 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def begin(self, headers: Mapping[str, str]) -> RequestSpan:
-        """The span of a request that has arrived; a child where it brought a `traceparent`.
+        """Start the span of a request; a child span if the request has a `traceparent`.
 
         Args:
-            headers: with names in lower case.
+            headers: request headers, names in lower case.
         """
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind
@@ -118,28 +118,28 @@ class Tracing:
         return RequestSpan(self._tracer.start_span("request", context=parent, kind=SpanKind.SERVER))
 
     def began(self, request: GenerationRequest) -> Watch:
-        """A generation of the request that this task answers."""
+        """Start a generation of the current task's request."""
         span = _current.get()
         return _UNTRACED if span is None else span.watch(request)
 
     def refused(self, adapter: str | None, code: str) -> None:
-        """The reply's status says it."""
+        """No-op: the reply's status records the refusal."""
 
     def close(self) -> None:
-        """Send what is left, but wait no longer than `CLOSE_SECONDS`."""
+        """Flush pending spans, for at most `CLOSE_SECONDS`."""
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(CLOSE_SECONDS)
 
 
 class RequestSpan:
-    """One request: what its generations come to, written down at the end."""
+    """One request: accumulates its generations and records them at the end."""
 
     def __init__(self, span: Span) -> None:
         self._span = span
         self._token: Token[RequestSpan | None] = _current.set(self)
         self._sampling: SamplingParams | None = None
-        # The tuples themselves, by identity: samples of one prompt share theirs, and its tokens count once.
+        # Prompt tuples by identity: samples of one prompt share a tuple, so its tokens count once.
         self._prompts: dict[int, tuple[int, ...]] = {}
         self._num_choices = 0
         self._output_tokens = 0
@@ -148,7 +148,7 @@ class RequestSpan:
         self._first: tuple[float, float | None] | None = None
 
     def watch(self, request: GenerationRequest) -> Watch:
-        """Count a generation in."""
+        """Add a generation."""
         if not self._span.is_recording():
             return _UNTRACED
         self._sampling = self._sampling or request.sampling
@@ -157,7 +157,7 @@ class RequestSpan:
         return _Watch(self)
 
     def end(self, reply: Reply) -> None:
-        """Write everything down and close the span."""
+        """Set all attributes and end the span."""
         _current.reset(self._token)
         attributes: dict[str, str | int | float | list[str]] = {
             "http.request.method": reply.method,
@@ -207,7 +207,7 @@ class RequestSpan:
     ) -> None:
         from opentelemetry.trace import StatusCode
 
-        # A stream that fails has sent its 200 long ago.
+        # A stream that fails has already sent status 200.
         error = self._failure or (str(status) if status >= 500 else None)
         if error is not None:
             attributes["error.type"] = error
@@ -239,7 +239,7 @@ class _Watch:
 
 
 class _Untraced:
-    """A generation of no request, or of one that the sampler left out."""
+    """A generation outside any request, or of a request that is not sampled."""
 
     def first_token(self, seconds: float, queue_seconds: float | None) -> None:
         pass

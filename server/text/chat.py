@@ -1,8 +1,8 @@
-"""Conversations as prompts, by the chat template that comes with the base.
+"""Renders conversations to prompts with the base's chat template.
 
-transformers renders it, in its sandbox; no template ever comes from a request. Names of special
-tokens inside a message are special tokens, as they are where transformers renders and tokenises a
-conversation. Knows no roles and no requests.
+transformers renders the template in its sandbox; requests cannot supply templates. Names of special tokens
+inside a message become special tokens, as when transformers renders and tokenises a conversation.
+Independent of roles and requests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class ConversationRefused(ValueError):
-    """The template cannot make a prompt of these messages; says why."""
+    """The template cannot render these messages; the message gives the reason."""
 
 
 class ChatTemplate:
@@ -37,15 +37,15 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The prompt of a conversation, its special tokens included: none are to be added to it.
+        """Render the prompt of a conversation, including special tokens; add none when encoding it.
 
         Args:
             messages: at least one, each with `role` and `content`.
-            add_generation_prompt: end where the assistant's next message begins.
+            add_generation_prompt: end where the assistant's next message starts.
             continue_final_message: end inside the last message.
 
         Raises:
-            ConversationRefused: the template does not take these messages.
+            ConversationRefused: the template does not accept these messages.
         """
         try:
             text = self._fast.apply_chat_template(
@@ -54,7 +54,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
-        # Whatever a template stumbles over, it is over these messages.
+        # Any exception of the template is caused by these messages.
         except Exception as error:
             raise ConversationRefused(str(error) or type(error).__name__) from error
         return str(text)

@@ -1,9 +1,8 @@
-"""The base's tokenizer, as the server uses it.
+"""The server's view of the base's tokenizer.
 
-Works on backends of its own, so that nothing else can switch truncation or padding on; what is large
-in them, the vocabulary and its merges, they share with the fast tokenizer. Strings get the special
-tokens that the tokenizer adds; ids are taken as they are.
-Knows nothing of requests or templates.
+Uses backends of its own, so that other code cannot enable truncation or padding; their large parts, the
+vocabulary and its merges, are shared with the fast tokenizer. Strings get the special tokens that the
+tokenizer adds; ids are used unchanged. Independent of requests and templates.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _letters_of_bytes() -> Iterator[tuple[int, str]]:
 # How byte-level tokenizers write bytes (GPT-2's table), and those that fall back to bytes.
 _BYTE_OF_LETTER = {letter: byte for byte, letter in _letters_of_bytes()}
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-# Characters or ids that take longer than a thread may keep the others waiting.
+# Inputs with more characters or ids than this block other threads for too long.
 _LONG = 4_096
 
 
@@ -59,7 +58,7 @@ class TextTokenizer:
         self._plain = _own_backend(fast.backend_tokenizer)
         self._plain.encode_special_tokens = True
         own_eos = () if fast.eos_token_id is None else (int(fast.eos_token_id),)
-        # What targets end with in training: the tokenizer's own, else the first that ends generation.
+        # The end of training targets: the tokenizer's EOS, else the first id that ends generation.
         self.eos_token_id: int | None = next(iter((*own_eos, *eos_token_ids)), None)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos_token_ids, *own_eos)))
         self.special_ids: frozenset[int] = frozenset(
@@ -69,9 +68,9 @@ class TextTokenizer:
         ) | frozenset(self.eos_token_ids)
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.info: dict[str, Any] = _info(fast)
-        # None for a base that was not made to chat.
+        # None for a base without a chat template.
         self.chat_template = ChatTemplate.of(fast)
-        # What stands before a token that is decoded to learn its bytes.
+        # Context before a token that is decoded to determine its bytes.
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text = self.decode(self._anchor)
         self._bytes: dict[int, bytes] = {}
@@ -83,8 +82,8 @@ class TextTokenizer:
 
         Args:
             text: any string.
-            add_special_tokens: add what the tokenizer adds to a text (a BOS token, for some).
-            plain: take names of special tokens inside `text` as plain text.
+            add_special_tokens: add the tokenizer's special tokens (such as BOS).
+            plain: treat names of special tokens in `text` as plain text.
         """
         backend = self._plain if plain else self._backend
         return tuple(_encoded(backend, text, add_special_tokens=add_special_tokens).ids)
@@ -92,13 +91,13 @@ class TextTokenizer:
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, plain: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """See `adapters.training.encoding.Encoder`."""
+        """Text to ids and character ranges, see `adapters.training.encoding.Encoder`."""
         backend = self._plain if plain else self._backend
         encoding = _encoded(backend, text, add_special_tokens=add_special_tokens)
         return list(encoding.ids), _offsets(encoding)
 
     def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
-        """Text to ids with the characters that each covers."""
+        """Text to ids with their character ranges."""
         encoding = _encoded(self._backend, text, add_special_tokens=add_special_tokens)
         return [
             TokenSpan(token_id, text[start:stop], start, stop)
@@ -106,16 +105,16 @@ class TextTokenizer:
         ]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Ids to text; invalid UTF-8 becomes U+FFFD, ids that the vocabulary lacks nothing."""
+        """Ids to text; invalid UTF-8 becomes U+FFFD, ids outside the vocabulary are dropped."""
         if len(ids) > _LONG:  # see `_encoded`
             batch = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
             return str(batch[0])
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text, in bytes; special tokens by their name.
+        """The bytes that one token adds to a text; special tokens by their name.
 
-        It may begin or end inside a character. A space at its front is kept, which some tokenizers
+        They may start or end inside a character. A leading space is preserved, which some tokenizers
         drop from a token that is decoded alone.
         """
         known = self._bytes.get(token_id)
@@ -141,9 +140,9 @@ class TextTokenizer:
 
 
 def read_eos_token_ids(base: Path) -> tuple[int, ...]:
-    """The ids that end a sequence, as the base's directory says.
+    """The ids that end a sequence, from the base's directory.
 
-    `generation_config.json` goes before `config.json`; either may hold one id, a list or nothing.
+    `generation_config.json` takes precedence over `config.json`; either may hold one id, a list or nothing.
     """
     for name in ("generation_config.json", "config.json"):
         path = base / name
@@ -158,19 +157,19 @@ def read_eos_token_ids(base: Path) -> tuple[int, ...]:
 def _encoded(backend: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
     if len(text) <= _LONG:
         return backend.encode(text, add_special_tokens=add_special_tokens)
-    # Of a batch: only then the library lets other threads run meanwhile.
+    # As a batch: only the batch call releases the interpreter lock.
     return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _offsets(encoding: Encoding) -> list[tuple[int, int]]:
     if len(encoding) <= _LONG:
         return list(encoding.offsets)
-    # One by one, though slower: the whole list is made while every other thread waits.
+    # One by one, although slower: building the whole list at once blocks every other thread.
     return [encoding.token_to_chars(index) or (0, 0) for index in range(len(encoding))]
 
 
 def _own_backend(theirs: Tokenizer) -> Tokenizer:
-    """A backend whose switches are its own and whose parts are those of `theirs`.
+    """A backend with its own settings that shares its parts with `theirs`.
 
     A copy of the parts takes 12 MB for a vocabulary of 49,152.
     """
@@ -178,14 +177,14 @@ def _own_backend(theirs: Tokenizer) -> Tokenizer:
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if (value := getattr(theirs, part)) is not None:
             setattr(ours, part, value)
-    # By their ids: each gets the next that is free, as it did there and does when a file is read.
+    # In order of id: each gets the next free id, as in the original and when loading from a file.
     for _, token in sorted(theirs.get_added_tokens_decoder().items()):
         (ours.add_special_tokens if token.special else ours.add_tokens)([token])
     return ours
 
 
 def _info(fast: Any) -> dict[str, Any]:
-    """What a client that renders prompts itself must know; the shape is vLLM's /tokenizer_info."""
+    """Information for clients that render prompts themselves, in the format of vLLM's /tokenizer_info."""
     return {
         "tokenizer_class": type(fast).__name__,
         "bos_token": fast.bos_token,

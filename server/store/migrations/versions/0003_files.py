@@ -1,4 +1,4 @@
-"""Uploaded files, and what a job's asker said beside the job."""
+"""Uploaded files, and request fields stored beside a job."""
 
 from __future__ import annotations
 

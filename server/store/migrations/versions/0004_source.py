@@ -1,4 +1,4 @@
-"""How a version came here, and from which folder where it was one of the operator's."""
+"""The source of a version, and the operator's folder it came from, if any."""
 
 from __future__ import annotations
 

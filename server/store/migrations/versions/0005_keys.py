@@ -1,4 +1,4 @@
-"""API keys, and whose jobs and files are whose."""
+"""API keys, and owners of jobs and files."""
 
 from __future__ import annotations
 

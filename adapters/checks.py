@@ -1,7 +1,7 @@
-"""Checks that every method makes on a checkpoint, whatever its form.
+"""Checkpoint checks shared by all methods.
 
-Works on config fields and safetensors header entries, so nothing is allocated. Knows no method,
-no file and no base model.
+Works on config fields and safetensors header entries, so nothing is allocated. Independent of methods,
+files and base models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHARACTERS_SHOWN = 120
 
 
 def check_task_type(config: PeftConfig) -> None:
-    """Only causal language modelling is served; a config without a task type is taken as that.
+    """Check that the task type is causal language modelling or unset.
 
     Raises:
         MethodUnsupported: any other `task_type`.
@@ -43,7 +43,7 @@ def check_task_type(config: PeftConfig) -> None:
 
 
 def check_modules_to_save(modules: list[str] | None) -> None:
-    """Whole retrained modules cannot be served: the base is shared and frozen.
+    """Refuse fully retrained modules: the base is shared and frozen.
 
     Raises:
         MethodUnsupported: `modules` is not empty.
@@ -59,7 +59,7 @@ def check_modules_to_save(modules: list[str] | None) -> None:
 
 
 def check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
-    """Hold every tensor to a floating-point dtype.
+    """Check that every tensor has a floating-point dtype.
 
     Raises:
         TensorMismatch: a tensor of another dtype.
@@ -76,7 +76,7 @@ def check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def check_shape(name: str, info: TensorInfo, want: tuple[int, ...], why: str) -> None:
-    """Hold one tensor to its shape; `why` says where the shape comes from.
+    """Check the shape of one tensor; `why` explains the shape in the error.
 
     Raises:
         TensorMismatch: another shape.
@@ -91,7 +91,7 @@ def check_shape(name: str, info: TensorInfo, want: tuple[int, ...], why: str) ->
 
 
 def check_names(tensors: Mapping[str, TensorInfo], wanted: Iterable[str]) -> None:
-    """Hold the tensor names to exactly `wanted`.
+    """Check that the tensor names are exactly `wanted`.
 
     Raises:
         TensorMismatch: a name is missing or left over.
@@ -125,7 +125,7 @@ def some_of(names: list[str]) -> str:
 
 
 def quoted(name: str) -> str:
-    """The name in quotes, cut where a stranger made it long."""
+    """The untrusted name in quotes, truncated if long."""
     return repr(name if len(name) <= CHARACTERS_SHOWN else name[:CHARACTERS_SHOWN] + "...")
 
 
