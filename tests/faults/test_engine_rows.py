@@ -97,10 +97,10 @@ def test_an_adapter_that_overflows_fails_alone_and_leaves_nothing(dtype, fast_ke
         assert {one: code for one, code in failed.items() if code != "non_finite"} == {}
         ids = {one.request_id for one in overflowing}
         # A base that divides by the norm makes zeros of a huge soft prompt: then nothing fails.
-        # In bfloat16 the same may happen to a huge prefix: whether the product after attention overflows
-        # depends on how the processor rounds.
+        # In bfloat16 the same may happen to rows of a huge prefix: whether the product after attention
+        # overflows depends on how the processor rounds.
         if bad == "prefix" and dtype is torch.bfloat16:
-            assert set(failed) in (ids, set())
+            assert set(failed) <= ids
         else:
             assert set(failed) == (ids if bad != "soft" else set())
         for one, (_, its_tokens) in zip(load, sorted(expected.items()), strict=True):
