@@ -32,7 +32,7 @@ from server.api.middleware.headers import BodyLimit, ReplyHeaders
 from server.api.middleware.slow_clients import SlowClients
 from server.api.middleware.telemetry import Watched
 from server.api.openapi.page import DocumentedApp
-from server.api.operations import docs_page, drain, health, models
+from server.api.operations import docs_page, drain, front_page, health, models
 from server.api.operations.scrape import router as metrics_router
 from server.api.training import train
 from server.api.training.openai import files as tuning_files
@@ -133,6 +133,7 @@ def create_app(
         health,
         drain,
         docs_page,
+        front_page,
     ):
         app.include_router(module.router)
     for tuning in (tuning_files, tuning_jobs):

@@ -34,6 +34,7 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("GET", "/info"): ANY_KEY,
     ("GET", "/methods"): ANY_KEY,
     ("GET", "/tokenizer_info"): ANY_KEY,
+    ("GET", "/"): ANY_KEY,
     ("GET", "/docs"): ANY_KEY,
     ("GET", "/docs/{file}"): ANY_KEY,
     ("GET", "/openapi.json"): ANY_KEY,
