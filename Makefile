@@ -13,11 +13,21 @@ BIN := $(VENV)/bin
 BASE := .graftwork/base
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
+# What installing prints goes there; a failure names the file.
+LOG := $(VENV)/install.log
+# $(call timed,what is done,command)
+timed = @echo "== $(1)"; start=$$(date +%s); $(2); status=$$?; \
+	if [ $$status -ne 0 ]; then exit $$status; fi; echo "   done in $$(($$(date +%s) - start)) s"
+# $(call installing,what is installed,command)
+installing = $(call timed,$(1) (once),{ mkdir -p $(VENV) && { $(2); } >$(LOG) 2>&1; } || { tail -n 12 $(LOG); \
+	echo "   failed; all that was printed is in $(LOG)"; false; })
+
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: serve test test-systems lint bench bench-peers image-test demo-adapters setup setup-test base
 
 serve: setup base
+	@echo "== starting the server"
 	@$(BIN)/graftwork serve --demo
 
 test: setup-test base
@@ -73,22 +83,18 @@ setup-bench: $(VENV)/.bench
 base: $(BASE)/graftwork_base.json
 
 $(VENV)/.serve: pyproject.toml constraints.txt
-	@echo "== installing Graftwork and its dependencies into $(VENV) (once)"
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(call installing,installing Graftwork and its dependencies into $(VENV),\
+		$(PYTHON) -m venv $(VENV) && $(PIP) -e .)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.serve tests/clients/standalone.txt
-	@echo "== installing the test dependencies (once)"
-	$(PIP) -e '.[test]'
-	$(PIP) --no-deps --upgrade --target $(VENV)/clients -r tests/clients/standalone.txt
+	$(call installing,installing the test dependencies,$(PIP) -e '.[test]' && \
+		$(PIP) --no-deps --upgrade --target $(VENV)/clients -r tests/clients/standalone.txt)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@echo "== installing what the benchmark draws with (once)"
-	$(PIP) -e '.[bench]'
+	$(call installing,installing what the benchmark draws with,$(PIP) -e '.[bench]')
 	@touch $@
 
 $(BASE)/graftwork_base.json: | $(VENV)/.serve
-	@echo "== making the default base model in $(BASE) (once)"
-	@$(BIN)/python -m server.base --out $(BASE)
+	$(call timed,making the default base model in $(BASE) (once),$(BIN)/python -m server.base --out $(BASE))

@@ -31,7 +31,7 @@ from server.api.middleware.headers import BodyLimit, ReplyHeaders
 from server.api.middleware.observation import Observation
 from server.api.middleware.slow_clients import SlowClients
 from server.api.openapi.page import DocumentedApp
-from server.api.operations import drain, health, models
+from server.api.operations import docs_page, drain, front_page, health, models
 from server.api.operations.scrape import router as metrics_router
 from server.api.training import train
 from server.api.training.openai import files as tuning_files
@@ -112,6 +112,9 @@ def create_app(
         title="Graftwork",
         summary="Many PEFT adapters on one frozen base model",
         lifespan=lifespan,
+        # FastAPI's own pages load scripts from other hosts; ours is `docs_page`.
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,
         # FastAPI's own would make a second span a request, and log bodies that do not fit a schema.
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -129,6 +132,8 @@ def create_app(
         train,
         health,
         drain,
+        docs_page,
+        front_page,
     ):
         app.include_router(module.router)
     for tuning in (tuning_files, tuning_jobs):

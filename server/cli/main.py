@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -282,7 +283,8 @@ def _greet(services: Any, port: int) -> None:
     host = services.settings.host
     err.print(
         f"Graftwork serves {services.base_id} ({services.client.base.dtype}) "
-        f"on http://{host}:{port}, documented under /docs",
+        f"on http://{host}:{port}, documented under /docs; "
+        f"ready after {time.time() - services.started_at:.1f} s",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,0 +1,83 @@
+"""Graftwork from Python: `import graftwork`.
+
+    graftwork.Engine      a base model with adapters in this process, without HTTP
+    graftwork.Client      a running server
+    graftwork.METHODS     the five methods by PEFT's name, with the config classes beside it
+
+The names load on first use: `Client` does not load torch.
+
+The code is installed as the packages `adapters` (the adapter library) and `server` (everything else);
+this package only names the parts for use from other programs. Moving the code into this package would
+need a symbolic link, or a second module name for each file, in a source tree that keeps the two
+folders at its top. Editors and mypy then see every file twice and take its classes for different ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapters import (
+        METHODS,
+        CPTConfig,
+        IA3Config,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptEncoderReparameterizationType,
+        PromptTuningConfig,
+        PromptTuningInit,
+        method_of,
+    )
+    from graftwork.client import Client, JobFailed, ServerRefused
+    from server.engine.offline import GenerationFailed
+    from server.engine.offline import OfflineEngine as Engine
+    from server.engine.request import SamplingParams
+
+# Public name -> its module, and its name there where it is another.
+_HOMES: dict[str, tuple[str, str | None]] = {
+    "METHODS": ("adapters", None),
+    "CPTConfig": ("adapters", None),
+    "Client": ("graftwork.client", None),
+    "Engine": ("server.engine.offline", "OfflineEngine"),
+    "GenerationFailed": ("server.engine.offline", None),
+    "IA3Config": ("adapters", None),
+    "JobFailed": ("graftwork.client", None),
+    "PrefixTuningConfig": ("adapters", None),
+    "PromptEncoderConfig": ("adapters", None),
+    "PromptEncoderReparameterizationType": ("adapters", None),
+    "PromptTuningConfig": ("adapters", None),
+    "PromptTuningInit": ("adapters", None),
+    "SamplingParams": ("server.engine.request", None),
+    "ServerRefused": ("graftwork.client", None),
+    "method_of": ("adapters", None),
+}
+
+__all__ = [
+    "METHODS",
+    "CPTConfig",
+    "Client",
+    "Engine",
+    "GenerationFailed",
+    "IA3Config",
+    "JobFailed",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "SamplingParams",
+    "ServerRefused",
+    "method_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, there = _HOMES[name]
+    return getattr(importlib.import_module(module), there or name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

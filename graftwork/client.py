@@ -1,0 +1,211 @@
+"""A client of a running Graftwork server. Does not load torch.
+
+    with Client("http://127.0.0.1:8000") as client:
+        client.add_adapter("complaints", "path/to/peft_folder")
+        print(client.generate("Tweet text : late again Label :", adapter="complaints"))
+
+Replies are the server's JSON as dicts; `/docs` of the server describes every field.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from server.cli.adapter_backends import Source, download_to
+from server.cli.generation_backends import Ask, RemoteGeneration
+from server.cli.http_client import RemoteServer, ServerRefused
+from server.cli.job_backends import RemoteJobs
+from server.cli.remote_adapters import RunningServer
+from server.store.job_states import FINISHED
+
+__all__ = ["Client", "JobFailed", "ServerRefused"]
+
+Json = dict[str, Any]
+# A prompt as it is, or a row for the adapter's stored template.
+Input = str | Mapping[str, str]
+
+
+class JobFailed(Exception):
+    """A training job ended without an adapter.
+
+    Attributes:
+        job: the job as the server shows it.
+    """
+
+    def __init__(self, job: Json) -> None:
+        error = job.get("error") or {}
+        reason = error.get("message") or f"it is {job['state']}"
+        super().__init__(f"training job {job['id']} made no adapter: {reason}")
+        self.job = job
+
+
+class Client:
+    """A running server; close it, or use it as a context.
+
+    Args:
+        url: http://HOST:PORT, with a path in front of the routes where a proxy adds one.
+        api_key: sent with every request; None sends none.
+        timeout_seconds: how long a reply may take.
+
+    Raises:
+        ServerRefused: not such a URL. Every method raises it too: no reply, or a refusal.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self._server = RemoteServer(url, patience_seconds=timeout_seconds, api_key=api_key)
+        self._adapters = RunningServer(self._server)
+        self._jobs = RemoteJobs(self._server)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._server.close()
+
+    # --- generation ------------------------------------------------------------------------------
+
+    def generate(self, prompt: Input, *, adapter: str | None = None, **parameters: Any) -> str:
+        """Generate one text.
+
+        Args:
+            prompt: a text, or columns for the adapter's stored template.
+            adapter: NAME, NAME@VERSION or NAME@ALIAS; None is the base.
+            parameters: those of `POST /generate`, such as `max_new_tokens`.
+        """
+        reply = self._server.post(
+            "/generate", {**_ask(prompt).body(), "parameters": parameters}, adapter=adapter
+        )
+        return str(reply["generated_text"])
+
+    def stream(
+        self, prompt: Input, *, adapter: str | None = None, **parameters: Any
+    ) -> Iterator[str]:
+        """Generate one text, piece by piece; arguments as `generate`."""
+        return RemoteGeneration(self._server, adapter).pieces(_ask(prompt), parameters)
+
+    def classify(
+        self, prompt: Input, *, adapter: str | None = None, labels: Sequence[str] | None = None
+    ) -> Json:
+        """Rank labels by their likelihood after a prompt.
+
+        Args:
+            prompt: a text, or columns for the adapter's stored template.
+            adapter: NAME, NAME@VERSION or NAME@ALIAS; None is the base.
+            labels: what to choose from; None takes those stored with the adapter.
+
+        Returns:
+            `label`, the most likely one; `scores` and `logprobs` of each.
+        """
+        body = _ask(prompt).body()
+        if labels is not None:
+            body["labels"] = list(labels)
+        reply: Json = self._server.post("/classify", body, adapter=adapter)
+        return reply
+
+    # --- what is served --------------------------------------------------------------------------
+
+    def info(self) -> Json:
+        """The base, the limits and the version."""
+        reply: Json = self._server.get("/info")
+        return reply
+
+    def models(self) -> list[str]:
+        """Names that a request may give as its model: the base first, then the adapters."""
+        return [str(one["id"]) for one in self._server.get("/v1/models")["data"]]
+
+    # --- adapters --------------------------------------------------------------------------------
+
+    def adapters(self) -> list[Json]:
+        """Every adapter at its default version, by name."""
+        return self._adapters.list()
+
+    def adapter(self, reference: str) -> Json:
+        """One adapter with all its versions: NAME, NAME@VERSION or NAME@ALIAS."""
+        return self._adapters.show(reference)
+
+    def add_adapter(self, name: str, path: str | Path, **words: Any) -> Json:
+        """Upload a PEFT folder, or a .zip or .tar of one; the adapter's record.
+
+        Args:
+            name: what the adapter will be called.
+            path: where it is on this machine.
+            words: what to store with it, such as `template`, `labels` and `description`.
+        """
+        return self._adapters.add(Source(Path(path), name, words))
+
+    def remove_adapter(self, name: str, version: int | None = None) -> Json:
+        """Remove a version, or all of them."""
+        return self._adapters.remove(name, version)
+
+    def download_adapter(self, reference: str, out: str | Path) -> Json:
+        """Write a PEFT folder, or a zip where the name ends in .zip; the adapter's record."""
+        return download_to(self._adapters, reference, Path(out))
+
+    # --- training --------------------------------------------------------------------------------
+
+    def train(
+        self,
+        adapter: str,
+        rows: Sequence[Mapping[str, str | bool | int | float]],
+        *,
+        method: str,
+        template: str,
+        target: str,
+        **options: Any,
+    ) -> str:
+        """Start a training job; its id.
+
+        Args:
+            adapter: name of the adapter that it makes.
+            rows: the data, column by column.
+            method: such as "prefix_tuning" or "ia3".
+            template: makes prompts of rows: `Tweet text : {text} Label :`.
+            target: the column to learn.
+            options: other fields of `POST /train`, such as `labels` and `hyperparameters`.
+        """
+        body = {
+            "adapter": adapter,
+            "method": method,
+            "template": template,
+            "target": target,
+            "rows": [dict(row) for row in rows],
+            **options,
+        }
+        return str(self._server.post("/train", body)["id"])
+
+    def job(self, job_id: str) -> Json:
+        """A training job as it is now."""
+        return self._jobs.show(job_id)
+
+    def cancel_job(self, job_id: str) -> Json:
+        """End a job that waits, ask one that runs to end; the job as it is then."""
+        return self._jobs.cancel(job_id)
+
+    def wait_for_job(self, job_id: str, *, poll_seconds: float = 0.5) -> Json:
+        """Wait until a training job has made its adapter; the job.
+
+        Raises:
+            JobFailed: it failed, or was cancelled.
+        """
+        while (job := self._jobs.show(job_id))["state"] not in FINISHED:
+            time.sleep(poll_seconds)
+        if job["state"] != "succeeded":
+            raise JobFailed(job)
+        return job
+
+
+def _ask(prompt: Input) -> Ask:
+    return Ask(prompt=prompt) if isinstance(prompt, str) else Ask(row=dict(prompt))
