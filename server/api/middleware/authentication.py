@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.error_replies import reply_to
-from server.api.middleware.route_scopes import PUBLIC, Rule, rule_of, rules_of
+from server.api.middleware.route_scopes import PUBLIC, Rule, allowed_methods, rule_of, rules_of
 from server.errors import KeyRequired, RequestRefused, ScopeMissing
 from server.services import Services
 from server.store.caller import calling
@@ -105,9 +105,9 @@ def _key_text(headers: Headers) -> str | None:
 
 
 def _no_route(path: str) -> HTTPException:
-    methods = rules_of(path)
+    methods = allowed_methods(path)
     if methods:
-        return HTTPException(405, headers={"allow": ", ".join(sorted(methods))})
+        return HTTPException(405, headers={"allow": ", ".join(methods)})
     return HTTPException(404)
 
 

@@ -86,12 +86,19 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/load_lora_adapter"): _ADMIN,
     ("POST", "/v1/unload_lora_adapter"): _ADMIN,
 }
+# Answered where a client asks for HTML; for all others the method is not there.
+BROWSERS_ONLY = frozenset({("GET", "/")})
 _PATTERNS = {template: compile_path(template)[0] for _, template in ACCESS}
 
 
 def rule_of(method: str, path: str) -> Rule | None:
     """Who may ask this; None is nobody, since no route takes it. HEAD is GET without its body."""
     return rules_of(path).get("GET" if method == "HEAD" else method)
+
+
+def allowed_methods(path: str) -> list[str]:
+    """The methods that `Allow` lists for a path: those that every client may use, sorted."""
+    return sorted(method for method in rules_of(path) if (method, path) not in BROWSERS_ONLY)
 
 
 def rules_of(path: str) -> dict[str, Rule]:

@@ -215,6 +215,8 @@ def test_a_route_that_is_none_and_a_method_that_is_none(guarded, keys):
     reply = guarded.ask("PUT", "/adapters", keys["generate"])
     assert (reply.status_code, reply.json()["code"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "GET, POST"
+    # Only browsers are shown a page there.
+    assert guarded.ask("PUT", "/", keys["generate"]).headers["allow"] == "POST"
     assert guarded.ask("HEAD", "/docs", keys["generate"]).status_code == 200
     # What everybody may read has no methods to hide.
     reply = guarded.ask("TRACE", "/livez")
