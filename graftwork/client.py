@@ -136,15 +136,15 @@ class Client:
         """One adapter with all its versions: NAME, NAME@VERSION or NAME@ALIAS."""
         return self._adapters.show(reference)
 
-    def add_adapter(self, name: str, path: str | Path, **words: Any) -> Json:
+    def add_adapter(self, name: str, path: str | Path, **metadata: Any) -> Json:
         """Upload a PEFT folder, or a .zip or .tar of one; the adapter's record.
 
         Args:
             name: what the adapter will be called.
             path: where it is on this machine.
-            words: what to store with it, such as `template`, `labels` and `description`.
+            metadata: what to store with it, such as `template`, `labels` and `description`.
         """
-        return self._adapters.add(Source(Path(path), name, words))
+        return self._adapters.add(Source(Path(path), name, metadata))
 
     def remove_adapter(self, name: str, version: int | None = None) -> Json:
         """Remove a version, or all of them."""

@@ -17,22 +17,17 @@ import anyio.to_thread
 import structlog
 from fastapi import FastAPI
 
-from server.api import error_replies as errors
-from server.api.adapters import combine
-from server.api.adapters import management as adapters
-from server.api.adapters import vllm_loading as managed
+from server.api import error_replies
+from server.api.adapters import combine, management, vllm_loading
 from server.api.bounds import HoldLimits
-from server.api.generation import classify
-from server.api.generation import tgi as generate
-from server.api.generation import tokenize as tokens
+from server.api.generation import classify, tgi, tokenize
 from server.api.generation.openai import chat, completions
 from server.api.middleware.authentication import Auth
 from server.api.middleware.headers import BodyLimit, ReplyHeaders
 from server.api.middleware.observation import Observation
 from server.api.middleware.slow_clients import SlowClients
 from server.api.openapi.page import DocumentedApp
-from server.api.operations import docs_page, drain, front_page, health, models
-from server.api.operations.scrape import router as metrics_router
+from server.api.operations import docs_page, drain, front_page, health, models, scrape
 from server.api.training import train
 from server.api.training.openai import files as tuning_files
 from server.api.training.openai import jobs as tuning_jobs
@@ -120,26 +115,26 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     for module in (
-        generate,
+        tgi,
         completions,
         chat,
         classify,
-        adapters,
+        management,
         combine,
-        managed,
+        vllm_loading,
         models,
-        tokens,
+        tokenize,
         train,
         health,
         drain,
         docs_page,
         front_page,
+        tuning_files,
+        tuning_jobs,
+        scrape,
     ):
         app.include_router(module.router)
-    for tuning in (tuning_files, tuning_jobs):
-        app.include_router(tuning.router)
-    app.include_router(metrics_router)
-    errors.install(app)
+    error_replies.install(app)
     # The last one added is the outermost.
     app.add_middleware(drain.DrainGate)
     app.add_middleware(

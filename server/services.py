@@ -20,7 +20,7 @@ from server.engine.client import EngineClient
 from server.errors import NotReady
 from server.generation.generator import Generator
 from server.generation.quotas import Quotas
-from server.store.registry import AdapterRecord, Registry
+from server.store.registry import Registry
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
@@ -128,12 +128,6 @@ class Services:
             NotReady: this server has no table of them.
         """
         return _there(self.files, "files")
-
-    def adapter_headers(self, record: AdapterRecord | None) -> dict[str, str]:
-        """`x-adapter-id` and `x-adapter-version`; the base goes by its id and its digest."""
-        if record is None:
-            return {"x-adapter-id": self.base_id, "x-adapter-version": self.client.base.digest[:12]}
-        return {"x-adapter-id": record.name, "x-adapter-version": str(record.version)}
 
 
 def _there(table: TableT | None, what: str) -> TableT:

@@ -34,15 +34,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from server.cli import adapters as cli_adapters
-from server.cli import bench as cli_bench
-from server.cli import combine as cli_combine
-from server.cli import evaluate as cli_eval
-from server.cli import generate as cli_generate
-from server.cli import jobs as cli_jobs
-from server.cli import keys as cli_keys
-from server.cli import train as cli_train
-from server.cli.doctor import command as cli_doctor
+from server.cli import adapters, bench, combine, evaluate, generate, jobs, keys, train
+from server.cli.doctor import command as doctor
 from server.cli.options import (
     AsJson,
     Base,
@@ -75,15 +68,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-app.add_typer(cli_adapters.adapters_app, name="adapters")
-cli_train.add_commands(app)
-cli_bench.add_commands(app)
-cli_combine.add_commands(cli_adapters.adapters_app)
-cli_doctor.add_commands(app)
-cli_eval.add_commands(app)
-cli_generate.add_commands(app)
-cli_jobs.add_commands(app)
-cli_keys.add_commands(app)
+app.add_typer(adapters.adapters_app, name="adapters")
+train.add_commands(app)
+bench.add_commands(app)
+combine.add_commands(adapters.adapters_app)
+doctor.add_commands(app)
+evaluate.add_commands(app)
+generate.add_commands(app)
+jobs.add_commands(app)
+keys.add_commands(app)
 
 
 @app.command()

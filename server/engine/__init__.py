@@ -33,7 +33,8 @@ grammar_compiler a grammar -> its compiled form, off the engine's thread
 grammar          who waits for a grammar, and what each output may say next
 loader           stored bytes -> serving forms, off the engine's thread
 engine           schedule -> run -> sample -> commit
-process, running the engine in a process of its own, from inside and from its parent
+process, process_handle
+                 the engine in a process of its own, from inside and from its parent
 errors, client   its asyncio side, which starts it again when it is lost
 offline          the engine from Python, without HTTP
 

@@ -1,7 +1,7 @@
 """Server-sent events, and clients that go away.
 
 Frames end with LF LF. A client that disconnects cancels the work for it at once, whether the reply
-is a stream or not: the row in the engine is somebody else's by the next step. Knows no route.
+is a stream or not: its row in the engine goes to another request at the next step. Knows no route.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class ClientGone(Exception):
-    """The client closed its connection; nobody is left to read a reply."""
+    """The client closed its connection: a reply has no reader."""
 
 
 def compact(data: Any) -> str:

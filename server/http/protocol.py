@@ -1,7 +1,7 @@
 """How the server listens: uvicorn's protocol over h11, with a clock and a limit on every side.
 
-uvicorn waits for ever for a request's headers, for the rest of a body that nobody reads, and for a
-client that reads nothing. Here each of these ends:
+uvicorn waits for ever for a request's headers, for the rest of a body that the app does not read, and
+for a client that reads nothing. Here each of these ends:
 
     headers    are whole in `header_seconds`, or 408
     a body     that the app did not want is read and dropped for `header_seconds`, then cut

@@ -1,7 +1,5 @@
 """Training jobs: worker processes and their supervision.
 
-    states          states and transitions of a job, as data
-    store           jobs, events, leases; one table for all processes
     config          configuration and exit statuses of a worker
     worker          a worker process: limits, signals, exit
     task            the job itself: load, train, publish
@@ -10,5 +8,5 @@
     worker_process  the parent's handle of a worker process
     supervisor      claims jobs, runs a worker for each, settles them
 
-Independent of HTTP. Only `task` needs torch.
+Jobs, their states and their rows are kept in `server.store`. Independent of HTTP. Only `task` needs torch.
 """

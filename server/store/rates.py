@@ -12,7 +12,7 @@ MAX_TOKENS = 10**12
 
 
 def checked_limit(field: str, text: str, most: int) -> str:
-    """A limit in the words of `limits`, such as "60 per 1 minute".
+    """Normalise a limit to the notation of `limits`, such as "60 per 1 minute".
 
     Raises:
         KeyInvalid: it is none, several, or of more than `most`.

@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 
 from server.api.html_page import html_page, policy
+from server.api.middleware.route_scopes import allowed_methods
 from server.services import Services, UseServices
 
 router = APIRouter(include_in_schema=False)
@@ -60,7 +61,7 @@ _PAGE = """<!DOCTYPE html>
 async def front_page(request: Request, services: UseServices) -> HTMLResponse:
     """The page, for a browser."""
     if not _wants_html(request.headers.get("accept", "")):
-        raise HTTPException(405, headers={"allow": "POST"})
+        raise HTTPException(405, headers={"allow": ", ".join(allowed_methods("/"))})
     page = _PAGE.format(
         style=_STYLE,
         state=_state(services),
