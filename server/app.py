@@ -36,10 +36,9 @@ from server.config.settings import KIB, MIB, Settings
 from server.engine.client import EngineClient
 from server.engine.process_memory import give_back_free_memory
 from server.generation.generator import Generator
-from server.generation.observers import Watcher
+from server.generation.observers import Observer
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
 from server.services import Services
-from server.store.caller import visible_adapters
 from server.store.data_dir import sweep_folds
 from server.store.directories import AdapterDirectory
 from server.store.files import FileStore
@@ -165,7 +164,6 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
         settings.data_dir,
         reserved=(base_id,),
         limits=settings.checkpoint_limits(),
-        visible=visible_adapters,
     )
     report = registry.sweep(deep=False)
     if report.corrupt:
@@ -206,15 +204,15 @@ async def start_engine(services: Services) -> Generator:
     """
     tokenizer = await _read_beside(services.client.start(), services.settings)
     services.base_notes = services.client.notes
-    watchers: list[Watcher] = [services.metrics, services.quotas]
+    observers: list[Observer] = [services.metrics, services.quotas]
     if services.tracing is not None:
-        watchers.append(services.tracing)
+        observers.append(services.tracing)
     return Generator(
         services.client,
         services.registry,
         tokenizer,
         services.base_id,
-        watchers,
+        observers,
         admit=services.quotas.check_tokens,
         limits=services.settings,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
@@ -20,6 +20,7 @@ from server.engine.client import EngineClient
 from server.errors import NotReady
 from server.generation.generator import Generator
 from server.generation.quotas import Quotas
+from server.store.caller import UNRESTRICTED, Caller
 from server.store.registry import Registry
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
@@ -79,6 +80,18 @@ class Services:
     draining: Draining = field(default_factory=Draining)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
+    def seen_by(self, caller: Caller) -> Services:
+        """These services with the stores and the generator as a caller sees them."""
+        if caller == UNRESTRICTED:
+            return self
+        return replace(
+            self,
+            registry=self.registry.seen_by(caller),
+            generator=self.generator and self.generator.seen_by(caller),
+            jobs=self.jobs and self.jobs.seen_by(caller),
+            files=self.files and self.files.seen_by(caller),
+        )
+
     @property
     def ready(self) -> bool:
         """Whether a generation would be taken now."""
@@ -137,10 +150,10 @@ def _there(table: TableT | None, what: str) -> TableT:
 
 
 async def get_services(request: Request) -> Services:
-    """The services of the app that serves this request."""
+    """The services of the app that serves this request, as its caller sees them."""
     # A coroutine: FastAPI would run a plain function in a thread, and may have to wait for one.
     services: Services = request.app.state.services
-    return services
+    return services.seen_by(request.state.caller)
 
 
 UseServices = Annotated[Services, Depends(get_services)]

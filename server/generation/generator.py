@@ -8,6 +8,7 @@ when the name is resolved; replacing or deleting it later does not affect runnin
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -40,8 +41,8 @@ from server.engine.request import (
 )
 from server.errors import RequestInvalid, TooLong
 from server.generation.adapter_lookup import Lookups
-from server.generation.observers import Ended, Watch, Watcher
-from server.store.caller import caller, owner
+from server.generation.observers import Ended, GenerationObserver, Observer
+from server.store.caller import UNRESTRICTED, Caller
 from server.store.registry import AdapterRecord, Registry
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
@@ -145,7 +146,7 @@ class Generation:
         stops: StopStrings,
         tokenizer: TextTokenizer,
         mark_corrupt: Callable[[str], None],
-        watches: Sequence[Watch] = (),
+        observers: Sequence[GenerationObserver] = (),
     ) -> None:
         self.request = request
         self.text = ""
@@ -160,7 +161,7 @@ class Generation:
         self._stops = stops
         self._tokenizer = tokenizer
         self._mark_corrupt = mark_corrupt
-        self._watches = watches
+        self._observers = observers
         self._has_ended = False
         self._submitted_at = self._last_at = time.monotonic()
         self._num_characters = 0
@@ -170,7 +171,7 @@ class Generation:
         self._stream.abort()
         if not self._has_ended:
             self._last_at = time.monotonic()
-            self._tell_ended("abort")
+            self._report_end("abort")
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Yield one piece per token.
@@ -182,14 +183,14 @@ class Generation:
             async for event in self._stream:
                 piece = self._take(event)
                 if piece.finish_reason is not None:
-                    self._tell_ended("length" if piece.finish_reason == "length" else "stop")
+                    self._report_end("length" if piece.finish_reason == "length" else "stop")
                 yield piece
                 if piece.finish_reason is not None:
                     return
             raise RequestFailed("engine_error", "the engine ended the request without a reason")
         except RequestFailed as failure:
             self._last_at = time.monotonic()
-            self._tell_ended("error", failure.code)
+            self._report_end("error", failure.code)
             if failure.code == "adapter_corrupt" and self.request.adapter is not None:
                 await self._note_corrupt(self.request.adapter.digest)
             raise
@@ -206,7 +207,7 @@ class Generation:
         if self.num_tokens == 0:
             self.prompt_logprobs = event.prompt_logprobs
             self.cached_tokens = event.cached_tokens or 0
-        self._tell_token(self._stream.heard_at, event.queue_seconds)
+        self._report_token(self._stream.heard_at, event.queue_seconds)
         self.num_tokens += 1
         if event.token_id in self._tokenizer.special_ids:
             return self._take_special(event)
@@ -222,24 +223,24 @@ class Generation:
         self.text += text
         return Piece(event.token_id, text, text, offset, False, event.logprob, self.finish_reason)
 
-    def _tell_token(self, at: float, queue_seconds: float | None) -> None:
+    def _report_token(self, at: float, queue_seconds: float | None) -> None:
         # Arrival time, not read time: a slow client must not count as a slow engine.
         before, self._last_at = self._last_at, at
         if self.num_tokens:
-            for watch in self._watches:
-                watch.token(at - before)
+            for observer in self._observers:
+                observer.token(at - before)
             return
         self.first_token_seconds = at - self._submitted_at
         self.queue_seconds = queue_seconds
-        for watch in self._watches:
-            watch.first_token(self.first_token_seconds, queue_seconds)
+        for observer in self._observers:
+            observer.first_token(self.first_token_seconds, queue_seconds)
 
-    def _tell_ended(self, how: Ended, code: str | None = None) -> None:
+    def _report_end(self, how: Ended, code: str | None = None) -> None:
         if self._has_ended:
             return
         self._has_ended = True
-        for watch in self._watches:
-            watch.ended(how, self._last_at - self._submitted_at, code)
+        for observer in self._observers:
+            observer.ended(how, self._last_at - self._submitted_at, code)
 
     def _take_special(self, event: TokenEvent) -> Piece:
         self.finish_reason = _finish_reason(event)
@@ -262,8 +263,8 @@ class Generator:
         registry: the registry of adapters.
         tokenizer: the base's tokenizer.
         base_id: the model name of the base itself.
-        watchers: observers of every generation.
-        admit: called before each generation starts; raises to refuse it.
+        observers: of every generation.
+        admit: called with the caller before each generation starts; raises to refuse it.
         limits: limits on prompts and outputs.
     """
 
@@ -273,8 +274,8 @@ class Generator:
         registry: Registry,
         tokenizer: TextTokenizer,
         base_id: str,
-        watchers: Sequence[Watcher] = (),
-        admit: Callable[[], None] = lambda: None,
+        observers: Sequence[Observer] = (),
+        admit: Callable[[Caller], None] = lambda _caller: None,
         limits: Limits | None = None,
     ) -> None:
         self._client = client
@@ -286,8 +287,19 @@ class Generator:
         self._resolved_at: dict[str, float] = {}
         # A separate limiter: writes blocked on the database lock may exhaust the default one.
         self._threads = anyio.CapacityLimiter(_MAX_THREADS)
-        self._lookups = Lookups(registry.resolve, self._threads, caller)
-        self._watchers = tuple(watchers)
+        self._lookups = Lookups(
+            lambda name, caller: registry.seen_by(caller).resolve(name),
+            self._threads,
+            registry.data_version,
+        )
+        self._observers = tuple(observers)
+        self._caller = UNRESTRICTED
+
+    def seen_by(self, caller: Caller) -> Generator:
+        """This generator on behalf of a caller; both share all but the caller."""
+        view = copy.copy(self)
+        view._caller = caller
+        return view
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -303,8 +315,8 @@ class Generator:
         """
         if name is None or name == self.base_id:
             return None
-        with self._telling_refusal(name.partition("@")[0]):
-            record = await self._lookups.find(name)
+        with self._reporting_refusal(name.partition("@")[0]):
+            record = await self._lookups.find(name, self._caller)
             record.require_base(self._client.base)
         self._resolved_at[record.digest] = time.monotonic()
         return record
@@ -316,7 +328,8 @@ class Generator:
         """
         await self._lookups.settle()
         since = time.monotonic() - _RESOLVED_SECONDS
-        self._resolved_at = {d: at for d, at in self._resolved_at.items() if at >= since}
+        for digest in [d for d, at in self._resolved_at.items() if at < since]:
+            del self._resolved_at[digest]  # in place: the views of all callers share it
         return self._client.digests_in_flight() | self._resolved_at.keys()
 
     @property
@@ -467,7 +480,9 @@ class Generator:
             eos_token_ids=self.tokenizer.eos_token_ids,
         )
         ref = None if adapter is None else adapter_ref(adapter)
-        return GenerationRequest(request_id, ids, sampling, ref, cache_scope=owner() or "")
+        return GenerationRequest(
+            request_id, ids, sampling, ref, cache_scope=self._caller.owner or ""
+        )
 
     def submit(self, request: GenerationRequest, options: Options) -> Generation:
         """Queue a prepared request.
@@ -477,7 +492,7 @@ class Generator:
             EngineUnavailable: the engine's process is down.
             QuotaExceeded: the token quota of the caller's key is used up.
         """
-        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
+        with self._reporting_refusal(None if request.adapter is None else request.adapter.name):
             return self._submit(request, options)
 
     def try_submit(self, request: GenerationRequest, options: Options) -> Generation | None:
@@ -489,14 +504,14 @@ class Generator:
         Raises:
             EngineUnavailable, QuotaExceeded: see `submit`.
         """
-        with self._telling_refusal(None if request.adapter is None else request.adapter.name):
+        with self._reporting_refusal(None if request.adapter is None else request.adapter.name):
             try:
                 return self._submit(request, options)
             except EngineOverloaded:
                 return None
 
     def _submit(self, request: GenerationRequest, options: Options) -> Generation:
-        self._admit()
+        self._admit(self._caller)
         detokenizer = IncrementalDetokenizer(self.tokenizer.decode, request.prompt_token_ids)
         return Generation(
             self._client.submit(request),
@@ -505,17 +520,17 @@ class Generator:
             StopStrings(options.stop, include=options.include_stop),
             self.tokenizer,
             self._registry.mark_corrupt,
-            [watcher.began(request) for watcher in self._watchers],
+            [observer.began(request, self._caller) for observer in self._observers],
         )
 
     @contextmanager
-    def _telling_refusal(self, adapter: str | None) -> Iterator[None]:
+    def _reporting_refusal(self, adapter: str | None) -> Iterator[None]:
         try:
             yield
         except tuple(_REFUSALS) as error:
             code = next(code for kind, code in _REFUSALS.items() if isinstance(error, kind))
-            for watcher in self._watchers:
-                watcher.refused(adapter, code)
+            for observer in self._observers:
+                observer.refused(adapter, code)
             raise
 
     async def _run(self, characters: int, work: Callable[[], ResultT]) -> ResultT:

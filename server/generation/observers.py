@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 from server.engine.request import GenerationRequest
+from server.store.caller import Caller
 
 # vLLM's terms: "stop" is the end-of-sequence token or a stop string, "abort" a disconnected caller.
 Ended = Literal["stop", "length", "abort", "error"]
 
 
-class Watch(Protocol):
+class GenerationObserver(Protocol):
     """Observes one generation: `first_token` and `token` as tokens are read, then `ended` once."""
 
     def first_token(self, seconds: float, queue_seconds: float | None) -> None:
@@ -42,10 +43,10 @@ class Watch(Protocol):
         ...
 
 
-class Watcher(Protocol):
+class Observer(Protocol):
     """Observes all generations."""
 
-    def began(self, request: GenerationRequest) -> Watch:
+    def began(self, request: GenerationRequest, caller: Caller, /) -> GenerationObserver:
         """A request was submitted to the engine."""
         ...
 

@@ -17,8 +17,8 @@ from limits.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateL
 
 from server.engine.request import GenerationRequest
 from server.errors import QuotaExceeded, RateLimited
-from server.generation.observers import Ended, Watch
-from server.store.caller import caller
+from server.generation.observers import Ended, GenerationObserver
+from server.store.caller import Caller
 from server.store.key import Key
 
 # Tokens of a running sequence are counted so many at a time.
@@ -28,7 +28,7 @@ _WITHOUT_END = 10**18
 
 
 class Quotas:
-    """Usage per key; a `Watcher` of generations."""
+    """Usage per key; an `Observer` of generations."""
 
     def __init__(self) -> None:
         self._storage = MemoryStorage()
@@ -51,13 +51,13 @@ class Quotas:
             f"the key {key.id} may ask {key.rate}; try again later", reset - time.time()
         )
 
-    def check_tokens(self) -> None:
+    def check_tokens(self, caller: Caller) -> None:
         """Check that the caller has tokens left.
 
         Raises:
             QuotaExceeded: the quota is used up.
         """
-        key = caller()
+        key = caller.key
         if key is None or key.tokens is None:
             return
         seconds = self._wait(key.id, key.tokens)
@@ -68,9 +68,9 @@ class Quotas:
                 seconds,
             )
 
-    def began(self, request: GenerationRequest) -> Watch:
+    def began(self, request: GenerationRequest, caller: Caller, /) -> GenerationObserver:
         """A request was submitted to the engine: count its prompt."""
-        key = caller()
+        key = caller.key
         meter = _Meter(self, key if key is not None and key.tokens is not None else None)
         meter.add(len(request.prompt_token_ids))
         return meter
@@ -99,7 +99,7 @@ class Quotas:
 
 
 class _Meter:
-    """One generation: `server.generation.observers.Watch`."""
+    """One generation: `server.generation.observers.GenerationObserver`."""
 
     __slots__ = ("_key", "_pending", "_quotas")
 

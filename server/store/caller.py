@@ -1,50 +1,42 @@
-"""The API key of the current request, in a context variable.
+"""Who makes a request, and what of the stores it may see.
 
-Set once per request by `server.api.middleware.authentication`. It determines which adapters, files and
-jobs are visible and whose cached prompts may be reused. Tasks and threads started by a request inherit
-it. Code outside a request (startup, the watched directory, a training worker, the command line) has no
-key, as has every request on a server without authentication. Without a key nothing is hidden.
+A `Caller` is made once per request by `server.api.middleware.authentication` and passed on: a route is
+handed `Services`, and each store in it, as its caller sees them (`seen_by`). Code outside a request
+(startup, the watched directory, a training worker, the command line) is `UNRESTRICTED`, as is every
+request on a server without authentication.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 
 from server.store.key import Key
 
-_caller: ContextVar[Key | None] = ContextVar("caller", default=None)
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a request.
+
+    Attributes:
+        key: its API key; None is unrestricted.
+    """
+
+    key: Key | None = None
+
+    @property
+    def adapters(self) -> tuple[str, ...] | None:
+        """Adapter names, and name prefixes ending in `*`, that it may see; None is all."""
+        return None if self.key is None else self.key.adapters
+
+    @property
+    def owner(self) -> str | None:
+        """The owner recorded for what it creates; None is no owner."""
+        return None if self.key is None else self.key.owner
+
+    @property
+    def only_owner(self) -> str | None:
+        """The owner whose files and jobs it may see; None is all."""
+        return None if self.key is None or self.key.may(()) else self.key.owner
 
 
-@contextmanager
-def calling(key: Key | None) -> Iterator[None]:
-    """Run the block on behalf of this key; None is unrestricted."""
-    token = _caller.set(key)
-    try:
-        yield
-    finally:
-        _caller.reset(token)
-
-
-def caller() -> Key | None:
-    """The current key; None if there is none."""
-    return _caller.get()
-
-
-def visible_adapters() -> tuple[str, ...] | None:
-    """Adapter names and name prefixes visible to the caller; None is all."""
-    key = caller()
-    return None if key is None else key.adapters
-
-
-def owner() -> str | None:
-    """The owner recorded for what the caller creates; None is no owner."""
-    key = caller()
-    return None if key is None else key.owner
-
-
-def only_owner() -> str | None:
-    """The owner whose files and jobs are visible to the caller; None is all."""
-    key = caller()
-    return None if key is None or key.may(()) else key.owner
+UNRESTRICTED = Caller()

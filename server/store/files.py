@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import re
 import secrets
 import time
@@ -27,7 +28,7 @@ from sqlalchemy.orm import Session
 from adapters import synced_files
 from adapters.errors import AdapterError
 from server.errors import FilesFull, UploadNotFound
-from server.store.caller import only_owner, owner
+from server.store.caller import UNRESTRICTED, Caller
 from server.store.database import Database
 from server.store.tables import FileRow
 
@@ -82,6 +83,7 @@ class FileStore:
         self._max_files = max_files
         self._max_bytes = max_bytes
         self._clock = clock
+        self._caller = UNRESTRICTED
         self._files = root / "files"
         self._files.mkdir(parents=True, exist_ok=True)
         self._database = Database(root / "registry.db")
@@ -89,6 +91,12 @@ class FileStore:
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
+
+    def seen_by(self, caller: Caller) -> FileStore:
+        """This store as a caller sees it; both share the database."""
+        view = copy.copy(self)
+        view._caller = caller
+        return view
 
     # --- in ---------------------------------------------------------------------------
 
@@ -117,7 +125,7 @@ class FileStore:
                         purpose=purpose,
                         num_bytes=num_bytes,
                         created_at=datetime.fromtimestamp(self._clock(), UTC),
-                        owner=owner(),
+                        owner=self._caller.owner,
                     )
                     session.add(row)
                     session.flush()
@@ -139,7 +147,7 @@ class FileStore:
             UploadNotFound: no such file.
         """
         with self._database.read() as session:
-            return _record(_row(session, file_id))
+            return _record(self._row(session, file_id))
 
     def path(self, file_id: str) -> Path:
         """The path of a file's bytes, which never change and are removed when it is deleted.
@@ -165,12 +173,12 @@ class FileStore:
         """
         number = FileRow.number
         order = number.desc() if newest_first else number
-        statement = select(FileRow).where(_seen()).order_by(order)
+        statement = select(FileRow).where(self._seen()).order_by(order)
         if purpose is not None:
             statement = statement.where(FileRow.purpose == purpose)
         with self._database.read() as session:
             if after is not None:
-                last = _row(session, after).number
+                last = self._row(session, after).number
                 statement = statement.where(number < last if newest_first else number > last)
             return [_record(row) for row in session.scalars(statement.limit(limit))]
 
@@ -183,7 +191,9 @@ class FileStore:
             UploadNotFound: no such file.
         """
         with self._database.write() as session:
-            session.execute(delete(FileRow).where(FileRow.number == _row(session, file_id).number))
+            session.execute(
+                delete(FileRow).where(FileRow.number == self._row(session, file_id).number)
+            )
         (self._files / file_id).unlink(missing_ok=True)
 
     def sweep(self) -> tuple[str, ...]:
@@ -195,6 +205,21 @@ class FileStore:
         return self._remove_orphans(sorted(found))
 
     # --- inside -----------------------------------------------------------------------
+
+    def _seen(self) -> ColumnElement[bool]:
+        """Filter for the files visible to the caller."""
+        only = self._caller.only_owner
+        return true() if only is None else FileRow.owner == only
+
+    def _row(self, session: Session, file_id: str) -> FileRow:
+        row = None
+        if _ID.fullmatch(file_id):
+            row = session.scalars(
+                select(FileRow).where(FileRow.id == file_id, self._seen())
+            ).first()
+        if row is None:
+            raise no_upload(file_id)
+        return row
 
     def _remove_orphans(self, names: Iterable[str]) -> tuple[str, ...]:
         # Under the write lock: a file and its row appear within one transaction.
@@ -229,21 +254,6 @@ def no_upload(file_id: str) -> UploadNotFound:
     """The error for an id that no file has."""
     shown = ascii(file_id)[1:-1][:80]
     return UploadNotFound(f"there is no file {shown!r}", field="file_id", came=shown)
-
-
-def _seen() -> ColumnElement[bool]:
-    """Filter for the files visible to the caller."""
-    only = only_owner()
-    return true() if only is None else FileRow.owner == only
-
-
-def _row(session: Session, file_id: str) -> FileRow:
-    row = None
-    if _ID.fullmatch(file_id):
-        row = session.scalars(select(FileRow).where(FileRow.id == file_id, _seen())).first()
-    if row is None:
-        raise no_upload(file_id)
-    return row
 
 
 def _record(row: FileRow) -> FileRecord:

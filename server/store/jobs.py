@@ -25,6 +25,7 @@ commit. Independent of HTTP, tensors, and the way workers are started.
 from __future__ import annotations
 
 import builtins
+import copy
 import json
 import secrets
 import time
@@ -44,7 +45,7 @@ from adapters.errors import AdapterError
 from adapters.training.job import TrainingJob
 from adapters.training.rows import Row
 from server.errors import JobActive, LeaseLost, TooManyJobs
-from server.store.caller import only_owner, owner
+from server.store.caller import UNRESTRICTED, Caller
 from server.store.database import Database
 from server.store.job_files import JobFiles, no_job
 from server.store.job_states import FINISHED, TRANSITIONS, State, check_transition
@@ -151,12 +152,19 @@ class JobStore:
         self._max_attempts = max_attempts
         self._max_events = max_events
         self._clock = clock
+        self._caller = UNRESTRICTED
         self._files = JobFiles(root)
         self._database = Database(root / "registry.db")
 
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
+
+    def seen_by(self, caller: Caller) -> JobStore:
+        """This store as a caller sees it; both share the database."""
+        view = copy.copy(self)
+        view._caller = caller
+        return view
 
     # --- in ---------------------------------------------------------------------------
 
@@ -205,11 +213,11 @@ class JobStore:
             JobNotFound: no such job.
         """
         with self._database.read() as session:
-            return _record(_row(session, job_id))
+            return _record(self._row(session, job_id))
 
     def list(self, offset: int = 0, limit: int = 100) -> list[JobRecord]:
         """Jobs, newest first."""
-        statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc())
+        statement = select(JobRow).where(self._seen()).order_by(JobRow.number.desc())
         with self._database.read() as session:
             return [_record(row) for row in session.scalars(statement.offset(offset).limit(limit))]
 
@@ -232,7 +240,7 @@ class JobStore:
         Raises:
             JobNotFound: no job `after`.
         """
-        statement = select(JobRow).where(_seen()).order_by(JobRow.number.desc()).limit(limit)
+        statement = select(JobRow).where(self._seen()).order_by(JobRow.number.desc()).limit(limit)
         for name, value in (metadata or {}).items():
             # Not a JSON path, in which names would need quoting.
             said = func.json_each(JobRow.tuning, "$.metadata").table_valued("key", "value")
@@ -242,13 +250,13 @@ class JobStore:
             statement = statement.where(JobRow.tuning["metadata"].as_string().is_(None))
         with self._database.read() as session:
             if after is not None:
-                statement = statement.where(JobRow.number < _row(session, after).number)
+                statement = statement.where(JobRow.number < self._row(session, after).number)
             return [_record(row) for row in session.scalars(statement)]
 
     def count(self) -> int:
         """Jobs in all states."""
         with self._database.read() as session:
-            return session.scalar(select(func.count()).select_from(JobRow).where(_seen())) or 0
+            return session.scalar(select(func.count()).select_from(JobRow).where(self._seen())) or 0
 
     def count_by_state(self) -> dict[State, int]:
         """Number of jobs in each state, for all owners; includes zeros."""
@@ -282,7 +290,7 @@ class JobStore:
             JobNotFound: no such job.
         """
         with self._database.read() as session:
-            number = _row(session, job_id).number
+            number = self._row(session, job_id).number
             statement = (
                 select(JobEventRow)
                 .where(JobEventRow.job == number, JobEventRow.id > after)
@@ -303,7 +311,7 @@ class JobStore:
             JobNotFound: no such job.
         """
         with self._database.read() as session:
-            number = _row(session, job_id).number
+            number = self._row(session, job_id).number
             statement = select(JobEventRow).where(JobEventRow.job == number)
             if before is not None:
                 statement = statement.where(JobEventRow.id < before)
@@ -451,7 +459,7 @@ class JobStore:
             JobNotFound: no such job.
         """
         with self._database.write() as session:
-            row = _row(session, job_id)
+            row = self._row(session, job_id)
             if row.state == "queued":
                 row.cancel_requested = True
                 self._end(session, row, "cancelled")
@@ -470,7 +478,7 @@ class JobStore:
             JobActive: it is not finished; nothing was removed.
         """
         with self._database.write() as session:
-            row = _row(session, job_id)
+            row = self._row(session, job_id)
             if row.state not in FINISHED:
                 raise JobActive(
                     f"{job_id} is {row.state}; cancel it and wait until it has ended",
@@ -503,6 +511,17 @@ class JobStore:
                 expected=f"fewer than {self._max_queued} waiting jobs",
             )
 
+    def _seen(self) -> ColumnElement[bool]:
+        """Filter for the jobs visible to the caller."""
+        only = self._caller.only_owner
+        return true() if only is None else JobRow.owner == only
+
+    def _row(self, session: Session, job_id: str) -> JobRow:
+        row = session.scalars(select(JobRow).where(JobRow.id == job_id, self._seen())).first()
+        if row is None:
+            raise no_job(job_id)
+        return row
+
     def _insert(
         self, session: Session, job_id: str, job: TrainingJob, tuning: dict[str, Any] | None
     ) -> JobRow:
@@ -518,7 +537,7 @@ class JobStore:
             last_event=0,
             skipped_steps=0,
             tuning=tuning,
-            owner=owner(),
+            owner=self._caller.owner,
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
@@ -585,19 +604,6 @@ class JobStore:
 
 
 # --- rules over rows ----------------------------------------------------------------------
-
-
-def _seen() -> ColumnElement[bool]:
-    """Filter for the jobs visible to the caller."""
-    only = only_owner()
-    return true() if only is None else JobRow.owner == only
-
-
-def _row(session: Session, job_id: str) -> JobRow:
-    row = session.scalars(select(JobRow).where(JobRow.id == job_id, _seen())).first()
-    if row is None:
-        raise no_job(job_id)
-    return row
 
 
 def _first(session: Session, *conditions: Any) -> JobRow | None:

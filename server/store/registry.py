@@ -18,7 +18,7 @@ Guarantees:
   it. Files are removed by `sweep` (at start) or `collect_garbage` (any time, given what is in use).
 - Aliases belong to one adapter (NAME@ALIAS). A bare alias works while only one adapter has it;
   an alias and an adapter never share a name.
-- A caller may be restricted to some names (`visible`). All other names behave as nonexistent in every
+- A caller may be restricted to some names (`seen_by`). All other names behave as nonexistent in every
   operation, and cannot be created.
 
 Threads and processes may share one root: every write holds SQLite's write lock from before it touches
@@ -27,9 +27,10 @@ Threads and processes may share one root: every write holds SQLite's write lock 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -56,6 +57,7 @@ from adapters.errors import (
     VersionNotFound,
 )
 from server.store.blobs import BlobStore
+from server.store.caller import UNRESTRICTED, Caller
 from server.store.database import Database
 from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
@@ -159,8 +161,6 @@ class Registry:
         root: created if it does not exist.
         reserved: names that adapters cannot have (the base's id).
         limits: limits on new checkpoints; not applied to stored ones.
-        visible: called on every operation: names, and name prefixes ending in `*`, visible to the
-            caller; None is all. Lookups by digest are not restricted.
 
     Raises:
         RegistryError: the file is not a database, or has a newer schema.
@@ -173,10 +173,9 @@ class Registry:
         *,
         reserved: Collection[str] = (),
         limits: CheckpointLimits = DEFAULT_LIMITS,
-        visible: Callable[[], Collection[str] | None] = lambda: None,
     ) -> None:
         self._limits = limits
-        self._visible = visible
+        self._caller = UNRESTRICTED
         self._reserved = frozenset(name.casefold() for name in reserved)
         # Lowering a limit must not invalidate stored adapters.
         self._blobs = BlobStore(root, DEFAULT_LIMITS)
@@ -185,6 +184,16 @@ class Registry:
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
+
+    def data_version(self) -> int | None:
+        """See `Database.version`."""
+        return self._database.version()
+
+    def seen_by(self, caller: Caller) -> Registry:
+        """This registry as a caller sees it; both share the database."""
+        view = copy.copy(self)
+        view._caller = caller
+        return view
 
     # --- in ---------------------------------------------------------------------------
 
@@ -323,7 +332,7 @@ class Registry:
     def lookup(self, reference: str) -> AdapterRecord:
         """As `resolve`, but also returns corrupt adapters."""
         with self._database.read() as session:
-            return _one(session, *_locate(session, reference, self._visible()))
+            return _one(session, *_locate(session, reference, self._caller.adapters))
 
     def list(self, offset: int = 0, limit: int = 100) -> tuple[AdapterRecord, ...]:
         """The default version of every adapter, by name."""
@@ -335,7 +344,7 @@ class Registry:
                     default,
                     (default.c.name == VersionRow.name) & (default.c.version == VersionRow.version),
                 )
-                .where(_among(self._visible()))
+                .where(_among(self._caller.adapters))
                 .order_by(VersionRow.name)
                 .offset(offset)
                 .limit(limit)
@@ -346,7 +355,7 @@ class Registry:
         """Number of adapters that have a version."""
         with self._database.read() as session:
             names = select(func.count(VersionRow.name.distinct()))
-            return session.scalar(names.where(_among(self._visible()))) or 0
+            return session.scalar(names.where(_among(self._caller.adapters))) or 0
 
     def gone(self, names: Collection[str]) -> frozenset[str]:
         """The subset of names that have no version."""
@@ -368,7 +377,9 @@ class Registry:
     def from_source(self, source: Source) -> tuple[AdapterRecord, ...]:
         """Every version from one source, by name, oldest first."""
         with self._database.read() as session:
-            statement = _versions().where(VersionRow.source == source, _among(self._visible()))
+            statement = _versions().where(
+                VersionRow.source == source, _among(self._caller.adapters)
+            )
             return _records(session, statement.order_by(VersionRow.name, VersionRow.version))
 
     def blob_path(self, digest: str) -> Path:
@@ -526,7 +537,7 @@ class Registry:
             return tuple(unused)
 
     def _require_visible(self, *names: str) -> None:
-        visible = self._visible()
+        visible = self._caller.adapters
         for name in names:
             if not _is_among(name, visible):
                 _no_adapter(name)

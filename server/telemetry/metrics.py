@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from server.engine.request import GenerationRequest, ResidencyEvent, StatsEvent
 from server.generation.observers import Ended
+from server.store.caller import UNRESTRICTED, Caller
 from server.store.job_states import State
 from server.telemetry.exposition import (
     BETWEEN_TOKENS,
@@ -113,7 +114,7 @@ class _Totals:
 
 
 class Metrics:
-    """All counters. A `Watcher` of generations; also receives adapter residency events and replies.
+    """All counters. An `Observer` of generations; also receives adapter residency events and replies.
 
     Args:
         max_adapters: maximum adapters with series of their own, see `server.telemetry.top_adapters`.
@@ -131,16 +132,16 @@ class Metrics:
         self._reply_seconds: dict[str, Histogram] = {}
         self._replying = 0
 
-    # --- generations: `server.generation.observers.Watcher` ----------------------------------
+    # --- generations: `server.generation.observers.Observer` ----------------------------------
 
-    def began(self, request: GenerationRequest) -> _Watch:
+    def began(self, request: GenerationRequest, _caller: Caller = UNRESTRICTED, /) -> _Observer:
         """A request was submitted to the engine."""
         name = None if request.adapter is None else request.adapter.name
         place = self._base if name is None else self._adapters.used(name)
         place.book.requests += 1
         self._waiting[name] += 1
         self._in_flight[name] += 1
-        return _Watch(self, place, name, len(request.prompt_token_ids))
+        return _Observer(self, place, name, len(request.prompt_token_ids))
 
     def refused(self, adapter: str | None, code: str) -> None:
         """A generation was refused before it started."""
@@ -255,8 +256,8 @@ class Metrics:
             yield Row("graftwork_http_request_duration_seconds", (route,), histogram.copy())
 
 
-class _Watch:
-    """Counts one generation, a `server.generation.observers.Watch`."""
+class _Observer:
+    """Counts one generation, a `server.generation.observers.GenerationObserver`."""
 
     __slots__ = (
         "_first_seconds",

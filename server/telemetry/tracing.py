@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from server.engine.request import GenerationRequest, SamplingParams
-from server.generation.observers import Ended, Watch
+from server.generation.observers import Ended, GenerationObserver
+from server.store.caller import UNRESTRICTED, Caller
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -92,7 +93,7 @@ class Reply:
 
 
 class Tracing:
-    """Creates the spans of one server; a `server.generation.observers.Watcher` of its generations.
+    """Creates the spans of one server; a `server.generation.observers.Observer` of its generations.
 
     Args:
         provider: the server's own tracer provider, shut down with it.
@@ -117,10 +118,12 @@ class Tracing:
         parent = self._propagator.extract(headers, context=Context())
         return RequestSpan(self._tracer.start_span("request", context=parent, kind=SpanKind.SERVER))
 
-    def began(self, request: GenerationRequest) -> Watch:
+    def began(
+        self, request: GenerationRequest, _caller: Caller = UNRESTRICTED, /
+    ) -> GenerationObserver:
         """Start a generation of the current task's request."""
         span = _current.get()
-        return _UNTRACED if span is None else span.watch(request)
+        return _UNTRACED if span is None else span.observe(request)
 
     def refused(self, adapter: str | None, code: str) -> None:
         """No-op: the reply's status records the refusal."""
@@ -147,14 +150,14 @@ class RequestSpan:
         self._failure: str | None = None
         self._first: tuple[float, float | None] | None = None
 
-    def watch(self, request: GenerationRequest) -> Watch:
+    def observe(self, request: GenerationRequest) -> GenerationObserver:
         """Add a generation."""
         if not self._span.is_recording():
             return _UNTRACED
         self._sampling = self._sampling or request.sampling
         self._prompts[id(request.prompt_token_ids)] = request.prompt_token_ids
         self._num_choices += 1
-        return _Watch(self)
+        return _Observer(self)
 
     def end(self, reply: Reply) -> None:
         """Set all attributes and end the span."""
@@ -214,7 +217,7 @@ class RequestSpan:
             self._span.set_status(StatusCode.ERROR)
 
 
-class _Watch:
+class _Observer:
     __slots__ = ("_num_tokens", "_span")
 
     def __init__(self, span: RequestSpan) -> None:

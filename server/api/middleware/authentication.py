@@ -1,8 +1,8 @@
 """Authentication and scope check for every route that is not public.
 
 Plain ASGI, before routing. It looks at the method and at `scope["path"]`, never at what a route makes
-of them; what `server.api.middleware.route_scopes` does not list is refused. From here to the end of the
-request its key is the caller's (`server.store.caller`); a server without keys has callers without one.
+of them; what `server.api.middleware.route_scopes` does not list is refused. It puts a `Caller` into the
+request's state, with which routes get their `Services`; a server without keys has callers without one.
 Of a key only its id is ever logged.
 """
 
@@ -19,7 +19,7 @@ from server.api.error_replies import reply_to
 from server.api.middleware.route_scopes import PUBLIC, Rule, allowed_methods, rule_of, rules_of
 from server.errors import KeyRequired, RequestRefused, ScopeMissing
 from server.services import Services
-from server.store.caller import calling
+from server.store.caller import Caller
 from server.store.key import Key
 
 _BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
@@ -29,12 +29,12 @@ _POLICY_VIOLATION = 1008
 
 
 class Auth:
-    """Middleware: who asks, whether they may, and whether they may now.
+    """Middleware: authenticates a request, checks its scope and its rate.
 
     Args:
-        app: what is behind the door.
-        required: whether keys are asked for at all.
-        metrics_public: whether anybody may read `/metrics`.
+        app: the application.
+        required: whether requests need a key.
+        metrics_public: whether `/metrics` needs none.
     """
 
     def __init__(self, app: ASGIApp, *, required: bool, metrics_public: bool = False) -> None:
@@ -55,8 +55,8 @@ class Auth:
         except (RequestRefused, HTTPException) as error:
             await reply_to(error, scope["path"])(scope, receive, send)
             return
-        with calling(key):
-            await self._app(scope, receive, send)
+        scope.setdefault("state", {})["caller"] = Caller(key)
+        await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> Key | None:
         """The key; None where none is needed.
@@ -88,11 +88,11 @@ class Auth:
 
 
 def asks_for_keys(app: Starlette) -> bool:
-    """Whether this door stands before an app, and asks for keys."""
-    doors: list[tuple[object, bool]] = [
+    """Whether an app's requests need a key."""
+    installed: list[tuple[object, bool]] = [
         (one.cls, bool(one.kwargs.get("required"))) for one in app.user_middleware
     ]
-    return (Auth, True) in doors
+    return (Auth, True) in installed
 
 
 def _key_text(headers: Headers) -> str | None:

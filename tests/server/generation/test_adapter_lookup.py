@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextvars import ContextVar
+from dataclasses import replace
 
 import anyio
 import pytest
 
 from adapters.errors import AdapterNotFound, StorageUnavailable
 from server.generation.adapter_lookup import Lookups
-
-asker: ContextVar[str] = ContextVar("asker", default="nobody")
+from server.store.caller import UNRESTRICTED, Caller
+from tests.server.generation.test_quotas import a_key
 
 
 class Shelf:
@@ -20,12 +20,13 @@ class Shelf:
 
     def __init__(self) -> None:
         self.there: dict[str, int] = {}
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, Caller]] = []
+        self.version: int | None = None
         self.busy = threading.Event()
         self.opened = threading.Event()
 
-    def look_up(self, name: str) -> int:
-        self.asked.append((name, asker.get()))
+    def look_up(self, name: str, caller: Caller) -> int:
+        self.asked.append((name, caller))
         found = self.there.get(name)
         self.busy.set()
         assert self.opened.wait(30)
@@ -36,18 +37,20 @@ class Shelf:
         return found
 
     def lookups(self) -> Lookups[int]:
-        return Lookups(self.look_up, anyio.CapacityLimiter(4), asker.get)
+        return Lookups(self.look_up, anyio.CapacityLimiter(4), lambda: self.version)
 
 
 async def busy(shelf: Shelf, lookups: Lookups[int]) -> asyncio.Task[int]:
     """A lookup that has begun and does not end before `opened`."""
-    first = asyncio.create_task(lookups.find("first"))
+    first = asyncio.create_task(lookups.find("first", UNRESTRICTED))
     assert await asyncio.to_thread(shelf.busy.wait, 30)
     return first
 
 
-async def asked(lookups: Lookups[int], *names: str) -> list[asyncio.Task[int]]:
-    tasks = [asyncio.create_task(lookups.find(name)) for name in names]
+async def asked(
+    lookups: Lookups[int], *names: str, caller: Caller = UNRESTRICTED
+) -> list[asyncio.Task[int]]:
+    tasks = [asyncio.create_task(lookups.find(name, caller)) for name in names]
     await asyncio.sleep(0)
     return tasks
 
@@ -75,18 +78,70 @@ async def test_an_answer_is_never_older_than_its_question():
     assert (await first, await second) == (1, 2)
 
 
-async def test_one_asker_never_has_the_answer_of_another():
+async def test_callers_who_see_other_adapters_share_no_result():
     shelf = Shelf()
     shelf.there = {"first": 1, "a": 2}
     lookups = shelf.lookups()
     first = await busy(shelf, lookups)
+    anna, ben, also_anna = (
+        Caller(replace(a_key(number), adapters=names))
+        for number, names in ((1, ("a*",)), (2, ("a",)), (3, ("a*",)))
+    )
     tasks = []
-    for who in ("anna", "ben", "anna"):
-        asker.set(who)
-        tasks += await asked(lookups, "a")
+    for caller in (anna, ben, also_anna):
+        tasks += await asked(lookups, "a", caller=caller)
     shelf.opened.set()
     assert [await first, *await asyncio.gather(*tasks)] == [1, 2, 2, 2]
-    assert shelf.asked == [("first", "nobody"), ("a", "anna"), ("a", "ben")]
+    assert shelf.asked == [("first", UNRESTRICTED), ("a", anna), ("a", ben)]
+
+
+async def test_what_was_found_is_cached_until_the_version_changes():
+    shelf = Shelf()
+    shelf.opened.set()
+    shelf.there = {"a": 1, "b": 2}
+    shelf.version = 7
+    lookups = shelf.lookups()
+    assert [await lookups.find(name, UNRESTRICTED) for name in "aabab"] == [1, 1, 2, 1, 2]
+    assert [name for name, _ in shelf.asked] == ["a", "b"]
+    shelf.there["a"] = 3
+    shelf.version = 8
+    assert [await lookups.find(name, UNRESTRICTED) for name in "aab"] == [3, 3, 2]
+    assert len(shelf.asked) == 4
+
+
+async def test_without_a_version_nothing_is_cached():
+    shelf = Shelf()
+    shelf.opened.set()
+    shelf.there = {"a": 1}
+    lookups = shelf.lookups()
+    assert [await lookups.find("a", UNRESTRICTED) for _ in range(3)] == [1, 1, 1]
+    assert len(shelf.asked) == 3
+
+
+async def test_a_result_that_was_read_under_an_older_version_is_not_cached():
+    shelf = Shelf()
+    shelf.there = {"first": 1}
+    shelf.version = 1
+    lookups = shelf.lookups()
+    first = await busy(shelf, lookups)
+    shelf.version = 2
+    shelf.there["other"] = 9
+    [other] = await asked(lookups, "other")  # sees version 2 while "first" is still being read
+    shelf.opened.set()
+    assert (await first, await other) == (1, 9)
+    shelf.there["first"] = 5
+    assert await lookups.find("first", UNRESTRICTED) == 5
+
+
+async def test_a_refusal_is_not_cached():
+    shelf = Shelf()
+    shelf.opened.set()
+    shelf.version = 1
+    lookups = shelf.lookups()
+    for _ in range(2):
+        with pytest.raises(AdapterNotFound):
+            await lookups.find("a", UNRESTRICTED)
+    assert len(shelf.asked) == 2
 
 
 async def test_who_leaves_takes_no_answer_along():
@@ -125,7 +180,7 @@ async def test_a_store_that_cannot_be_read_is_waited_for_once():
         with pytest.raises(StorageUnavailable):
             await task
     assert [name for name, _ in shelf.asked] == ["first", "stuck"]
-    assert await lookups.find("a") == 2
+    assert await lookups.find("a", UNRESTRICTED) == 2
 
 
 async def test_more_names_than_are_looked_up_in_one_go():
@@ -133,7 +188,9 @@ async def test_more_names_than_are_looked_up_in_one_go():
     shelf.opened.set()
     shelf.there = {f"{number}": number for number in range(50)}
     lookups = shelf.lookups()
-    assert await asyncio.gather(*map(lookups.find, shelf.there)) == list(range(50))
+    assert await asyncio.gather(
+        *(lookups.find(name, UNRESTRICTED) for name in shelf.there)
+    ) == list(range(50))
 
 
 async def test_who_settles_comes_after_all_who_have_asked():
@@ -143,13 +200,13 @@ async def test_who_settles_comes_after_all_who_have_asked():
     done: list[str] = []
 
     async def find(name: str) -> None:
-        await lookups.find(name)
+        await lookups.find(name, UNRESTRICTED)
         done.append(name)
 
     await lookups.settle()  # nobody has asked
     shelf.there = {f"{index}": index for index in range(40)}
     tasks = [asyncio.create_task(find(name)) for name in shelf.there]
-    leaving = asyncio.create_task(lookups.find("0"))
+    leaving = asyncio.create_task(lookups.find("0", UNRESTRICTED))
     await asyncio.to_thread(shelf.busy.wait, 30)
     settling = asyncio.create_task(lookups.settle())
     await asyncio.sleep(0.01)

@@ -14,6 +14,7 @@ from server.app import load_text_tokenizer
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable, RequestFailed
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.generation.generator import Generation, Generator, Options, adapter_ref
+from server.store.caller import Caller
 from server.store.registry import Registry
 from tests.server.conftest import make_settings
 from tests.server.http_server import save_prefix_adapter
@@ -48,7 +49,7 @@ class Recorder:
     told: list[Told] = field(default_factory=list)
     refusals: list[tuple[str | None, str]] = field(default_factory=list)
 
-    def began(self, request: GenerationRequest) -> Told:
+    def began(self, request: GenerationRequest, _caller: Caller, /) -> Told:
         self.told.append(Told(request))
         return self.told[-1]
 

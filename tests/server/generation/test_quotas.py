@@ -10,7 +10,7 @@ from server.api.error_replies import retry_after
 from server.engine.request import GenerationRequest
 from server.errors import QuotaExceeded, RateLimited
 from server.generation.quotas import Quotas
-from server.store.caller import calling
+from server.store.caller import UNRESTRICTED, Caller
 from server.store.key import Key
 from server.store.rates import checked_limit
 
@@ -59,61 +59,54 @@ def test_requests_move_out_of_their_window_one_by_one(quotas, clock):
 
 def test_a_key_without_a_limit_has_none(quotas):
     key = a_key()
-    with calling(key):
-        for _ in range(1000):
-            quotas.count_request(key)
-            quotas.count_tokens(key, 10**9)
-            quotas.check_tokens()
+    for _ in range(1000):
+        quotas.count_request(key)
+        quotas.count_tokens(key, 10**9)
+        quotas.check_tokens(Caller(key))
 
 
 def test_tokens_are_counted_above_the_quota_and_slide_out(quotas, clock):
     key = a_key(tokens="100/hour")
-    with calling(key):
-        quotas.check_tokens()
-        quotas.count_tokens(key, 99)
-        quotas.check_tokens()
-        quotas.count_tokens(key, 101)  # a sequence that had begun
-        clock.now = START + 600
-        with pytest.raises(QuotaExceeded, match="100 per 1 hour tokens") as caught:
-            quotas.check_tokens()
-        # The window ends in 50 minutes, and half of the 200 has to slide out of the next.
-        wait = caught.value.retry_after_seconds
-        assert wait == pytest.approx(50 * 60 + 30 * 60)
-        clock.now += wait - 60
-        with pytest.raises(QuotaExceeded) as caught:
-            quotas.check_tokens()
-        assert caught.value.retry_after_seconds == pytest.approx(60)
-        clock.now += retry_after(caught.value.retry_after_seconds) + 1
-        quotas.check_tokens()
-    with calling(a_key(2, tokens="100/hour")):
-        quotas.check_tokens()
-    with calling(None):
-        quotas.check_tokens()
+    quotas.check_tokens(Caller(key))
+    quotas.count_tokens(key, 99)
+    quotas.check_tokens(Caller(key))
+    quotas.count_tokens(key, 101)  # a sequence that had begun
+    clock.now = START + 600
+    with pytest.raises(QuotaExceeded, match="100 per 1 hour tokens") as caught:
+        quotas.check_tokens(Caller(key))
+    # The window ends in 50 minutes, and half of the 200 has to slide out of the next.
+    wait = caught.value.retry_after_seconds
+    assert wait == pytest.approx(50 * 60 + 30 * 60)
+    clock.now += wait - 60
+    with pytest.raises(QuotaExceeded) as caught:
+        quotas.check_tokens(Caller(key))
+    assert caught.value.retry_after_seconds == pytest.approx(60)
+    clock.now += retry_after(caught.value.retry_after_seconds) + 1
+    quotas.check_tokens(Caller(key))
+    quotas.check_tokens(Caller(a_key(2, tokens="100/hour")))
+    quotas.check_tokens(UNRESTRICTED)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 40])
 def test_a_generation_counts_its_prompt_and_its_tokens(num_tokens, quotas, clock):
     key = a_key(tokens=f"{10 + num_tokens + 1}/day")
-    with calling(key):
-        watch = quotas.began(GenerationRequest("r", tuple(range(10))))
+    watch = quotas.began(GenerationRequest("r", tuple(range(10))), Caller(key))
     # Its tokens are read by whoever reads them.
     watch.first_token(0.1, 0.0)
     for _ in range(num_tokens - 1):
         watch.token(0.1)
     watch.ended("length", 1.0, None)
-    with calling(key):
-        quotas.check_tokens()
-        quotas.count_tokens(key, 1)
-        with pytest.raises(QuotaExceeded):
-            quotas.check_tokens()
+    quotas.check_tokens(Caller(key))
+    quotas.count_tokens(key, 1)
+    with pytest.raises(QuotaExceeded):
+        quotas.check_tokens(Caller(key))
 
 
 def test_a_running_generation_is_counted_before_it_ends(quotas, clock):
     key = a_key(tokens="20/day")
-    with calling(key):
-        watch = quotas.began(GenerationRequest("r", (1, 2, 3, 4)))
-        watch.first_token(0.1, 0.0)
-        for _ in range(15):
-            watch.token(0.1)
-        with pytest.raises(QuotaExceeded):
-            quotas.check_tokens()
+    watch = quotas.began(GenerationRequest("r", (1, 2, 3, 4)), Caller(key))
+    watch.first_token(0.1, 0.0)
+    for _ in range(15):
+        watch.token(0.1)
+    with pytest.raises(QuotaExceeded):
+        quotas.check_tokens(Caller(key))
