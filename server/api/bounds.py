@@ -1,12 +1,15 @@
 """Bounds of bodies that are settings.
 
-`AtMost` marks a field of a schema, and asks for the setting when a body is checked and when the
-OpenAPI page is made. Knows no route.
+`AtMost` marks a field of a schema and reads the setting when a body is checked and when the OpenAPI page is
+made. FastAPI hands a schema's validators nothing but the value, so the settings reach them in a context
+variable, which `HoldLimits` sets; everything else is passed its limits. Knows no route.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,13 +17,27 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.config.limits import Limits, limited, limits
+from server.config.limits import Limits
 
 Kind = Literal["array", "object", "string"]
 
 _TYPES: Mapping[str, type[Sized]] = {"array": list, "object": dict, "string": str}
 _NAMES = {"array": "List", "object": "Dictionary"}
 _KEYWORDS = {"array": "maxItems", "object": "maxProperties", "string": "maxLength"}
+
+
+_limits: ContextVar[Limits | None] = ContextVar("limits", default=None)
+_DEFAULT = Limits()
+
+
+@contextmanager
+def limited(by: Limits) -> Iterator[None]:
+    """Hold the bodies that are checked inside to these limits."""
+    token = _limits.set(by)
+    try:
+        yield
+    finally:
+        _limits.reset(token)
 
 
 @dataclass(frozen=True)
@@ -69,12 +86,12 @@ class AtMost:
 
     @property
     def _most(self) -> int:
-        most: int = getattr(limits(), self.setting)
+        most: int = getattr(_limits.get() or _DEFAULT, self.setting)
         return most
 
 
 class HoldLimits:
-    """Middleware: while a request is answered, `limits()` is this server's."""
+    """Middleware: holds the bodies of requests to the limits of this server."""
 
     def __init__(self, app: ASGIApp, by: Limits) -> None:
         self._app = app

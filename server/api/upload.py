@@ -20,7 +20,7 @@ from starlette.requests import Request
 from adapters.synced_files import disk_failure_is_told
 from server.api.error_replies import quoted
 from server.api.middleware.headers import body_too_large
-from server.config.limits import limits
+from server.config.limits import Limits
 from server.errors import RequestInvalid, WrongContentType
 
 KIB = 1024
@@ -34,18 +34,20 @@ class Form:
         fields: plain fields, and how many bytes each may have.
         files: name of the file parts.
         max_bytes: of the whole body.
+        max_parts: fields and files together.
         example: curl's options that fill it in, for whoever sent something else.
     """
 
     fields: Mapping[str, int]
     files: str
     max_bytes: int
+    max_parts: int
     example: str
 
 
-def small_fields(names: Collection[str]) -> dict[str, int]:
+def small_fields(names: Collection[str], limits: Limits) -> dict[str, int]:
     """Fields that hold a word or a few."""
-    return dict.fromkeys(names, limits().max_field_kib * KIB)
+    return dict.fromkeys(names, limits.max_field_kib * KIB)
 
 
 class UploadedFile(NamedTuple):
@@ -142,7 +144,6 @@ class _Sorter:
         self._directory = directory
         self._form = form
         self._num_parts = 0
-        self._max_parts = limits().max_parts
         self._complete = False
         self._header_name = b""
         self._header_value = b""
@@ -189,8 +190,8 @@ class _Sorter:
 
     def _begin(self) -> None:
         self._num_parts += 1
-        if self._num_parts > self._max_parts:
-            raise _broken(f"more than {self._max_parts} parts")
+        if self._num_parts > self._form.max_parts:
+            raise _broken(f"more than {self._form.max_parts} parts")
         self._headers = {}
         self._value = bytearray()
 

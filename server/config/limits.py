@@ -1,15 +1,11 @@
 """Every limit on what clients may ask for, as settings.
 
-Part of `server.config.settings.Settings`, which reads them from the environment. While a request is
-answered, `limits()` is those of the server that answers it, for the checks of bodies, which are handed
-nothing else. Knows no route and no error.
+Part of `server.config.settings.Settings`, which reads them from the environment. Knows no route and
+no error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Annotated
 
 from pydantic import BaseModel, Field
@@ -101,22 +97,3 @@ class Limits(BaseModel):
     def data_limits(self) -> DataLimits:
         """Those of one data set."""
         return DataLimits(max_rows=self.max_data_rows, max_bytes=self.max_data_mib * MIB)
-
-
-_limits: ContextVar[Limits | None] = ContextVar("limits", default=None)
-_DEFAULT = Limits()
-
-
-@contextmanager
-def limited(by: Limits) -> Iterator[None]:
-    """Everything inside is held to these."""
-    token = _limits.set(by)
-    try:
-        yield
-    finally:
-        _limits.reset(token)
-
-
-def limits() -> Limits:
-    """Those of the server that answers the running request; elsewhere the defaults."""
-    return _limits.get() or _DEFAULT

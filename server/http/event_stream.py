@@ -11,7 +11,6 @@ import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
-from weakref import WeakMethod
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -125,6 +124,7 @@ class EventStream(Response):
 
 
 def _send_now(scope: Scope) -> SendNow:
-    method: WeakMethod[SendNow] | None = scope.get("state", {}).get(SEND_NOW)
-    found = None if method is None or scope["method"] == "HEAD" else method()
-    return found or (lambda _frame: False)
+    send_now: SendNow | None = scope.get("state", {}).get(SEND_NOW)
+    if send_now is None or scope["method"] == "HEAD":
+        return lambda _frame: False
+    return send_now

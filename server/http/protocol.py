@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from weakref import WeakMethod
 
 import h11
 import structlog
@@ -86,8 +85,8 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take it, or refuse it where there are too many."""
         super().connection_made(transport)
-        # Weakly: what is in the state lives as long as the request's scope, which is ours.
-        self.app_state = {**self.app_state, SEND_NOW: WeakMethod(self.send_now)}
+        self._frames = _Frames(self)
+        self.app_state = {**self.app_state, SEND_NOW: self._frames.send}
         # Whatever the kernel does not take stops who sends: at most one message lies here.
         transport.set_write_buffer_limits(high=0)
         opened = transport.get_extra_info("socket")
@@ -107,6 +106,7 @@ class BoundedProtocol(H11Protocol):
         for deadline in (self._headers, self._unwanted, self._unread):
             deadline.stop()
         self._unset_keepalive_if_required()
+        self._frames.close()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -273,6 +273,25 @@ class BoundedProtocol(H11Protocol):
         log.info("cut", why=why)
         self._on_cut(why)
         self.transport.abort()
+
+
+class _Frames:
+    """What a request's state holds of its connection, until that is closed.
+
+    Scope and connection would otherwise hold each other, and wait for the garbage collector.
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: BoundedProtocol) -> None:
+        self._connection: BoundedProtocol | None = connection
+
+    def send(self, frame: bytes) -> bool:
+        """See `BoundedProtocol.send_now`; False once the connection is closed."""
+        return self._connection is not None and self._connection.send_now(frame)
+
+    def close(self) -> None:
+        self._connection = None
 
 
 class _Deadline:

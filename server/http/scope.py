@@ -13,8 +13,8 @@ from typing import TypeAlias
 # Sends a frame of the reply that has begun; False where it was not sent and ASGI's `send` has to.
 SendNow: TypeAlias = Callable[[bytes], bool]
 
-# Key of a WeakMethod of a `SendNow`, where the listening server has one. The layers between it and a
-# stream look at a reply's start and end only, and frames come by the thousand.
+# Key of a `SendNow`, where the listening server has one. The layers between it and a stream look at
+# a reply's start and end only, and frames come by the thousand.
 SEND_NOW = "send_now"
 # Key of the limit on connections, set on a connection above it.
 CROWDED = "too_many_connections"

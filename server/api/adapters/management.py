@@ -23,7 +23,6 @@ from server.api.error_replies import quoted
 from server.api.middleware.headers import set_headers
 from server.api.schemas import AliasBody, RollbackBody
 from server.api.upload import Form, Upload, receive_upload, small_fields
-from server.config.limits import limits
 from server.config.settings import MIB
 from server.errors import RequestInvalid
 from server.generation.generator import adapter_ref
@@ -106,10 +105,14 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
     """201 for a new version, 200 where the newest version is just this already."""
     only_query(request)
     services.need_generator()
-    registry = services.registry
+    registry, settings = services.registry, services.settings
     with registry.staging_dir() as received, registry.staging_dir() as staged:
         form = Form(
-            small_fields(FORM_FIELDS), "files", services.settings.max_upload_mib * MIB, _CURL
+            small_fields(FORM_FIELDS, settings),
+            "files",
+            settings.max_upload_mib * MIB,
+            settings.max_parts,
+            _CURL,
         )
         upload = await receive_upload(request, received, form)
         create_only = _create_only(request)
@@ -314,7 +317,7 @@ def _publish(
     template = upload.one("template")
     tokenization = upload.one("tokenization")
     separator = _separator(upload.one("target_separator"), template, tokenization)
-    labels = _labels(upload)
+    labels = _labels(upload, services.settings.max_labels)
     append_eos = _flag(upload, "append_eos")
     if not upload.files:
         raise RequestInvalid(
@@ -377,31 +380,33 @@ def _flag(upload: Upload, name: str) -> bool | None:
     return value == "true"
 
 
-def _labels(upload: Upload) -> list[str] | None:
+def _labels(upload: Upload, most: int) -> list[str] | None:
     values = upload.fields.get("labels")
     if values is None:
         return None
-    labels = _json_list(values[0]) if len(values) == 1 and values[0].startswith("[") else values
+    labels = (
+        _json_list(values[0], most) if len(values) == 1 and values[0].startswith("[") else values
+    )
     texts = [label for label in labels if isinstance(label, str) and label.strip()]
     if len(texts) != len(labels) or len(set(texts)) != len(texts) or not texts:
-        raise _labels_invalid("with an empty, repeated or non-text label, or without any")
-    if len(texts) > limits().max_labels:
-        raise _labels_invalid(f"of {len(texts)}")
+        raise _labels_invalid(most, "with an empty, repeated or non-text label, or without any")
+    if len(texts) > most:
+        raise _labels_invalid(most, f"of {len(texts)}")
     return texts
 
 
-def _json_list(text: str) -> list[Any]:
+def _json_list(text: str, most: int) -> list[Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
-        raise _labels_invalid("that is not JSON") from None
+        raise _labels_invalid(most, "that is not JSON") from None
     if not isinstance(parsed, list):
-        raise _labels_invalid("that is not JSON")
+        raise _labels_invalid(most, "that is not JSON")
     return parsed
 
 
-def _labels_invalid(came: str) -> RequestInvalid:
-    expected = f"1 to {limits().max_labels} different texts: a JSON list, or the field repeated"
+def _labels_invalid(most: int, came: str) -> RequestInvalid:
+    expected = f"1 to {most} different texts: a JSON list, or the field repeated"
     return RequestInvalid(
         f"labels: expected {expected}; came a list {came}",
         field="labels",

@@ -23,7 +23,6 @@ from server.api.error_replies import describe_validation, quoted
 from server.api.middleware.headers import body_too_large
 from server.api.middleware.value_count import ValueCount
 from server.api.upload import Form, Upload, UploadedFile, receive_upload
-from server.config.limits import limits
 from server.config.settings import MIB, Settings
 from server.errors import Contradiction, RequestInvalid, WrongContentType
 
@@ -90,14 +89,14 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
             expected="application/json or multipart/form-data",
             came=quoted(content_type),
         )
-    raw = await _parse(await _read_body(request, settings), "body")
+    raw = await _parse(await _read_body(request, settings), "body", settings)
     rows = raw.pop("rows", None)
     return Received(_validated(raw), _inline(rows, settings))
 
 
 async def _receive_form(request: Request, directory: Path, settings: Settings) -> Received:
     max_job, max_data = settings.max_body_mib * MIB, settings.max_data_mib * MIB
-    form = Form({"job": max_job}, "data", max_job + max_data, _CURL)
+    form = Form({"job": max_job}, "data", max_job + max_data, settings.max_parts, _CURL)
     upload = await receive_upload(request, directory, form)
     job = upload.one("job")
     if job is None:
@@ -107,7 +106,7 @@ async def _receive_form(request: Request, directory: Path, settings: Settings) -
             expected="a form field",
             came="nothing",
         )
-    raw = await _parse(job.encode(), "job")
+    raw = await _parse(job.encode(), "job", settings)
     rows = raw.pop("rows", None)
     file = _one_file(upload)
     if file is None:
@@ -134,12 +133,12 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
     return bytes(body)
 
 
-async def _parse(data: bytes, field: str) -> dict[str, Any]:
-    return await anyio.to_thread.run_sync(_parsed, data, field)
+async def _parse(data: bytes, field: str, settings: Settings) -> dict[str, Any]:
+    return await anyio.to_thread.run_sync(_parsed, data, field, settings.max_json_values)
 
 
-def _parsed(data: bytes, field: str) -> dict[str, Any]:
-    values = ValueCount(limits().max_json_values)
+def _parsed(data: bytes, field: str, max_values: int) -> dict[str, Any]:
+    values = ValueCount(max_values)
     for start in range(0, len(data), _SLICE):
         values.feed(data[start : start + _SLICE])
     try:

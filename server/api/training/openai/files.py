@@ -68,8 +68,15 @@ async def create_file(request: Request, services: UseServices) -> dict[str, Any]
     only_query(request)
     files = services.need_files()
     with services.registry.staging_dir() as received:
-        max_bytes = services.settings.max_data_mib * MIB + _FORM_BYTES
-        form = Form(small_fields(("purpose", *_EXPIRY)), "file", max_bytes, _CURL)
+        settings = services.settings
+        max_bytes = settings.max_data_mib * MIB + _FORM_BYTES
+        form = Form(
+            small_fields(("purpose", *_EXPIRY), settings),
+            "file",
+            max_bytes,
+            settings.max_parts,
+            _CURL,
+        )
         upload = await receive_upload(request, received, form)
         purpose, file = _purpose(upload), _one_file(upload)
         _check_size(file.path, services)
