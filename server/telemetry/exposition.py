@@ -1,6 +1,6 @@
-"""The table of all metrics, and the encoding of rows in the Prometheus text format.
+"""The table of all metrics, and the encoding of samples in the Prometheus text format.
 
-The table is authoritative: a row with an unknown name raises, and a test checks the README against it.
+The table is authoritative: a sample with an unknown name raises, and a test checks the README against it.
 Metrics with the prefix `vllm:` have the names, buckets and labels of vLLM's V1 engine and the same
 meaning. Independent of the source of the numbers.
 """
@@ -172,7 +172,7 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """One sample or histogram of a family. `labels` are values in the family's order."""
 
     name: str
@@ -180,11 +180,11 @@ class Row:
     value: float | Histogram
 
 
-def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[bytes, str]:
-    """Encode rows as text, with the process metrics of the server and the engine.
+def encode(samples: Iterable[Sample], accept: str, engine_pid: int | None) -> tuple[bytes, str]:
+    """Encode samples as text, with the process metrics of the server and the engine.
 
     Args:
-        rows: in any order; families without rows still get their header.
+        samples: in any order; families without samples still get their header.
         accept: the request's `Accept` header; OpenMetrics if it accepts that.
         engine_pid: None if there is no engine.
 
@@ -192,7 +192,7 @@ def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[by
         The text and its content type.
     """
     registry = CollectorRegistry()
-    registry.register(_Rows(rows))
+    registry.register(_Samples(samples))
     ProcessCollector(registry=registry)
     if engine_pid is not None:
         ProcessCollector("graftwork_engine", lambda: engine_pid, registry=registry)
@@ -206,14 +206,14 @@ def encode(rows: Iterable[Row], accept: str, engine_pid: int | None) -> tuple[by
     return text, openmetrics.CONTENT_TYPE_LATEST
 
 
-class _Rows(Collector):
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._rows = rows
+class _Samples(Collector):
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples = samples
 
     def collect(self) -> Iterator[Metric]:
         metrics = {name: _metric(name, family) for name, family in FAMILIES.items()}
-        for row in self._rows:
-            _add(metrics[row.name], row)
+        for sample in self._samples:
+            _add(metrics[sample.name], sample)
         yield from metrics.values()
 
 
@@ -225,14 +225,14 @@ def _metric(name: str, family: Family) -> Metric:
     return HistogramMetricFamily(name, family.help, labels=family.labels)
 
 
-def _add(metric: Metric, row: Row) -> None:
-    if isinstance(metric, HistogramMetricFamily) and isinstance(row.value, Histogram):
-        bounds = [*(str(float(bound)) for bound in row.value.bounds), "+Inf"]
-        buckets = list(zip(bounds, accumulate(row.value.counts), strict=True))
-        metric.add_metric(row.labels, buckets, row.value.total)
+def _add(metric: Metric, sample: Sample) -> None:
+    if isinstance(metric, HistogramMetricFamily) and isinstance(sample.value, Histogram):
+        bounds = [*(str(float(bound)) for bound in sample.value.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(sample.value.counts), strict=True))
+        metric.add_metric(sample.labels, buckets, sample.value.total)
     elif isinstance(metric, (CounterMetricFamily, GaugeMetricFamily)):
-        if isinstance(row.value, Histogram):
-            raise TypeError(f"{row.name} takes a number")
-        metric.add_metric(row.labels, row.value)
+        if isinstance(sample.value, Histogram):
+            raise TypeError(f"{sample.name} takes a number")
+        metric.add_metric(sample.labels, sample.value)
     else:
-        raise TypeError(f"{row.name} takes a histogram")
+        raise TypeError(f"{sample.name} takes a histogram")

@@ -1,7 +1,7 @@
-"""The counters of one server, and the rows that `/metrics` exposes.
+"""The counters of one server, and the samples that `/metrics` exposes.
 
 All updates run on the event loop, on plain numbers without locks: a token costs a bisection and a few
-additions. `rows` takes a copy, so a thread can format it while counting continues. Counters belong to a
+additions. `samples` takes a copy, so a thread can format it while counting continues. Counters belong to a
 server instance, not to the process.
 
 Independent of HTTP and of the Prometheus formats.
@@ -24,9 +24,9 @@ from server.telemetry.exposition import (
     NUM_TOKENS,
     WHOLE_REQUEST,
     Histogram,
-    Row,
+    Sample,
 )
-from server.telemetry.top_adapters import OTHER, Busiest, Place
+from server.telemetry.top_adapters import OTHER, Series, TopAdapters
 
 _ENDED: tuple[Ended, ...] = ("stop", "length", "abort", "error")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -57,7 +57,7 @@ class Now:
     build: tuple[str, ...]
 
 
-class AdapterBook:
+class AdapterCounters:
     """Counters of one adapter, of the base, or of all others together."""
 
     __slots__ = (
@@ -122,8 +122,8 @@ class Metrics:
 
     def __init__(self, max_adapters: int = 32) -> None:
         self._totals = _Totals()
-        self._base: Place[AdapterBook] = Place(AdapterBook())
-        self._adapters = Busiest(max_adapters, AdapterBook)
+        self._base: Series[AdapterCounters] = Series(AdapterCounters())
+        self._adapters = TopAdapters(max_adapters, AdapterCounters)
         # By name, None is the base; only nonzero entries are stored.
         self._waiting: Counter[str | None] = Counter()
         self._in_flight: Counter[str | None] = Counter()
@@ -137,24 +137,24 @@ class Metrics:
     def began(self, request: GenerationRequest, _caller: Caller = UNRESTRICTED, /) -> _Observer:
         """A request was submitted to the engine."""
         name = None if request.adapter is None else request.adapter.name
-        place = self._base if name is None else self._adapters.used(name)
-        place.book.requests += 1
+        series = self._base if name is None else self._adapters.used(name)
+        series.counters.requests += 1
         self._waiting[name] += 1
         self._in_flight[name] += 1
-        return _Observer(self, place, name, len(request.prompt_token_ids))
+        return _Observer(self, series, name, len(request.prompt_token_ids))
 
     def refused(self, adapter: str | None, code: str) -> None:
         """A generation was refused before it started."""
-        place = self._base if adapter is None else self._adapters.used(adapter)
-        place.book.failures[code] += 1
+        series = self._base if adapter is None else self._adapters.used(adapter)
+        series.counters.failures[code] += 1
 
     # --- adapters and replies ------------------------------------------------------------------
 
     def adapter_moved(self, event: ResidencyEvent) -> None:
         """An adapter was loaded, evicted or moved."""
-        book = self._adapters.find(event.name).book
-        book.loads += event.loads
-        book.evictions += event.evictions
+        counters = self._adapters.find(event.name).counters
+        counters.loads += event.loads
+        counters.evictions += event.evictions
         if event.residency == "disk":
             self._resident.pop(event.digest, None)
         else:
@@ -171,21 +171,21 @@ class Metrics:
         self._replies[known, route, status] += 1
         self._reply_seconds.setdefault(route, Histogram(HTTP_SECONDS)).observe(seconds)
 
-    # --- rows ----------------------------------------------------------------------------------
+    # --- samples ----------------------------------------------------------------------------------
 
-    def rows(self, now: Now) -> list[Row]:
+    def samples(self, now: Now) -> list[Sample]:
         """A snapshot of everything, unaffected by later updates."""
         return [
-            *self._engine_rows(now),
-            *self._total_rows(now.base_id),
-            *self._adapter_rows(now.base_id),
-            *self._reply_rows(),
-            *(Row("graftwork_training_jobs", (state,), n) for state, n in now.jobs.items()),
-            Row("graftwork_adapters", (), now.num_adapters),
-            Row("graftwork_build_info", now.build, 1),
+            *self._engine_samples(now),
+            *self._total_samples(now.base_id),
+            *self._adapter_samples(now.base_id),
+            *self._reply_samples(),
+            *(Sample("graftwork_training_jobs", (state,), n) for state, n in now.jobs.items()),
+            Sample("graftwork_adapters", (), now.num_adapters),
+            Sample("graftwork_build_info", now.build, 1),
         ]
 
-    def _engine_rows(self, now: Now) -> Iterator[Row]:
+    def _engine_samples(self, now: Now) -> Iterator[Sample]:
         stats = now.stats
         values: dict[str, float] = {
             "vllm:num_requests_running": stats.num_running,
@@ -196,32 +196,32 @@ class Metrics:
             "vllm:prefix_cache_hits_total": stats.prefix_hit_tokens,
         }
         for name, value in values.items():
-            yield Row(name, (now.base_id, _ENGINE), value)
-        yield Row("graftwork_engine_restarts_total", (), now.num_restarts)
+            yield Sample(name, (now.base_id, _ENGINE), value)
+        yield Sample("graftwork_engine_restarts_total", (), now.num_restarts)
 
-    def _total_rows(self, base_id: str) -> Iterator[Row]:
+    def _total_samples(self, base_id: str) -> Iterator[Sample]:
         labels, totals = (base_id, _ENGINE), self._totals
-        yield Row("vllm:prompt_tokens_total", labels, totals.prompt_tokens)
-        yield Row("vllm:generation_tokens_total", labels, totals.generation_tokens)
+        yield Sample("vllm:prompt_tokens_total", labels, totals.prompt_tokens)
+        yield Sample("vllm:generation_tokens_total", labels, totals.generation_tokens)
         for how in _ENDED:
-            yield Row("vllm:request_success_total", (*labels, how), totals.ended[how])
+            yield Sample("vllm:request_success_total", (*labels, how), totals.ended[how])
         for name, histogram in totals.histograms().items():
-            yield Row(name, labels, histogram.copy())
+            yield Sample(name, labels, histogram.copy())
 
-    def _adapter_rows(self, base_id: str) -> Iterator[Row]:
-        books = self._adapters.books()
-        waiting, in_flight, resident = self._gauges(books.keys(), base_id)
+    def _adapter_samples(self, base_id: str) -> Iterator[Sample]:
+        by_label = self._adapters.by_label()
+        waiting, in_flight, resident = self._gauges(by_label.keys(), base_id)
         # The base first; a base named `other` appears only in vLLM's totals.
-        for label, book in ({base_id: self._base.book} | books).items():
-            yield from _book_rows(label, book)
-            yield Row("graftwork_adapter_requests_waiting", (label,), waiting[label])
-            yield Row("graftwork_adapter_requests_in_flight", (label,), in_flight[label])
-        for label, book in books.items():  # the base has no residency
-            yield Row("graftwork_adapter_loads_total", (label,), book.loads)
-            yield Row("graftwork_adapter_evictions_total", (label,), book.evictions)
+        for label, counters in ({base_id: self._base.counters} | by_label).items():
+            yield from _samples_of(label, counters)
+            yield Sample("graftwork_adapter_requests_waiting", (label,), waiting[label])
+            yield Sample("graftwork_adapter_requests_in_flight", (label,), in_flight[label])
+        for label, counters in by_label.items():  # the base has no residency
+            yield Sample("graftwork_adapter_loads_total", (label,), counters.loads)
+            yield Sample("graftwork_adapter_evictions_total", (label,), counters.evictions)
             for where in ("host", "device"):
                 number = resident[label, where]
-                yield Row("graftwork_adapter_resident", (label, where), number)
+                yield Sample("graftwork_adapter_resident", (label, where), number)
 
     def _gauges(
         self, labels: Set[str], base_id: str
@@ -242,18 +242,18 @@ class Metrics:
             resident[label(holder), where] += 1
         return waiting, in_flight, resident
 
-    def _reply_rows(self) -> Iterator[Row]:
-        yield Row("graftwork_http_requests_in_flight", (), self._replying)
+    def _reply_samples(self) -> Iterator[Sample]:
+        yield Sample("graftwork_http_requests_in_flight", (), self._replying)
         uploads = Counter({outcome: 0 for outcome in (*_OUTCOMES.values(), "refused")})
         for (method, route, status), number in self._replies.items():
             labels = (method, route, str(status))
-            yield Row("graftwork_http_requests_total", labels, number)
+            yield Sample("graftwork_http_requests_total", labels, number)
             if (method, route) == _UPLOAD:
                 uploads[_OUTCOMES.get(status, "refused")] += number
         for outcome, number in uploads.items():
-            yield Row("graftwork_uploads_total", (outcome,), number)
+            yield Sample("graftwork_uploads_total", (outcome,), number)
         for route, histogram in self._reply_seconds.items():
-            yield Row("graftwork_http_request_duration_seconds", (route,), histogram.copy())
+            yield Sample("graftwork_http_request_duration_seconds", (route,), histogram.copy())
 
 
 class _Observer:
@@ -265,17 +265,21 @@ class _Observer:
         "_name",
         "_num_prompt_tokens",
         "_num_tokens",
-        "_place",
         "_queue_seconds",
+        "_series",
         "_totals",
     )
 
     def __init__(
-        self, metrics: Metrics, place: Place[AdapterBook], name: str | None, num_prompt_tokens: int
+        self,
+        metrics: Metrics,
+        series: Series[AdapterCounters],
+        name: str | None,
+        num_prompt_tokens: int,
     ) -> None:
         self._metrics = metrics
         self._totals = metrics._totals
-        self._place = place
+        self._series = series
         self._name = name
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
@@ -287,19 +291,19 @@ class _Observer:
         self._num_tokens = 1
         self._first_seconds = seconds
         self._queue_seconds = min(queue_seconds or 0.0, seconds)
-        totals, book = self._totals, self._place.book
+        totals, counters = self._totals, self._series.counters
         totals.prompt_tokens += self._num_prompt_tokens
         totals.generation_tokens += 1
         totals.first_token.observe(seconds)
-        book.prompt_tokens += self._num_prompt_tokens
-        book.generation_tokens += 1
-        book.first_token.observe(seconds)
+        counters.prompt_tokens += self._num_prompt_tokens
+        counters.generation_tokens += 1
+        counters.first_token.observe(seconds)
 
     def token(self, seconds: float) -> None:
         self._num_tokens += 1
         self._totals.generation_tokens += 1
         self._totals.between_tokens.observe(seconds)
-        self._place.book.generation_tokens += 1
+        self._series.counters.generation_tokens += 1
 
     def ended(self, how: Ended, seconds: float, code: str | None) -> None:
         _less(self._metrics._in_flight, self._name)
@@ -307,7 +311,7 @@ class _Observer:
             _less(self._metrics._waiting, self._name)
         self._totals.ended[how] += 1
         if code is not None:
-            self._place.book.failures[code] += 1
+            self._series.counters.failures[code] += 1
         if how in ("stop", "length"):
             self._observe_whole(seconds)
 
@@ -330,10 +334,12 @@ def _less(counts: Counter[str | None], name: str | None) -> None:
         del counts[name]
 
 
-def _book_rows(label: str, book: AdapterBook) -> Iterator[Row]:
-    yield Row("graftwork_adapter_requests_total", (label,), book.requests)
-    yield Row("graftwork_adapter_prompt_tokens_total", (label,), book.prompt_tokens)
-    yield Row("graftwork_adapter_generation_tokens_total", (label,), book.generation_tokens)
-    yield Row("graftwork_adapter_time_to_first_token_seconds", (label,), book.first_token.copy())
-    for code, number in book.failures.items():
-        yield Row("graftwork_adapter_failures_total", (label, code), number)
+def _samples_of(label: str, counters: AdapterCounters) -> Iterator[Sample]:
+    yield Sample("graftwork_adapter_requests_total", (label,), counters.requests)
+    yield Sample("graftwork_adapter_prompt_tokens_total", (label,), counters.prompt_tokens)
+    yield Sample("graftwork_adapter_generation_tokens_total", (label,), counters.generation_tokens)
+    yield Sample(
+        "graftwork_adapter_time_to_first_token_seconds", (label,), counters.first_token.copy()
+    )
+    for code, number in counters.failures.items():
+        yield Sample("graftwork_adapter_failures_total", (label, code), number)

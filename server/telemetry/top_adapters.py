@@ -1,11 +1,11 @@
 """Bounds the `adapter` label: the busiest N adapters get series of their own, the rest share `other`.
 
-A name takes a free slot immediately. When all slots are taken, a name with more than twice the recent
+A name takes a free series immediately. When all are taken, a name with more than twice the recent
 requests of the least busy holder (and at least `MIN_REQUESTS`) replaces it. Recent counts are halved
 every `WINDOW` requests.
 
-Counters never decrease. Requests before a name gets a slot are counted under `other`. The counters of a
-name that loses its slot are retained and resume if the name returns; meanwhile it counts under `other`.
+Counters never decrease. Requests before a name gets one are counted under `other`. The counters of a
+name that loses its series are retained and resume if the name returns; meanwhile it counts under `other`.
 Every series is therefore monotonic, and sums of rates are correct. Independent of Prometheus.
 """
 
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-BookT = TypeVar("BookT")
+CountersT = TypeVar("CountersT")
 
 OTHER = "other"
 MIN_REQUESTS = 8
@@ -24,50 +24,54 @@ WINDOW = 1024
 MAX_ASIDE = 4096
 
 
-class Place(Generic[BookT]):
-    """The slot a name currently counts in: read `book` each time, it may change."""
+class Series(Generic[CountersT]):
+    """Where a name counts at present: read `counters` each time, it may change."""
 
-    __slots__ = ("book",)
+    __slots__ = ("counters",)
 
-    def __init__(self, book: BookT) -> None:
-        self.book = book
+    def __init__(self, counters: CountersT) -> None:
+        self.counters = counters
 
 
-class Busiest(Generic[BookT]):
+class TopAdapters(Generic[CountersT]):
     """Counters by name.
 
     Args:
         limit: maximum names with counters of their own.
-        new_book: creates empty counters.
+        new_counters: creates empty counters.
     """
 
-    def __init__(self, limit: int, new_book: Callable[[], BookT]) -> None:
-        self.other = Place(new_book())
+    def __init__(self, limit: int, new_counters: Callable[[], CountersT]) -> None:
+        self.other = Series(new_counters())
         self._limit = limit
-        self._new_book = new_book
-        self._places: dict[str, Place[BookT]] = {}
-        self._aside: dict[str, BookT] = {}
+        self._new_counters = new_counters
+        self._series: dict[str, Series[CountersT]] = {}
+        self._aside: dict[str, CountersT] = {}
         self._recent: Counter[str] = Counter()
         self._num_recent = 0
 
-    def used(self, name: str) -> Place[BookT]:
-        """Count a use of a name and return its slot; this may assign it one."""
+    def used(self, name: str) -> Series[CountersT]:
+        """Count a use of a name and return its series; this may give it one of its own."""
         self._count(name)
-        place = self._places.get(name)
-        if place is not None:
-            return place
+        series = self._series.get(name)
+        if series is not None:
+            return series
         if name != OTHER and self._may_enter(name):
-            place = self._places[name] = Place(self._aside.pop(name, None) or self._new_book())
-            return place
+            series = self._series[name] = Series(
+                self._aside.pop(name, None) or self._new_counters()
+            )
+            return series
         return self.other
 
-    def find(self, name: str) -> Place[BookT]:
-        """The slot of a name, without counting a use."""
-        return self._places.get(name, self.other)
+    def find(self, name: str) -> Series[CountersT]:
+        """The series of a name, without counting a use."""
+        return self._series.get(name, self.other)
 
-    def books(self) -> dict[str, BookT]:
-        """Counters by label: names with a slot, then `other`."""
-        return {name: place.book for name, place in self._places.items()} | {OTHER: self.other.book}
+    def by_label(self) -> dict[str, CountersT]:
+        """Counters by label: names with a series of their own, then `other`."""
+        return {name: series.counters for name, series in self._series.items()} | {
+            OTHER: self.other.counters
+        }
 
     def _count(self, name: str) -> None:
         self._recent[name] += 1
@@ -77,20 +81,20 @@ class Busiest(Generic[BookT]):
             self._num_recent = self._recent.total()
 
     def _may_enter(self, name: str) -> bool:
-        if len(self._places) < self._limit:
+        if len(self._series) < self._limit:
             return True
         recent = self._recent[name]
-        if not self._places or recent < MIN_REQUESTS:
+        if not self._series or recent < MIN_REQUESTS:
             return False
-        quietest = min(self._places, key=lambda holder: self._recent[holder])
+        quietest = min(self._series, key=lambda holder: self._recent[holder])
         if recent <= 2 * self._recent[quietest]:
             return False
         self._put_aside(quietest)
         return True
 
     def _put_aside(self, name: str) -> None:
-        place = self._places.pop(name)
-        self._aside[name] = place.book
+        series = self._series.pop(name)
+        self._aside[name] = series.counters
         if len(self._aside) > MAX_ASIDE:
             del self._aside[next(iter(self._aside))]
-        place.book = self.other.book  # for its requests in progress
+        series.counters = self.other.counters  # for its requests in progress

@@ -30,9 +30,9 @@ async def metrics(request: Request, services: UseServices) -> Response:
     only_query(request)
     now = await anyio.to_thread.run_sync(_look, services)
     # Copied here, where they are counted; written out beside the loop, for that takes a while.
-    rows = services.metrics.rows(now)
+    samples = services.metrics.samples(now)
     accept, engine_pid = request.headers.get("accept", ""), services.client.pid
-    text, content_type = await anyio.to_thread.run_sync(encode, rows, accept, engine_pid)
+    text, content_type = await anyio.to_thread.run_sync(encode, samples, accept, engine_pid)
     return Response(text, headers={"content-type": content_type})
 
 

@@ -1,4 +1,4 @@
-"""The books and how they are written out, without a server."""
+"""The counters and how they are written out, without a server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.request import AdapterRef, GenerationRequest, ResidencyEvent, StatsEvent
-from server.telemetry.exposition import BETWEEN_TOKENS, FAMILIES, Histogram, Row, encode
+from server.telemetry.exposition import BETWEEN_TOKENS, FAMILIES, Histogram, Sample, encode
 from server.telemetry.metrics import Metrics, Now
 
 JOBS = {"queued": 1, "running": 0, "succeeded": 2, "failed": 0, "cancelled": 0}
@@ -22,7 +22,7 @@ def now(stats: StatsEvent = IDLE) -> Now:
 
 def numbers(metrics: Metrics, at: Now | None = None) -> dict:
     """{(name, labels): value} of the whole text, as a scraper reads it."""
-    text, _ = encode(metrics.rows(at or now()), "", None)
+    text, _ = encode(metrics.samples(at or now()), "", None)
     samples = [
         sample
         for family in text_string_to_metric_families(text.decode())
@@ -157,27 +157,27 @@ def test_a_base_of_any_name_makes_no_series_twice(name):
     metrics = Metrics()
     metrics.began(request())
     metrics.began(request("a"))
-    text, _ = encode(metrics.rows(Now(name, now().stats, 0, {}, 0, now().build)), "", None)
+    text, _ = encode(metrics.samples(Now(name, now().stats, 0, {}, 0, now().build)), "", None)
     series = [line.split(" ")[0] for line in text.decode().splitlines() if line[0] != "#"]
     assert len(series) == len(set(series))
 
 
-def test_rows_are_as_they_were_when_taken():
+def test_samples_are_as_they_were_when_taken():
     metrics = Metrics()
     watch = metrics.began(request())
     watch.first_token(0.5, None)
-    rows = metrics.rows(now())
-    before = encode(rows, "", None)[0].partition(b"process_")[0]
+    samples = metrics.samples(now())
+    before = encode(samples, "", None)[0].partition(b"process_")[0]
     watch.token(0.25)
     watch.ended("stop", 0.75, None)
-    assert encode(rows, "", None)[0].partition(b"process_")[0] == before
+    assert encode(samples, "", None)[0].partition(b"process_")[0] == before
 
 
 def test_buckets_are_cumulative_and_a_bound_belongs_below():
     histogram = Histogram(BETWEEN_TOKENS)
     for value in (0.01, 0.011, 100.0):
         histogram.observe(value)
-    text, _ = encode([Row("vllm:inter_token_latency_seconds", ("m", "0"), histogram)], "", None)
+    text, _ = encode([Sample("vllm:inter_token_latency_seconds", ("m", "0"), histogram)], "", None)
     family = {
         sample.labels["le"]: sample.value
         for family in text_string_to_metric_families(text.decode())
@@ -196,9 +196,9 @@ def test_every_family_is_announced_even_without_a_row():
 def test_rows_that_do_not_fit_their_family_are_mistakes():
     histogram = Histogram(BETWEEN_TOKENS)
     for row in (
-        Row("vllm:nothing", (), 1),
-        Row("graftwork_adapters", (), histogram),
-        Row("vllm:inter_token_latency_seconds", ("m", "0"), 1),
+        Sample("vllm:nothing", (), 1),
+        Sample("graftwork_adapters", (), histogram),
+        Sample("vllm:inter_token_latency_seconds", ("m", "0"), 1),
     ):
         with pytest.raises((KeyError, TypeError)):
             encode([row], "", None)
