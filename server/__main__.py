@@ -1,7 +1,7 @@
 """The entry point: `graftwork`, and `python -m server`.
 
-Where a package that ours needs is missing, or another package has taken the name of one of ours, the
-command line cannot be imported. Then the checks of `graftwork doctor` say so, instead of a traceback.
+If a required package is missing, or another package has the name of one of ours, the command line cannot
+be imported. Then the checks of `graftwork doctor` report it, instead of a traceback.
 """
 
 from __future__ import annotations

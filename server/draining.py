@@ -1,4 +1,4 @@
-"""Whether the server still takes work, and how much of it runs. Knows no request and no signal."""
+"""Whether the server accepts new work, and how much of it runs. Independent of requests and signals."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _POLL_SECONDS = 0.05
 
 
 class Stage(IntEnum):
-    """How far a server is on its way to the end; it never goes back from STOPPING."""
+    """How far a server is on its way to its end; it never goes back from STOPPING."""
 
     SERVING = 0
-    DRAINING = 1  # a client asked for it, and may end it
+    DRAINING = 1  # requested by a client, who may end it
     STOPPING = 2  # a signal came
-    HURRYING = 3  # a second signal came: nothing is waited for any more
+    HURRYING = 3  # a second signal came: nothing is waited for
 
 
 class Draining:
@@ -33,16 +33,16 @@ class Draining:
         self.running = 0
 
     def begin(self) -> None:
-        """Take no new work."""
+        """Accept no new work."""
         self.stage = max(self.stage, Stage.DRAINING)
 
     def end(self) -> None:
-        """Take work again, unless a signal came."""
+        """Accept work again, unless a signal came."""
         if self.stage == Stage.DRAINING:
             self.stage = Stage.SERVING
 
     def stop(self, *, hurry: bool = False) -> None:
-        """Take no new work any more; `hurry` ends what runs, too."""
+        """Accept no new work for good; `hurry` also ends running work."""
         self.stage = max(self.stage, Stage.HURRYING if hurry else Stage.STOPPING)
 
     @property
@@ -57,7 +57,7 @@ class Draining:
 
     @property
     def hurried(self) -> bool:
-        """Whether nothing is waited for any more."""
+        """Whether running work is not waited for."""
         return self.stage == Stage.HURRYING
 
     @contextmanager
@@ -70,7 +70,7 @@ class Draining:
             self.running -= 1
 
     async def idle(self, seconds: float) -> bool:
-        """Wait until nothing runs, a drain is over or the time is up.
+        """Wait until nothing runs, the drain has ended or the time is up.
 
         Returns:
             Whether nothing runs.

@@ -1,35 +1,35 @@
-"""What the server itself refuses, as opposed to the adapter library and the engine.
+"""Refusals of the server itself, as opposed to those of the adapter library and the engine.
 
-    RequestRefused           anything the server refuses on its own account
-    |-- Contradiction        two parts of a request disagree, or a field is where none belongs
+    RequestRefused           base of the tree
+    |-- Contradiction        two parts of a request disagree, or a field that does not belong where it is
     |-- UnknownParameter     a query parameter that the route does not have
-    |-- RequestInvalid       a value that is out of range, missing or of the wrong kind
-    |   `-- TooLong          more tokens than the base or the engine can hold
+    |-- RequestInvalid       a value that is missing, out of range or of the wrong type
+    |   `-- TooLong          more tokens than fit the base or the engine
     |-- BodyTooLarge         more bytes than the limit, counted while they arrive
     |-- WrongContentType     a body of another media type
     |-- RequestTimeout       headers or a body that came too slowly
-    |-- UrlTooLong           a longer URL than may be
-    |-- HeadersTooLarge      more headers, or more bytes of them, than may be
-    |-- TooManyConnections   as many connections are open as may
-    |-- NotReady             the engine is still starting, or is gone
+    |-- UrlTooLong           a URL over its limit
+    |-- HeadersTooLarge      headers over their number or size limit
+    |-- TooManyConnections   the limit of open connections is reached
+    |-- NotReady             the engine is starting, or is down
     |-- JobNotFound          no training job of that id
     |-- UploadNotFound       no uploaded file of that id
-    |-- FilesFull            as many uploaded files, or bytes of them, are kept as may
-    |-- JobActive            the job has to end first
-    |-- TooManyJobs          as many jobs wait already as may
-    |-- LoadingDisabled      the operator allows no directory to load adapters from
-    |-- FolderNotFound       no folder inside the directories that an operator allows
-    |-- NotLoaded            the adapter is not one that a client loaded from a folder
-    |-- KeyRequired          no API key, or none that is good
-    |-- ScopeMissing         a good key that may not do this
-    |-- RateLimited          more requests than the key may make in a time
-    |-- QuotaExceeded        the key has used as many tokens as it may in a time
-    |-- KeyInvalid           a key that cannot be made so (never told to a client, as the next)
+    |-- FilesFull            the limit of uploaded files, or of their bytes, is reached
+    |-- JobActive            the job must end first
+    |-- TooManyJobs          the limit of queued jobs is reached
+    |-- LoadingDisabled      no directory to load adapters from is configured
+    |-- FolderNotFound       no such folder in the configured directories
+    |-- NotLoaded            the adapter was not loaded from a folder by a client
+    |-- KeyRequired          no API key, or an invalid one
+    |-- ScopeMissing         a valid key without the required scope
+    |-- RateLimited          the key's request limit is exceeded
+    |-- QuotaExceeded        the key's token quota is used up
+    |-- KeyInvalid           a key that cannot be created (not sent to clients, as the next)
     `-- KeyNotFound          no key of that id
-    LeaseLost                a worker's claim on its job is no longer good (never told to a client)
+    LeaseLost                a worker's claim on its job is no longer valid (not sent to clients)
 
-Every error carries facts as plain attributes, as those of `adapters.errors` do; nothing here knows
-a status code: `server.api.error_replies` holds the one table.
+Errors carry facts as plain attributes, as those of `adapters.errors` do. Independent of status codes:
+`server.api.error_replies` has the table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RequestRefused(Refused):
 
 
 class Contradiction(RequestRefused):
-    """Two parts of a request disagree, or a field is where none belongs."""
+    """Two parts of a request disagree, or a field that does not belong where it is."""
 
 
 class UnknownParameter(RequestRefused):
@@ -54,7 +54,7 @@ class RequestInvalid(RequestRefused):
 
 
 class TooLong(RequestInvalid):
-    """More tokens than the base or the engine can hold."""
+    """More tokens than fit the base or the engine."""
 
 
 class BodyTooLarge(RequestRefused):
@@ -70,15 +70,15 @@ class RequestTimeout(RequestRefused):
 
 
 class UrlTooLong(RequestRefused):
-    """A longer URL than may be."""
+    """A URL over its limit."""
 
 
 class HeadersTooLarge(RequestRefused):
-    """More headers, or more bytes of them, than may be."""
+    """Headers over their number or size limit."""
 
 
 class TooManyConnections(RequestRefused):
-    """As many connections are open as may."""
+    """The limit of open connections is reached."""
 
     def __init__(self, max_connections: int) -> None:
         super().__init__(
@@ -87,7 +87,7 @@ class TooManyConnections(RequestRefused):
 
 
 class NotReady(RequestRefused):
-    """The engine is still starting, or is gone."""
+    """The engine is starting, or is down."""
 
 
 class JobNotFound(RequestRefused):
@@ -99,31 +99,31 @@ class UploadNotFound(RequestRefused):
 
 
 class FilesFull(RequestRefused):
-    """As many uploaded files, or bytes of them, are kept as may."""
+    """The limit of uploaded files, or of their bytes, is reached."""
 
 
 class JobActive(RequestRefused):
-    """The training job has to end first."""
+    """The training job must end first."""
 
 
 class TooManyJobs(RequestRefused):
-    """As many training jobs wait already as may."""
+    """The limit of queued training jobs is reached."""
 
 
 class LoadingDisabled(RequestRefused):
-    """The operator allows no directory to load adapters from."""
+    """No directory to load adapters from is configured."""
 
 
 class FolderNotFound(RequestRefused):
-    """No folder inside the directories that an operator allows."""
+    """No such folder in the configured directories."""
 
 
 class NotLoaded(RequestRefused):
-    """The adapter is not one that a client loaded from a folder."""
+    """The adapter was not loaded from a folder by a client."""
 
 
 class KeyRequired(RequestRefused):
-    """No API key, or none that is good; the same words for every reason."""
+    """No API key, or an invalid one; the same message for every reason."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -132,14 +132,14 @@ class KeyRequired(RequestRefused):
 
 
 class ScopeMissing(RequestRefused):
-    """A good key that may not do this."""
+    """A valid key without the required scope."""
 
 
 class RateLimited(RequestRefused):
-    """More requests than the key may make in a time.
+    """The key's request limit is exceeded.
 
     Attributes:
-        retry_after_seconds: when to try again.
+        retry_after_seconds: time until the next request may succeed.
     """
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
@@ -148,11 +148,11 @@ class RateLimited(RequestRefused):
 
 
 class QuotaExceeded(RateLimited):
-    """The key has used as many tokens as it may in a time."""
+    """The key's token quota is used up."""
 
 
 class KeyInvalid(RequestRefused):
-    """A key that cannot be made so."""
+    """A key that cannot be created."""
 
 
 class KeyNotFound(RequestRefused):
@@ -160,4 +160,4 @@ class KeyNotFound(RequestRefused):
 
 
 class LeaseLost(Exception):
-    """A worker's claim on its job is no longer good: another has it, or it has ended."""
+    """A worker's claim on its job is no longer valid: another has it, or it has ended."""

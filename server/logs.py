@@ -1,7 +1,6 @@
-"""Logging: structlog for ours, the same lines for the libraries'. Never a prompt, never an output.
+"""Logging: structlog, with the same format for the libraries' lines. Never a prompt, never an output.
 
-Events carry names, ids, numbers and durations. Text from a request has no place in a log: whoever
-adds a field here or elsewhere keeps to that.
+Events carry names, ids, numbers and durations. Text from a request must not be logged, here or elsewhere.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ def configure(log_format: LogFormat, level: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # Where lines are for people, text from a request (a path) cannot end one or colour it.
+    # In console lines, text from a request (a path) must not break or colour the line.
     escape: list[Processor] = [] if log_format == "json" else [_escape]
     renderer: Processor = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
-            # The richer one prints local variables, and those hold prompts.
+            # The rich formatter prints local variables, which may hold prompts.
             exception_formatter=structlog.dev.plain_traceback,
         )
     )
@@ -59,7 +58,7 @@ def configure(log_format: LogFormat, level: str) -> None:
 
 
 def _escape(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
-    """What does not print stands as Python writes it; tracebacks are made after this."""
+    """Escape unprintable text as Python does; tracebacks are formatted after this."""
     return {
         key: ascii(value)[1:-1] if isinstance(value, str) and not value.isprintable() else value
         for key, value in event.items()

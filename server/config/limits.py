@@ -1,7 +1,7 @@
-"""Every limit on what clients may ask for, as settings.
+"""Every limit on requests, as settings.
 
-Part of `server.config.settings.Settings`, which reads them from the environment. Knows no route and
-no error.
+Part of `server.config.settings.Settings`, which reads them from the environment. Independent of routes and
+errors.
 """
 
 from __future__ import annotations
@@ -17,77 +17,77 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Limits(BaseModel):
-    """What clients may ask for. Every bound is inclusive."""
+    """Limits on requests. Every bound is inclusive."""
 
-    max_queued: Count = Field(1024, description="Requests that may wait; more are refused (429).")
+    max_queued: Count = Field(1024, description="Maximum waiting requests; more are refused (429).")
     max_queued_per_adapter: Count | None = Field(
         None,
-        description="Requests for one adapter, or for the base, that may run or wait. Left out: "
-        "max_running and half of max_queued, so that no adapter takes the whole queue.",
+        description="Maximum requests for one adapter, or for the base, that run or wait. Left out: "
+        "max_running and half of max_queued, so that no adapter fills the whole queue.",
     )
-    max_body_mib: Count = Field(8, description="Size of a JSON body in MiB at most.")
+    max_body_mib: Count = Field(8, description="Maximum size of a JSON body in MiB.")
     max_json_values: Count = Field(
         500_000,
-        description="Values in a JSON body at most, a field, list or object counting 4: what it takes "
-        "to read a body grows with them, and not with its size.",
+        description="Maximum values in a JSON body, a field, list or object counting 4: the time "
+        "to parse a body grows with them, not with its size.",
     )
-    max_parts: Count = Field(64, description="Parts of a form at most.")
-    max_field_kib: Count = Field(64, description="Size of a plain field of a form in KiB at most.")
-    max_upload_mib: Count = Field(1100, description="Size of an uploaded adapter in MiB at most.")
+    max_parts: Count = Field(64, description="Maximum parts of a form.")
+    max_field_kib: Count = Field(64, description="Maximum size of a plain field of a form in KiB.")
+    max_upload_mib: Count = Field(1100, description="Maximum size of an uploaded adapter in MiB.")
     max_inflated_mib: int = Field(
         DEFAULT_LIMITS.file_bytes // MIB,
         ge=1,
         le=DEFAULT_LIMITS.file_bytes // MIB,
-        description="Size of an adapter's tensors in MiB at most, out of an archive or not.",
+        description="Maximum size of an adapter's tensors in MiB, after unpacking.",
     )
     max_tensors: int = Field(
         DEFAULT_LIMITS.tensors,
         ge=1,
         le=DEFAULT_LIMITS.tensors,
-        description="Tensors of an uploaded adapter at most.",
+        description="Maximum tensors of an uploaded adapter.",
     )
     max_virtual_tokens: Count = Field(
-        2048, description="Virtual tokens of an adapter that is uploaded or trained at most."
+        2048, description="Maximum virtual tokens of an uploaded or trained adapter."
     )
     max_prompt_characters: Count = Field(
         1_000_000,
-        description="Characters of one text to tokenize at most; a million take about a second.",
+        description="Maximum characters of one text to tokenize; a million take about a second.",
     )
     max_prompt_tokens: Count | None = Field(
         None,
-        description="Tokens of one prompt at most, virtual ones not counted. Left out: what fits.",
+        description="Maximum tokens of one prompt, without virtual tokens. Left out: what fits.",
     )
     max_output_tokens: Count | None = Field(
-        None, description="Tokens of one output at most. Left out: what fits."
+        None, description="Maximum tokens of one output. Left out: what fits."
     )
     max_best_of: Count = Field(
-        8, description="Samples of one prompt that a request may draw, by n or best_of."
+        8, description="Maximum samples of one prompt in a request, by n or best_of."
     )
     max_sequences: Count = Field(
-        1024, description="Prompts times samples of one request to /v1/completions at most."
+        1024, description="Maximum prompts times samples of one request to /v1/completions."
     )
     max_ranked: Count = Field(
-        10_000, description="Inputs times labels of one request to /classify at most."
+        10_000, description="Maximum inputs times labels of one request to /classify."
     )
-    max_labels: Count = Field(1000, description="Labels of a request or of an adapter at most.")
+    max_labels: Count = Field(1000, description="Maximum labels of a request or an adapter.")
     max_messages: Count = Field(
-        10_000, description="Messages of a conversation, and parts of a message, at most."
+        10_000, description="Maximum messages of a conversation, and parts of a message."
     )
-    max_stops: Count = Field(16, description="Stop strings of a request at most.")
-    max_stop_characters: Count = Field(1000, description="Characters of a stop string at most.")
-    max_logit_biases: Count = Field(1024, description="Entries of logit_bias at most.")
-    max_data_mib: Count = Field(64, description="Size of a file of training rows in MiB at most.")
-    max_data_rows: Count = Field(100_000, description="Training rows of a job at most.")
+    max_stops: Count = Field(16, description="Maximum stop strings of a request.")
+    max_stop_characters: Count = Field(1000, description="Maximum characters of a stop string.")
+    max_logit_biases: Count = Field(1024, description="Maximum entries of logit_bias.")
+    max_data_mib: Count = Field(64, description="Maximum size of a file of training rows in MiB.")
+    max_data_rows: Count = Field(100_000, description="Maximum training rows of a job.")
     max_queued_jobs: Count = Field(
-        100, description="Training jobs that may wait; more are refused (429)."
+        100, description="Maximum waiting training jobs; more are refused (429)."
     )
-    max_files: Count = Field(1000, description="Files for fine-tuning that are kept at most.")
+    max_files: Count = Field(1000, description="Maximum stored files for fine-tuning.")
     max_files_mib: Count = Field(
-        1024, description="Size of all files for fine-tuning together in MiB at most."
+        1024, description="Maximum size of all files for fine-tuning together in MiB."
     )
 
     def checkpoint_limits(self) -> CheckpointLimits:
-        """Those of an adapter on its way in. What is stored is read within the library's own."""
+        """The limits on a new adapter. Stored adapters are read with the library's default limits."""
         return CheckpointLimits(
             file_bytes=self.max_inflated_mib * MIB,
             tensors=self.max_tensors,
@@ -95,5 +95,5 @@ class Limits(BaseModel):
         )
 
     def data_limits(self) -> DataLimits:
-        """Those of one data set."""
+        """The limits on one data set."""
         return DataLimits(max_rows=self.max_data_rows, max_bytes=self.max_data_mib * MIB)

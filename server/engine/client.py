@@ -40,7 +40,6 @@ from server.engine.request import (
     Preload,
     ResidencyEvent,
     StatsEvent,
-    Submit,
     TokenEvent,
     Unload,
 )
@@ -250,7 +249,7 @@ class EngineClient:
         stream = RequestStream(self, request.request_id, request.adapter)
         self._streams[request.request_id] = stream
         self._num_by_adapter[_name_of(request.adapter)] += 1
-        self._engine.send(Submit(request))
+        self._engine.send(request)
         return stream
 
     def release(self, request_id: str) -> None:

@@ -26,10 +26,10 @@ from server.engine.request import (
     Drop,
     Event,
     FailedEvent,
+    GenerationRequest,
     Preload,
     Shutdown,
     StatsEvent,
-    Submit,
     Unload,
 )
 
@@ -166,14 +166,14 @@ def _serve(engine: Any, connection: Connection) -> None:
 
 
 def _apply(engine: Any, command: Command) -> list[Event]:
-    if isinstance(command, Submit):
+    if isinstance(command, GenerationRequest):
         try:
-            submitted: list[Event] = engine.submit(command.request)
+            submitted: list[Event] = engine.submit(command)
         except Exception as error:  # one request's fault is no end of all others
             log.error("a request could not be queued", exc_info=error)
-            engine.abort(command.request.request_id)
+            engine.abort(command.request_id)
             message = f"the request could not be queued: {error}"
-            return [FailedEvent(command.request.request_id, "engine_error", message)]
+            return [FailedEvent(command.request_id, "engine_error", message)]
         return submitted
     if isinstance(command, Abort):
         engine.abort(command.request_id)

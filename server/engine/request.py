@@ -86,7 +86,7 @@ class AdapterRef:
         digest: content digest (hex); the engine finds the stored bytes by it.
         num_virtual_tokens: n, positions taken before the prompt (0 for IA3).
         uses_scales: True for IA3, which needs a row of the scale tables.
-        name: what people call it, for books and traces; the engine only says it again.
+        name: its name, for counters and traces; the engine only reports it.
         version: of that name.
     """
 
@@ -99,15 +99,15 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to generate.
+    """One sequence to generate; as a command, it queues that sequence.
 
     Attributes:
         request_id: unique among the requests in flight.
         prompt_token_ids: at least one id, without virtual tokens.
         sampling: see SamplingParams.
         adapter: None is the base itself.
-        cache_scope: requests reuse the keys and values of prompts of the same scope only, so that
-            nobody learns from the time a prompt takes whether a stranger sent it before.
+        cache_scope: requests reuse the keys and values of prompts of the same scope only, so
+            that the time a prompt takes does not reveal whether another tenant sent it before.
     """
 
     request_id: str
@@ -118,13 +118,6 @@ class GenerationRequest:
 
 
 # --- commands: API -> engine ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Submit:
-    """Queue a request."""
-
-    request: GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -160,7 +153,7 @@ class Shutdown:
     """Abort what is running and end the loop."""
 
 
-Command: TypeAlias = Submit | Abort | Preload | Unload | Drop | Shutdown
+Command: TypeAlias = GenerationRequest | Abort | Preload | Unload | Drop | Shutdown
 
 
 # --- events: engine -> API -----------------------------------------------------------------

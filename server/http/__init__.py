@@ -1,1 +1,1 @@
-"""How the server listens: connections, limits on them, streams. Knows no route."""
+"""The listening server: connections, their limits, streams. Independent of routes."""

@@ -1,9 +1,8 @@
-"""What a request's line and headers may be, measured before they are parsed.
+"""Limits on a request's line and headers, measured before they are parsed.
 
-h11 bounds only what is not whole yet: headers that come in one piece may have any size. The connection
-here looks at every beginning first, so that also the ones which wait behind another request are
-bounded. It says what is wrong as an error of ours; how that is told is not known here, nor are sockets
-and clocks.
+h11 limits only incomplete headers: headers that arrive in one chunk may have any size. This connection
+measures the head of every request first, pipelined ones included. It reports what is wrong as an error
+of ours. Independent of how errors are written, of sockets and of clocks.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from starlette.exceptions import HTTPException
 from server.config.settings import KIB, Settings
 from server.errors import HeadersTooLarge, UrlTooLong
 
-# Method and version stand in the request line too.
+# The request line also has a method and a version.
 _BESIDE_THE_URL = 32
 _BLANK_LINE = re.compile(rb"\n\r?\n")
-# At the end of h11's words; not for echoing.
+# The end of h11's messages, which quotes the input.
 _WHAT_CAME = re.compile(r": b(?:ytearray\(b)?['\"].*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What one connection may take.
+    """Limits of one connection.
 
     Attributes:
         max_connections: open at once; more are refused.
-        max_url_bytes: of a request's target, its query included.
+        max_url_bytes: of a request's target, query included.
         max_header_bytes: of the request line and all headers.
         max_headers: how many.
         header_seconds: from the first byte of a request, or the start of a connection, to the end of
             its headers.
         keep_alive_seconds: between two requests.
-        send_seconds: in which a client has to take what was sent, or `bytes_per_second` of it.
-        bytes_per_second: the least pace of a client, either way.
+        send_seconds: time for a client to read what was sent, or `bytes_per_second` of it.
+        bytes_per_second: minimum rate of a client, in both directions.
     """
 
     max_connections: int
@@ -52,7 +51,7 @@ class ConnectionLimits:
 
     @classmethod
     def of(cls, settings: Settings) -> ConnectionLimits:
-        """As the settings say."""
+        """The limits of these settings."""
         return cls(
             max_connections=settings.max_connections,
             max_url_bytes=settings.max_url_kib * KIB,
@@ -66,11 +65,11 @@ class ConnectionLimits:
 
 
 class BoundedConnection(h11.Connection):
-    """The server's side of HTTP, which refuses beginnings that are too large.
+    """The server's side of HTTP; refuses requests whose head is too large.
 
     Attributes:
-        refusal: why the last `RemoteProtocolError` was raised, and the path that was asked for, as
-            far as it is known.
+        refusal: why the last `RemoteProtocolError` was raised, and the requested path, or "" if
+            unknown.
     """
 
     def __init__(self, limits: ConnectionLimits) -> None:
@@ -80,18 +79,18 @@ class BoundedConnection(h11.Connection):
 
     @property
     def has_begun(self) -> bool:
-        """Whether a part of a request's line or headers has come, and not all of it."""
+        """Whether a request's line or headers have arrived in part."""
         return self.their_state is h11.IDLE and bool(self.trailing_data[0])
 
     def next_event(self) -> Any:
-        """As h11's.
+        """The next event of the connection.
 
         Raises:
-            h11.RemoteProtocolError: as h11, or for a beginning that is too large.
+            h11.RemoteProtocolError: not HTTP, or a head that is too large.
         """
-        beginning = self.trailing_data[0] if self.their_state is h11.IDLE else b""
-        path = path_of(beginning)
-        if too_large := self._too_large(beginning):
+        head = self.trailing_data[0] if self.their_state is h11.IDLE else b""
+        path = path_of(head)
+        if too_large := self._too_large(head):
             raise self._refused(too_large, path)
         try:
             event = super().next_event()
@@ -106,16 +105,16 @@ class BoundedConnection(h11.Connection):
         self.refusal = (error, path)
         return h11.RemoteProtocolError(str(error))
 
-    def _too_large(self, beginning: bytes) -> Exception | None:
+    def _too_large(self, head: bytes) -> Exception | None:
         limits = self._limits
-        if len(beginning) <= min(limits.max_url_bytes, limits.max_header_bytes):
+        if len(head) <= min(limits.max_url_bytes, limits.max_header_bytes):
             return None
-        if b"\n" not in beginning[: limits.max_url_bytes + _BESIDE_THE_URL]:
+        if b"\n" not in head[: limits.max_url_bytes + _BESIDE_THE_URL]:
             return _url_too_long(limits.max_url_bytes)
-        if len(beginning) <= limits.max_header_bytes:
+        if len(head) <= limits.max_header_bytes:
             return None
         # A body may follow, or the next request.
-        if _BLANK_LINE.search(beginning, 0, limits.max_header_bytes) is None:
+        if _BLANK_LINE.search(head, 0, limits.max_header_bytes) is None:
             return HeadersTooLarge(
                 f"the request's headers are larger than {limits.max_header_bytes} bytes",
                 field="headers",
@@ -138,9 +137,9 @@ class BoundedConnection(h11.Connection):
         return None
 
 
-def path_of(beginning: bytes) -> str:
-    """The path in the first line of a request, if that is whole; else an empty one."""
-    line, end, _ = beginning[: 64 * KIB].partition(b"\n")
+def path_of(head: bytes) -> str:
+    """The path in the first line of a request; "" if that line is incomplete."""
+    line, end, _ = head[: 64 * KIB].partition(b"\n")
     words = line.split(b" ")
     if not end or len(words) < 2 or not words[1].startswith(b"/"):
         return ""

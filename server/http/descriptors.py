@@ -1,4 +1,4 @@
-"""Room for connections among the descriptors that this process may open. Knows no socket."""
+"""Raises this process's limit of open files for its connections. Independent of sockets."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-# Databases, pipes, libraries, files that are being read and written, connections above the limit.
+# Descriptors for databases, pipes, libraries, files and connections above the limit.
 NUM_OTHERS = 256
 
 
 def room_for(connections: int) -> int:
-    """Raise the soft limit of descriptors as far as is needed and allowed.
+    """Raise the soft limit of descriptors as far as needed and allowed.
 
     Returns:
-        How many connections fit then: as many as asked for, if the hard limit allows.
+        How many connections fit: `connections`, if the hard limit allows.
     """
     needed = connections + NUM_OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

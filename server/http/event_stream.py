@@ -1,7 +1,7 @@
-"""Server-sent events, and clients that go away.
+"""Server-sent events, and clients that disconnect.
 
-Frames end with LF LF. A client that disconnects cancels the work for it at once, whether the reply
-is a stream or not: its row in the engine goes to another request at the next step. Knows no route.
+Frames end with LF LF. A disconnect cancels the request's work at once, whether the reply is a stream or
+not: its row in the engine is free at the next step. Independent of routes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class ClientGone(Exception):
-    """The client closed its connection: a reply has no reader."""
+    """The client closed its connection before the reply."""
 
 
 def compact(data: Any) -> str:
@@ -36,34 +36,34 @@ def event(data: Any) -> bytes:
 
 
 def named_event(number: int, kind: str, data: Any) -> bytes:
-    """One frame with an id, from which a client that lost its connection can go on."""
+    """One frame with an id, from which a client can resume after a lost connection."""
     return f"id: {number}\nevent: {kind}\ndata: {compact(data)}\n\n".encode()
 
 
 def ping() -> bytes:
-    """A comment, which clients skip: it keeps a silent connection open."""
+    """A comment, which clients ignore: it keeps an idle connection open."""
     return b":\n\n"
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, ResultT]) -> ResultT:
     """Await `work`, and cancel it when the client disconnects.
 
-    The body must have been read: `receive` is expected to tell of the disconnect next.
+    The body must have been read: the next message of `receive` must be the disconnect.
 
     Raises:
-        ClientGone: the client went first; `work` was cancelled and has ended.
+        ClientGone: the client disconnected first; `work` was cancelled and has ended.
     """
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnected(receive))
+    disconnecting = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnecting), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientGone
     finally:
         working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        disconnecting.cancel()
+        await asyncio.gather(working, disconnecting, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -72,11 +72,11 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A reply that streams frames and closes their generator as soon as the client goes.
+    """A reply that streams frames and closes their generator as soon as the client disconnects.
 
     Args:
         frames: an async generator of whole frames.
-        on_end: called once the reply is over, however it ended and even if no frame was sent.
+        on_end: called once when the reply ends, in any way and even if no frame was sent.
     """
 
     media_type = "text/event-stream"
@@ -87,20 +87,20 @@ class EventStream(Response):
         self._frames = frames
         self._on_end = on_end
         self._gone = False
-        # No proxy may keep frames back or store them.
+        # Proxies must not buffer or store frames.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send every frame, or stop where the client stopped reading."""
+        """Send every frame, or stop when the client disconnects."""
 
-        async def watched() -> Message:
+        async def observed() -> Message:
             message = await receive()
-            # Told here: who was stopped in `send` goes on before a cancellation reaches it.
+            # Set here: a blocked `send` resumes before the cancellation reaches it.
             self._gone = message["type"] == "http.disconnect"
             return message
 
         try:
-            await unless_gone(watched, self._send_all(send, _send_now(scope)))
+            await unless_gone(observed, self._send_all(send, _send_now(scope)))
         except ClientGone:
             return
         finally:

@@ -1,15 +1,15 @@
-"""How the server listens: uvicorn's protocol over h11, with a clock and a limit on every side.
+"""uvicorn's h11 protocol with a timeout and a limit for everything that a client can delay.
 
-uvicorn waits for ever for a request's headers, for the rest of a body that the app does not read, and
+uvicorn waits without limit for a request's headers, for the rest of a body that the app does not read, and
 for a client that reads nothing. Here each of these ends:
 
-    headers    are whole in `header_seconds`, or 408
-    a body     that the app did not want is read and dropped for `header_seconds`, then cut
-    a reader   takes what was sent in `send_seconds`, or is cut
-    connection above `max_connections`: an idle one makes room; else 503
+    headers     complete within `header_seconds`, or 408
+    unread body read and dropped for `header_seconds`, then the connection is closed
+    reader      reads what was sent within `send_seconds`, or the connection is closed
+    connections above `max_connections`: an idle one is closed to make room; else 503
 
-How slowly a body may come that the app does want, `server.api.middleware.slow_clients` decides. h11 and not
-httptools: its bounds can be set, and it is Python that can be read. Knows no route.
+The rate of bodies that the app reads is checked by `server.api.middleware.slow_clients`. h11 rather than
+httptools: its limits can be set, and it is readable Python. Independent of routes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from server.http.scope import CROWDED, NO_ADAPTER, SEND_NOW, RefusalWriter
 
 log = structlog.get_logger(__name__)
 
-# Of one connection, in the kernel, which then holds about 100 KB for a client that does not read. Left
-# alone it would grow to megabytes.
+# Send buffer of one connection in the kernel, about 100 KB for a client that does not read. By default
+# it grows to megabytes.
 SEND_BUFFER_BYTES = 64 * 1024
-# Above `max_connections`: who only asks after the server's health must be answered even then.
+# Connections beyond `max_connections`, so that health checks are answered even then.
 NUM_RESERVED = 32
 _CROWDED_SECONDS = 1.0
-# What a refused client is given to read why; hanging up at once could take it away from it.
-_LAST_WORDS_SECONDS = 1.0
+# Time for a refused client to read why; closing at once could discard the reply.
+_LINGER_SECONDS = 1.0
 
 CutHook = Callable[[str], None]
 
@@ -49,10 +49,10 @@ class BoundedProtocol(H11Protocol):
     """One connection.
 
     Args:
-        limits: what it may take.
-        write_refusal: writes the body of a reply to a request that the app never sees.
-        on_cut: called with a word when it is cut, or refused before the app hears of it.
-        options: uvicorn's own.
+        limits: its limits.
+        write_refusal: writes the reply to a request that the app never sees.
+        on_cut: called with a reason when it is cut, or refused before the app sees it.
+        options: uvicorn's.
     """
 
     conn: BoundedConnection
@@ -66,7 +66,7 @@ class BoundedProtocol(H11Protocol):
     ) -> None:
         super().__init__(**options)
         self.conn = BoundedConnection(limits)
-        # uvicorn says int, and hands it to a clock.
+        # uvicorn annotates int, and passes it to a clock.
         self.timeout_keep_alive = limits.keep_alive_seconds  # type: ignore[assignment]
         self._limits = limits
         self._write_refusal = write_refusal
@@ -83,11 +83,11 @@ class BoundedProtocol(H11Protocol):
     # --- the life of a connection --------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take it, or refuse it where there are too many."""
+        """Accept it, or refuse it if there are too many."""
         super().connection_made(transport)
         self._frames = _Frames(self)
         self.app_state = {**self.app_state, SEND_NOW: self._frames.send}
-        # Whatever the kernel does not take stops who sends: at most one message lies here.
+        # `send` blocks on what the kernel does not accept: at most one message is buffered here.
         transport.set_write_buffer_limits(high=0)
         opened = transport.get_extra_info("socket")
         if opened is not None:
@@ -102,7 +102,7 @@ class BoundedProtocol(H11Protocol):
         self._time_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop every clock."""
+        """Stop every timer."""
         for deadline in (self._headers, self._unwanted, self._unread):
             deadline.stop()
         self._unset_keepalive_if_required()
@@ -110,19 +110,19 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, unless it comes too late."""
+        """Parse the data, unless the connection was refused."""
         if not self._hung_up:
             super().data_received(data)
 
     def handle_events(self) -> None:
-        """As uvicorn's; then see what the connection waits for."""
+        """As uvicorn's; then update the timers."""
         super().handle_events()
-        self._watch()
+        self._update_timers()
 
     def on_response_complete(self) -> None:
-        """As uvicorn's; then see what the connection waits for."""
+        """As uvicorn's; then update the timers."""
         super().on_response_complete()
-        self._watch()
+        self._update_timers()
 
     @property
     def is_idle(self) -> bool:
@@ -144,18 +144,18 @@ class BoundedProtocol(H11Protocol):
     # --- streams -------------------------------------------------------------------------------
 
     def send_now(self, frame: bytes) -> bool:
-        """Send a part of the running reply, if its headers are out and the client keeps up.
+        """Send a part of the running reply, if its headers were sent and the client keeps up.
 
         Returns:
-            Whether it was sent. If not, ASGI's `send` has to: it waits, or it knows why not.
+            Whether it was sent. If not, ASGI's `send` must send it: it can wait.
         """
         cycle = self.cycle
         if cycle is None or not frame or self.flow.write_paused:
             return False
         if cycle.disconnected or cycle.response_complete or not cycle.response_started:
             return False
-        # h11 looks at every part anew, and all but the first are alike: as chunks, they change
-        # nothing of what it knows.
+        # h11 examines every part, though all after the first are alike: a further chunk does not
+        # change its state.
         chunk = b"%x\r\n%b\r\n" % (len(frame), frame)
         if self._chunked is not cycle:
             sent = self.conn.send(h11.Data(data=frame))
@@ -167,7 +167,7 @@ class BoundedProtocol(H11Protocol):
 
     # --- slow writers --------------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _update_timers(self) -> None:
         if self._hung_up or self.transport.is_closing():
             return
         if self.conn.has_begun:
@@ -175,7 +175,7 @@ class BoundedProtocol(H11Protocol):
             self._time_headers()
         else:
             self._headers.stop()
-        # The reply is out, and the body that it did not wait for is not in.
+        # The reply is complete, and the body that it did not wait for is not.
         if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
             self._unwanted.start(self._limits.header_seconds, lambda: self._cut("body"))
         else:
@@ -187,7 +187,7 @@ class BoundedProtocol(H11Protocol):
     def _headers_late(self) -> None:
         begun = self.conn.trailing_data[0]
         if not begun:
-            self._cut("headers")  # nothing was asked, so nothing is answered
+            self._cut("headers")  # no request, so no reply
             return
         seconds = self._header_seconds
         error = RequestTimeout(
@@ -199,7 +199,7 @@ class BoundedProtocol(H11Protocol):
         self._refuse(error, path_of(begun))
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls when it cannot go on reading; `msg` says less than is known here."""
+        """Called by uvicorn on unreadable input; `conn.refusal` has more than `msg`."""
         if self.cycle is not None and not self.cycle.response_complete:
             # The app must not answer what has been refused.
             self.cycle.disconnected = True
@@ -207,11 +207,11 @@ class BoundedProtocol(H11Protocol):
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._refuse(*self.conn.refusal)
-        else:  # inside a reply: there is no place for another one
+        else:  # inside a reply: no other can be sent
             self._cut("malformed")
 
     def _refuse(self, error: Exception, path: str) -> None:
-        """Answer, in the shape that clients of the path expect, and hang up."""
+        """Reply in the format that clients of the path expect, and close."""
         refusal = self._write_refusal(error, path)
         request_id = uuid.uuid4().hex
         headers: dict[str, str] = {
@@ -238,7 +238,7 @@ class BoundedProtocol(H11Protocol):
         self._hang_up(refusal.code)
 
     def _hang_up(self, why: str) -> None:
-        """Say nothing more, and take nothing more in; the client closes, or is cut."""
+        """Send and read nothing more; the client closes, or is cut."""
         self._hung_up = True
         self._unset_keepalive_if_required()
         self._headers.stop()
@@ -246,18 +246,18 @@ class BoundedProtocol(H11Protocol):
         self._on_cut(why)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._unwanted.start(_LAST_WORDS_SECONDS, self.transport.abort)
+        self._unwanted.start(_LINGER_SECONDS, self.transport.abort)
 
     # --- slow readers --------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        """The kernel took less than was sent: the client has to read."""
+        """The kernel's buffer is full: the client must read."""
         super().pause_writing()
         self._num_unsent = self.transport.get_write_buffer_size()
         self._unread.start(self._limits.send_seconds, self._unread_late)
 
     def resume_writing(self) -> None:
-        """The kernel has taken everything."""
+        """The kernel has accepted everything."""
         self._unread.stop()
         super().resume_writing()
 
@@ -276,9 +276,9 @@ class BoundedProtocol(H11Protocol):
 
 
 class _Frames:
-    """What a request's state holds of its connection, until that is closed.
+    """A connection as the state of its requests refers to it, until it is closed.
 
-    Scope and connection would otherwise hold each other, and wait for the garbage collector.
+    Scope and connection would otherwise refer to each other, and wait for the garbage collector.
     """
 
     __slots__ = ("_connection",)
@@ -287,7 +287,7 @@ class _Frames:
         self._connection: BoundedProtocol | None = connection
 
     def send(self, frame: bytes) -> bool:
-        """See `BoundedProtocol.send_now`; False once the connection is closed."""
+        """Send a frame, as `BoundedProtocol.send_now`; False once the connection is closed."""
         return self._connection is not None and self._connection.send_now(frame)
 
     def close(self) -> None:
@@ -295,19 +295,19 @@ class _Frames:
 
 
 class _Deadline:
-    """A time at which something happens, unless it is stopped before."""
+    """A timer that can be stopped."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._handle: asyncio.TimerHandle | None = None
 
     def start(self, seconds: float, then: Callable[[], None]) -> None:
-        """Begin, unless it has begun already."""
+        """Start, unless it runs already."""
         if self._handle is None:
             self._handle = self._loop.call_later(seconds, self._run, then)
 
     def stop(self) -> None:
-        """Nothing will happen."""
+        """Stop, if it runs."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
@@ -322,13 +322,13 @@ def uvicorn_options(
     write_refusal: RefusalWriter,
     on_cut: CutHook = lambda _why: None,
 ) -> dict[str, Any]:
-    """What `uvicorn.Config` must be given besides the app.
+    """The options of `uvicorn.Config` for this protocol.
 
     Args:
-        settings: where the limits stand.
-        write_refusal: writes the bodies of refusals, see `server.http.scope`.
-        on_cut: called with a word for each connection that is cut, or refused before the app hears
-            of it.
+        settings: the limits.
+        write_refusal: writes refusals, see `server.http.scope`.
+        on_cut: called with a reason for each connection that is cut, or refused before the app
+            sees it.
     """
     limits = ConnectionLimits.of(settings)
     limits = replace(limits, max_connections=room_for(limits.max_connections))
@@ -337,7 +337,7 @@ def uvicorn_options(
         def __init__(self, **options: Any) -> None:
             super().__init__(limits, write_refusal, on_cut, **options)
 
-    # No route speaks websocket; with "auto" a library that happens to be installed would answer.
+    # There are no websocket routes; with "auto" an installed library would accept them.
     return {"http": Connection, "ws": "none"}
 
 

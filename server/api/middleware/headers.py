@@ -1,7 +1,7 @@
-"""The headers that every reply carries, and the limit on what a request may bring.
+"""The headers of every reply, and the limit on request bodies.
 
-Plain ASGI, so that it sees streams, refusals and unknown routes alike, and leaves `receive` free
-for watching a client that goes away. Knows no route.
+Plain ASGI, so that it covers streams, refusals and unknown routes, and leaves `receive` free to detect a
+disconnect. Independent of routes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from server.errors import BodyTooLarge, WrongContentType
 from server.generation.generator import Generation
 from server.http.scope import NO_ADAPTER
 
-# What may be echoed into a header and a log line without a second thought.
+# Request ids that are safe in a header and a log line.
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Characters of `x-ignored-parameters`, and of each name in it.
-_MAX_TOLD = 1_000
+_MAX_IGNORED = 1_000
 _MAX_NAME = 64
 _STATE = "reply_headers"
 
@@ -35,7 +35,7 @@ class ReplyHeaders:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app with a place for headers in the request's state."""
+        """Run the app with a dictionary of reply headers in the request's state."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -57,10 +57,10 @@ class ReplyHeaders:
 
 
 class BodyLimit:
-    """Middleware: refuse a body that is compressed, or larger than may be, while it arrives.
+    """Middleware: refuses compressed bodies and bodies over their limits, while they arrive.
 
-    A body may have `max_bytes`, and be made of `max_values`, see `ValueCount`.
-    Uploads have a limit of their own, so paths in `exempt` are let through.
+    A body may have `max_bytes` and `max_values`, see `ValueCount`. Paths in `exempt` (uploads) have
+    limits of their own.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         encoding = Headers(scope=scope).get("content-encoding", "identity")
-        # Who sends no body may have `receive` watched while the reply streams.
+        # A GET may have its `receive` observed while the reply streams.
         if scope["method"] != "GET" and encoding.strip().lower() not in ("", "identity"):
             await self._app(scope, _refuse_encoding, send)
             return
@@ -101,7 +101,7 @@ class BodyLimit:
 
 
 async def _refuse_encoding() -> Message:
-    # Read where the body would be: a route that takes none does not mind.
+    # Raised when the body is read: a route that reads none is not affected.
     raise WrongContentType(
         "the body has a content-encoding; send it as it is, bodies are not inflated here",
         field="content-encoding",
@@ -126,16 +126,16 @@ def set_headers(connection: HTTPConnection, headers: Mapping[str, str]) -> None:
 
 
 def note_ignored(connection: HTTPConnection, names: Iterable[str]) -> None:
-    """Say in `x-ignored-parameters` which fields of the body had no effect."""
-    # No more of them than there is room for: a body may have a hundred thousand, of any length.
-    cut = heapq.nsmallest(_MAX_TOLD, (name[:_MAX_NAME] for name in names))
+    """List in `x-ignored-parameters` the fields of the body that had no effect."""
+    # Only as many as fit: a body may have a hundred thousand, of any length.
+    cut = heapq.nsmallest(_MAX_IGNORED, (name[:_MAX_NAME] for name in names))
     printable = ("".join(c if c.isascii() and c.isalnum() else "_" for c in name) for name in cut)
-    if told := ", ".join(printable)[:_MAX_TOLD]:
-        set_headers(connection, {"x-ignored-parameters": told})
+    if ignored := ", ".join(printable)[:_MAX_IGNORED]:
+        set_headers(connection, {"x-ignored-parameters": ignored})
 
 
 def reply_headers(connection: HTTPConnection) -> dict[str, str]:
-    """The headers that this request's reply will carry, as far as they are known."""
+    """The headers set so far for this request's reply."""
     reply: dict[str, str] = getattr(connection.state, _STATE)
     return reply
 
@@ -143,8 +143,8 @@ def reply_headers(connection: HTTPConnection) -> dict[str, str]:
 def timing_headers(*generations: Generation) -> dict[str, str]:
     """`x-queue-time` and `x-time-to-first-token`, in milliseconds as TGI's are.
 
-    Of several generations the one whose first token came first; both times begin when the engine was
-    asked. Nothing is told that is not known yet.
+    Of several generations, those of the one whose first token came first; both times begin at the
+    submission to the engine. Unknown times are left out.
     """
     begun = [one for one in generations if one.first_token_seconds is not None]
     if not begun:

@@ -1,7 +1,7 @@
-"""What every request leaves behind: a log line, counters, a span where traces are on, and a reply.
+"""Logs, counts and traces every request, and replies to unexpected errors.
 
-One middleware, since all of them need the status and the end of a reply. Never a body. Knows no route
-by name, but for those that are scraped all the time.
+One middleware, since all of these need the status and the end of a reply. Bodies are never recorded. Knows
+no route by name, but for those that are polled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from server.telemetry.tracing import Reply, RequestSpan
 log = structlog.get_logger(__name__)
 
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
-# Label of a path that no route has: paths that clients make up must not make series.
+# Label of unknown paths: clients must not be able to create series.
 NO_ROUTE = "none"
 
 
@@ -36,7 +36,7 @@ class Observation:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app, then report the request however it ended."""
+        """Run the app, then report the request, however it ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -71,7 +71,7 @@ class Observation:
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that took a request, such as `/adapters/{name}`."""
+    """The template of the request's route, such as `/adapters/{name}`."""
     path = getattr(scope.get("route"), "path", None)
     return path if isinstance(path, str) else NO_ROUTE
 

@@ -1,8 +1,8 @@
-"""Which key may ask which route: the one table. A route that is not in it is nobody's.
+"""The scopes that each route requires. Routes missing from the table are denied.
 
-A test walks every route of the app and fails when one is missing here, or stands here and is none.
-Templates are those of the routes, and are matched against the same path by the same means, so that no
-spelling of a path is one route here and another there. Knows no key and no request.
+A test compares the table with the routes of the app. Templates are matched against the same path by the
+same code as the routes, so that no spelling of a path can match different routes. Independent of keys
+and requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from server.store.key import SCOPES, Scope
 
 Rule = frozenset[Scope]
 
-# Any one of a rule's scopes will do; "admin" will do for all but needs none here.
+# Any one of a rule's scopes suffices; "admin" suffices for all and is not listed.
 PUBLIC: Rule = frozenset()
 ANY_KEY: Rule = frozenset(SCOPES)
 _GENERATE: Rule = frozenset({"generate"})
@@ -26,7 +26,7 @@ _TRAIN: Rule = frozenset({"train"})
 _ADMIN: Rule = frozenset({"admin"})
 
 ACCESS: Mapping[tuple[str, str], Rule] = {
-    # the process; nothing of what it serves
+    # the process, not what it serves
     ("GET", "/livez"): PUBLIC,
     ("GET", "/readyz"): PUBLIC,
     ("GET", "/health"): PUBLIC,
@@ -79,20 +79,20 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): _TRAIN,
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): _TRAIN,
     ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): _TRAIN,
-    # what shows or moves everybody's, or reads folders of the server
+    # what concerns all tenants, or reads folders of the server
     ("GET", "/metrics"): _ADMIN,
     ("POST", "/drain"): _ADMIN,
     ("DELETE", "/drain"): _ADMIN,
     ("POST", "/v1/load_lora_adapter"): _ADMIN,
     ("POST", "/v1/unload_lora_adapter"): _ADMIN,
 }
-# Answered where a client asks for HTML; for all others the method is not there.
+# Answered for clients that accept HTML; for others the method does not exist.
 BROWSERS_ONLY = frozenset({("GET", "/")})
 _PATTERNS = {template: compile_path(template)[0] for _, template in ACCESS}
 
 
 def rule_of(method: str, path: str) -> Rule | None:
-    """Who may ask this; None is nobody, since no route takes it. HEAD is GET without its body."""
+    """The scopes for a request; None if there is no such route. HEAD is GET without its body."""
     return rules_of(path).get("GET" if method == "HEAD" else method)
 
 
@@ -102,7 +102,7 @@ def allowed_methods(path: str) -> list[str]:
 
 
 def rules_of(path: str) -> dict[str, Rule]:
-    """The rules of a path (`scope["path"]`, and nothing but it) by method."""
+    """The rules of a path (exactly `scope["path"]`) by method."""
     return {
         method: rule
         for (method, template), rule in ACCESS.items()

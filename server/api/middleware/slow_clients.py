@@ -1,8 +1,8 @@
-"""Bodies that come too slowly, and requests on connections that are too many.
+"""Refuses bodies that arrive too slowly, and requests on surplus connections.
 
-A body is waited for at most `body_idle_seconds` at a time, and in all not longer than that and the time
-its bytes take at the least pace. Only waiting counts: a server that is slow itself blames nobody.
-Knows no route but those that ask after the server's health.
+The next chunk of a body may take `body_idle_seconds`, and the whole body that and the time that its bytes
+take at the minimum rate. Only waiting counts, not the server's own work. Knows no route but the health
+checks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from server.http.scope import CROWDED
 
 
 class SlowClients:
-    """Middleware: refuse what comes too slowly (408), and whom there is no room for (503).
+    """Middleware: refuses slow bodies (408) and surplus connections (503).
 
     Args:
-        app: what is behind it.
-        idle_seconds: between two pieces of a body; also what a body has besides the time for its bytes.
-        bytes_per_second: the least pace.
+        app: the application.
+        idle_seconds: between two chunks of a body; also added to the time for its bytes.
+        bytes_per_second: minimum rate.
     """
 
     def __init__(self, app: ASGIApp, idle_seconds: float, bytes_per_second: float) -> None:
@@ -33,7 +33,7 @@ class SlowClients:
         self._bytes_per_second = bytes_per_second
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app with a clock in `receive`."""
+        """Run the app with a timeout in `receive`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -48,7 +48,7 @@ class SlowClients:
 
         async def timed() -> Message:
             nonlocal waited, received, whole
-            if whole:  # what follows is only the news that the client went
+            if whole:  # only the disconnect follows
                 return await receive()
             allowed = self._idle_seconds + received / self._bytes_per_second - waited
             began = time.monotonic()
