@@ -16,7 +16,7 @@ from typing import Any
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import JobInvalid
-from adapters.template import Template
+from adapters.template import default_separator
 from adapters.training import method_config
 from adapters.training.batches import Steps
 from adapters.training.encoding import Encoder
@@ -34,7 +34,6 @@ from adapters.training.rendering import Renderer
 from adapters.training.rows import Row
 from adapters.training.selection import alternating, by_label, context_of, split, without_context
 
-DEFAULT_SEPARATOR = " "
 # Longer rows are rarely intended, and memory grows with every token.
 DEFAULT_MAX_LENGTH = 2048
 PREVIEW_ROWS = 3
@@ -161,6 +160,9 @@ def _draft(
 
     context = _context_settings(request, recipe)
     labels = _labels(request)
+    separator = request.target_separator
+    if separator is None:
+        separator = default_separator(request.template, request.tokenization)
     return TrainingJob(
         adapter=request.adapter,
         method=METHODS[METHOD_NAMES[request.method]].name,
@@ -170,7 +172,7 @@ def _draft(
         target=request.target,
         labels=labels,
         label_names=request.label_names,
-        target_separator=_separator(request),
+        target_separator=separator,
         append_eos=request.append_eos,
         tokenization=request.tokenization,
         max_length=0,
@@ -187,15 +189,6 @@ def _draft(
         num_validation_rows=num_validation_rows,
         trainable_params=0,
     )
-
-
-def _separator(request: TrainingRequest) -> str:
-    """The requested separator; by default the template's trailing white space, moved to the target."""
-    if request.target_separator is not None:
-        return request.target_separator
-    if request.tokenization == "as_written":
-        return ""
-    return Template.parse(request.template).dropped or DEFAULT_SEPARATOR
 
 
 def _labels(request: TrainingRequest) -> list[str] | None:

@@ -13,9 +13,10 @@ from typing import Literal
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import JobInvalid
+from adapters.template import Tokenization
 from adapters.training.encoding import Encoder
 from adapters.training.examples import Example, Examples, fit
-from adapters.training.job import Hyperparameters, OnTooLong, Tokenization, TrainingJob
+from adapters.training.job import Hyperparameters, OnTooLong, TrainingJob
 from adapters.training.ranking import Scores, score
 from adapters.training.rendering import LABEL, Renderer
 from adapters.training.rows import Row

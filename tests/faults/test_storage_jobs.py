@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.metadata import AdapterMetadata
 from server.store.jobs import JobStore
 from server.store.registry import Registry
 from tests.adapters.checkpoints import BASE, soft_prompt
@@ -39,7 +40,8 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
 def _published_by(job_id: str, root: Path, tmp_path: Path) -> None:
     registry = Registry(root)
     folder = soft_prompt(tmp_path / "trained", seed=1)
-    registry.publish("mine", folder, BASE, job_id=job_id, metrics={"loss": 1.0})
+    metadata = AdapterMetadata(job_id=job_id, metrics={"loss": 1.0})
+    registry.publish("mine", folder, BASE, metadata)
     registry.close()
 
 
