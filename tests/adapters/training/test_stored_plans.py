@@ -4,13 +4,26 @@ reads back the same."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from adapters.errors import TrainingError
+from adapters.training.examples import from_lines, to_lines
+from adapters.training.job import TrainingJob
 from adapters.training.plan import Plan, make_plan
-from tests.adapters.training.jobs import LABELS, ROWS, plan, request, spec, tokenizer
+from tests.adapters.training.jobs import (
+    LABELS,
+    ROWS,
+    plan,
+    request,
+    spec,
+    stored_and_read,
+    tokenizer,
+)
 
 CHAT = [
     {"prompt": "<s>say it</s>", "completion": "it"},
@@ -104,3 +117,62 @@ def test_the_rows_are_those_of_all_methods() -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_is_the_one_that_was_recorded(name: str) -> None:
     assert _digest(PLANS[name]()) == RECORDED[name]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_worker_reads_what_was_planned(name: str) -> None:
+    made = PLANS[name]()
+    stored = TrainingJob.model_validate_json(made.job.model_dump_json())
+    assert stored_and_read(stored, made) == made.examples
+
+
+def _changed(line: bytes, **fields: Any) -> bytes:
+    return json.dumps({**json.loads(line), **fields}).encode() + b"\n"
+
+
+# What is done to the lines of a file: a head, and one line for each of six rows.
+DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "empty": lambda lines: [],
+    "no_head": lambda lines: lines[1:],
+    "cut": lambda lines: [*lines[:-1], lines[-1][:-20]],
+    "row_missing": lambda lines: lines[:-1],
+    "row_too_many": lambda lines: [*lines, lines[-1]],
+    "more_rows_than_the_job": lambda lines: [
+        _changed(lines[0], num_train=7),
+        *lines[1:],
+        lines[-1],
+    ],
+    "no_rows": lambda lines: [_changed(lines[0], num_train=0)],
+    "other_labels": lambda lines: [_changed(lines[0], label_ids=[[1]]), *lines[1:]],
+    "no_label_of_the_job": lambda lines: [lines[0], _changed(lines[1], label=2), *lines[2:]],
+    "negative_id": lambda lines: [
+        lines[0],
+        _changed(lines[1], ids=[-1, 2], types="14"),
+        *lines[2:],
+    ],
+    "id_of_64_bits": lambda lines: [
+        lines[0],
+        _changed(lines[1], ids=[2**31, 2], types="14"),
+        *lines[2:],
+    ],
+    "float_id": lambda lines: [lines[0], _changed(lines[1], ids=[1.0, 2], types="14"), *lines[2:]],
+    "types_of_other_tokens": lambda lines: [lines[0], _changed(lines[1], types="14"), *lines[2:]],
+    "no_target": lambda lines: [lines[0], _changed(lines[1], ids=[1, 2], types="11"), *lines[2:]],
+    "no_prompt": lambda lines: [lines[0], _changed(lines[1], ids=[1, 2], types="44"), *lines[2:]],
+    "longer_than_max_length": lambda lines: [
+        lines[0],
+        _changed(lines[1], ids=[1] * 65, types="1" * 64 + "4"),
+        *lines[2:],
+    ],
+    "endless_line": lambda lines: [lines[0], b" " * 10_000 + lines[1], *lines[2:]],
+    "unknown_field": lambda lines: [lines[0], _changed(lines[1], x=1), *lines[2:]],
+    "python": lambda lines: [lines[0], b"cos\nsystem\n(S'true'\ntR.\n", *lines[2:]],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_refused(name: str) -> None:
+    made = plan(labels=LABELS, max_length=64)
+    lines = DAMAGE[name]([line.encode() for line in to_lines(made.examples)])
+    with pytest.raises(TrainingError, match="tokenized rows are damaged"):
+        from_lines(io.BytesIO(b"".join(lines)), made.job)
