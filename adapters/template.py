@@ -11,14 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from adapters.errors import TemplateInvalid
 
 Value = str | int | float | bool
+Tokenization = Literal["boundary", "as_written"]
 
 # In this order: an escape, a column, or a brace that is neither.
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 MAX_TEMPLATE_CHARACTERS = 10_000
+DEFAULT_SEPARATOR = " "
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,20 @@ class Template:
             expected=_listed(self.columns),
             came=_listed(row),
         )
+
+
+def default_separator(template: str, tokenization: str) -> str:
+    """The text between prompt and target unless one is given.
+
+    The template's trailing white space, or one space where it has none; nothing where the white space
+    stays in the prompt ("as_written").
+
+    Raises:
+        TemplateInvalid: the template does not parse.
+    """
+    if tokenization == "as_written":
+        return ""
+    return Template.parse(template).dropped or DEFAULT_SEPARATOR
 
 
 def _column_name(match: re.Match[str], text: str) -> str:

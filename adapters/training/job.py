@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from adapters.template import Tokenization
+
 # Accepted method name -> method. P-Tuning v2 is prefix tuning on every layer.
 METHOD_NAMES: dict[str, str] = {
     "prefix_tuning": "PREFIX_TUNING",
@@ -23,7 +25,6 @@ METHOD_NAMES: dict[str, str] = {
 }
 
 MethodName = Literal["prefix_tuning", "p_tuning_v2", "p_tuning", "ia3", "cpt", "prompt_tuning"]
-Tokenization = Literal["boundary", "as_written"]
 OnTooLong = Literal["error", "truncate"]
 IfExists = Literal["new_version", "error"]
 Prompts = Literal["template", "chat"]

@@ -70,7 +70,7 @@ def resolve(request: TrainingRequest, recipe: Recipe) -> tuple[dict[str, Any], S
     given = {name: value for name, value in request.config.items() if value is not None}
     _check_fields(given, peft_type, request.method)
     if request.init_text is not None and peft_type not in _TAKES_TEXT:
-        raise _wrong(
+        raise wrong(
             "init_text", f"{request.method} does not start from a text", "no init_text", "a text"
         )
     raw = {**recipe.config, **given, "peft_type": peft_type, "task_type": TASK_TYPE}
@@ -101,7 +101,7 @@ def parse(raw: Mapping[str, Any], peft_type: str) -> PeftConfig:
     for name, most in _LARGEST.items():
         value = getattr(config, name, None)
         if value is not None and not 1 <= value <= most:
-            raise _wrong(f"config.{name}", f"it is {value}", f"1 to {most}", str(value))
+            raise wrong(f"config.{name}", f"it is {value}", f"1 to {most}", str(value))
     return config
 
 
@@ -110,18 +110,18 @@ def _check_fields(given: Mapping[str, Any], peft_type: str, method: str) -> None
     for name, value in given.items():
         if name in refused and value != []:
             came = repr(value)[:_SHOWN]
-            raise _wrong(f"config.{name}", refused[name], "the field left out", came)
+            raise wrong(f"config.{name}", refused[name], "the field left out", came)
     fixed = {"peft_type": peft_type, "task_type": TASK_TYPE, "inference_mode": False}
     for name, want in fixed.items():
         if given.get(name, want) != want:
             came = repr(given[name])[:_SHOWN]
-            raise _wrong(f"config.{name}", f"{method} is trained with {want!r}", repr(want), came)
+            raise wrong(f"config.{name}", f"{method} is trained with {want!r}", repr(want), came)
 
 
 def _prefix_start(raw: Mapping[str, Any], request: TrainingRequest, recipe: Recipe) -> Start:
     for name in ("prefix_projection", "init_weights"):
         if request.init_text is not None and raw.get(name):
-            raise _wrong(
+            raise wrong(
                 "init_text",
                 f"with {name} a prefix does not start from a text",
                 f"no init_text, or no {name}",
@@ -161,7 +161,7 @@ def _prompt_start(
         if value is not None and (init != "TEXT" or name == "tokenizer_kwargs"):
             expected = "it left out" if init == "TEXT" else "prompt_tuning_init 'TEXT' with it"
             came = repr(value)[:_SHOWN]
-            raise _wrong(f"config.{name}", "it would change nothing", expected, came)
+            raise wrong(f"config.{name}", "it would change nothing", expected, came)
     raw["prompt_tuning_init"] = "RANDOM"
     text = _prompt_text(init, fields["prompt_tuning_init_text"], request.init_text)
     if text is not None:
@@ -173,7 +173,7 @@ def _prompt_start(
 
 def _prompt_text(init: str | None, in_config: Any, init_text: str | None) -> str | None:
     if init in ("SAMPLE_VOCAB", "RANDOM") and init_text is not None:
-        raise _wrong(
+        raise wrong(
             "init_text",
             f"config.prompt_tuning_init is {init!r}, which does not start from a text",
             "one of the two",
@@ -183,21 +183,22 @@ def _prompt_text(init: str | None, in_config: Any, init_text: str | None) -> str
         return init_text
     if in_config is not None and (not isinstance(in_config, str) or not in_config):
         came = repr(in_config)[:_SHOWN]
-        raise _wrong("config.prompt_tuning_init_text", "it is no text", "a text", came)
+        raise wrong("config.prompt_tuning_init_text", "it is no text", "a text", came)
     if None not in (in_config, init_text) and in_config != init_text:
-        raise _wrong(
+        raise wrong(
             "init_text", "config.prompt_tuning_init_text says another text", "one text", "two"
         )
     text: str | None = in_config if init_text is None else init_text
     if text is None:
-        raise _wrong("config.prompt_tuning_init", "TEXT needs a text", "init_text", "none")
+        raise wrong("config.prompt_tuning_init", "TEXT needs a text", "init_text", "none")
     return text
 
 
-def _wrong(field: str, fault: str, expected: str, came: str) -> JobInvalid:
+def wrong(field: str, fault: str, expected: str, came: str) -> JobInvalid:
+    """The refusal of one field of a request."""
     return JobInvalid(
         f"{field}: {fault}; expected {expected}, came {came}",
         field=field,
         expected=expected,
-        came=came,
+        came=came[:200],
     )

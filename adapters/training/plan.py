@@ -1,7 +1,9 @@
 """Resolves and validates a training request and its rows.
 
-`make_plan` resolves every default, checks the fields against one another, the rows and the base, and
-fixes every token id. A dry run shows its result and a worker executes it. No weights are read here.
+    request -> settings -> rendered rows -> adapter -> fitted examples -> job
+
+Each step takes the frozen results of those before it and fixes some of the job's fields; the job is made
+at the end. A dry run shows the result, and a worker trains from it. No weights are read here.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.base_model import BaseModelSpec
-from adapters.errors import JobInvalid
-from adapters.template import Template
+from adapters.method import AdapterMethod, PeftConfig
+from adapters.template import default_separator
 from adapters.training import method_config
 from adapters.training.batches import Steps
 from adapters.training.encoding import Encoder
@@ -28,13 +30,19 @@ from adapters.training.job import (
     TrainingJob,
     TrainingRequest,
 )
-from adapters.training.method_config import Start
+from adapters.training.method_config import Start, wrong
 from adapters.training.recipes import RECIPES, Recipe
-from adapters.training.rendering import Renderer
+from adapters.training.rendering import Renderer, RowFormat
 from adapters.training.rows import Row
-from adapters.training.selection import alternating, by_label, context_of, split, without_context
+from adapters.training.selection import (
+    ContextSettings,
+    alternating,
+    by_label,
+    context_of,
+    split,
+    without_context,
+)
 
-DEFAULT_SEPARATOR = " "
 # Longer rows are rarely intended, and memory grows with every token.
 DEFAULT_MAX_LENGTH = 2048
 PREVIEW_ROWS = 3
@@ -94,44 +102,39 @@ def make_plan(
         CheckpointError: the config does not fit the base.
     """
     _check_texts(request)
-    peft_type = METHOD_NAMES[request.method]
-    recipe = RECIPES[peft_type]
-    raw, start = method_config.resolve(request, recipe)
-    raw["base_model_name_or_path"] = base_name
-    job = _draft(request, recipe, base, base_name, len(rows), start, num_validation_rows)
-    job = job.model_copy(update={"prompts": prompts})
-    renderer = Renderer(job, encoder)
-    label_ids = renderer.label_ids()
-    train, held_out = split(job, renderer.examples(rows))
-    if peft_type == "CPT":
-        if request.context_examples is None:
-            # The recipe's number assumes data with at least as many rows.
-            fewer = min(job.context_examples or 0, len(train))
-            job = job.model_copy(update={"context_examples": fewer})
-        raw |= _context_fields(job, train, renderer, base)
-    from adapters.methods import METHODS
-
-    method = METHODS[peft_type]
-    config = method.complete_config(method_config.parse(raw, peft_type), base)
-    count = getattr(config, "num_virtual_tokens", None) or 0
-    if max_virtual_tokens is not None and count > max_virtual_tokens:
-        expected = f"at most {max_virtual_tokens}"
-        raise _wrong("config.num_virtual_tokens", "too many virtual tokens", expected, str(count))
-    job = job.model_copy(
-        update={
-            "config": config.model_dump(mode="json"),
-            "init_token_ids": _init_ids(start, count, job, train, rows, renderer, base),
-            "max_length": _max_length(request, base, count),
-            "trainable_params": _bounded(method.num_trainable(config, base)),
-        }
+    settings = _settings(request, num_validation_rows, prompts)
+    rendered = _rendered(settings, rows, encoder)
+    adapter = _adapter(settings, rendered, base, base_name)
+    _check_size(adapter, max_virtual_tokens)
+    init_token_ids = _init_ids(settings, rendered, adapter.num_virtual_tokens, base)
+    max_length = _max_length(request, base, adapter.num_virtual_tokens)
+    trainable_params = _bounded(adapter.method.num_trainable(adapter.config, base))
+    train, context = rendered.train, rendered.context
+    if context.train_on_context is False:
+        train = without_context(train, context)
+    examples = Examples(train, rendered.held_out, rendered.label_ids)
+    examples = fit(examples, max_length, request.on_too_long)
+    job = TrainingJob(
+        **vars(settings.row_format),
+        **vars(context),
+        adapter=request.adapter,
+        method=adapter.method.name,
+        peft_type=settings.peft_type,
+        config=adapter.config.model_dump(mode="json"),
+        max_length=max_length,
+        on_too_long=request.on_too_long,
+        init_text=settings.start.text,
+        init_token_ids=init_token_ids,
+        if_exists=request.if_exists,
+        description=request.description,
+        hyperparameters=_long_enough(settings, request, len(train)),
+        base_digest=base.digest,
+        base_name=base_name,
+        num_rows=len(rows),
+        num_validation_rows=num_validation_rows,
+        trainable_params=trainable_params,
     )
-    if job.train_on_context is False:
-        train = without_context(job, train)
-    examples = fit(job, Examples(train, held_out, label_ids))
-    job = job.model_copy(
-        update={"hyperparameters": _long_enough(job.hyperparameters, request, recipe, len(train))}
-    )
-    preview = [_preview(example, rows, renderer) for example in examples.train[:PREVIEW_ROWS]]
+    preview = [_preview(example, rendered) for example in examples.train[:PREVIEW_ROWS]]
     return Plan(job, examples, preview, _lengths(examples))
 
 
@@ -141,81 +144,76 @@ def _check_texts(request: TrainingRequest) -> None:
         try:
             json.dumps(getattr(request, name), ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
-            raise _wrong(name, "it is no text", "text", "half a surrogate pair") from None
+            raise wrong(name, "it is no text", "text", "half a surrogate pair") from None
 
 
-# --- defaults --------------------------------------------------------------------------------
+# --- the request with its defaults -------------------------------------------------------------
 
 
-def _draft(
-    request: TrainingRequest,
-    recipe: Recipe,
-    base: BaseModelSpec,
-    base_name: str,
-    num_rows: int,
-    start: Start,
-    num_validation_rows: int,
-) -> TrainingJob:
-    """The job without the fields that depend on the rows' tokens: config, ids, length, parameters."""
-    from adapters.methods import METHODS
+@dataclass(frozen=True)
+class _Settings:
+    """A request with every default that depends neither on the rows nor on the base."""
 
+    peft_type: str
+    recipe: Recipe
+    config: dict[str, Any]
+    start: Start
+    context: ContextSettings
+    default_context: bool
+    row_format: RowFormat
+    hyperparameters: Hyperparameters
+    num_validation_rows: int
+
+
+def _settings(request: TrainingRequest, num_validation_rows: int, prompts: Prompts) -> _Settings:
+    peft_type = METHOD_NAMES[request.method]
+    recipe = RECIPES[peft_type]
+    config, start = method_config.resolve(request, recipe)
     context = _context_settings(request, recipe)
     labels = _labels(request)
-    return TrainingJob(
-        adapter=request.adapter,
-        method=METHODS[METHOD_NAMES[request.method]].name,
-        peft_type=METHOD_NAMES[request.method],
-        config={},
+    separator = request.target_separator
+    if separator is None:
+        separator = default_separator(request.template, request.tokenization)
+    row_format = RowFormat(
         template=request.template,
         target=request.target,
         labels=labels,
         label_names=request.label_names,
-        target_separator=_separator(request),
+        target_separator=separator,
         append_eos=request.append_eos,
         tokenization=request.tokenization,
-        max_length=0,
-        on_too_long=request.on_too_long,
-        init_text=start.text,
-        init_token_ids=None,
-        **context,
-        if_exists=request.if_exists,
-        description=request.description,
-        hyperparameters=_hyperparameters(request, recipe, num_validation_rows),
-        base_digest=base.digest,
-        base_name=base_name,
-        num_rows=num_rows,
-        num_validation_rows=num_validation_rows,
-        trainable_params=0,
+        prompts=prompts,
     )
-
-
-def _separator(request: TrainingRequest) -> str:
-    """The requested separator; by default the template's trailing white space, moved to the target."""
-    if request.target_separator is not None:
-        return request.target_separator
-    if request.tokenization == "as_written":
-        return ""
-    return Template.parse(request.template).dropped or DEFAULT_SEPARATOR
+    options = _hyperparameters(request, recipe, num_validation_rows)
+    return _Settings(
+        peft_type=peft_type,
+        recipe=recipe,
+        config=config,
+        start=start,
+        context=context,
+        default_context=request.context_examples is None,
+        row_format=row_format,
+        hyperparameters=options,
+        num_validation_rows=num_validation_rows,
+    )
 
 
 def _labels(request: TrainingRequest) -> list[str] | None:
     labels, names = request.labels, request.label_names
     if labels is not None and (twice := _first_twice(labels)) is not None:
-        raise _wrong(
-            "labels", f"{twice[:_SHOWN]!r} is given twice", "different labels", repr(twice)
-        )
+        raise wrong("labels", f"{twice[:_SHOWN]!r} is given twice", "different labels", repr(twice))
     if names is None:
         return labels
     words = list(dict.fromkeys(names.values()))
     if not words:
-        raise _wrong("label_names", "it is empty", "a name for every value", "{}")
+        raise wrong("label_names", "it is empty", "a name for every value", "{}")
     if labels is None:
         return words if len(words) > 1 else None
     for word in words:
         if word not in labels:
             listed = ", ".join(repr(label[:_SHOWN]) for label in labels[:10])
             came = repr(word[:_SHOWN])
-            raise _wrong("label_names", "a name is no label", f"one of {listed}", came)
+            raise wrong("label_names", "a name is no label", f"one of {listed}", came)
     return labels
 
 
@@ -233,7 +231,7 @@ def _hyperparameters(
 ) -> Hyperparameters:
     given = request.hyperparameters.model_dump(exclude_none=True)
     if "epochs" in given and "max_steps" in given:
-        raise _wrong(
+        raise wrong(
             "hyperparameters.max_steps",
             "epochs and max_steps contradict each other",
             "one of the two",
@@ -245,7 +243,7 @@ def _hyperparameters(
     if "epochs" in given:
         resolved["max_steps"] = None
     if num_validation_rows and resolved["validation_split"]:
-        raise _wrong(
+        raise wrong(
             "hyperparameters.validation_split",
             "rows to hold out came with the job",
             "0",
@@ -253,7 +251,7 @@ def _hyperparameters(
         )
     held_out = num_validation_rows or resolved["validation_split"]
     if resolved["early_stopping_patience"] is not None and not held_out:
-        raise _wrong(
+        raise wrong(
             "hyperparameters.early_stopping_patience",
             "it watches held-out rows, and there are none",
             "validation_split above 0",
@@ -262,92 +260,138 @@ def _hyperparameters(
     return Hyperparameters(**resolved)
 
 
-def _long_enough(
-    options: Hyperparameters, request: TrainingRequest, recipe: Recipe, num_train: int
-) -> Hyperparameters:
+def _context_settings(request: TrainingRequest, recipe: Recipe) -> ContextSettings:
+    count, seed, train_on = request.context_examples, request.context_seed, request.train_on_context
+    if request.method == "cpt":
+        return ContextSettings(
+            recipe.context_examples if count is None else count,
+            0 if seed is None else seed,
+            recipe.train_on_context if train_on is None else train_on,
+        )
+    context = ContextSettings(count, seed, train_on)
+    for name, value in vars(context).items():
+        if value is not None:
+            raise wrong(name, f"{request.method} has no context", f"no {name}", repr(value))
+    return context
+
+
+# --- what depends on the rows and the base -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """The rows as token ids, split, without a length limit; `train` includes CPT's context."""
+
+    rows: Sequence[Row]
+    renderer: Renderer
+    label_ids: list[tuple[int, ...]] | None
+    train: list[Example]
+    held_out: list[Example]
+    context: ContextSettings
+
+
+def _rendered(settings: _Settings, rows: Sequence[Row], encoder: Encoder) -> _Rendered:
+    renderer = Renderer(settings.row_format, encoder)
+    label_ids = renderer.label_ids()
+    examples = renderer.examples(rows)
+    train, held_out = split(examples, settings.hyperparameters, settings.num_validation_rows)
+    context = settings.context
+    if settings.default_context and context.context_examples is not None:
+        # The recipe's number assumes data with at least as many rows.
+        context = replace(context, context_examples=min(context.context_examples, len(train)))
+    return _Rendered(rows, renderer, label_ids, train, held_out, context)
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """What is trained: a method, and its complete config."""
+
+    method: AdapterMethod[Any]
+    config: PeftConfig
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return getattr(self.config, "num_virtual_tokens", None) or 0
+
+
+def _adapter(
+    settings: _Settings, rendered: _Rendered, base: BaseModelSpec, base_name: str
+) -> _Adapter:
+    from adapters.methods import METHODS
+
+    raw = {**settings.config, "base_model_name_or_path": base_name}
+    if settings.peft_type == "CPT":
+        raw |= _context_fields(rendered, base, base_name)
+    method = METHODS[settings.peft_type]
+    return _Adapter(
+        method, method.complete_config(method_config.parse(raw, settings.peft_type), base)
+    )
+
+
+def _check_size(adapter: _Adapter, max_virtual_tokens: int | None) -> None:
+    count = adapter.num_virtual_tokens
+    if max_virtual_tokens is not None and count > max_virtual_tokens:
+        expected = f"at most {max_virtual_tokens}"
+        raise wrong("config.num_virtual_tokens", "too many virtual tokens", expected, str(count))
+
+
+def _long_enough(settings: _Settings, request: TrainingRequest, num_train: int) -> Hyperparameters:
     """Raise the epochs to reach the recipe's `min_steps` if the request does not set a duration."""
-    given = request.hyperparameters
+    given, options = request.hyperparameters, settings.hyperparameters
     if given.epochs is not None or given.max_steps is not None:
         return options
     steps = Steps.of(num_train, options)
-    epochs = math.ceil(recipe.min_steps / steps.steps_per_epoch)
+    epochs = math.ceil(settings.recipe.min_steps / steps.steps_per_epoch)
     return options.model_copy(update={"epochs": max(options.epochs or 1, epochs)})
 
 
-def _context_settings(request: TrainingRequest, recipe: Recipe) -> dict[str, Any]:
-    names = ("context_examples", "context_seed", "train_on_context")
-    given = {name: getattr(request, name) for name in names}
-    if request.method == "cpt":
-        defaults = {
-            "context_examples": recipe.context_examples,
-            "context_seed": 0,
-            "train_on_context": recipe.train_on_context,
-        }
-        return {name: defaults[name] if given[name] is None else given[name] for name in names}
-    for name, value in given.items():
-        if value is not None:
-            raise _wrong(name, f"{request.method} has no context", f"no {name}", repr(value))
-    return given
-
-
-# --- what depends on the rows ----------------------------------------------------------------
-
-
-def _context_fields(
-    job: TrainingJob, train: Sequence[Example], renderer: Renderer, base: BaseModelSpec
-) -> dict[str, Any]:
+def _context_fields(rendered: _Rendered, base: BaseModelSpec, base_name: str) -> dict[str, Any]:
     """The config fields that hold CPT's context."""
-    ids, types = renderer.context_ids(context_of(job, train))
+    context = rendered.context
+    ids, types = rendered.renderer.context_ids(context_of(rendered.train, context))
     if len(ids) >= base.max_positions:
-        raise _wrong(
+        raise wrong(
             "context_examples",
-            f"{job.context_examples} examples have {len(ids)} tokens, and the base has "
+            f"{context.context_examples} examples have {len(ids)} tokens, and the base has "
             f"{base.max_positions} positions",
             "fewer or shorter examples",
-            str(job.context_examples),
+            str(context.context_examples),
         )
     return {
         "cpt_token_ids": ids,
         "cpt_mask": [1] * len(ids),
         "cpt_tokens_type_mask": types,
         "num_virtual_tokens": len(ids),
-        "tokenizer_name_or_path": job.base_name,
+        "tokenizer_name_or_path": base_name,
     }
 
 
 def _init_ids(
-    start: Start,
-    count: int,
-    job: TrainingJob,
-    train: Sequence[Example],
-    rows: Sequence[Row],
-    renderer: Renderer,
-    base: BaseModelSpec,
+    settings: _Settings, rendered: _Rendered, count: int, base: BaseModelSpec
 ) -> list[int] | None:
     """Initial tokens, one per virtual token; None without initialisation from tokens."""
-    draw = random.Random(job.hyperparameters.seed)  # noqa: S311 (a draw, not a secret)
+    start, renderer = settings.start, rendered.renderer
+    draw = random.Random(settings.hyperparameters.seed)  # noqa: S311 (a draw, not a secret)
     if start.kind == "default":
         return None
     if start.kind == "vocabulary":
         return [draw.randrange(base.vocab_size) for _ in range(count)]
     if start.kind == "rows":
-        return _last_tokens(_texts(train, rows, renderer, draw), count, renderer)
+        return _last_tokens(_texts(rendered, draw), count, renderer)
     ids = renderer.text_ids(start.text or "")
     if not ids:
-        raise _wrong("init_text", "it has no tokens", "at least one token", repr(start.text))
+        raise wrong("init_text", "it has no tokens", "at least one token", repr(start.text))
     return list(itertools.islice(itertools.cycle(ids), count))
 
 
-def _texts(
-    train: Sequence[Example], rows: Sequence[Row], renderer: Renderer, draw: random.Random
-) -> Iterator[str]:
+def _texts(rendered: _Rendered, draw: random.Random) -> Iterator[str]:
     """Cycle through training rows as text, one line each: labels alternate, short rows first."""
-    groups = list(by_label(train).values())
+    groups = list(by_label(rendered.train).values())
     for group in groups:
         draw.shuffle(group)
         group.sort(key=lambda example: example.num_tokens)
     for example in itertools.cycle(alternating(groups)):
-        yield renderer.text(rows[example.row - 1], example.row) + "\n"
+        yield rendered.renderer.text(rendered.rows[example.row - 1], example.row) + "\n"
 
 
 def _last_tokens(texts: Iterator[str], count: int, renderer: Renderer) -> list[int]:
@@ -373,7 +417,7 @@ def _max_length(request: TrainingRequest, base: BaseModelSpec, num_virtual_token
     if request.max_length is None:
         return min(DEFAULT_MAX_LENGTH, room)
     if request.max_length > room:
-        raise _wrong(
+        raise wrong(
             "max_length",
             f"the base has {base.max_positions} positions, {num_virtual_tokens} of them for virtual "
             "tokens",
@@ -385,7 +429,7 @@ def _max_length(request: TrainingRequest, base: BaseModelSpec, num_virtual_token
 
 def _bounded(trainable_params: int) -> int:
     if trainable_params > MAX_TRAINABLE_PARAMS:
-        raise _wrong(
+        raise wrong(
             "config",
             "it has too many numbers to train",
             f"at most {MAX_TRAINABLE_PARAMS}",
@@ -397,8 +441,8 @@ def _bounded(trainable_params: int) -> int:
 # --- what a dry run shows --------------------------------------------------------------------
 
 
-def _preview(example: Example, rows: Sequence[Row], renderer: Renderer) -> dict[str, Any]:
-    row = rows[example.row - 1]
+def _preview(example: Example, rendered: _Rendered) -> dict[str, Any]:
+    row, renderer = rendered.rows[example.row - 1], rendered.renderer
     prompt, types = renderer.prompt(row, example.row)
     target = renderer.target(renderer.target_text(row, example.row))
     kept = [prompt.spans[index] for index in kept_tokens(types, len(example.prompt_ids))]
@@ -425,12 +469,3 @@ def _lengths(examples: Examples) -> dict[str, float]:
         "mean": round(sum(lengths) / len(lengths), 2),
         "max": max(lengths),
     }
-
-
-def _wrong(field: str, fault: str, expected: str, came: str) -> JobInvalid:
-    return JobInvalid(
-        f"{field}: {fault}; expected {expected}, came {came}",
-        field=field,
-        expected=expected,
-        came=came[:200],
-    )

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from adapters import synced_files
 from adapters.checkpoint.limits import MIB
 from adapters.errors import ConfigInvalid
+from adapters.metadata import AdapterMetadata
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import TrainingJob
 
@@ -57,9 +58,9 @@ class Provenance:
         versions = {name: version(name) for name in _PACKAGES}
         return cls(job, metrics, {"python": platform.python_version(), **versions})
 
-    def words(self) -> dict[str, Any]:
-        """Metadata for `Registry.publish`, see `words_of`."""
-        return words_of(self.job, self.metrics)
+    def metadata(self) -> AdapterMetadata:
+        """The metadata of the adapter, see `metadata_of`."""
+        return metadata_of(self.job, self.metrics)
 
     def write(self, directory: Path) -> None:
         """Write the file into a folder; it must not exist there.
@@ -77,22 +78,22 @@ class Provenance:
             synced_files.write_file(directory / PROVENANCE_FILE, text.encode())
 
 
-def words_of(job: TrainingJob, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `Registry.publish`: the metadata of an adapter trained here.
+def metadata_of(job: TrainingJob, metrics: dict[str, Any]) -> AdapterMetadata:
+    """The metadata of an adapter that a job trained.
 
     An adapter trained on the base's chat template has no template of its own.
     """
-    return {
-        "description": job.description,
-        "template": None if job.prompts == "chat" else job.template,
-        "labels": job.labels,
-        "target_separator": job.target_separator,
-        "append_eos": job.append_eos,
-        "tokenization": job.tokenization,
-        "base_digest": job.base_digest,
-        "recipe": job.model_dump(mode="json"),
-        "metrics": metrics,
-    }
+    return AdapterMetadata(
+        description=job.description,
+        template=None if job.prompts == "chat" else job.template,
+        labels=None if job.labels is None else tuple(job.labels),
+        target_separator=job.target_separator,
+        append_eos=job.append_eos,
+        tokenization=job.tokenization,
+        base_digest=job.base_digest,
+        recipe=job.model_dump(mode="json"),
+        metrics=metrics,
+    )
 
 
 def read_provenance(directory: Path) -> Provenance | None:

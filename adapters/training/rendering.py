@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from adapters.errors import DataInvalid, JobInvalid, TemplateInvalid
-from adapters.template import Template, text_of
+from adapters.template import DEFAULT_SEPARATOR, Filled, Template, Tokenization, text_of
 from adapters.training.encoding import Encoder
-from adapters.training.job import TrainingJob
+from adapters.training.job import Prompts
 from adapters.training.rows import Row
 
 # CPT's token types; 0 is a token that the tokenizer added to the text.
@@ -23,6 +23,20 @@ ADDED, TEMPLATE_BEFORE, INPUT, TEMPLATE_AFTER, LABEL = 0, 1, 2, 3, 4
 EXAMPLE_SEPARATOR = "\n"
 _SHOWN = 80
 _COMPARED = 200
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows become prompts and targets; the fields are those of `TrainingJob`."""
+
+    template: str
+    target: str
+    labels: list[str] | None = None
+    label_names: dict[str, str] | None = None
+    target_separator: str = DEFAULT_SEPARATOR
+    append_eos: bool = True
+    tokenization: Tokenization = "boundary"
+    prompts: Prompts = "template"
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,10 @@ class EncodedText:
 
 
 class Renderer:
-    """Renders and encodes rows by a job's template, labels and token boundaries.
+    """Renders and encodes rows.
 
     Args:
-        job: `max_length`, `config` and the seeds are not used.
+        row_format: template, labels and token boundaries.
         encoder: the base's tokenizer.
 
     Raises:
@@ -77,12 +91,12 @@ class Renderer:
         JobInvalid: the template contains the target column, or the tokenizer has no end of sequence.
     """
 
-    def __init__(self, job: TrainingJob, encoder: Encoder) -> None:
-        self._job = job
+    def __init__(self, row_format: RowFormat, encoder: Encoder) -> None:
+        self._format = row_format
         self._encoder = encoder
-        self._template = parse_template(job)
-        self._end = _end_ids(job, encoder)
-        self._indices = {label: index for index, label in enumerate(job.labels or ())}
+        self._template = parse_template(row_format)
+        self._end = _end_ids(row_format, encoder)
+        self._indices = {label: index for index, label in enumerate(row_format.labels or ())}
         self._targets: dict[str, tuple[int, ...]] = {}  # labels repeat
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
@@ -103,7 +117,7 @@ class Renderer:
             raise DataInvalid(
                 f"all {len(texts)} rows have the same target, {texts[0][:_SHOWN]!r}: there is nothing "
                 "to learn from one class",
-                field=self._job.target,
+                field=self._format.target,
                 expected="at least two different targets",
                 came=repr(texts[0][:_SHOWN]),
             )
@@ -118,16 +132,18 @@ class Renderer:
         Raises:
             DataInvalid: no target, a value without a label name, or a text that is not a label.
         """
-        job = self._job
-        if job.target not in row:
-            raise _no_column(job.target, "the target column", row, number)
-        text = text_of(row[job.target])
-        if job.label_names is not None:
-            if text not in job.label_names:
-                raise _unknown(text, job.label_names, "a value that label_names has", job, number)
-            text = job.label_names[text]
-        if job.labels is not None and text not in self._indices:
-            raise _unknown(text, job.labels, "one of the labels", job, number)
+        row_format = self._format
+        if row_format.target not in row:
+            raise _no_column(row_format.target, "the target column", row, number)
+        text = text_of(row[row_format.target])
+        if row_format.label_names is not None:
+            if text not in row_format.label_names:
+                raise _unknown(
+                    text, row_format.label_names, "a value that label_names has", row_format, number
+                )
+            text = row_format.label_names[text]
+        if row_format.labels is not None and text not in self._indices:
+            raise _unknown(text, row_format.labels, "one of the labels", row_format, number)
         return text
 
     def prompt(self, row: Row, number: int) -> tuple[EncodedText, tuple[int, ...]]:
@@ -136,11 +152,7 @@ class Renderer:
         Raises:
             DataInvalid: a column is missing, or the prompt has no tokens.
         """
-        try:
-            filled = self._template.fill(row)
-        except TemplateInvalid:
-            missing = next(name for name in self._template.columns if name not in row)
-            raise _no_column(missing, "a column of the template", row, number) from None
+        filled = self._filled(row, number)
         encoded = self._encode_prompt(filled.text)
         if all(start == stop for start, stop in encoded.spans):
             raise DataInvalid(
@@ -153,7 +165,7 @@ class Renderer:
 
     def target(self, text: str) -> EncodedText:
         """The separator and a target, without the end of sequence."""
-        return self._encode(self._job.target_separator + text, add_special_tokens=False)
+        return self._encode(self._format.target_separator + text, add_special_tokens=False)
 
     def target_ids(self, text: str) -> tuple[int, ...]:
         """The ids of separator, target and end of sequence; the last alone if the text has no tokens."""
@@ -167,10 +179,10 @@ class Renderer:
         Raises:
             JobInvalid: a label has no tokens, or two labels have the same tokens.
         """
-        if self._job.labels is None:
+        if self._format.labels is None:
             return None
         found: dict[tuple[int, ...], str] = {}
-        for label in self._job.labels:
+        for label in self._format.labels:
             ids = self.target_ids(label)
             if label == "" or len(ids) == len(self._end):
                 raise _bad_label(label, "has no tokens", "a label of at least one token")
@@ -206,8 +218,8 @@ class Renderer:
 
     def text(self, row: Row, number: int) -> str:
         """Prompt, separator and target as one text."""
-        words = self.target_text(row, number)
-        return self.prompt(row, number)[0].text + self._job.target_separator + words
+        target = self.target_text(row, number)
+        return self._filled(row, number).text + self._format.target_separator + target
 
     def text_ids(self, text: str, *, rendered: bool = False) -> tuple[int, ...]:
         """The ids of a text, without added special tokens.
@@ -216,12 +228,19 @@ class Renderer:
             text: any text.
             rendered: the text consists of results of `text`.
         """
-        plain = not rendered or self._job.prompts == "template"
+        plain = not rendered or self._format.prompts == "template"
         return self._encode(text, add_special_tokens=False, plain=plain).ids
+
+    def _filled(self, row: Row, number: int) -> Filled:
+        try:
+            return self._template.fill(row)
+        except TemplateInvalid:
+            missing = next(name for name in self._template.columns if name not in row)
+            raise _no_column(missing, "a column of the template", row, number) from None
 
     def _encode_prompt(self, text: str) -> EncodedText:
         # A chat template writes all special tokens itself, including the first.
-        is_chat = self._job.prompts == "chat"
+        is_chat = self._format.prompts == "chat"
         return self._encode(text, add_special_tokens=not is_chat, plain=not is_chat)
 
     def _encode(self, text: str, *, add_special_tokens: bool, plain: bool = True) -> EncodedText:
@@ -235,9 +254,9 @@ class Renderer:
         target_ids = self.target_ids(target)
         if target == "" or len(target_ids) == len(self._end):
             raise DataInvalid(
-                f"row {number}: the target in column {self._job.target!r} has no tokens",
+                f"row {number}: the target in column {self._format.target!r} has no tokens",
                 row=number,
-                field=self._job.target,
+                field=self._format.target,
                 expected="a target of at least one token",
                 came=repr(target[:_SHOWN]),
             )
@@ -250,28 +269,29 @@ class Renderer:
         )
 
 
-def parse_template(job: TrainingJob) -> Template:
-    """Parse the job's template; "as_written" keeps its trailing white space.
+def parse_template(row_format: RowFormat) -> Template:
+    """Parse the template; "as_written" keeps its trailing white space.
 
     Raises:
         TemplateInvalid: the template does not parse.
         JobInvalid: it has no column, or it contains the target column.
     """
-    template = Template.parse(job.template, keep_trailing_space=job.tokenization == "as_written")
+    as_written = row_format.tokenization == "as_written"
+    template = Template.parse(row_format.template, keep_trailing_space=as_written)
     if not template.columns:
         raise JobInvalid(
             "template: it names no column, so every prompt would be the same",
             field="template",
             expected="at least one {column}",
-            came=repr(job.template[:_SHOWN]),
+            came=repr(row_format.template[:_SHOWN]),
         )
-    if job.target in template.columns:
+    if row_format.target in template.columns:
         raise JobInvalid(
-            f"template: it holds the target column {job.target[:_SHOWN]!r}, which would give the "
+            f"template: it holds the target column {row_format.target[:_SHOWN]!r}, which would give the "
             "answer away",
             field="template",
             expected="columns other than the target",
-            came=repr(job.target[:_SHOWN]),
+            came=repr(row_format.target[:_SHOWN]),
         )
     return template
 
@@ -289,8 +309,8 @@ def _types(prompt: EncodedText, ranges: Sequence[tuple[int, int]]) -> tuple[int,
     return tuple(kinds[stop - 1] if start < stop else ADDED for start, stop in prompt.spans)
 
 
-def _end_ids(job: TrainingJob, encoder: Encoder) -> tuple[int, ...]:
-    if not job.append_eos:
+def _end_ids(row_format: RowFormat, encoder: Encoder) -> tuple[int, ...]:
+    if not row_format.append_eos:
         return ()
     if encoder.eos_token_id is None:
         raise JobInvalid(
@@ -314,16 +334,16 @@ def _no_column(name: str, what: str, row: Row, number: int) -> DataInvalid:
 
 
 def _unknown(
-    text: str, known: Iterable[str], what: str, job: TrainingJob, number: int
+    text: str, known: Iterable[str], what: str, row_format: RowFormat, number: int
 ) -> DataInvalid:
     names = list(known)
     near = difflib.get_close_matches(text[:_COMPARED], names, n=3, cutoff=0.5)
     listed = ", ".join(repr(name[:_SHOWN]) for name in (near or names[:10]))
     return DataInvalid(
-        f"row {number}: column {job.target[:_SHOWN]!r} holds {text[:_SHOWN]!r}, expected {what}: "
+        f"row {number}: column {row_format.target[:_SHOWN]!r} holds {text[:_SHOWN]!r}, expected {what}: "
         f"{'near ones are ' if near else ''}{listed}",
         row=number,
-        field=job.target,
+        field=row_format.target,
         expected=listed,
         came=repr(text[:_SHOWN]),
     )

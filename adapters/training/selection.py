@@ -1,35 +1,51 @@
 """Selects examples for training, for validation and for CPT's context.
 
-All draws use the job's seeds, so the server, the worker and the command line agree.
+All draws use the request's seeds: the same rows and seeds give the same examples.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from adapters.errors import JobInvalid
-from adapters.training.job import TrainingJob
+from adapters.training.job import Hyperparameters
 from adapters.training.rendering import Example
 
 
-def split(job: TrainingJob, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Split into training and held-out examples by the job's seed, each in row order.
+@dataclass(frozen=True)
+class ContextSettings:
+    """Which examples are in CPT's context; the fields are those of `TrainingJob`."""
 
-    With labels the split is stratified, and every label keeps at least one training example. If the job
-    has validation rows of its own, those are held out and nothing is drawn.
+    context_examples: int | None
+    context_seed: int | None
+    train_on_context: bool | None
+
+
+def split(
+    examples: Sequence[Example], options: Hyperparameters, num_validation_rows: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Split into training and held-out examples, each in row order.
+
+    With labels the split is stratified, and every label keeps at least one training example.
+
+    Args:
+        examples: all of them.
+        options: the share to hold out, and the seed.
+        num_validation_rows: hold out so many at the end instead, and draw nothing; 0 draws.
 
     Raises:
         JobInvalid: the split is nonzero but would hold out nothing.
     """
-    if job.num_validation_rows:
-        first = len(examples) - job.num_validation_rows
+    if num_validation_rows:
+        first = len(examples) - num_validation_rows
         return list(examples[:first]), list(examples[first:])
-    share = job.hyperparameters.validation_split
+    share = options.validation_split
     if share == 0.0:
         return list(examples), []
     groups = list(by_label(examples).values())
-    shuffled = random.Random(job.hyperparameters.seed)  # noqa: S311 (a draw, not a secret)
+    shuffled = random.Random(options.seed)  # noqa: S311 (a draw, not a secret)
     for group in groups:
         shuffled.shuffle(group)
     counts = _shares([len(group) for group in groups], share)
@@ -67,13 +83,13 @@ def alternating(groups: Iterable[Sequence[Example]]) -> list[Example]:
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
 
-def context_of(job: TrainingJob, train: Sequence[Example]) -> list[Example]:
+def context_of(train: Sequence[Example], context: ContextSettings) -> list[Example]:
     """Draw the examples of CPT's context by `context_seed`, with labels alternating.
 
     Raises:
         JobInvalid: the context needs more examples than there are.
     """
-    count = job.context_examples or 0
+    count = context.context_examples or 0
     if count > len(train):
         raise JobInvalid(
             f"context_examples is {count}, but there are {len(train)} rows to choose from",
@@ -81,7 +97,7 @@ def context_of(job: TrainingJob, train: Sequence[Example]) -> list[Example]:
             expected=f"at most {len(train)}",
             came=str(count),
         )
-    draw = random.Random(job.context_seed or 0)  # noqa: S311
+    draw = random.Random(context.context_seed or 0)  # noqa: S311
     groups = list(by_label(train).values())
     for group in groups:
         draw.shuffle(group)
@@ -89,14 +105,14 @@ def context_of(job: TrainingJob, train: Sequence[Example]) -> list[Example]:
     return alternating(groups)[:count]
 
 
-def without_context(job: TrainingJob, train: Sequence[Example]) -> list[Example]:
+def without_context(train: Sequence[Example], context: ContextSettings) -> list[Example]:
     """The examples that are not in CPT's context.
 
     Raises:
         JobInvalid: no example is left.
     """
-    context = {example.row for example in context_of(job, train)}
-    left = [example for example in train if example.row not in context]
+    shown = {example.row for example in context_of(train, context)}
+    left = [example for example in train if example.row not in shown]
     if not left:
         raise JobInvalid(
             f"train_on_context is false, and the context takes all {len(train)} rows",

@@ -312,7 +312,7 @@ def _source(path: Path, name: str | None, given: Mapping[str, Any]) -> Source:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "expected a folder that PEFT saved", str(path))
     provenance = read_words(path)
-    words = {} if provenance is None else provenance.words()
+    words = {} if provenance is None else {**vars(provenance.metadata())}
     if "template" in given:
         # White space at a template's end is its separator, as in an upload and in training.
         dropped = Template.parse(given["template"]).dropped

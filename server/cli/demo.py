@@ -59,8 +59,8 @@ def _install_missing(services: Services) -> list[DemoAdapter]:
                 demo.name,
                 staged,
                 services.client.base,
+                demo.provenance.metadata(),
                 base_names=(services.base_id, services.settings.base),
-                **demo.provenance.words(),
             )
     return missing
 

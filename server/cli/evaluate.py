@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from adapters.training.job import Tokenization
+from adapters.template import Tokenization
 from server.cli.data import (
     AppendEos,
     Data,

@@ -13,15 +13,18 @@ from typing import Literal
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import JobInvalid
+from adapters.template import Tokenization
 from adapters.training.encoding import Encoder
 from adapters.training.examples import Example, Examples, fit
-from adapters.training.job import Hyperparameters, OnTooLong, Tokenization, TrainingJob
+from adapters.training.job import OnTooLong
 from adapters.training.ranking import Scores, score
-from adapters.training.rendering import LABEL, Renderer
+from adapters.training.rendering import LABEL, Renderer, RowFormat
 from adapters.training.rows import Row
 from server.engine.offline import OfflineEngine, Target
 
 Normalization = Literal["sum", "mean"]
+
+_LENGTHS = ("max_length", "on_too_long")
 
 
 @dataclass(frozen=True)
@@ -38,36 +41,10 @@ class Wording:
     max_length: int | None = None
     on_too_long: OnTooLong = "error"
 
-    def job(self, base: BaseModelSpec, num_virtual_tokens: int) -> TrainingJob:
-        """A job with this metadata, for the renderer that training uses; it is never run."""
-        longest = base.max_positions - num_virtual_tokens
-        return TrainingJob(
-            adapter="",
-            method="",
-            peft_type="",
-            config={},
-            template=self.template,
-            target=self.target,
-            labels=self.labels,
-            label_names=self.label_names,
-            target_separator=self.target_separator,
-            append_eos=self.append_eos,
-            tokenization=self.tokenization,
-            max_length=min(self.max_length or longest, longest),
-            on_too_long=self.on_too_long,
-            init_text=None,
-            init_token_ids=None,
-            context_examples=None,
-            context_seed=None,
-            train_on_context=None,
-            if_exists="new_version",
-            description=None,
-            hyperparameters=Hyperparameters(learning_rate=1.0, epochs=1),
-            base_digest=base.digest,
-            base_name="",
-            num_rows=0,
-            trainable_params=0,
-        )
+    def row_format(self) -> RowFormat:
+        """This metadata, for the renderer that training uses."""
+        given = {name: value for name, value in vars(self).items() if name not in _LENGTHS}
+        return RowFormat(**given)
 
 
 def require_words(name: str, words: Mapping[str, object]) -> None:
@@ -203,8 +180,8 @@ def evaluate(
 def _ballot(
     spec: BaseModelSpec, encoder: Encoder, contestant: Contestant, rows: Sequence[Row]
 ) -> _Ballot:
-    job = contestant.wording.job(spec, contestant.num_virtual_tokens)
-    renderer = Renderer(job, encoder)
+    wording = contestant.wording
+    renderer = Renderer(wording.row_format(), encoder)
     label_ids = renderer.label_ids()
     if label_ids is None or len(label_ids) < 2:
         raise JobInvalid(
@@ -214,11 +191,12 @@ def _ballot(
             came=str(len(label_ids or ())),
         )
     examples = [
-        _example(renderer, row, number, job.labels or [])
-        for number, row in enumerate(rows, start=1)
+        _example(renderer, row, number, wording.labels) for number, row in enumerate(rows, start=1)
     ]
     # Held out: a row must leave room for the longest label.
-    fitted = fit(job, Examples([], examples, label_ids)).held_out
+    longest = spec.max_positions - contestant.num_virtual_tokens
+    max_length = min(wording.max_length or longest, longest)
+    fitted = fit(Examples([], examples, label_ids), max_length, wording.on_too_long).held_out
     right = [example.label for example in fitted if example.label is not None]
     return _Ballot([example.prompt_ids for example in fitted], right, label_ids)
 

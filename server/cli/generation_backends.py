@@ -203,14 +203,17 @@ class LocalGeneration:
         return Generator(self._client, self._registry, tokenizer, ""), record
 
     def _publish(self, found: FoundAdapter) -> AdapterRecord:
+        from adapters.metadata import AdapterMetadata
         from server.cli.adapter_backends import stage
 
-        said: Any = {name: found.words.get(name) for name in ("template", "tokenization")}
+        metadata = AdapterMetadata(
+            template=found.words.get("template"),
+            tokenization=found.words.get("tokenization") or "boundary",
+            base_digest=found.base_digest,
+        )
         with self._registry.staging_dir() as directory:
             stage(found.directory, directory)
-            return self._registry.publish(
-                _ONLY, directory, self._client.base, base_digest=found.base_digest, **said
-            ).record
+            return self._registry.publish(_ONLY, directory, self._client.base, metadata).record
 
     async def _submit(self, ask: Ask, parameters: Parameters) -> Generation:
         from server.api.generation.tgi import options_from

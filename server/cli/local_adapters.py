@@ -71,6 +71,8 @@ class DataDirectory:
         Raises:
             BaseUnsupported: the base cannot be read, so that nothing can be held against it.
         """
+        from adapters.metadata import AdapterMetadata
+
         spec = self.spec()
         with self._registry.staging_dir() as directory:
             ignored = stage(source.path, directory)
@@ -78,8 +80,8 @@ class DataDirectory:
                 source.name,
                 directory,
                 spec,
+                AdapterMetadata(**source.words),
                 base_names=(self._base_id, self._settings.base),
-                **source.words,
             )
         return {
             **_json(published.record),
@@ -127,7 +129,7 @@ class DataDirectory:
             [part.weight for part in parts],
             name,
             combination_type=combination_type,
-            words=words,
+            given=words,
             base_names=(self._base_id, self._settings.base),
         )
         return {**_json(published.record), "recipe": published.record.recipe}

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from adapters.errors import TrainingDiverged
+from adapters.template import Tokenization
 from adapters.training.job import (
     HyperparameterRequest,
     IfExists,
     MethodName,
     OnTooLong,
-    Tokenization,
     TrainingRequest,
 )
 from server.cli.data import (
@@ -455,9 +455,9 @@ def _publish(
                 name,
                 staged,
                 base.spec,
+                provenance.metadata(),
                 create_only=provenance.job.if_exists == "error",
                 base_names=(reserved, settings.base),
-                **provenance.words(),
             )
     finally:
         registry.close()

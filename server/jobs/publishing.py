@@ -7,11 +7,11 @@ writing the job's final state does not publish twice. Does not use torch.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterNotFound
-from adapters.training.provenance import words_of
+from adapters.training.provenance import metadata_of
 from server.store.registry import AdapterRecord, Registry
 
 if TYPE_CHECKING:
@@ -56,15 +56,15 @@ def publish(
     if (before := published_by(registry, record)) is not None:
         return before
     job = record.job
+    metadata = metadata_of(job, trained.metrics)
     with registry.staging_dir() as staged:
         trained.write(staged)
         published = registry.publish(
             job.adapter,
             staged,
             base,
+            replace(metadata, job_id=record.id, source="trained"),
             create_only=job.if_exists == "error",
             base_names=(config.base_name, config.base, job.base_name),
-            job_id=record.id,
-            **words_of(job, trained.metrics),
         )
     return Outcome(published.record.version, trained.metrics)

@@ -1,6 +1,6 @@
-"""The job of a worker: load the base, make the examples, train, publish, record the result.
+"""The job of a worker: load the base, read the examples, train, publish, record the result.
 
-    load -> make_examples -> train -> publish -> finish
+    load_base -> store.examples -> train -> publish -> finish
 
 A job's final state is one write to the jobs table, after its adapter is published. A worker that is
 killed in between leaves a running job with a published adapter. The next worker detects this by the
@@ -22,11 +22,9 @@ from typing import Any
 import structlog
 
 from adapters.errors import BaseMismatch
-from adapters.training.examples import make_examples
 from adapters.training.job import TrainingJob
 from adapters.training.loop import Stopped, TrainingEvent, train
 from server.base.load import LoadedBase, load_base
-from server.base.tokenizer import load_tokenizer
 from server.errors import LeaseLost
 from server.jobs import failures
 from server.jobs.config import (
@@ -39,7 +37,6 @@ from server.jobs.publishing import Outcome, publish, published_by
 from server.store.job_files import STATE_DIR
 from server.store.jobs import Claim, JobStore
 from server.store.registry import Registry
-from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
 log = structlog.get_logger(__name__)
 
@@ -71,19 +68,6 @@ def run_job(config: WorkerConfig, claim: Claim) -> int:
     return 0
 
 
-def load(config: WorkerConfig) -> tuple[LoadedBase, TextTokenizer]:
-    """The frozen base, memory-mapped from the same files as the server's, and its tokenizer.
-
-    Raises:
-        BaseUnsupported: the base cannot be loaded; the message gives the reason.
-    """
-    base = load_base(
-        config.base, dtype=config.dtype, device=config.device, revision=config.revision
-    )
-    directory = base.tokenizer_dir
-    return base, TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
-
-
 def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
     record = store.get(claim.job_id)
     job = record.job
@@ -93,10 +77,12 @@ def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
         if (done := published_by(registry, record)) is not None:
             log.info("published_before", version=done.version)
             return done
-        base, tokenizer = load(config)
+        base = load_base(
+            config.base, dtype=config.dtype, device=config.device, revision=config.revision
+        )
         log.info("base_loaded", base=config.base_name, dtype=base.spec.dtype)
         _require_base(job, base)
-        examples = make_examples(job, store.rows(claim.job_id), tokenizer)
+        examples = store.examples(claim.job_id)
         events = EventWriter(lambda kind, data: store.add_event(claim, kind, data))
         with _stop_after_step() as should_stop:
             trained = train(

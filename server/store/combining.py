@@ -7,23 +7,19 @@ they differ it is left out, with a warning. Independent of HTTP and the engine.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from adapters.base_model import BaseModelSpec
 from adapters.checkpoint.folder import write_checkpoint
 from adapters.combine import CombinationType, Parent, combine, stored
 from adapters.errors import AdapterNotFound
-from adapters.template import Template
+from adapters.metadata import AdapterMetadata
+from adapters.template import Template, default_separator
 from server.store.registry import AdapterRecord, Published, Registry
 
-# Metadata field -> its value if it is left out.
-_INHERITED: dict[str, Any] = {
-    "template": None,
-    "labels": None,
-    "tokenization": "boundary",
-    "target_separator": " ",
-    "append_eos": None,
-}
+_INHERITED = ("template", "labels", "tokenization", "target_separator", "append_eos")
+_LEFT_OUT = AdapterMetadata()
 
 
 def combine_stored(
@@ -34,7 +30,7 @@ def combine_stored(
     name: str,
     *,
     combination_type: CombinationType = "linear",
-    words: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
     base_names: Collection[str] = (),
 ) -> Published:
     """Combine adapters of a registry and publish the sum under a new name.
@@ -46,8 +42,8 @@ def combine_stored(
         weights: one per adapter.
         name: an unused name.
         combination_type: see `adapters.combine`.
-        words: description, template, labels, tokenization, target_separator and append_eos of the
-            sum; None for a field that is left out.
+        given: fields of `AdapterMetadata` that the caller sets: description, template, labels,
+            tokenization, target_separator, append_eos. None leaves a field to the adapters.
         base_names: see `Registry.publish`.
 
     Raises:
@@ -55,34 +51,36 @@ def combine_stored(
         AdapterNotFound, VersionNotFound, AdapterCorrupt: for one of the references.
         BaseMismatch: an adapter was trained here on another base.
         CombineInvalid: see `adapters.combine.combine`.
-        TemplateInvalid: the template in `words` does not parse.
+        TemplateInvalid: the given template does not parse.
         StorageFull: the disk is full; nothing was stored.
     """
     registry.require_free(name, create_only=True)
     parents = [registry.resolve(reference) for reference in references]
     for parent in parents:
         parent.require_base(base)
-    given = {key: value for key, value in (words or {}).items() if value is not None}
-    said, warnings = _words(parents, given)
+    metadata, warnings = _inherited(parents, given or {})
     adapters = [_read(registry, parent) for parent in parents]
     warnings += _differing_contexts(adapters)
     try:
         config, tensors = combine(adapters, weights, combination_type)
     except FileNotFoundError as error:
         raise _gone(parents) from error
+    metadata = replace(
+        metadata,
+        base_digest=next((one.base_digest for one in parents if one.base_digest), None),
+        recipe=_recipe(parents, weights, combination_type),
+        source="combined",
+    )
     with registry.staging_dir() as staged:
         write_checkpoint(staged, config, tensors)
         return registry.publish(
             name,
             staged,
             base,
-            base_digest=next((one.base_digest for one in parents if one.base_digest), None),
-            recipe=_recipe(parents, weights, combination_type),
-            source="combined",
+            metadata,
             warnings=warnings,
             create_only=True,
             base_names=base_names,
-            **said,
         )
 
 
@@ -112,37 +110,34 @@ def _recipe(
     }
 
 
-def _words(
+def _inherited(
     parents: Sequence[AdapterRecord], given: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[AdapterMetadata, list[str]]:
     """Metadata of the sum, and a warning for each field on which the adapters differ."""
-    said: dict[str, Any] = {"description": given.get("description")}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "labels" in chosen:
+        chosen["labels"] = tuple(chosen["labels"])
     warnings: list[str] = []
-    for word, left_out in _INHERITED.items():
-        values = [getattr(one, word) for one in parents]
-        if word in given:
-            said[word] = given[word]
-        elif word == "target_separator" and "template" in given:
-            said[word] = _separator(given["template"], said["tokenization"])
+    for name in _INHERITED:
+        values = [getattr(one, name) for one in parents]
+        if name in chosen:
+            continue
+        if name == "target_separator" and given.get("template") is not None:
+            chosen[name] = default_separator(chosen["template"], chosen["tokenization"])
         elif all(value == values[0] for value in values):
-            said[word] = values[0]
+            chosen[name] = values[0]
         else:
-            said[word] = left_out
-            warnings.append(_differ(word, parents, left_out))
-    if said["template"] is not None:
-        Template.parse(said["template"])
-    return said, warnings
+            chosen[name] = getattr(_LEFT_OUT, name)
+            warnings.append(_differ(name, parents, chosen[name]))
+    if chosen["template"] is not None:
+        Template.parse(chosen["template"])
+    return AdapterMetadata(**chosen), warnings
 
 
-def _separator(template: str, tokenization: str) -> str:
-    """The default separator between prompt and target, as for uploads."""
-    return "" if tokenization == "as_written" else Template.parse(template).dropped or " "
-
-
-def _differ(word: str, parents: Sequence[AdapterRecord], left_out: Any) -> str:
+def _differ(name: str, parents: Sequence[AdapterRecord], left_out: Any) -> str:
     names = ", ".join(sorted({f"{one.name}@{one.version}" for one in parents}))
     instead = "it was left out" if left_out is None else f"it is {left_out!r}"
-    return f"{word}: {names} do not agree, so {instead}; say what it is to be"
+    return f"{name}: {names} do not agree, so {instead}; say what it is to be"
 
 
 def _differing_contexts(adapters: Sequence[Parent]) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from adapters.base_model import BaseModelSpec
 from adapters.checkpoint.archive import stage_upload
 from adapters.checkpoint.folder import CONFIG_FILE, FILES, PICKLE_SUFFIXES, digest_of
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StorageFull
+from adapters.metadata import AdapterMetadata
 from adapters.training.provenance import PROVENANCE_FILE, read_provenance
 from server.errors import FolderNotFound
 from server.store.registry import AdapterRecord, Published, Registry
@@ -92,15 +93,14 @@ def publish_folder(
     with registry.staging_dir() as staged:
         _stage(folder, allowed, staged)
         provenance = read_provenance(folder)
+        metadata = AdapterMetadata() if provenance is None else provenance.metadata()
         return registry.publish(
             name,
             staged,
             base,
-            source=source,
-            source_path=folder,
+            replace(metadata, source=source, source_path=str(folder)),
             create_only=create_only,
             base_names=base_names,
-            **({} if provenance is None else provenance.words()),
         )
 
 

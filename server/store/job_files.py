@@ -1,29 +1,29 @@
 """The files of a job on disk.
 
-    <root>/jobs/<id>/rows.jsonl   its rows, one JSON object a line; written once
-    <root>/jobs/<id>/state/       checkpoints of the run, while it is not finished
-    <root>/jobs/<id>/log.txt      output of its workers
+    <root>/jobs/<id>/examples.jsonl   its rows as token ids, see `adapters.training.examples`
+    <root>/jobs/<id>/state/           checkpoints of the run, while it is not finished
+    <root>/jobs/<id>/log.txt          output of its workers
 
-A job's folder appears by one rename, with its rows complete and synced. Independent of the database: the
-job store decides when to remove a folder.
+A job's folder appears by one rename, with its examples complete and synced. Independent of the database:
+the job store decides when to remove a folder.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from adapters import synced_files
-from adapters.training.rows import Row
+from adapters.errors import TrainingError
+from adapters.training.examples import Examples, from_lines, to_lines
+from adapters.training.job import TrainingJob
 from server.errors import JobNotFound
 from server.store.staging import StagingArea
 
-ROWS_FILE = "rows.jsonl"
+EXAMPLES_FILE = "examples.jsonl"
 STATE_DIR = "state"
 
 _ID = re.compile(r"job-[0-9a-f]{24}")
@@ -52,15 +52,10 @@ class JobFiles:
         return sorted(entry.name for entry in self._jobs.iterdir() if _ID.fullmatch(entry.name))
 
     @contextmanager
-    def staged(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
-        """A staging folder with the rows, synced; removed by the next sweep after a crash.
-
-        Raises:
-            ValueError: a number among the rows is not finite.
-        """
+    def staged(self, examples: Examples) -> Iterator[Path]:
+        """A staging folder with the examples, synced; removed by the next sweep after a crash."""
         with self._staging.folder() as folder:
-            lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            synced_files.write_lines(folder / ROWS_FILE, lines)
+            synced_files.write_lines(folder / EXAMPLES_FILE, to_lines(examples))
             synced_files.sync(folder)
             yield folder
 
@@ -69,14 +64,20 @@ class JobFiles:
         staged.rename(self.directory(job_id))
         synced_files.sync(self._jobs)
 
-    def rows(self, job_id: str) -> list[Row]:
-        """The job's rows.
+    def examples(self, job_id: str, job: TrainingJob) -> Examples:
+        """The job's examples.
 
         Raises:
-            FileNotFoundError: the folder does not exist.
+            TrainingError: the file is missing or damaged.
         """
-        with (self.directory(job_id) / ROWS_FILE).open("rb") as file:
-            return [json.loads(line) for line in file]
+        try:
+            with (self.directory(job_id) / EXAMPLES_FILE).open("rb") as file:
+                return from_lines(file, job)
+        except FileNotFoundError as error:
+            raise TrainingError(
+                "the job's tokenized rows are missing; a version of Graftwork before they were stored "
+                "queued it: delete the job and send it again"
+            ) from error
 
     def discard(self, job_id: str) -> None:
         """Remove a job's folder; it leaves `jobs/` by one rename."""

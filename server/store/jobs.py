@@ -29,7 +29,7 @@ import copy
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,8 +42,8 @@ from sqlalchemy.orm import Session
 
 from adapters import synced_files
 from adapters.errors import AdapterError
+from adapters.training.examples import Examples
 from adapters.training.job import TrainingJob
-from adapters.training.rows import Row
 from server.errors import JobActive, LeaseLost, TooManyJobs
 from server.store.caller import UNRESTRICTED, Caller
 from server.store.database import Database
@@ -169,19 +169,19 @@ class JobStore:
     # --- in ---------------------------------------------------------------------------
 
     def create(
-        self, job: TrainingJob, rows: Sequence[Row], tuning: Mapping[str, Any] | None = None
+        self, job: TrainingJob, examples: Examples, tuning: Mapping[str, Any] | None = None
     ) -> JobRecord:
         """Queue a job.
 
         Args:
             job: the job without its rows.
-            rows: its rows.
+            examples: its rows as token ids.
             tuning: request fields stored unchanged beside the job; JSON.
 
         Raises:
             TooManyJobs: the queue is full.
             StorageFull: the disk is full; nothing was stored.
-            ValueError: a number among the rows is not finite, or `tuning` is not plain JSON.
+            ValueError: `tuning` is not plain JSON.
         """
         said = None if tuning is None else _plain(tuning)
         with self._database.read() as session:  # before a large file is written for nothing
@@ -189,7 +189,7 @@ class JobStore:
         job_id = f"job-{secrets.token_hex(12)}"
         with (
             synced_files.full_disk_is_storage_full("the training data"),
-            self._files.staged(rows) as staged,
+            self._files.staged(examples) as staged,
         ):
             try:
                 with self._database.write() as session:
@@ -265,15 +265,14 @@ class JobStore:
             found = {str(state): number for state, number in session.execute(statement)}
         return {state: found.get(state, 0) for state in TRANSITIONS}
 
-    def rows(self, job_id: str) -> builtins.list[Row]:
-        """The job's rows.
+    def examples(self, job_id: str) -> Examples:
+        """The job's rows as token ids.
 
         Raises:
             JobNotFound: no such job.
-            FileNotFoundError: the file is missing.
+            TrainingError: they are missing (an older version did not store them) or damaged.
         """
-        self.get(job_id)
-        return self._files.rows(job_id)
+        return self._files.examples(job_id, self.get(job_id).job)
 
     def directory(self, job_id: str) -> Path:
         """The job's folder, see `server.store.job_files`.

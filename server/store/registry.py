@@ -28,14 +28,13 @@ Threads and processes may share one root: every write holds SQLite's write lock 
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Literal, NoReturn
 
 from sqlalchemy import ColumnElement, Select, delete, func, or_, select, true
 from sqlalchemy.exc import DatabaseError
@@ -51,11 +50,10 @@ from adapters.errors import (
     AdapterError,
     AdapterExists,
     AdapterNotFound,
-    BaseMismatch,
-    ConfigInvalid,
     NameInvalid,
     VersionNotFound,
 )
+from adapters.metadata import METADATA_FIELDS, AdapterMetadata, Source
 from server.store.blobs import BlobStore
 from server.store.caller import UNRESTRICTED, Caller
 from server.store.database import Database
@@ -64,17 +62,14 @@ from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62} without '..'"
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
-# Fields that do not distinguish versions of the same bytes; the first is derived from the rest.
-_NOT_COMPARED = frozenset({"warnings", "source", "source_path"})
 
 Status = Literal["ok", "corrupt"]
-Tokenization = Literal["boundary", "as_written"]
-Source = Literal["uploaded", "trained", "combined", "loaded", "watched"]
+_NO_METADATA = AdapterMetadata()
 
 
-@dataclass(frozen=True)
-class AdapterRecord:
-    """One version of one adapter.
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord(AdapterMetadata):
+    """One version of one adapter: its metadata, and what the registry knows of it.
 
     Attributes:
         name: the adapter.
@@ -85,21 +80,7 @@ class AdapterRecord:
         uses_scales: True for IA3.
         num_bytes: both files together.
         warnings: sentences for the uploader.
-        description: free text.
-        template: `{column}` template of its prompts.
-        labels: possible outputs, if it is a classifier.
-        target_separator: text between prompt and target.
-        append_eos: whether targets ended with the end-of-sequence token in training; None unknown.
-        base_digest: digest of the base, if it was trained here; else None.
         base_name: `base_model_name_or_path` of its config.
-        recipe: training settings, if it was trained here (JSON).
-        job_id: the training job that made it, if any.
-        metrics: training metrics (JSON).
-        tokenization: treatment of the template's trailing white space: "boundary" moves it to the
-            target, "as_written" leaves it.
-        source: origin: an upload, a training job, a sum of adapters, one of the operator's folders
-            loaded by a client, or the operator's watched directory.
-        source_path: the operator's folder, for the last two.
         created_at: aware UTC time.
         status: "corrupt" if the stored bytes no longer match the digest.
         aliases: aliases of this version, sorted.
@@ -114,27 +95,11 @@ class AdapterRecord:
     uses_scales: bool
     num_bytes: int
     warnings: tuple[str, ...]
-    description: str | None
-    template: str | None
-    labels: tuple[str, ...] | None
-    target_separator: str
-    append_eos: bool | None
-    base_digest: str | None
     base_name: str | None
-    recipe: dict[str, Any] | None
-    job_id: str | None
-    metrics: dict[str, Any] | None
-    tokenization: Tokenization
-    source: Source
-    source_path: str | None
     created_at: datetime
     status: Status
     aliases: tuple[str, ...]
     is_default: bool
-
-    def require_base(self, base: BaseModelSpec) -> None:
-        """Raise BaseMismatch if this adapter was trained here on another base."""
-        _require_base(self.base_digest, base)
 
 
 @dataclass(frozen=True)
@@ -206,19 +171,8 @@ class Registry:
         name: str,
         directory: Path,
         base: BaseModelSpec,
+        metadata: AdapterMetadata = _NO_METADATA,
         *,
-        description: str | None = None,
-        template: str | None = None,
-        labels: Sequence[str] | None = None,
-        target_separator: str = " ",
-        append_eos: bool | None = None,
-        base_digest: str | None = None,
-        recipe: dict[str, Any] | None = None,
-        job_id: str | None = None,
-        metrics: dict[str, Any] | None = None,
-        tokenization: str | None = None,
-        source: Source | None = None,
-        source_path: Path | None = None,
         warnings: Sequence[str] = (),
         create_only: bool = False,
         base_names: Collection[str] = (),
@@ -229,25 +183,14 @@ class Registry:
             name: see the module docstring for names and versions.
             directory: exactly the two files. Consumed if it is a `staging_dir`, else copied.
             base: the base it must fit.
-            description: see `AdapterRecord`.
-            template: see `AdapterRecord`.
-            labels: see `AdapterRecord`.
-            target_separator: see `AdapterRecord`.
-            append_eos: see `AdapterRecord`.
-            base_digest: digest of the base, if it was trained here.
-            recipe: see `AdapterRecord`.
-            job_id: see `AdapterRecord`.
-            metrics: see `AdapterRecord`.
-            tokenization: see `AdapterRecord`; None is "boundary".
-            source: see `AdapterRecord`; None is "trained" with a job's id, else "uploaded".
-            source_path: see `AdapterRecord`.
+            metadata: what to store with it.
             warnings: warnings to prepend to those of the checks.
             create_only: refuse a name that is in use.
             base_names: names of `base`; a config that names another base gets a warning.
 
         Raises:
             CheckpointError: the checkpoint or its metadata is refused.
-            BaseMismatch: `base_digest` is another base's.
+            BaseMismatch: the metadata names another base.
             NameInvalid: not a valid name, reserved, or an alias of another adapter.
             AdapterNotFound: the name is not visible to the caller.
             AdapterExists: `create_only`, and the name is in use.
@@ -255,40 +198,25 @@ class Registry:
         """
         self._check_name(name)
         self._require_visible(name)
-        _require_base(base_digest, base)
-        said: dict[str, Any] = {
-            "description": description,
-            "template": template,
-            "labels": None if labels is None else list(labels),
-            "target_separator": target_separator,
-            "append_eos": append_eos,
-            "base_digest": base_digest,
-            "recipe": recipe,
-            "job_id": job_id,
-            "metrics": metrics,
-            "tokenization": "boundary" if tokenization is None else tokenization,
-        }
-        said = {key: _plain(key, value) for key, value in said.items()}
-        _check_tokenization(said["tokenization"])
+        metadata.require_base(base)
+        metadata = metadata.checked()
         with (
             synced_files.full_disk_is_storage_full("the adapter"),
             self._blobs.taken_in(directory) as staged,
         ):
             checked = check_checkpoint(staged, base, self._limits)
-            said["warnings"] = [
+            all_warnings = [
                 *warnings,
                 *checked.warnings,
                 *_base_warnings(checked, base_names),
             ]
-            said["source"] = source or ("uploaded" if job_id is None else "trained")
-            said["source_path"] = None if source_path is None else str(source_path)
             placed = False
             try:
                 with self._database.write() as session:
                     _check_free(session, name, create_only)
                     with synced_files.disk_failure_is_told("the adapter"):
                         placed = self._blobs.place(staged, checked.digest)
-                    version, created = _insert(session, name, checked, said)
+                    version, created = _insert(session, name, checked, metadata, all_warnings)
                     # Read before the commit: afterwards it may be deleted at any moment.
                     record = _one(session, name, version)
             except BaseException:
@@ -655,7 +583,11 @@ def _check_free(session: Session, name: str, create_only: bool) -> None:
 
 
 def _insert(
-    session: Session, name: str, checked: CheckedCheckpoint, said: dict[str, Any]
+    session: Session,
+    name: str,
+    checked: CheckedCheckpoint,
+    metadata: AdapterMetadata,
+    warnings: Sequence[str],
 ) -> tuple[int, bool]:
     """The version number of these bytes and metadata under a name, and whether it is new."""
     session.merge(
@@ -673,7 +605,11 @@ def _insert(
         adapter = AdapterRow(name=name, last_version=0)
         session.add(adapter)
     newest = session.get(VersionRow, (name, _newest(session, name) or 0))
-    if newest is not None and newest.digest == checked.digest and _says(newest, said):
+    if (
+        newest is not None
+        and newest.digest == checked.digest
+        and not _metadata(newest).differs_from(metadata)
+    ):
         return newest.version, False
     adapter.last_version += 1
     adapter.pinned_version = None
@@ -685,17 +621,15 @@ def _insert(
             digest=checked.digest,
             base_name=checked.base_name,
             created_at=datetime.now(UTC),
-            **said,
+            warnings=[*warnings],
+            **metadata.columns(),
         )
     )
     return adapter.last_version, True
 
 
-def _says(row: VersionRow, said: dict[str, Any]) -> bool:
-    """Whether a version has the same metadata; its source is not compared."""
-    return all(
-        getattr(row, key) == value for key, value in said.items() if key not in _NOT_COMPARED
-    )
+def _metadata(row: VersionRow) -> AdapterMetadata:
+    return AdapterMetadata.from_columns({name: getattr(row, name) for name in METADATA_FIELDS})
 
 
 def _used(session: Session, digests: Collection[str]) -> set[str]:
@@ -736,6 +670,7 @@ def _record(
     row: VersionRow, blob: BlobRow, *, aliases: tuple[str, ...], is_default: bool
 ) -> AdapterRecord:
     return AdapterRecord(
+        **vars(_metadata(row)),
         name=row.name,
         version=row.version,
         digest=row.digest,
@@ -744,37 +679,12 @@ def _record(
         uses_scales=blob.uses_scales,
         num_bytes=blob.num_bytes,
         warnings=tuple(row.warnings),
-        description=row.description,
-        template=row.template,
-        labels=None if row.labels is None else tuple(row.labels),
-        target_separator=row.target_separator,
-        append_eos=row.append_eos,
-        base_digest=row.base_digest,
         base_name=row.base_name,
-        recipe=row.recipe,
-        job_id=row.job_id,
-        metrics=row.metrics,
-        tokenization="as_written" if row.tokenization == "as_written" else "boundary",
-        source=_source(row.source),
-        source_path=row.source_path,
         created_at=row.created_at,
         status="ok" if blob.status == "ok" else "corrupt",
         aliases=aliases,
         is_default=is_default,
     )
-
-
-# --- rules over what is published -----------------------------------------------------------
-
-
-def _require_base(base_digest: str | None, base: BaseModelSpec) -> None:
-    if base_digest not in (None, base.digest):
-        raise BaseMismatch(
-            f"the adapter was trained on base {base_digest}, {base.digest} is served here",
-            field="base_digest",
-            expected=base.digest,
-            came=base_digest,
-        )
 
 
 def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> list[str]:
@@ -785,31 +695,3 @@ def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> l
         f"adapter_config.json names the base {shorten(named)!r}, this server's is "
         f"{sorted(base_names)[0]!r}; names and shapes of the tensors fit, so it was accepted"
     ]
-
-
-def _plain(key: str, value: Any) -> Any:
-    """The value as a column will return it; refused unless it is JSON that is encodable as UTF-8."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigInvalid(f"{key} holds half a surrogate pair", field=key) from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigInvalid(f"{key}: expected plain JSON; {error}", field=key) from error
-    return json.loads(text)
-
-
-def _source(stored: str) -> Source:
-    known: tuple[Source, ...] = get_args(Source)
-    return stored if stored in known else "uploaded"
-
-
-def _check_tokenization(came: Any) -> None:
-    known = get_args(Tokenization)
-    if came not in known:
-        raise ConfigInvalid(
-            f"tokenization: expected one of {', '.join(known)}, came {shorten(str(came))!r}",
-            field="tokenization",
-            expected=", ".join(known),
-            came=shorten(str(came)),
-        )

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from adapters.metadata import AdapterMetadata
 from server.store.jobs import JobStore
 from server.store.registry import Registry
 from tests.adapters.checkpoints import BASE, soft_prompt
 from tests.faults.storage_server import HOOKS
 from tests.server.http_server import save_tiny_base
 from tests.server.jobs.clock import Clock
-from tests.server.jobs.examples import ROWS, a_job
-from tests.server.jobs.runs import ENDLESS, Home, home, make_job, supervised, wait_for
-from tests.server.jobs.runs import ROWS as JOB_ROWS
+from tests.server.jobs.examples import EXAMPLES, a_job
+from tests.server.jobs.runs import ENDLESS, ROWS, Home, home, make_plan_of, supervised, wait_for
 
 HOUR = 3600.0
 
@@ -39,7 +39,8 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
 def _published_by(job_id: str, root: Path, tmp_path: Path) -> None:
     registry = Registry(root)
     folder = soft_prompt(tmp_path / "trained", seed=1)
-    registry.publish("mine", folder, BASE, job_id=job_id, metrics={"loss": 1.0})
+    metadata = AdapterMetadata(job_id=job_id, metrics={"loss": 1.0})
+    registry.publish("mine", folder, BASE, metadata)
     registry.close()
 
 
@@ -51,7 +52,7 @@ def test_what_is_served_has_succeeded(
     cancelled: bool, store: JobStore, clock: Clock, tmp_path: Path
 ) -> None:
     """Between publishing and the job's end both die; then somebody cancels, or nobody does."""
-    record = store.create(a_job(), ROWS)
+    record = store.create(a_job(), EXAMPLES)
     assert store.claim(10) is not None
     _published_by(record.id, tmp_path / "data", tmp_path)
     if cancelled:
@@ -66,7 +67,7 @@ def test_what_is_served_has_succeeded(
 
 
 def test_a_cancel_before_publishing_still_counts(store: JobStore, clock: Clock) -> None:
-    record = store.create(a_job(), ROWS)
+    record = store.create(a_job(), EXAMPLES)
     assert store.claim(10) is not None
     store.cancel(record.id)
     clock.advance(11)
@@ -79,7 +80,7 @@ def test_a_cancel_before_publishing_still_counts(store: JobStore, clock: Clock) 
 
 def test_a_lease_of_before_the_clock_went_back_ends_soon(tmp_path: Path, clock: Clock) -> None:
     store = JobStore(tmp_path / "data", clock=clock)
-    record = store.create(a_job(), ROWS)
+    record = store.create(a_job(), EXAMPLES)
     first = store.claim(10)
     assert first is not None
     clock.advance(-HOUR)
@@ -97,7 +98,7 @@ def test_a_worker_that_lives_keeps_its_job_when_the_clock_goes_back(
     tmp_path: Path, clock: Clock
 ) -> None:
     store = JobStore(tmp_path / "data", clock=clock)
-    store.create(a_job(), ROWS)
+    store.create(a_job(), EXAMPLES)
     first = store.claim(10)
     assert first is not None
     clock.advance(-HOUR)
@@ -177,8 +178,10 @@ def test_a_cancel_while_evaluating_publishes_nothing(hooked: tuple[Home, Path]) 
     """After each ten steps come ninety of evaluation: there the cancel finds it."""
     made, _faults = hooked
     split = {"validation_split": 0.9, "early_stopping_patience": None}
-    job = make_job(made.config, adapter="mine", steps=ENDLESS, hyperparameters=split)
-    record = made.store.create(job, JOB_ROWS * 25)
+    made_plan = make_plan_of(
+        made.config, ROWS * 25, adapter="mine", steps=ENDLESS, hyperparameters=split
+    )
+    record = made.store.create(made_plan.job, made_plan.examples)
     with supervised(made) as supervisor:
         wait_for(lambda: "evaluation" in made.kinds(record))
         made.store.cancel(record.id)

@@ -85,7 +85,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
     only_query(request)
     services.need_generator()
     _check_labels(body.labels)
-    words = body.model_dump(
+    given = body.model_dump(
         include={
             "description",
             "template",
@@ -104,7 +104,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
             body.weights,
             body.name,
             combination_type=body.combination_type,
-            words=words,
+            given=given,
             base_names=(services.base_id, services.settings.base),
         )
     )

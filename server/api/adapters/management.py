@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
@@ -16,7 +16,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from adapters.checkpoint.archive import stage_upload
 from adapters.checkpoint.folder import CONFIG_FILE, read_config
 from adapters.errors import AdapterError
-from adapters.template import Template
+from adapters.metadata import AdapterMetadata
+from adapters.template import Template, Tokenization, default_separator
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
 from server.api.error_replies import quoted
@@ -316,9 +317,17 @@ def _publish(
         )
     template = upload.one("template")
     tokenization = upload.one("tokenization")
-    separator = _separator(upload.one("target_separator"), template, tokenization)
-    labels = _labels(upload, services.settings.max_labels)
-    append_eos = _flag(upload, "append_eos")
+    if tokenization is None:
+        tokenization = "boundary"
+    separator = upload.one("target_separator")
+    metadata = AdapterMetadata(
+        description=upload.one("description"),
+        template=template,
+        target_separator=_separator(separator, template, tokenization),
+        labels=_labels(upload, services.settings.max_labels),
+        append_eos=_flag(upload, "append_eos"),
+        tokenization=cast("Tokenization", tokenization),  # checked by `publish`
+    )
     if not upload.files:
         raise RequestInvalid(
             "files: expected adapter_config.json and adapter_model.safetensors, or one archive of "
@@ -332,12 +341,7 @@ def _publish(
         name,
         staged,
         services.client.base,
-        description=upload.one("description"),
-        template=template,
-        labels=labels,
-        target_separator=separator,
-        append_eos=append_eos,
-        tokenization=tokenization,
+        metadata,
         create_only=create_only,
         base_names=(services.base_id, services.settings.base),
     )
@@ -358,12 +362,11 @@ def _create_only(request: Request) -> bool:
     return True
 
 
-def _separator(given: str | None, template: str | None, tokenization: str | None) -> str:
+def _separator(given: str | None, template: str | None, tokenization: str) -> str:
     """What stands between prompt and target; a template that does not parse is refused here."""
-    at_end = "" if template is None else Template.parse(template).dropped
-    if given is not None:
-        return given
-    return "" if tokenization == "as_written" else at_end or " "
+    if template is not None:
+        Template.parse(template)
+    return default_separator(template or "", tokenization) if given is None else given
 
 
 def _flag(upload: Upload, name: str) -> bool | None:
@@ -380,7 +383,7 @@ def _flag(upload: Upload, name: str) -> bool | None:
     return value == "true"
 
 
-def _labels(upload: Upload, most: int) -> list[str] | None:
+def _labels(upload: Upload, most: int) -> tuple[str, ...] | None:
     values = upload.fields.get("labels")
     if values is None:
         return None
@@ -392,7 +395,7 @@ def _labels(upload: Upload, most: int) -> list[str] | None:
         raise _labels_invalid(most, "with an empty, repeated or non-text label, or without any")
     if len(texts) > most:
         raise _labels_invalid(most, f"of {len(texts)}")
-    return texts
+    return tuple(texts)
 
 
 def _json_list(text: str, most: int) -> list[Any]:

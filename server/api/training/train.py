@@ -215,7 +215,7 @@ def _plan(
         base_name=services.base_id,
         max_virtual_tokens=services.settings.max_virtual_tokens,
     )
-    return plan, jobs.create(plan.job, rows) if store else None
+    return plan, jobs.create(plan.job, plan.examples) if store else None
 
 
 def _preview(plan: Plan) -> dict[str, Any]:

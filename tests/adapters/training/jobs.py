@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from typing import Any
 
 from adapters.base_model import BaseModelSpec, LinearSpec
-from adapters.training.job import TrainingRequest
+from adapters.training.examples import Examples, from_lines, to_lines
+from adapters.training.job import TrainingJob, TrainingRequest
 from adapters.training.plan import Plan, make_plan
 from server.text.tokenizer import TextTokenizer
 from tests.server.http_server import byte_level_tokenizer
@@ -72,3 +74,8 @@ def plan(
         base or spec(),
         base_name="tiny",
     )
+
+
+def stored_and_read(job: TrainingJob, made: Plan) -> Examples:
+    """A plan's examples as a worker reads them."""
+    return from_lines(io.BytesIO("".join(to_lines(made.examples)).encode()), job)

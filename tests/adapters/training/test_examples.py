@@ -13,10 +13,9 @@ from transformers import AutoTokenizer
 
 from adapters.errors import DataInvalid, JobInvalid
 from adapters.template import Template
-from adapters.training.examples import make_examples
 from server.text.tokenizer import TextTokenizer
 from tests.acceptance.real_base import BASE_DIR, needs_base
-from tests.adapters.training.jobs import LABELS, ROWS, plan, spec, tokenizer
+from tests.adapters.training.jobs import LABELS, ROWS, plan, spec, stored_and_read, tokenizer
 
 EOS = 2
 
@@ -119,7 +118,7 @@ def test_any_row_is_rendered_or_refused(before, after, rows, mode, bos):
             EOS,
         )
         assert len(example.types) == example.num_tokens
-    assert make_examples(made.job, data, encoder) == made.examples
+    assert stored_and_read(made.job, made) == made.examples
 
 
 # --- targets and labels ----------------------------------------------------------------------

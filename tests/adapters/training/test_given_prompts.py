@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from adapters.errors import DataInvalid, JobInvalid
-from adapters.training.examples import make_examples
 from adapters.training.job import TrainingJob
 from adapters.training.plan import Plan, make_plan
-from adapters.training.provenance import words_of
+from adapters.training.provenance import metadata_of
 from adapters.training.rows import DataLimits, read_objects
-from tests.adapters.training.jobs import ROWS, plan, request, spec, tokenizer
+from tests.adapters.training.jobs import ROWS, plan, request, spec, stored_and_read, tokenizer
 
 CHAT = [
     {"prompt": "<s>user\nthe tweet is </s>\n<s>assistant\n", "completion": "a complaint"},
@@ -60,15 +59,15 @@ def test_a_prompt_starts_from_the_special_tokens_of_its_rows():
 
 
 @pytest.mark.parametrize("method", ["ia3", "prefix_tuning", "cpt"])
-def test_a_worker_makes_the_same_examples(method):
+def test_a_worker_reads_the_same_examples(method):
     made = chat(method=method)
     stored = TrainingJob.model_validate(made.job.model_dump(mode="json"))
-    assert make_examples(stored, CHAT, tokenizer(bos=True)) == made.examples
+    assert stored_and_read(stored, made) == made.examples
 
 
 def test_only_an_adapter_for_data_keeps_a_template():
-    assert words_of(chat().job, {})["template"] is None
-    assert words_of(plan().job, {})["template"] == plan().job.template
+    assert metadata_of(chat().job, {}).template is None
+    assert metadata_of(plan().job, {}).template == plan().job.template
 
 
 def test_the_last_rows_are_held_out_and_shown_to_nobody():
@@ -77,7 +76,7 @@ def test_the_last_rows_are_held_out_and_shown_to_nobody():
     assert [example.row for example in made.examples.held_out] == [5, 6]
     assert (made.job.num_rows, made.job.num_validation_rows) == (6, 2)
     stored = TrainingJob.model_validate(made.job.model_dump(mode="json"))
-    assert make_examples(stored, ROWS, tokenizer(bos=True)) == made.examples
+    assert stored_and_read(stored, made) == made.examples
     assert given(
         num_validation_rows=1, hyperparameters={"early_stopping_patience": 1}
     ).job.hyperparameters.early_stopping_patience

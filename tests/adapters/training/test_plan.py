@@ -24,10 +24,9 @@ from adapters.errors import (
 from adapters.method import parse_config
 from adapters.methods import METHODS
 from adapters.methods.cpt import CPTConfig, with_context
-from adapters.training.examples import make_examples
 from adapters.training.job import METHOD_NAMES, TrainingJob
 from adapters.training.recipes import RECIPES
-from tests.adapters.training.jobs import LABELS, ROWS, plan, spec, tokenizer
+from tests.adapters.training.jobs import LABELS, ROWS, plan, spec, stored_and_read, tokenizer
 
 METHOD_LIST = list(METHOD_NAMES)
 EOS, NEWLINE = 2, "\n"
@@ -58,7 +57,7 @@ def test_data_and_a_method_name_are_enough(method):
     # It crosses processes as JSON, and the other side makes the same of it.
     again = TrainingJob.model_validate_json(job.model_dump_json())
     assert again == job
-    assert make_examples(again, ROWS, tokenizer()) == made.examples
+    assert stored_and_read(again, made) == made.examples
 
 
 def peft_path_of_config(job, tmp_path):
@@ -492,7 +491,7 @@ def test_rows_of_the_context_can_be_left_out_of_training():
     for row in {*range(1, 7)} - {example.row for example in made.examples.train}:
         text = f"Tweet text : {ROWS[row - 1]['text']} Label : {ROWS[row - 1]['label']}"
         assert text in tokenizer().decode(ids)
-    assert make_examples(made.job, ROWS, tokenizer()) == made.examples
+    assert stored_and_read(made.job, made) == made.examples
 
 
 def test_the_context_shows_no_row_that_is_held_out():

@@ -13,7 +13,7 @@ from tests.server.cli.runner import refusal, run_json
 from tests.server.cli.runner import run as run_graftwork
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server
-from tests.server.jobs.examples import ROWS, a_job
+from tests.server.jobs.examples import EXAMPLES, a_job
 
 
 def run(*arguments: object):
@@ -61,8 +61,8 @@ claims: dict[str, object] = {}
 @pytest.fixture
 def running(store) -> tuple[str, object]:
     """The oldest job, which runs at step 3 of 8; another waits."""
-    job_id = store.create(a_job("first"), ROWS).id
-    store.create(a_job("[second]"), ROWS)
+    job_id = store.create(a_job("first"), EXAMPLES).id
+    store.create(a_job("[second]"), EXAMPLES)
     claim = claims[job_id] = store.claim(60)
     store.add_event(claim, "step", {"step": 3, "max_steps": 8, "loss": 0.123456789})
     (store.directory(job_id) / "log.txt").write_text("one\ntwo\nthree é\n", encoding="utf-8")

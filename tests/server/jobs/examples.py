@@ -1,15 +1,22 @@
-"""A training job and rows as the store takes them."""
+"""A training job and examples as the store takes them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from adapters.training.examples import Example, Examples
 from adapters.training.job import Hyperparameters, TrainingJob
 
-ROWS: list[dict[str, Any]] = [
-    {"text": "é\u2028\n😀", "label": "a", "n": 1, "x": 0.1, "flag": True},
-    {"text": "=1+1", "label": "b", "n": -(2**62), "x": 1e-300, "flag": False},
-]
+EXAMPLES = Examples(
+    [Example((1, 50, 6), (7, 2), 0, 1, (0, 2, 3, 4, 4)), Example((8,), (9, 2), 1, 2, (2, 4, 4))],
+    [],
+    [(7, 2), (9, 2)],
+)
+
+
+def many(times: int) -> Examples:
+    """The examples again and again; their job needs `num_rows=times * 2`."""
+    return Examples(EXAMPLES.train * times, [], EXAMPLES.label_ids)
 
 
 def a_job(adapter: str = "mine", **changes: Any) -> TrainingJob:
@@ -38,7 +45,7 @@ def a_job(adapter: str = "mine", **changes: Any) -> TrainingJob:
             "hyperparameters": Hyperparameters(learning_rate=1e-2, epochs=8),
             "base_digest": "b" * 64,
             "base_name": "somebody/base",
-            "num_rows": len(ROWS),
+            "num_rows": len(EXAMPLES.train),
             "trainable_params": 8,
             **changes,
         }

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from adapters.training.job import TrainingJob, TrainingRequest
-from adapters.training.plan import make_plan
+from adapters.training.job import TrainingRequest
+from adapters.training.plan import Plan, make_plan
+from server.base.load import load_base
+from server.base.tokenizer import load_tokenizer
 from server.jobs.config import WorkerConfig
 from server.jobs.supervisor import Supervisor
-from server.jobs.task import load
 from server.store.jobs import JobRecord, JobStore
 from server.store.registry import Registry
+from server.text.tokenizer import TextTokenizer
 
 BASE_NAME = "tiny-base"
 ROWS: list[dict[str, Any]] = [
@@ -42,8 +44,8 @@ class Home:
     def add(self, *, adapter: str = "mine", steps: int = 12, **changes: Any) -> JobRecord:
         """Queue a job; `changes` are fields of the request, `job` fields of the resolved job."""
         job_changes = changes.pop("job", {})
-        job = make_job(self.config, adapter=adapter, steps=steps, **changes)
-        return self.store.create(job.model_copy(update=job_changes), ROWS)
+        made = make_plan_of(self.config, ROWS, adapter=adapter, steps=steps, **changes)
+        return self.store.create(made.job.model_copy(update=job_changes), made.examples)
 
     def state(self, record: JobRecord) -> str:
         return self.store.get(record.id).state
@@ -99,8 +101,10 @@ def supervised(home: Home, *, workers: int = 1, **options: Any) -> Iterator[Supe
         supervisor.stop()
 
 
-def make_job(worker: WorkerConfig, *, adapter: str, steps: int, **changes: Any) -> TrainingJob:
-    """A prompt-tuning job that takes its time or does not, resolved."""
+def make_plan_of(
+    worker: WorkerConfig, rows: list[dict[str, Any]], *, adapter: str, steps: int, **changes: Any
+) -> Plan:
+    """The plan of a prompt-tuning job that takes its time or does not."""
     hyperparameters = {"max_steps": steps, "batch_size": 4, **changes.pop("hyperparameters", {})}
     request = TrainingRequest.model_validate(
         {
@@ -115,15 +119,13 @@ def make_job(worker: WorkerConfig, *, adapter: str, steps: int, **changes: Any) 
         }
     )
     base, tokenizer = _loaded(worker.base)
-    return make_plan(request, ROWS, tokenizer, base, base_name=BASE_NAME).job
+    return make_plan(request, rows, tokenizer, base, base_name=BASE_NAME)
 
 
 @cache
 def _loaded(base: str) -> tuple[Any, Any]:
-    loaded, tokenizer = load(
-        WorkerConfig(data_dir="", base=base, base_name=BASE_NAME, dtype="float32")
-    )
-    return loaded.spec, tokenizer
+    loaded = load_base(base, dtype="float32")
+    return loaded.spec, TextTokenizer(load_tokenizer(loaded.tokenizer_dir))
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:

@@ -247,15 +247,14 @@ def _runs(pid: int) -> bool:
 _MEASURE = """
     import re, sys
     from pathlib import Path
-    from server.jobs.config import WorkerConfig
-    from server.jobs.task import load
+    from server.base.load import load_base
 
     def anonymous_bytes():
         rollup = Path("/proc/self/smaps_rollup").read_text()
         return 1024 * int(re.search(r"^Anonymous: +([0-9]+)", rollup, re.M).group(1))
 
     before = anonymous_bytes()
-    base, _tokenizer = load(WorkerConfig("", sys.argv[1], "base", dtype=sys.argv[2]))
+    base = load_base(sys.argv[1], dtype=sys.argv[2])
     weights = [parameter for parameter in base.model.parameters()]
     for weight in weights:
         weight.max().item()  # every page is read

@@ -12,10 +12,11 @@ import pytest
 from adapters import errors as library
 from adapters.training.loop import TrainingEvent
 from server.api import error_replies as api
+from server.base.load import load_base
 from server.config.settings import Settings
 from server.jobs import failures, publishing
 from server.jobs.config import EXIT_ORPHANED, WorkerConfig
-from server.jobs.task import EventWriter, load
+from server.jobs.task import EventWriter
 from server.jobs.worker_process import MAX_LOG_BYTES, WorkerProcess, describe_exit
 from tests.server.jobs.runs import ENDLESS, has_trained, home, supervised, wait_for
 
@@ -165,7 +166,7 @@ def test_a_worker_that_died_after_publishing_publishes_nothing_twice(at_home, if
     record = at_home.add(if_exists=if_exists)
     claim = at_home.store.claim(0.0)  # a lease that is over already
     assert claim is not None
-    spec = load(at_home.config)[0].spec
+    spec = load_base(at_home.config.base, dtype="float32").spec
     before = publishing.publish(
         at_home.registry, at_home.config, record, spec, _Copied(folder, {"loss": 1.0})
     )

@@ -21,14 +21,14 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from adapters.errors import RegistryError, StorageFull
+from adapters.errors import RegistryError, StorageFull, TrainingError
 from server import errors
 from server.store.job_states import FINISHED
 from server.store.jobs import Claim, JobStore
 from server.store.registry import Registry
 from tests.full_disk import run_on_a_small_disk
 from tests.server.jobs.clock import Clock
-from tests.server.jobs.examples import ROWS, a_job
+from tests.server.jobs.examples import EXAMPLES, a_job, many
 
 NO_JOB = "job-" + "0" * 24
 
@@ -72,7 +72,7 @@ def states_said(store: JobStore, job_id: str) -> list[str]:
 
 
 def test_what_is_created_can_be_read(store: JobStore, root: Path, clock: Clock) -> None:
-    record = store.create(a_job(), ROWS)
+    record = store.create(a_job(), EXAMPLES)
     assert record == store.get(record.id)
     assert record.job == a_job()
     assert (record.state, record.adapter, record.method) == ("queued", "mine", "ia3")
@@ -80,10 +80,10 @@ def test_what_is_created_can_be_read(store: JobStore, root: Path, clock: Clock) 
     assert (record.started_at, record.finished_at, record.progress) == (None, None, {})
     assert (record.metrics, record.error, record.adapter_version) == (None, None, None)
     assert (record.cancel_requested, record.attempts) == (False, 0)
-    assert store.rows(record.id) == ROWS
+    assert store.examples(record.id) == EXAMPLES
     directory = store.directory(record.id)
-    assert [path.name for path in directory.iterdir()] == ["rows.jsonl"]
-    assert (directory / "rows.jsonl").read_bytes().count(b"\n") == len(ROWS)
+    assert [path.name for path in directory.iterdir()] == ["examples.jsonl"]
+    assert (directory / "examples.jsonl").read_bytes().count(b"\n") == 1 + len(EXAMPLES.train)
     assert staging(root) == []
     assert [(e.id, e.kind, e.data) for e in store.events(record.id)] == [
         (1, "state", {"state": "queued"})
@@ -93,7 +93,7 @@ def test_what_is_created_can_be_read(store: JobStore, root: Path, clock: Clock) 
 def test_listing_is_newest_first_whatever_the_clock_says(store: JobStore, clock: Clock) -> None:
     ids = []
     for _ in range(3):
-        ids.append(store.create(a_job(), ROWS).id)
+        ids.append(store.create(a_job(), EXAMPLES).id)
         clock.advance(-100)
     assert [record.id for record in store.list()] == ids[::-1]
     assert [record.id for record in store.list(offset=1, limit=1)] == [ids[1]]
@@ -103,7 +103,7 @@ def test_listing_is_newest_first_whatever_the_clock_says(store: JobStore, clock:
 
 @pytest.mark.parametrize("job_id", [NO_JOB, "", "job-1", "../jobs", "job-" + "0" * 24 + "\n"])
 def test_what_is_not_there_is_said(job_id: str, store: JobStore) -> None:
-    for call in (store.get, store.rows, store.events, store.cancel, store.delete):
+    for call in (store.get, store.examples, store.events, store.cancel, store.delete):
         with pytest.raises(errors.JobNotFound):
             call(job_id)
     if job_id != NO_JOB:
@@ -113,19 +113,27 @@ def test_what_is_not_there_is_said(job_id: str, store: JobStore) -> None:
 
 def test_too_many_waiting_jobs_are_refused(root: Path) -> None:
     store = JobStore(root, max_queued=2)
-    first, _ = store.create(a_job(), ROWS), store.create(a_job(), ROWS)
+    first, _ = store.create(a_job(), EXAMPLES), store.create(a_job(), EXAMPLES)
     with pytest.raises(errors.TooManyJobs, match="2 training jobs wait"):
-        store.create(a_job(), ROWS)
+        store.create(a_job(), EXAMPLES)
     assert (store.count(), len(folders(root)), staging(root)) == (2, 2, [])
     assert claimed(store).job_id == first.id
-    store.create(a_job(), ROWS)  # a running job waits no more
+    store.create(a_job(), EXAMPLES)  # a running job waits no more
     store.close()
 
 
-def test_rows_that_are_not_json_leave_nothing(store: JobStore, root: Path) -> None:
+def test_a_request_that_is_not_json_leaves_nothing(store: JobStore, root: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        store.create(a_job(), [*ROWS, {"x": float("nan")}])
+        store.create(a_job(), EXAMPLES, {"x": float("nan")})
     assert (store.count(), folders(root), staging(root)) == (0, [], [])
+
+
+def test_a_job_of_a_version_that_stored_text_is_refused(store: JobStore) -> None:
+    job_id = store.create(a_job(), EXAMPLES).id
+    path = store.directory(job_id) / "examples.jsonl"
+    path.rename(path.with_name("rows.jsonl"))
+    with pytest.raises(TrainingError, match="delete the job and send it again"):
+        store.examples(job_id)
 
 
 def test_a_commit_that_fails_takes_the_folder_back(store: JobStore, root: Path) -> None:
@@ -136,7 +144,7 @@ def test_a_commit_that_fails_takes_the_folder_back(store: JobStore, root: Path) 
         ):
             session.connection().exec_driver_sql(statement)
     with pytest.raises(IntegrityError):
-        store.create(a_job(), ROWS)
+        store.create(a_job(), EXAMPLES)
     assert (store.count(), folders(root), staging(root)) == (0, [], [])
 
 
@@ -144,7 +152,7 @@ def test_a_commit_that_fails_takes_the_folder_back(store: JobStore, root: Path) 
 
 
 def test_the_life_of_a_job(store: JobStore, clock: Clock) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     start = clock.now
     clock.advance(5)
     claim = claimed(store)
@@ -171,7 +179,7 @@ def test_the_life_of_a_job(store: JobStore, clock: Clock) -> None:
     assert record.finished_at == datetime.fromtimestamp(start + 10, UTC)
     assert store.running() == []
     assert not (store.directory(job_id) / "state").exists()
-    assert store.rows(job_id) == ROWS
+    assert store.examples(job_id) == EXAMPLES
     events = store.events(job_id)
     assert [(event.id, event.kind) for event in events] == [
         (1, "state"),
@@ -188,7 +196,7 @@ def test_the_life_of_a_job(store: JobStore, clock: Clock) -> None:
 
 
 def test_a_failure_says_why(store: JobStore) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     error = {"code": "training_diverged", "message": "the loss is NaN"}
     store.finish(claimed(store), "failed", error=error)
     assert store.get(job_id).error == error
@@ -196,7 +204,7 @@ def test_a_failure_says_why(store: JobStore) -> None:
 
 
 def test_queued_jobs_come_first_and_the_oldest_of_them(store: JobStore, clock: Clock) -> None:
-    ids = [store.create(a_job(), ROWS).id for _ in range(3)]
+    ids = [store.create(a_job(), EXAMPLES).id for _ in range(3)]
     lost = claimed(store, lease_seconds=1)
     clock.advance(2)
     assert [claimed(store).job_id for _ in range(3)] == [ids[1], ids[2], ids[0]]
@@ -207,7 +215,7 @@ def test_queued_jobs_come_first_and_the_oldest_of_them(store: JobStore, clock: C
 def test_a_lease_that_ran_out_can_be_claimed_and_the_old_one_is_dead(
     store: JobStore, clock: Clock
 ) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     old = claimed(store, lease_seconds=10)
     clock.advance(9)
     assert store.renew(old, 10) is False
@@ -233,7 +241,7 @@ def test_a_lease_that_ran_out_can_be_claimed_and_the_old_one_is_dead(
 def test_a_late_worker_keeps_its_job_while_nobody_else_has_it(
     store: JobStore, clock: Clock
 ) -> None:
-    store.create(a_job(), ROWS)
+    store.create(a_job(), EXAMPLES)
     claim = claimed(store, lease_seconds=1)
     clock.advance(100)
     store.renew(claim, 10)
@@ -241,7 +249,7 @@ def test_a_late_worker_keeps_its_job_while_nobody_else_has_it(
 
 
 def test_a_job_that_kills_its_workers_fails(store: JobStore, clock: Clock) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     for attempt in (1, 2, 3):
         assert claimed(store).token == attempt
         clock.advance(11)
@@ -254,7 +262,7 @@ def test_a_job_that_kills_its_workers_fails(store: JobStore, clock: Clock) -> No
 
 
 def test_a_checkpoint_forgives_lost_workers(store: JobStore, clock: Clock) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     for _ in range(6):
         store.add_event(claimed(store), "checkpoint", {"step": 1})
         clock.advance(11)
@@ -268,7 +276,7 @@ def test_a_checkpoint_forgives_lost_workers(store: JobStore, clock: Clock) -> No
 
 def test_a_lost_job_that_fails_makes_way_for_the_next(root: Path, clock: Clock) -> None:
     store = JobStore(root, clock=clock, max_attempts=1)
-    ids = [store.create(a_job(), ROWS).id for _ in range(2)]
+    ids = [store.create(a_job(), EXAMPLES).id for _ in range(2)]
     claims = [claimed(store), claimed(store)]
     clock.advance(11)
     store.renew(claims[1], 1)
@@ -281,7 +289,7 @@ def test_a_lost_job_that_fails_makes_way_for_the_next(root: Path, clock: Clock) 
 
 
 def test_handing_back_is_no_attempt(store: JobStore) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     for token in range(1, 6):
         claim = claimed(store)
         assert claim.token == token
@@ -296,7 +304,7 @@ def test_handing_back_is_no_attempt(store: JobStore) -> None:
 
 @pytest.mark.parametrize("state", ["queued", "running"])
 def test_a_job_is_finished_with_a_finished_state(state: Any, store: JobStore) -> None:
-    store.create(a_job(), ROWS)
+    store.create(a_job(), EXAMPLES)
     claim = claimed(store)
     with pytest.raises(ValueError, match=r"cancelled.*failed.*succeeded"):
         store.finish(claim, state)
@@ -307,7 +315,7 @@ def test_a_job_is_finished_with_a_finished_state(state: Any, store: JobStore) ->
 
 
 def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     record = store.cancel(job_id)
     assert record == store.get(job_id)
     assert (record.state, record.cancel_requested) == ("cancelled", True)
@@ -317,7 +325,7 @@ def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
 
 
 def test_a_running_job_is_asked_to_end(store: JobStore) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     claim = claimed(store)
     assert store.cancel(job_id).state == "running"
     assert store.renew(claim, 10) is True
@@ -328,7 +336,7 @@ def test_a_running_job_is_asked_to_end(store: JobStore) -> None:
 
 @pytest.mark.parametrize("way", ["lost", "released"])
 def test_a_cancel_outlives_the_worker(way: str, store: JobStore, clock: Clock) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     claim = claimed(store)
     store.cancel(job_id)
     if way == "lost":
@@ -342,7 +350,7 @@ def test_a_cancel_outlives_the_worker(way: str, store: JobStore, clock: Clock) -
 
 @pytest.mark.parametrize("state", sorted(FINISHED))
 def test_a_finished_job_never_changes_again(state: Any, store: JobStore, clock: Clock) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     claim = claimed(store)
     store.finish(claim, state)
     before = (store.get(job_id), store.events(job_id))
@@ -361,7 +369,7 @@ def test_a_finished_job_never_changes_again(state: Any, store: JobStore, clock: 
 
 
 def test_only_a_finished_job_is_deleted(store: JobStore, root: Path) -> None:
-    job_id, other = store.create(a_job(), ROWS).id, store.create(a_job(), ROWS).id
+    job_id, other = store.create(a_job(), EXAMPLES).id, store.create(a_job(), EXAMPLES).id
     with pytest.raises(errors.JobActive, match="queued"):
         store.delete(job_id)
     claim = claimed(store)
@@ -384,7 +392,7 @@ def test_only_a_finished_job_is_deleted(store: JobStore, root: Path) -> None:
 
 
 def test_several_events_in_one_transaction(store: JobStore) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     claim = claimed(store)
     added = [("step", {"step": 1}), ("evaluation", {"loss": 0.5}), ("step", {"step": 2})]
     assert store.add_events(claim, added) == 5
@@ -397,7 +405,7 @@ def test_several_events_in_one_transaction(store: JobStore) -> None:
     "data", [{"loss": float("nan")}, {"loss": float("inf")}, {"x": {1}}, {"x": "\ud800"}]
 )
 def test_events_are_json_that_a_client_can_read(data: dict[str, Any], store: JobStore) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     claim = claimed(store)
     with pytest.raises(ValueError, match=r"JSON|surrogates"):
         store.add_events(claim, [("step", {"step": 1}), ("step", data)])
@@ -408,14 +416,14 @@ def test_events_are_json_that_a_client_can_read(data: dict[str, Any], store: Job
 
 
 def test_a_worker_does_not_write_events_of_the_store(store: JobStore) -> None:
-    store.create(a_job(), ROWS)
+    store.create(a_job(), EXAMPLES)
     with pytest.raises(ValueError, match="state"):
         store.add_event(claimed(store), "state", {"state": "succeeded"})
 
 
 def test_steps_are_thinned_and_bounded(root: Path, clock: Clock) -> None:
     store = JobStore(root, clock=clock, max_events=100)
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     claim = claimed(store)
     for first in range(0, 200_000, 10_000):
         newest = store.add_events(
@@ -437,7 +445,7 @@ def test_steps_are_thinned_and_bounded(root: Path, clock: Clock) -> None:
 
 def test_what_is_not_a_step_is_not_thinned(root: Path) -> None:
     store = JobStore(root, max_events=100)
-    store.create(a_job(), ROWS)
+    store.create(a_job(), EXAMPLES)
     claim = claimed(store)
     store.add_events(claim, [("step", {})] * 1000)
     newest = store.add_event(claim, "evaluation", {"n": 0})
@@ -450,7 +458,7 @@ def test_what_is_not_a_step_is_not_thinned(root: Path) -> None:
 
 def test_everything_survives_a_restart(root: Path, clock: Clock) -> None:
     first = JobStore(root, clock=clock)
-    ids = [first.create(a_job(f"a{n}"), ROWS).id for n in range(3)]
+    ids = [first.create(a_job(f"a{n}"), EXAMPLES).id for n in range(3)]
     claim = claimed(first)
     first.add_event(claim, "step", {"step": 1})
     seen = (first.list(), [first.events(job_id) for job_id in ids], first.running())
@@ -459,13 +467,13 @@ def test_everything_survives_a_restart(root: Path, clock: Clock) -> None:
     report = second.sweep()
     assert (report.orphans, report.states, report.staging_removed) == ((), (), 0)
     assert (second.list(), [second.events(job_id) for job_id in ids], second.running()) == seen
-    assert second.rows(ids[2]) == ROWS
+    assert second.rows(ids[2]) == EXAMPLES
     second.renew(claim, 10)  # the server is new, the worker may be the old one
     second.close()
 
 
 def test_the_registry_and_the_store_share_a_directory(store: JobStore, root: Path) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     registry = Registry(root)
     registry.sweep()
     assert store.sweep().orphans == ()
@@ -475,7 +483,7 @@ def test_the_registry_and_the_store_share_a_directory(store: JobStore, root: Pat
 
 
 def test_a_sweep_removes_what_a_crash_left(store: JobStore, root: Path) -> None:
-    finished, waiting = (store.create(a_job(), ROWS).id for _ in range(2))
+    finished, waiting = (store.create(a_job(), EXAMPLES).id for _ in range(2))
     claim = claimed(store)
     store.finish(claim, "failed")
     for job_id in (finished, waiting):
@@ -488,7 +496,7 @@ def test_a_sweep_removes_what_a_crash_left(store: JobStore, root: Path) -> None:
     assert (report.orphans, report.states, report.staging_removed) == ((orphan,), (finished,), 1)
     assert folders(root) == sorted([finished, waiting, "notes"])
     assert (store.directory(waiting) / "state").exists()
-    assert store.rows(finished) == ROWS
+    assert store.examples(finished) == EXAMPLES
 
 
 def test_sweeping_never_takes_a_job_that_is_being_created(store: JobStore, root: Path) -> None:
@@ -500,11 +508,11 @@ def test_sweeping_never_takes_a_job_that_is_being_created(store: JobStore, root:
 
     with ThreadPoolExecutor(5) as pool:
         sweeping = pool.submit(sweep)
-        ids = list(pool.map(lambda _: store.create(a_job(), ROWS).id, range(20)))
+        ids = list(pool.map(lambda _: store.create(a_job(), EXAMPLES).id, range(20)))
         done.set()
         sweeping.result()
     assert folders(root) == sorted(ids)
-    assert all(store.rows(job_id) == ROWS for job_id in ids)
+    assert all(store.examples(job_id) == EXAMPLES for job_id in ids)
 
 
 def _claim_all(root: Path, start: Any, out: Any) -> None:
@@ -522,7 +530,7 @@ def _claim_all(root: Path, start: Any, out: Any) -> None:
 
 def test_two_processes_claim_each_job_once(root: Path) -> None:
     store = JobStore(root)
-    ids = [store.create(a_job(), ROWS).id for _ in range(30)]
+    ids = [store.create(a_job(), EXAMPLES).id for _ in range(30)]
     context = multiprocessing.get_context("spawn")
     start, out = context.Barrier(2), context.Queue()
     workers = [context.Process(target=_claim_all, args=(root, start, out)) for _ in range(2)]
@@ -542,11 +550,11 @@ _CREATOR = """
     import sys
     from pathlib import Path
     from server.store.jobs import JobStore
-    from tests.server.jobs.examples import ROWS, a_job
+    from tests.server.jobs.examples import EXAMPLES, a_job, many
     store = JobStore(Path(sys.argv[1]), max_queued=10**6)
     print("ready", flush=True)
     while True:
-        job_id = store.create(a_job(), ROWS * 50).id
+        job_id = store.create(a_job(num_rows=100), many(50)).id
         store.cancel(job_id)
         if job_id.endswith("0"):
             store.delete(job_id)
@@ -569,7 +577,7 @@ def test_a_kill_at_any_moment_leaves_nothing_half_done(root: Path) -> None:
     assert folders(root) == sorted(record.id for record in records)
     assert staging(root) == []
     for record in records:
-        assert len(store.rows(record.id)) == 50 * len(ROWS)
+        assert store.examples(record.id) == many(50)
         said = states_said(store, record.id)
         assert said == ["queued", "cancelled"][: len(said)]
         assert said[-1] == record.state
@@ -592,10 +600,10 @@ _ON_A_FULL_DISK = """
     from pathlib import Path
     from adapters.errors import StorageFull
     from server.store.jobs import JobStore
-    from tests.server.jobs.examples import ROWS, a_job
+    from tests.server.jobs.examples import EXAMPLES, a_job, many
     disk = Path(sys.argv[1])
     store = JobStore(disk / "data", max_queued=1000)
-    first = store.create(a_job(), ROWS).id
+    first = store.create(a_job(), EXAMPLES).id
     claim = store.claim(600)
     outcomes = set()
     def attempt(call):
@@ -613,7 +621,7 @@ _ON_A_FULL_DISK = """
             except OSError:
                 pass
             file.truncate(max(file.tell() - free_kib * 1024, 0))
-        attempt(lambda: store.create(a_job(), ROWS * 100))
+        attempt(lambda: store.create(a_job(num_rows=200), many(100)))
         attempt(lambda: store.add_event(claim, "step", {"step": free_kib, "x": "y" * 5000}))
         filler.unlink()
         folders = {path.name for path in (disk / "data" / "jobs").iterdir()}
@@ -637,14 +645,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_full_database_is_storage_full_and_changes_nothing(store: JobStore, root: Path) -> None:
-    job_id = store.create(a_job(), ROWS).id
+    job_id = store.create(a_job(), EXAMPLES).id
     claim = claimed(store)
     with store._database.read() as session:
         session.connection().exec_driver_sql("PRAGMA max_page_count = 1")
     with pytest.raises(StorageFull):
         store.add_events(claim, [("evaluation", {"x": "y" * 1000})] * 100)
     with pytest.raises(StorageFull):
-        store.create(a_job(description="y" * 10_000), ROWS)
+        store.create(a_job(description="y" * 10_000), EXAMPLES)
     assert folders(root) == sorted(record.id for record in store.list())
     assert len(store.events(job_id)) == 2
-    assert json.loads((store.directory(job_id) / "rows.jsonl").read_bytes().splitlines()[0])
+    assert json.loads((store.directory(job_id) / "examples.jsonl").read_bytes().splitlines()[0])

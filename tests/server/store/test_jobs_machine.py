@@ -24,7 +24,7 @@ from server.errors import JobActive, JobNotFound, LeaseLost, TooManyJobs
 from server.store.job_states import FINISHED, TRANSITIONS, State
 from server.store.jobs import Claim, JobEvent, JobRecord, JobStore
 from tests.server.jobs.clock import Clock
-from tests.server.jobs.examples import ROWS, a_job
+from tests.server.jobs.examples import EXAMPLES, a_job
 
 LEASE_SECONDS = 10.0
 MAX_QUEUED = 2
@@ -63,9 +63,9 @@ class StoreMachine(RuleBasedStateMachine):
     def create(self):
         if len(self.in_state("queued")) >= MAX_QUEUED:  # more where some were handed back
             with pytest.raises(TooManyJobs):
-                self.store.create(a_job(), ROWS)
+                self.store.create(a_job(), EXAMPLES)
             return multiple()
-        job_id = self.store.create(a_job(), ROWS).id
+        job_id = self.store.create(a_job(), EXAMPLES).id
         assert job_id not in self.alive
         self.alive[job_id] = None
         return job_id

@@ -16,6 +16,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
 
 from adapters import errors
+from adapters.metadata import AdapterMetadata
 from server.store.database import Database
 from server.store.migrations import configuration
 from server.store.registry import Registry
@@ -118,7 +119,9 @@ def test_a_database_of_schema_1_keeps_everything(root: Path, tmp_path: Path) -> 
     assert first.created_at.isoformat() == "2026-11-20T10:11:12.131415+00:00"
     assert (first.recipe, first.job_id, first.metrics) == (None, None, None)
     assert first.tokenization == "boundary"
-    published = registry.publish("gone", soft_prompt(tmp_path / "new"), BASE, job_id="job-1")
+    published = registry.publish(
+        "gone", soft_prompt(tmp_path / "new"), BASE, AdapterMetadata(job_id="job-1")
+    )
     assert published.record.version == 8  # numbers are not used again, migrated or not
     records = (first, third)
     registry.close()
@@ -136,7 +139,9 @@ def test_code_from_before_migrations_refuses_what_it_cannot_read(root: Path) -> 
 def test_versions_from_before_sources_say_whether_they_were_trained(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     for number, job in enumerate((None, "job-1"), 1):
-        registry.publish("a", soft_prompt(tmp_path / str(number), seed=number), BASE, job_id=job)
+        registry.publish(
+            "a", soft_prompt(tmp_path / str(number), seed=number), BASE, AdapterMetadata(job_id=job)
+        )
     registry.close()
     columns = (
         "ALTER TABLE versions DROP COLUMN source; ALTER TABLE versions DROP COLUMN source_path;"

@@ -27,6 +27,7 @@ from adapters.checkpoint.folder import (
     digest_of,
     load_serving_form,
 )
+from adapters.metadata import AdapterMetadata
 from server.store.database import Database, is_full
 from server.store.registry import Registry
 from server.store.tables import AdapterRow
@@ -76,16 +77,18 @@ def test_what_is_published_can_be_resolved(registry: Registry, root: Path, one: 
         "mine",
         one,
         BASE,
-        description="é😀",
-        template="Text : {t} Label :",
-        labels=["a", "b"],
-        target_separator="",
-        append_eos=True,
-        base_digest=BASE.digest,
-        recipe={"learning_rate": 0.1, "é😀": [1, None, (2, 3)]},
-        job_id="job-1",
-        metrics={"accuracy": 1 / 3},
-        tokenization="as_written",
+        AdapterMetadata(
+            description="é😀",
+            template="Text : {t} Label :",
+            labels=("a", "b"),
+            target_separator="",
+            append_eos=True,
+            base_digest=BASE.digest,
+            recipe={"learning_rate": 0.1, "é😀": [1, None, (2, 3)]},
+            job_id="job-1",
+            metrics={"accuracy": 1 / 3},
+            tokenization="as_written",
+        ),
         base_names=("somebody/base",),
     )
     record = published.record
@@ -136,13 +139,13 @@ def test_the_given_folder_stays_unless_it_is_staged(
 
 
 def test_the_same_again_is_the_same_version(registry: Registry, one: Path, two: Path) -> None:
-    words = {"template": "{a}", "labels": ("x",)}
-    assert registry.publish("a", one, BASE, **words).created
-    again = registry.publish("a", one, BASE, **words)
+    words = AdapterMetadata(template="{a}", labels=("x",))
+    assert registry.publish("a", one, BASE, words).created
+    again = registry.publish("a", one, BASE, words)
     assert (again.created, again.record.version) == (False, 1)
-    new_bytes = registry.publish("a", two, BASE, **words)
+    new_bytes = registry.publish("a", two, BASE, words)
     assert (new_bytes.created, new_bytes.record.version) == (True, 2)
-    back = registry.publish("a", one, BASE, **words)  # what was sent last is what is served
+    back = registry.publish("a", one, BASE, words)  # what was sent last is what is served
     assert (back.created, back.record.version) == (True, 3)
     assert back.record.digest == again.record.digest
 
@@ -166,23 +169,27 @@ def test_other_words_are_a_new_version_of_one_digest(
     change: dict, registry: Registry, root: Path, one: Path
 ) -> None:
     first = registry.publish("a", one, BASE).record
-    second = registry.publish("a", one, BASE, **change)
+    second = registry.publish("a", one, BASE, AdapterMetadata(**change))
     assert (second.created, second.record.version) == (True, 2)
     assert second.record.digest == first.digest
     assert _blobs(root) == {first.digest}
-    assert not registry.publish("a", one, BASE, **change).created
+    assert not registry.publish("a", one, BASE, AdapterMetadata(**change)).created
 
 
 def test_where_a_version_came_from_is_kept_and_makes_it_no_other(
     registry: Registry, one: Path, two: Path
 ) -> None:
     assert registry.publish("a", one, BASE).record.source == "uploaded"
-    trained = registry.publish("a", two, BASE, job_id="job-1").record
+    trained = registry.publish(
+        "a", two, BASE, AdapterMetadata(job_id="job-1", source="trained")
+    ).record
     assert (trained.source, trained.source_path) == ("trained", None)
-    said = registry.publish("a", one, BASE, source="watched", source_path=one, warnings=["w"])
+    said = registry.publish(
+        "a", one, BASE, AdapterMetadata(source="watched", source_path=str(one)), warnings=["w"]
+    )
     assert (said.record.source, said.record.source_path) == ("watched", str(one))
     assert said.record.warnings[0] == "w"
-    again = registry.publish("a", one, BASE, source="loaded")
+    again = registry.publish("a", one, BASE, AdapterMetadata(source="loaded"))
     assert (again.created, again.record) == (False, said.record)
 
 
@@ -231,9 +238,9 @@ def test_another_bases_name_is_a_warning_its_digest_a_refusal(
     assert "somebody/base" in record.warnings[0]
     assert "this/base" in record.warnings[0]
     with pytest.raises(errors.BaseMismatch) as caught:
-        registry.publish("b", one, BASE, base_digest=OTHER_BASE.digest)
+        registry.publish("b", one, BASE, AdapterMetadata(base_digest=OTHER_BASE.digest))
     assert (caught.value.expected, caught.value.came) == (BASE.digest, OTHER_BASE.digest)
-    ours = registry.publish("c", one, BASE, base_digest=BASE.digest).record
+    ours = registry.publish("c", one, BASE, AdapterMetadata(base_digest=BASE.digest)).record
     ours.require_base(BASE)
     record.require_base(OTHER_BASE)
     with pytest.raises(errors.BaseMismatch):
@@ -249,7 +256,7 @@ def test_text_that_no_file_can_hold_is_refused(registry: Registry, one: Path) ->
     ]
     for said in words:
         with pytest.raises(errors.ConfigInvalid, match="surrogate"):
-            registry.publish("a", one, BASE, **said)
+            registry.publish("a", one, BASE, AdapterMetadata(**said))
 
 
 def test_words_that_are_not_json_are_refused(registry: Registry, one: Path) -> None:
@@ -258,10 +265,10 @@ def test_words_that_are_not_json_are_refused(registry: Registry, one: Path) -> N
         deep = [deep]
     for value in (float("nan"), {1, 2}, deep):
         with pytest.raises(errors.ConfigInvalid, match="metrics") as caught:
-            registry.publish("a", one, BASE, metrics={"a": value})
+            registry.publish("a", one, BASE, AdapterMetadata(metrics={"a": value}))
         assert caught.value.field == "metrics"
     with pytest.raises(errors.ConfigInvalid, match=r"boundary, as_written, came 'x'"):
-        registry.publish("a", one, BASE, tokenization="x")
+        registry.publish("a", one, BASE, AdapterMetadata(tokenization="x"))
     assert registry.count() == 0
 
 
@@ -331,7 +338,7 @@ def test_the_newest_is_the_default_unless_rolled_back(
     assert [record.is_default for record in registry.versions("a")] == [True, False]
     assert not registry.publish("a", two, BASE).created  # nothing new: the rollback holds
     assert registry.resolve("a").version == 1
-    registry.publish("a", one, BASE, description="new")
+    registry.publish("a", one, BASE, AdapterMetadata(description="new"))
     assert registry.resolve("a").version == 3
 
 
@@ -405,7 +412,7 @@ def test_a_version_number_is_never_used_again(registry: Registry, one: Path, two
 
 def test_everything_survives_a_restart(root: Path, one: Path, two: Path) -> None:
     first = Registry(root)
-    first.publish("a", one, BASE, labels=["x"], template="{t}")
+    first.publish("a", one, BASE, AdapterMetadata(labels=("x",), template="{t}"))
     first.publish("a", two, BASE)
     first.set_alias("a", "prod", 1)
     first.rollback("a", 1)

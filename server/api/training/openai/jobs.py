@@ -160,7 +160,7 @@ def _create(services: Services, asked: Asked) -> JobRecord:
     data = read_data(services.need_files(), asked, tokenizer, limits)
     with data.told_by_place():
         plan = _plan(services, asked, name, data)
-    return services.need_jobs().create(plan.job, data.rows, tuning_of(asked))
+    return services.need_jobs().create(plan.job, plan.examples, tuning_of(asked))
 
 
 def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan:

@@ -11,6 +11,7 @@ import zipfile
 
 import pytest
 
+from adapters.metadata import AdapterMetadata
 from server.app import create_app
 from server.engine.request import SamplingParams
 from server.generation.generator import Options
@@ -283,7 +284,7 @@ def test_an_adapter_trained_on_another_base_is_refused_by_name(server, tmp_path)
     other = dataclasses.replace(services.client.base, digest="e" * 64)
     folder = save_prefix_adapter(tmp_path / "o", seed=32)
     (folder / "README.md").unlink()
-    services.registry.publish("foreign", folder, other, base_digest=other.digest)
+    services.registry.publish("foreign", folder, other, AdapterMetadata(base_digest=other.digest))
     body = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
     for path in ("/generate", "/generate_stream"):
         reply = server.post(f"{path}?adapter=foreign", json=body)

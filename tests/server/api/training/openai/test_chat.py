@@ -5,7 +5,6 @@ from __future__ import annotations
 import openai
 import pytest
 
-from adapters.training.examples import make_examples
 from tests.server.api.training.openai.conftest import WORDS, ended, openai_of, upload
 
 ANSWERS = ["I am sorry", "thank you"]
@@ -52,8 +51,7 @@ def trained(client):
 def examples_of(tuning_server, job_id):
     """What the worker trained on."""
     services = tuning_server.app_services()
-    job, rows = services.jobs.get(job_id).job, services.jobs.rows(job_id)
-    return make_examples(job, rows, services.need_generator().tokenizer).train
+    return services.jobs.examples(job_id).train
 
 
 def test_training_and_chat_have_the_same_tokens(client, tuning_server, trained):
