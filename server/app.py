@@ -1,7 +1,7 @@
-"""The composition root: settings in, an ASGI app out.
+"""The composition root: builds the ASGI app from settings.
 
-The app answers `/livez` at once and everything else once the engine is up. Nothing here decides
-anything about a request.
+The app answers `/livez` at once and everything else once the engine is up. Makes no decision about any
+request.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
 log = structlog.get_logger(__name__)
 
-# Often enough for a disk that fills up, seldom enough to cost nothing.
+# Often enough to free a filling disk, seldom enough to cost nothing.
 COLLECT_SECONDS = 60.0
 
 Hook = Callable[[Services], Awaitable[None]]
-# These count their bodies themselves.
+# Routes that limit their bodies themselves.
 UPLOAD_PATHS = frozenset({"/adapters", "/train", "/v1/files"})
 
 
@@ -73,14 +73,14 @@ def create_app(
     on_failure: Hook = _nothing,
     collect_seconds: float = COLLECT_SECONDS,
 ) -> FastAPI:
-    """Put a server together.
+    """Build a server.
 
     Args:
-        settings: what it is started with.
-        client: an engine of these settings, launched already; None makes one.
-        on_ready: awaited once the engine is up and requests are taken.
+        settings: its settings.
+        client: a launched engine with these settings; None makes one.
+        on_ready: awaited once the engine is up and requests are accepted.
         on_failure: awaited when the engine did not start; `Services.failure` has the reason.
-        collect_seconds: how often what was deleted is taken off the disk.
+        collect_seconds: interval between removals of deleted adapters from the disk.
     """
 
     @asynccontextmanager
@@ -106,11 +106,11 @@ def create_app(
         title="Graftwork",
         summary="Many PEFT adapters on one frozen base model",
         lifespan=lifespan,
-        # FastAPI's own pages load scripts from other hosts; ours is `docs_page`.
+        # FastAPI's own pages load scripts from other hosts; `docs_page` does not.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # FastAPI's own would make a second span a request, and log bodies that do not fit a schema.
+        # FastAPI's own would add a second span per request, and log bodies that do not fit a schema.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     for module in (
@@ -157,7 +157,7 @@ def create_app(
 
 
 def open_services(settings: Settings, client: EngineClient | None = None) -> Services:
-    """The registry and the jobs, swept; an engine and a supervisor that are not started yet."""
+    """Open and sweep the stores; make an engine and a supervisor, not started yet."""
     base_id = base_name(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     registry = Registry(
@@ -197,7 +197,7 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
 
 
 async def start_engine(services: Services) -> Generator:
-    """Start the engine and make the generator; `Services.generator` is left to the caller.
+    """Start the engine and return its generator; the caller sets `Services.generator`.
 
     Raises:
         BaseUnsupported, EngineUnavailable: it cannot be started, with the reason.
@@ -219,7 +219,7 @@ async def start_engine(services: Services) -> Generator:
 
 
 async def _read_beside(starting: Awaitable[None], settings: Settings) -> TextTokenizer:
-    """Await the engine's start; the tokenizer, read meanwhile if its files are here already."""
+    """Await the engine's start and return the tokenizer, read meanwhile if its files are local."""
     read = functools.partial(
         anyio.to_thread.run_sync, load_text_tokenizer, settings, abandon_on_cancel=True
     )
@@ -236,7 +236,7 @@ async def _read_beside(starting: Awaitable[None], settings: Settings) -> TextTok
 
 
 async def close_services(services: Services) -> None:
-    """Let training jobs write a checkpoint, stop the engine, close the registry."""
+    """Let training jobs write a checkpoint, stop the engine, close the stores."""
     services.generator = None
     gc.unfreeze()
     if services.supervisor is not None:
@@ -257,17 +257,17 @@ async def close_services(services: Services) -> None:
 
 
 async def collect_garbage(services: Services) -> tuple[str, ...]:
-    """Take adapters off the disk that were deleted and that no request needs any more.
+    """Remove deleted adapters from the disk once no request needs them.
 
-    What the engine holds of them goes as well, and what is counted by their names.
+    Also drops what the engine caches of them, and counters by their names.
 
     Returns:
-        Their digests; what is still in use is left for the next time.
+        Their digests; adapters still in use are left for the next call.
     """
     if services.generator is None:
         return ()
     registry = services.registry
-    # In this order: a version that is deleted in between is not among the unused ones yet.
+    # In this order: a version deleted in between is not among the unused ones yet.
     unused = await anyio.to_thread.run_sync(registry.unused_digests)
     in_use = await services.generator.digests_in_use()
     removed = await anyio.to_thread.run_sync(
@@ -291,14 +291,14 @@ def base_name(settings: Settings) -> str:
 
 
 def load_text_tokenizer(settings: Settings) -> TextTokenizer:
-    """The base's tokenizer, once the base itself is on this machine."""
+    """The base's tokenizer; the base's files must be on this machine."""
     from server.base.tokenizer import load_tokenizer
 
     directory = Path(settings.base)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
 
-        # The engine has just loaded the base: its files are there.
+        # The engine has just loaded the base: its files are local.
         directory = Path(
             snapshot_download(settings.base, revision=settings.revision, local_files_only=True)
         )
@@ -324,17 +324,17 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
     try:
         await watch.look()
         generator = await start_engine(services)
-        # What lay in the watched directory meanwhile is served from the first request on.
+        # Folders added to the watched directory meanwhile are served from the first request on.
         await watch.sync()
         services.generator = generator
-        # All that is here stays: looked through again and again, it made everybody wait for a
-        # second where a body had a hundred thousand lists in it.
+        # These objects live as long as the process: scanned in every collection, they blocked all
+        # requests for a second when a body had a hundred thousand lists.
         gc.collect()
         gc.freeze()
-        # What reading the tokenizer took; the allocator would keep it.
+        # Memory from reading the tokenizer; the allocator would retain it.
         await anyio.to_thread.run_sync(give_back_free_memory)
         if services.supervisor is not None:
-            # Not before: two processes that load the base at once make both wait.
+            # Not before: two processes that load the base at once slow each other down.
             services.supervisor.start()
         await on_ready(services)
     except Exception as error:
@@ -345,10 +345,10 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
     log.info("ready", base=services.base_id, digest=services.client.base.digest)
     if services.keys is not None and services.keys.is_empty():
         log.warning(
-            "no_keys", hint="every request is refused; make a key with graftwork keys create"
+            "no_keys", hint="every request is refused; create a key with graftwork keys create"
         )
     elif services.keys is None and not services.settings.is_local:
-        log.warning("open_to_all", host=services.settings.host, hint="no keys are asked for")
+        log.warning("open_to_all", host=services.settings.host, hint="no keys are required")
 
 
 async def _collect_for_ever(services: Services, seconds: float) -> None:
@@ -361,5 +361,5 @@ async def _collect_for_ever(services: Services, seconds: float) -> None:
             continue
         if removed:
             log.info("adapters_removed", digests=removed)
-        # What a burst of requests took; the allocator would keep it.
+        # Memory of a burst of requests; the allocator would retain it.
         await anyio.to_thread.run_sync(give_back_free_memory)

@@ -33,13 +33,13 @@ class AdapterEntry:
     """One adapter that the engine has heard of.
 
     Attributes:
-        residency: where it is; set by `AdapterSlots.move`, so that who wants to know is told.
+        residency: where it is; set by `AdapterSlots.move`, which records the change.
         needs_fold: True while its host form is a soft prompt that was not folded yet.
         block_ids: the shared KV segment, while FOLDING or DEVICE.
         scale_slot: its row in the scale tables, from 1; row 0 is all ones.
         on_host: its host form is in memory.
         pins: running sequences that use it.
-        leaves: it gives its slot back when the last of them ends, unless it is asked for again.
+        leaves: it gives its slot back when the last of them ends, unless it is requested again.
         last_used: a counter, higher is later.
         num_loads: times its host form was read.
         num_evictions: times it had to leave the device for another.
@@ -95,7 +95,7 @@ class AdapterSlots:
         self._moved[entry.ref.digest] = None
 
     def take_moved(self) -> list[AdapterEntry]:
-        """Who moved since this was last asked, each once; in a step most often nobody."""
+        """Adapters that moved since the last call, each once; usually none."""
         moved = [self.entries[digest] for digest in self._moved if digest in self.entries]
         self._moved.clear()
         return moved

@@ -1,4 +1,4 @@
-"""Block accounting: which KV blocks are free, held, or kept for what they contain.
+"""Block accounting: which KV blocks are free, held, or cached for their contents.
 
 Block ids are indices into the tensors of `kv_cache`; this file only counts. An owner holds a list of
 ids; its tokens fill them in order, the last one perhaps in part:
@@ -22,13 +22,13 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 
 class BlockPool:
-    """A fixed number of blocks, each free, held by one or more owners, or idle: kept without holder.
+    """A fixed number of blocks, each free, held by one or more owners, or idle: cached without a holder.
 
     Args:
         num_blocks: how many.
 
     Attributes:
-        on_reuse: told the id of an idle block whose contents are about to be lost.
+        on_reuse: called with the id of an idle block whose contents are about to be lost.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -42,17 +42,17 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, the idle ones included."""
+        """Number of blocks without a holder, idle ones included."""
         return len(self._free) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody holds."""
+        """Number of held blocks."""
         return self.num_blocks - self.num_free
 
     @property
     def num_idle(self) -> int:
-        """Blocks that nobody holds and whose contents are kept."""
+        """Number of idle blocks: cached without a holder."""
         return len(self._idle)
 
     def allocate(self, count: int) -> list[int] | None:
@@ -80,7 +80,7 @@ class BlockPool:
     def free(self, block_ids: list[int]) -> None:
         """Let go. The caller must hold them; `check_integrity` of the scheduler proves it.
 
-        Of kept blocks the last one becomes idle first: a beginning is no use without what precedes it.
+        Of cached blocks the last one becomes idle first: a block is useless without those before it.
         """
         for block_id in reversed(block_ids):
             self._holders[block_id] -= 1

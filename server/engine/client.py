@@ -81,7 +81,7 @@ class RequestStream:
         self._client = client
         self.heard_at = 0.0
         self._events: deque[tuple[TokenEvent | FailedEvent, float]] = deque()
-        # Done when there is an event again; None while nobody waits for one.
+        # Done when an event arrives; None while nothing waits for one.
         self._arrived: asyncio.Future[None] | None = None
         self._ended = False
 
@@ -193,7 +193,7 @@ class EngineClient:
         Args:
             seconds: what it is given to end by itself; None leaves it time for a long step.
         """
-        # Before the process is told: its end would look like a crash to who waits.
+        # Before the process is stopped: its end would look like a crash to waiting callers.
         self._fail_all("aborted", "the server is stopping")
         self._has_served = False
         tasks = [task for task in (self._watching, self._restarting) if task is not None]
@@ -253,7 +253,7 @@ class EngineClient:
         return stream
 
     def release(self, request_id: str) -> None:
-        """Forget a request, and tell the engine to drop it if it has not ended."""
+        """Forget a request, and make the engine drop it if it has not ended."""
         if self._forget(request_id) is not None:
             self._send(Abort(request_id))
 
@@ -283,7 +283,7 @@ class EngineClient:
         self._send(Unload(digest))
 
     def drop(self, digest: str) -> None:
-        """Let go of all that is held of an adapter whose stored bytes are gone."""
+        """Release everything cached of an adapter whose stored bytes were removed."""
         self._send(Drop(digest))
 
     def residency(self, digest: str) -> Literal["disk", "host", "device"]:
@@ -309,7 +309,7 @@ class EngineClient:
                 self._deliver(event)
 
     def _moved(self, event: ResidencyEvent) -> None:
-        # What is on disk only is not kept here: of those there is no end.
+        # Adapters that are on disk only are not listed here: their number is unbounded.
         if event.residency == "disk":
             self._residency.pop(event.digest, None)
         else:
@@ -337,7 +337,7 @@ class EngineClient:
         self._served_since = self._heard_at = time.monotonic()
         engine.serve(
             asyncio.get_running_loop(),
-            # What the process before said late is said of requests that ended with it.
+            # Late events of the previous process belong to requests that ended with it.
             lambda events: self._dispatch(events) if engine is self._engine else None,
             lambda: self._ended(engine),
         )
@@ -346,7 +346,7 @@ class EngineClient:
         """End a process that says nothing any more; `_ended` sees to the rest."""
         while True:
             await asyncio.sleep(self._tick_seconds)
-            # Ticks and no clock: while this process itself was stopped, nobody could be heard.
+            # Ticks, not a clock: while this process itself was stopped, no event could arrive.
             self._silent_ticks += 1
             silent = self._silent_ticks * self._tick_seconds
             engine = self._engine
@@ -354,7 +354,9 @@ class EngineClient:
                 continue
             log.error("engine_silent", seconds=silent, pid=self.pid)
             self.hung = True
-            self._fail_all("engine_error", f"the engine has said nothing for {silent:.0f} seconds")
+            self._fail_all(
+                "engine_error", f"the engine has reported nothing for {silent:.0f} seconds"
+            )
             engine.kill()
             await asyncio.to_thread(engine.process.join, _STOP_SECONDS)
             if engine.process.is_alive():  # it hangs in the kernel, as in a driver

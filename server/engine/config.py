@@ -22,7 +22,7 @@ class EngineConfig:
         dtype: "bfloat16", "float32", "float16", or None to choose by the hardware.
         device: "cpu", "cuda", "cuda:1", ...
         threads: intra-op threads, None for torch's own choice.
-        folds_dir: where folded soft prompts are kept across restarts; None keeps them in memory only.
+        folds_dir: where folded soft prompts are stored across restarts; None stores them in memory only.
         max_running: sequences that decode together at most.
         max_queued: requests that may wait before new ones are refused.
         max_queued_per_adapter: requests for one adapter, or for the base, that may run or wait; None

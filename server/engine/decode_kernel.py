@@ -281,7 +281,7 @@ def _run(table: Any, like: Any) -> None:
 
 @cache
 def _entry(dtype: torch.dtype, version: int = VERSION) -> Kernel:
-    """What is called, compiled when first asked for; `version` see `vector_loops`."""
+    """The compiled function, compiled at first use; `version` as in `vector_loops`."""
     if dtype == torch.bfloat16:
 
         @cfunc(types.void(types.voidptr), cache=True)

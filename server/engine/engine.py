@@ -51,7 +51,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 _LOAD_WAIT_SECONDS = 0.05
-# What a step waits for masks; an output whose mask comes later draws its token in a later step.
+# How long a step waits for masks; an output whose mask is later draws its token in a later step.
 _MASK_WAIT_SECONDS = 0.02
 _FOLD_ATTEMPTS = 2
 _NEVER_TOLD = ("disk", 0, 0)
@@ -124,7 +124,7 @@ class Engine:
         # (seconds in the queue, tokens found in the prefix cache), until the first token
         self._started: dict[str, tuple[float, int]] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
-        # (residency, loads, evictions) as last told
+        # (residency, loads, evictions) as last reported
         self._told: dict[str, tuple[str, int, int]] = {}
         self._fold_rows: dict[str, torch.Tensor] = {}
         self._failed_folds: Counter[str] = Counter()
@@ -230,8 +230,8 @@ class Engine:
     ) -> list[ResultT]:
         """Do `work`; what fails is done again in two halves, down to the sequence that fails by itself.
 
-        A row's arithmetic does not depend on its company, so that halves give the same numbers; and they
-        take less memory, which is what most often fails.
+        A row's arithmetic does not depend on the rest of the batch, so that halves give the same
+        numbers; and they take less memory, the most frequent cause of failures.
         """
         try:
             return work(items) if items else []
@@ -291,7 +291,7 @@ class Engine:
             events.append(FailedEvent(sequence.request.request_id, "engine_error", message))
 
     def _fail_fold(self, fold: Sequence, message: str, events: list[Event]) -> None:
-        """Give a fold up for now; who waits for it gives up after the second time in a row."""
+        """Abandon a fold for now; its waiting sequences fail after the second time in a row."""
         digest = fold.fold_digest or ""
         self.scheduler.fold_failed(fold)
         self._fold_rows.pop(digest, None)
@@ -494,7 +494,7 @@ class Engine:
                     raise RuntimeError("an adapter without its host form")
                 self.runner.install(entry, form)
             except Exception as error:
-                # It was made resident for this very step: nobody outside the plan uses it.
+                # It was made resident for this very step: nothing outside the plan uses it.
                 users = [c for c in plan.chunks if c.sequence.adapter_digest == digest]
                 plan.chunks = [chunk for chunk in plan.chunks if chunk not in users]
                 self._fail(users, "an adapter could not be put on the device", error, events)
@@ -509,7 +509,7 @@ class Engine:
         self._keep(digest, folded)
         self._loader.keep_fold(digest, folded)
 
-    # --- books -----------------------------------------------------------------------------
+    # --- counters -----------------------------------------------------------------------------
 
     def _refusal(self, request: GenerationRequest) -> str | None:
         prefix = request.adapter.num_virtual_tokens if request.adapter else 0
@@ -530,7 +530,7 @@ class Engine:
         self._guides.forget(request_id)
 
     def residency_changes(self) -> list[Event]:
-        """Adapters that moved since this was last asked; `step` has it in its events."""
+        """Adapters that moved since the last call; `step` includes them in its events."""
         names = {Residency.DEVICE: "device", Residency.HOST: "host", Residency.FOLDING: "host"}
         changes: list[Event] = []
         for entry in self.scheduler.slots.take_moved():
@@ -545,7 +545,7 @@ class Engine:
                     ResidencyEvent(digest, now, entry.ref.name, loads, evictions)  # type: ignore[arg-type]
                 )
         if len(self._told) > _MAX_KNOWN_ADAPTERS:
-            # Only now: where each of them went has been told.
+            # Only now: their moves have been reported.
             for digest in self.scheduler.forget_idle():
                 self._told.pop(digest, None)
                 self._failed_folds.pop(digest, None)

@@ -1,4 +1,4 @@
-"""How many tokens a step may still compute, whose prompt is next, and who crowds the others.
+"""How many tokens a step may still compute, whose prompt is next, and which adapters crowd others.
 
 Plain numbers and keys. It does not know what a sequence, an adapter or a block is.
 """
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 class Budget:
     """What is left of one step.
 
-    A single token costs about the same whether a stream or the end of a prompt asks for it, so that
+    A single token costs about the same for a stream and for the end of a prompt, so that
     only longer chunks are counted as prompt.
 
     Attributes:
         tokens: tokens of any kind.
         prompt_tokens: tokens in chunks of more than one.
-        streams: whether anybody's stream waits for the step to end.
+        streams: whether any stream waits for the step to end.
     """
 
     tokens: int
@@ -50,7 +50,7 @@ class Budget:
 class Turns:
     """Keys in the order of their turns.
 
-    Who comes joins at the end, and goes there again once served. So whoever waits is passed by
+    A new key joins at the end, and returns there once served. So a waiting key is passed by
     each of the others once at most, however often they leave and come back.
     """
 
@@ -58,7 +58,7 @@ class Turns:
         self._keys: OrderedDict[str | None, None] = OrderedDict()
 
     def order(self, present: Iterable[str | None]) -> list[str | None]:
-        """Those present, the next one first; who is not among them is forgotten."""
+        """The present keys, the next one first; absent ones are dropped."""
         wanted = dict.fromkeys(present)
         kept = [key for key in self._keys if key in wanted]
         self._keys = OrderedDict.fromkeys([*kept, *wanted])

@@ -41,7 +41,7 @@ MASK_SECONDS = 5.0
 CACHED_GRAMMARS = 64
 # Together; the newest one stays in any case.
 CACHED_BYTES = 64 << 20
-# The allocator keeps what is freed; of less than this it is not worth asking back.
+# The allocator retains freed memory; less than this is not worth returning.
 _WORTH_TRIMMING = 8 << 20
 
 
@@ -55,7 +55,7 @@ class Started:
 
 @dataclass
 class _Job:
-    """A grammar that is being compiled, and who waits for it."""
+    """A grammar that is being compiled, and the requests that wait for it."""
 
     future: Future[None]
     request_ids: list[str] = field(default_factory=list)
@@ -156,15 +156,15 @@ class Guides:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that `poll` has not told of yet."""
+        """Requests that `poll` has not returned yet."""
         return len(self._waiting) + len(self._started)
 
     def start(self, request_id: str, sampling: SamplingParams) -> None:
-        """Compile a request's grammar unless that is done or under way; `poll` tells when it is.
+        """Compile a request's grammar unless that is done or under way; `poll` returns it when done.
 
         Args:
             request_id: the request.
-            sampling: what it asks for, `grammar` included.
+            sampling: its parameters, `grammar` included.
         """
         grammar = sampling.grammar
         if grammar is None:
@@ -210,7 +210,7 @@ class Guides:
         job = self._jobs[sampling.grammar]
         job.request_ids.remove(request_id)
         if not job.request_ids and job.future.cancel():
-            del self._jobs[sampling.grammar]  # it had not begun, and nobody else waits for it
+            del self._jobs[sampling.grammar]  # it had not begun, and nothing else waits for it
 
     def close(self) -> None:
         """Stop the threads and the processes behind them."""
@@ -263,7 +263,7 @@ class Guides:
             result = self._compiler.compile(grammar)
         except GrammarRefused as refusal:
             result = refusal
-        except BaseException as error:  # whatever it is, somebody waits for this to end
+        except BaseException as error:  # of any kind: requests wait for this to end
             result = GrammarRefused(f"the grammar was not compiled: {error!r}", lasting=False)
         self._done.put((grammar, result))
 

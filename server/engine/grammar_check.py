@@ -30,7 +30,7 @@ from llguidance import grammar_from as llguidance_grammar
 from server.engine.request import Grammar
 
 CPU_SECONDS = 2
-# Where the machine is busy with other things; beyond it nobody would wait any longer.
+# Wall-clock limit for a busy machine.
 WALL_SECONDS = 20.0
 MAX_BYTES = 1 << 30
 # A model may break lines and indent, but not fill its output with white space.
@@ -78,7 +78,7 @@ def source_of(grammar: Grammar) -> str:
                 defaults={"whitespace_flexible": True, "whitespace_pattern": WHITESPACE},
             )
         if grammar.kind == "regex":
-            # \d means the ten digits, as in JSON Schema; nobody who asks for a date expects "٣".
+            # \d means the ten digits, as in JSON Schema; a request for a date does not expect "٣".
             inner = regex_to_lark(grammar.text, use_ascii="d")
             return LLMatcher.grammar_from_lark(f"start: /{inner}/")
         return llguidance_grammar("choice", grammar.text)
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def _allow(seconds: int) -> None:
-    """So much processor time from now on; then the kernel ends this process, whoever is watching."""
+    """Limit this process's further processor time; the kernel ends it at the limit."""
     used = math.ceil(time.process_time())
     resource.setrlimit(
         resource.RLIMIT_CPU, (used + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1])

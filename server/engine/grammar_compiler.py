@@ -105,7 +105,7 @@ class GrammarCompiler:
         return Compiled(matcher, first, frozenset(tokenizer.eos_tokens), grown)
 
     def stop(self) -> None:
-        """End the checking processes, so that who waits for one goes on; before `close`."""
+        """End the checking processes, so that their waiters go on; before `close`."""
         for checker in self._checkers:
             checker.kill()
 
@@ -157,12 +157,12 @@ def allowed_ids(matcher: LLMatcher, grammar: Grammar, vocabulary_size: int) -> T
 
 def thread_pool(name: str) -> ThreadPoolExecutor:
     """A few threads with stacks for deep grammars, all of them started."""
-    everybody = threading.Barrier(_THREADS)
+    all_started = threading.Barrier(_THREADS)
     before = threading.stack_size(_STACK_BYTES)
     try:
         pool = ThreadPoolExecutor(_THREADS, name)
         for _ in range(_THREADS):
-            pool.submit(everybody.wait)  # so that none is idle and the next one is started too
+            pool.submit(all_started.wait)  # so that none is idle and the next one is started too
     finally:
         threading.stack_size(before)
     return pool

@@ -159,7 +159,7 @@ def _scale_rows(table: Any, like: Any) -> None:
         first, end = _take_rows(table)
 
 
-# What is called, compiled when first asked for; `version` see `vector_loops`.
+# The compiled function, compiled at first use; `version` as in `vector_loops`.
 @cache
 def norm_kernel(dtype: torch.dtype, version: int = VERSION) -> Kernel:
     """What runs `rms_norm`; its tables are of `norm_fields`."""

@@ -45,7 +45,7 @@ class Products:
     def __call__(self, x: torch.Tensor, scales: ScaleTables) -> Sequence[torch.Tensor]:
         """x (T, in_features) -> each layer's (T, out_features), rows not always side by side.
 
-        The input of one layer alone is scaled in place: nobody else reads it.
+        The input of a single layer is scaled in place: nothing else reads it.
         """
         if not scales.in_use:
             return self._plain(x)

@@ -1,4 +1,4 @@
-"""Stored bytes to serving forms, off the engine's thread, and the host memory that keeps them.
+"""Converts stored bytes to serving forms, off the engine's thread, and caches them in host memory.
 
 Folded soft prompts are kept on disk too (`server.engine.folds`). Knows nothing of the scheduler: results
 are polled.
@@ -96,7 +96,7 @@ class AdapterLoader:
         read_form: digest -> serving form; raises AdapterError or OSError.
         base: what the forms are checked against.
         dtype: what keys, values and embeddings are cast to; scales stay float32.
-        folds_dir: where folded soft prompts are kept, or None.
+        folds_dir: where folded soft prompts are stored, or None.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class AdapterLoader:
         self._executor = ThreadPoolExecutor(1, "adapter-loader", initializer=one_thread_here)
 
     def start(self, digest: str) -> None:
-        """Begin to read an adapter; `poll` tells when it is there."""
+        """Begin to read an adapter; `poll` returns it when it is loaded."""
         self._executor.submit(self._load, digest)
 
     def poll(self, timeout: float | None = None) -> Loaded | None:
@@ -139,7 +139,7 @@ class AdapterLoader:
             form = self._folds.read(digest) or self._read_form(digest)
             form.check(self._base)
             self._done.put(Loaded(digest, self._cast(form)))
-        except Exception as error:  # whatever it is, somebody waits for this load to end
+        except Exception as error:  # of any kind: sequences wait for this load to end
             corrupt = isinstance(error, AdapterCorrupt)
             self._done.put(Loaded(digest, None, str(error) or repr(error), corrupt))
 

@@ -156,11 +156,11 @@ class ModelRunner:
         self._blocks.copy(copies)
 
     def clear_blocks(self, block_ids: list[int]) -> None:
-        """Wipe what somebody else left in blocks."""
+        """Zero the previous contents of blocks."""
         self._blocks.clear(block_ids)
 
     def release_memory(self) -> None:
-        """Give back what torch keeps of a failed step on a device that has a memory of its own."""
+        """Release torch's cached memory of a failed step on a device with its own memory."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -286,7 +286,7 @@ class ModelRunner:
     def _own_tables(self, pieces: list[_Piece]) -> tuple[list[BlockTable], list[SharedPrefix]]:
         """Tables of pieces for the decode kernel, and long prefixes apart from them.
 
-        What is taken apart depends on the piece alone, so that its arithmetic is the same in any company.
+        The split depends on the chunk alone, so that its arithmetic is the same in any batch.
         """
         tables = [piece.table for piece in pieces]
         if not self._splits_prefixes:
@@ -307,7 +307,7 @@ class ModelRunner:
         return tables, prefixes
 
     def _is_for_kernel(self, piece: _Piece) -> bool:
-        """By the piece alone, so that its arithmetic is the same in any company."""
+        """Depends on the chunk alone, so that its arithmetic is the same in any batch."""
         if piece.num_tokens == 1:
             return True
         return self._tiles is None and piece.end_position <= _KERNEL_POSITIONS

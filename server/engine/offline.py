@@ -36,7 +36,7 @@ from server.engine.scoring import score_of, scoring
 # A target to be scored: the adapter's name (None: the base), the ids of a prompt, those of the target.
 Target = tuple[str | None, Sequence[int], Sequence[int]]
 
-# Enough that the scheduler always finds company for a row; each holds log-probabilities meanwhile.
+# Enough to fill the scheduler's batches; each holds its log-probabilities meanwhile.
 _IN_FLIGHT = 256
 # One token is generated and thrown away: the engine reports a prompt's log-probabilities with it.
 
@@ -93,7 +93,7 @@ class OfflineEngine:
             CheckpointError: it is not acceptable or does not fit this base.
         """
         folder = Path(tempfile.mkdtemp(dir=self._staging.name))
-        # The same door as an upload: what else PEFT or its user left in the folder is not read.
+        # Checked as an upload is: other files that PEFT or its user left in the folder are not read.
         files = sorted(path for path in Path(directory).iterdir() if path.is_file())
         stage_upload([(path.name, path) for path in files], folder, self._limits)
         checked = check_checkpoint(folder, self.spec, self._limits)

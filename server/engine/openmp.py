@@ -31,8 +31,8 @@ def torch_openmp() -> Any:
     return library
 
 
-# What numba says of a function that raised where there is nobody to raise to: it tells the interpreter, and
-# returns as if it had done its work.
+# numba's report of an exception in a function without a Python caller: it goes to the interpreter, and
+# the function returns as if it had succeeded.
 _RAISED_IN = "<numba."
 _failures: list[BaseException] = []
 
@@ -43,14 +43,14 @@ def _listen() -> None:
     if getattr(before, "hears_kernels", False):
         return
 
-    def hear(said: sys.UnraisableHookArgs) -> None:
-        if isinstance(said.object, str) and said.object.startswith(_RAISED_IN):
-            _failures.append(said.exc_value or MemoryError("a kernel failed"))
+    def hook(report: sys.UnraisableHookArgs) -> None:
+        if isinstance(report.object, str) and report.object.startswith(_RAISED_IN):
+            _failures.append(report.exc_value or MemoryError("a kernel failed"))
         else:
-            before(said)
+            before(report)
 
-    hear.hears_kernels = True  # type: ignore[attr-defined]
-    sys.unraisablehook = hear
+    hook.hears_kernels = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 class Kernel:

@@ -57,7 +57,7 @@ class Pack:
 
     Args:
         linears: layers of equal `in_features`, all with a bias or none.
-        expected_tokens: what oneDNN is told to pack for.
+        expected_tokens: number of tokens that oneDNN packs for.
 
     Attributes:
         sizes: each layer's out_features.

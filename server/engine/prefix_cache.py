@@ -77,7 +77,7 @@ class PrefixCache:
         """The empty beginning of an adapter in a scope; None is the base."""
         place = (digest, scope)
         if place not in self._roots:
-            if len(self._roots) >= self._max_roots:  # those of adapters whose blocks are gone
+            if len(self._roots) >= self._max_roots:  # roots of adapters whose blocks are gone
                 self._roots = {p: n for p, n in self._roots.items() if n in self._children}
             self._roots[place] = self._new_node()
         return self._roots[place]
@@ -167,7 +167,7 @@ class PrefixCache:
         """
         full = len(tokens) == self._block_size
         known = self._children.get(node, {}).get(tokens)
-        if known is not None:  # somebody computed the same: the first one stays
+        if known is not None:  # computed twice: the first one stays
             return self._nodes[known] if full else node
         self._drop(block_id)  # it was known for fewer tokens
         self._children.setdefault(node, {})[tokens] = block_id

@@ -36,7 +36,7 @@ from server.engine.request import (
 log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 1.0
-# What an engine whose parent is gone is given to end by itself.
+# Time for an engine whose parent is gone to end by itself.
 _ORPHAN_SECONDS = 5.0
 
 
@@ -78,7 +78,7 @@ def run_engine(config: EngineConfig, connection: Connection) -> None:
     try:
         _serve(engine, connection)
     except (EOFError, BrokenPipeError):
-        pass  # the parent is gone, and with it everybody who waits for a token
+        pass  # the parent is gone, and with it all who wait for tokens
     finally:
         engine.close()
 
@@ -139,8 +139,8 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
 
 
 def _serve(engine: Any, connection: Connection) -> None:
-    told: StatsEvent | None = None
-    told_at = 0.0
+    reported: StatsEvent | None = None
+    reported_at = 0.0
     while True:
         events: list[Event] = []
         # With work at hand only what has arrived already; without, wait for something.
@@ -158,9 +158,9 @@ def _serve(engine: Any, connection: Connection) -> None:
             events += engine.residency_changes()  # a command may have moved an adapter
         stats = engine.stats()
         now = time.monotonic()
-        if stats != told or now - told_at >= _IDLE_SECONDS:  # also a sign of life
+        if stats != reported or now - reported_at >= _IDLE_SECONDS:  # also a sign of life
             events.append(stats)
-            told, told_at = stats, now
+            reported, reported_at = stats, now
         if events:
             connection.send(events)
 

@@ -58,8 +58,8 @@ class RunningEngine:
 
         Args:
             loop: where the two are called.
-            on_events: told what came.
-            on_end: told once that nothing comes any more.
+            on_events: called with each batch of events.
+            on_end: called once when no more events can come.
         """
         reading = (loop, on_events, on_end)
         for thread in (
@@ -81,7 +81,7 @@ class RunningEngine:
     @property
     def running(self) -> bool:
         """Whether what is sent may be answered."""
-        # The pipe ends before the process does: what is sent in between nobody would answer.
+        # The pipe ends before the process does: commands sent in between would get no answer.
         return not self._ended and self.process.is_alive()
 
     def kill(self) -> None:
@@ -93,7 +93,7 @@ class RunningEngine:
         self._ended = True
         self._commands.put(Shutdown())
         self._commands.put(None)
-        if not self._threads:  # still starting: nobody reads commands yet
+        if not self._threads:  # still starting: commands are not read yet
             self.process.kill()
         self.process.join(seconds)
         if self.process.is_alive():
@@ -111,7 +111,7 @@ class RunningEngine:
         on_events: Callable[[list[Event]], None],
         on_end: Callable[[], None],
     ) -> None:
-        # The loop may be closed by the time the pipe ends: then nobody waits any more.
+        # The loop may be closed by the time the pipe ends: then nothing is waiting.
         with contextlib.suppress(RuntimeError):
             try:
                 while True:

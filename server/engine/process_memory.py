@@ -12,7 +12,7 @@ _STATM = Path("/proc/self/statm")
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are in memory; 0 where the system does not tell."""
+    """Bytes of this process that are in memory; 0 if the system does not report it."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -20,7 +20,7 @@ def resident_bytes() -> int:
 
 
 def give_back_free_memory() -> None:
-    """Return to the system what the allocator keeps though nobody uses it. Only glibc can."""
+    """Return unused memory of the allocator to the system; glibc only."""
     trim = _trim()
     if trim is not None:
         trim(0)

@@ -143,7 +143,7 @@ class Unload:
 
 @dataclass(frozen=True)
 class Drop:
-    """Let go of all that is held of an adapter whose stored bytes are gone."""
+    """Release everything cached of an adapter whose stored bytes were removed."""
 
     digest: str
 

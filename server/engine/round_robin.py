@@ -1,4 +1,4 @@
-"""Deficit round robin: who may spend next, where what is spent is known afterwards only.
+"""Deficit round robin: whose turn it is, if the cost of a turn is known only afterwards.
 
 Plain numbers and keys. It does not know what a step, a sequence or an adapter is.
 """
@@ -13,7 +13,7 @@ class RoundRobin:
 
     A visit gives a key its quantum; it is served once if that leaves it anything, whatever it then
     costs. Who spent more than was there is passed by until its visits have paid for it. What is
-    not spent is kept, up to one quantum. Who comes joins at the end with nothing.
+    not spent is kept, up to one quantum. A new key joins at the end with no credit.
     """
 
     def __init__(self, quantum: int) -> None:

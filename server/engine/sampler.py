@@ -78,7 +78,7 @@ def sample(
     """Choose a token for every row.
 
     Args:
-        row_logits: what the model said, (V,) a row; any float dtype, worked on in float32.
+        row_logits: the model's logits, (V,) a row; any float dtype, worked on in float32.
         rows: what each choice depends on.
         fast: let `sampling_kernels` do it on the CPU.
     """
@@ -95,10 +95,12 @@ def sample(
         chosen = sorted(set(chosen) - set(drawn))
     for i in chosen:
         tokens[i] = _choose(logits[i].float(), rows[i])
-    told = [(i, token) for i, token in enumerate(tokens) if token is not None]
-    wanted = [rows[i].params.num_logprobs for i, _ in told]
-    logprobs = _logprobs([logits[i] for i, _ in told], [token for _, token in told], wanted, fast)
-    found = {i: Drawn(token, one) for (i, token), one in zip(told, logprobs, strict=True)}
+    tokens_by_row = [(i, token) for i, token in enumerate(tokens) if token is not None]
+    wanted = [rows[i].params.num_logprobs for i, _ in tokens_by_row]
+    logprobs = _logprobs(
+        [logits[i] for i, _ in tokens_by_row], [token for _, token in tokens_by_row], wanted, fast
+    )
+    found = {i: Drawn(token, one) for (i, token), one in zip(tokens_by_row, logprobs, strict=True)}
     return [found.get(i, Drawn(None)) for i in range(len(rows))]
 
 
@@ -247,7 +249,7 @@ def _penalise(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
     params = row.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
-        values = logits[seen].double()  # any penalty > 0 is let in: no float32 overflow, no 0 / 0
+        values = logits[seen].double()  # any penalty > 0 is valid: no float32 overflow, no 0 / 0
         penalty = params.repetition_penalty
         scaled = torch.where(values < 0, values * penalty, values / penalty)
         logits[seen] = scaled.clamp(-_LARGEST, _LARGEST).to(logits.dtype)

@@ -55,13 +55,13 @@ from server.engine.sequence import Sequence, SequenceState
 from server.engine.step_plan import Chunk, StepPlan, side_by_side
 
 MAX_PASSED_OVER = 64
-# What is read must be kept until a step takes it; more would outgrow host memory unseen.
+# Loaded adapters are held until a step takes them; more would exceed host memory.
 MAX_LOADS = 4
 # A prompt of so many chunks is computed in one step beside streams too. 48 tokens had their first token
 # after 37 ms where two steps took 54; with 4 chunks mixed traffic was 1 to 4 % slower and its longest steps
 # longer.
 WHOLE_CHUNKS = 2
-# A crowd leaves one place in so many free: others come one by one, and whoever ends makes room again.
+# A crowding adapter leaves one place in so many free: others arrive one by one, and each end makes room.
 SPARE_PLACES = 16
 
 
@@ -171,7 +171,7 @@ class Scheduler:
             self._preloads.append(entry)
 
     def unload(self, digest: str) -> bool:
-        """Release an adapter's slot; False when it holds none, or once nobody uses it any more."""
+        """Release an adapter's slot; False if it holds none, or if it is no longer used."""
         entry = self.slots.entries.get(digest)
         if entry is None:
             return False
@@ -182,7 +182,7 @@ class Scheduler:
         return True
 
     def forget_idle(self) -> list[str]:
-        """Drop the entries of adapters that are on disk only and that nobody waits for; their digests."""
+        """Drop the entries of adapters that are on disk only and not waited for; returns their digests."""
         wanted = {sequence.adapter_digest for sequence in self._preempted} | self._queues.keys()
         wanted |= {entry.ref.digest for entry in self._preloads}
         idle = [
@@ -315,7 +315,7 @@ class Scheduler:
         self._oldest_waited = 0 if moved else self._oldest_waited + 1
 
     def _make_way(self, plan: StepPlan) -> bool:
-        """Plan prompts of those who are crowded, and nothing else; False when they have none.
+        """Plan prompts of crowded adapters, and nothing else; False if they have none.
 
         Not in two steps in a row: the streams wait for one step at most.
         """
@@ -331,13 +331,13 @@ class Scheduler:
         return bool(plan.chunks)
 
     def _serve_one_adapter(self, plan: StepPlan) -> None:
-        """Plan the adapter whose turn it is; who can do nothing now, while it is read, is passed by."""
+        """Plan the adapter whose turn it is; one that cannot run yet, as it is being read, is skipped."""
         by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
         adapters = [_turn_of(sequence) for sequence in by_age + self._preempted]
         order = self._served_alone.order([*adapters, *self._queues])
         oldest = self._oldest()
-        # Who is served out of turn takes nobody in besides: memory would be short again at once, and
-        # nobody else's turn would ever come.
+        # An adapter served out of turn admits no further sequences: memory would be short again at
+        # once, and no other adapter would get a turn.
         admits = not self._preempted
         if self._preempted and oldest is not None:
             # Memory is short: the oldest sequence has to end for the others to come back.
@@ -351,7 +351,7 @@ class Scheduler:
     def _serve(
         self, plan: StepPlan, key: str | None, running: list[Sequence], *, admits: bool
     ) -> None:
-        """Plan one adapter's sequences, the oldest first, then single tokens, then who may join."""
+        """Plan one adapter's sequences, the oldest first, then single tokens, then new ones."""
         decodes = [s for s in running if self._is_decode(s)]
         budget = self._budget(decodes)
         first = [s for s in running if s.request is not None][:1]
@@ -378,7 +378,7 @@ class Scheduler:
         return Budget(most, share, bool(streams))
 
     def _extend(self, plan: StepPlan, budget: Budget) -> None:
-        """Further chunks of the step's prompts, while there is room that nobody else asked for."""
+        """Further chunks of the step's prompts, while there is unclaimed room."""
         if plan.preempted:
             return
         for index, chunk in enumerate(plan.chunks):
@@ -398,8 +398,8 @@ class Scheduler:
     def _schedule_running(self, plan: StepPlan, oldest: Sequence | None) -> Budget:
         """Plan what is under way; returns what is left of the step.
 
-        The oldest request comes first, since nobody may take its blocks before it; then single
-        tokens. The budget holds one chunk and a token for everybody else, so that every decode has
+        The oldest request comes first, since no other may take its blocks before it; then single
+        tokens. The budget holds one chunk and a token for every other sequence, so every decode has
         a place, whatever prompts are under way.
         """
         by_age = sorted(self.running, key=lambda sequence: sequence.arrival)
@@ -549,7 +549,7 @@ class Scheduler:
                 admitted = self._admit_from(plan, key, budget) or admitted
 
     def _admissible(self) -> list[str | None]:
-        """Adapters that somebody waits for, in rotation; only those passed by too often, if any are."""
+        """Adapters with waiting sequences, in rotation; only those passed by too often, if any are."""
         starved = [k for k, count in self._passed_over.items() if count >= MAX_PASSED_OVER]
         return starved or list(self._queues)
 
@@ -623,7 +623,7 @@ class Scheduler:
         if entry.residency is not Residency.HOST:
             return False
         if entry.needs_fold and len(self.running) >= self.limits.max_running:
-            return False  # a preload's fold takes a place like everybody else
+            return False  # a preload's fold takes a place like any sequence
         if not self.slots.take_slot(entry):
             if sequence is not None:
                 self._note_blocked(sequence)
@@ -670,7 +670,7 @@ class Scheduler:
             if entry.residency is Residency.DEVICE or self._make_resident(plan, entry, None):
                 self._preloads.remove(entry)
 
-    # --- keeping the books -----------------------------------------------------------------
+    # --- accounting -----------------------------------------------------------------
 
     def _entry_of(self, sequence: Sequence) -> AdapterEntry | None:
         digest = sequence.adapter_digest

@@ -39,14 +39,14 @@ class Sequence:
     """State of one sequence.
 
     Attributes:
-        request: what was asked; None for a fold.
+        request: the request; None for a fold.
         arrival: order of arrival, unique; lower is older.
         token_ids: prompt and output so far; empty for a fold.
         num_prompt_tokens: how many of `token_ids` are the prompt; the rows of a fold.
         num_computed: tokens whose KV is in place.
         block_ids: the private tail.
         fold_digest: the adapter that this fold is for.
-        num_noted: full blocks of the tail that the prefix cache was told of.
+        num_noted: full blocks of the tail that are in the prefix cache.
         node: the beginning that they make up there.
     """
 
@@ -91,7 +91,7 @@ class Sequence:
 
     @property
     def cache_scope(self) -> str:
-        """Whose cached beginnings it may reuse, and who may reuse its own."""
+        """Scope of the cached prefixes that it may reuse, and that may reuse its own."""
         return "" if self.request is None else self.request.cache_scope
 
     @property

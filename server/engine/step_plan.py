@@ -36,7 +36,7 @@ class StepPlan:
     """One step.
 
     Attributes:
-        loads: digests to read from disk, asked for once.
+        loads: digests to read from disk, each requested once.
         copies: (from, to, tokens), blocks whose first tokens are copied before anything else is written, in
             this order.
         clears: blocks that the step fills in part and that may hold what others left; to be wiped
@@ -44,7 +44,7 @@ class StepPlan:
         installs: adapters whose slot must be filled before the forward pass.
         chunks: what the forward pass computes; rows of one adapter stand together.
         preempted: sequences that lost their blocks in this step.
-        joined: whether a sequence began to run in this step; nobody yields to others after that.
+        joined: whether a sequence began to run in this step; no sequence yields to others after that.
     """
 
     loads: list[str] = field(default_factory=list)

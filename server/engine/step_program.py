@@ -103,7 +103,7 @@ def _number_at(typing_context: Any, address: Any) -> Any:
 @njit
 def _run_list(table: Any) -> None:
     """Go through the list. A kernel returns when it has no job left to take, so that it is done once
-    nobody is inside; a thread that comes later finds nothing to take. Who is inside one that is not waited
+    no thread is inside; a later thread finds nothing to take. A thread inside a program that is not waited
     for counts as inside the next."""
     kernels = carray(array_at(table[_LIST]), (table[_LENGTH], _ENTRY_SIZE), np.int64)
     for index in range(table[_LENGTH]):
@@ -121,7 +121,7 @@ def _run_list(table: Any) -> None:
 
 @cache
 def _entry(version: int = VERSION) -> Kernel:
-    """What is called, compiled when first asked for; `version` see `vector_loops`."""
+    """The compiled function, compiled at first use; `version` as in `vector_loops`."""
 
     @cfunc(types.void(types.voidptr), cache=True)
     def run(table_at: Any) -> None:

@@ -98,7 +98,7 @@ def _take_jobs(table: Any) -> None:
 
 @cache
 def _entry(version: int = VERSION) -> Kernel:
-    """What is called, compiled when first asked for; `version` see `vector_loops`."""
+    """The compiled function, compiled at first use; `version` as in `vector_loops`."""
 
     @cfunc(types.void(types.voidptr), cache=True)
     def run(table_at: Any) -> None:

@@ -28,7 +28,7 @@ MOST_ROWS = 2 * TILE_ROWS
 
 _I8 = ir.IntType(8)
 _POINTER = _I8.as_pointer()
-# Linux asks for a permission once a process before it lets tiles hold anything.
+# A process must request permission from Linux once before it can use tiles.
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
@@ -48,7 +48,7 @@ def _load_tile(builder: Any, tile: int, address: Any, row_bytes: Any) -> None:
 
 @intrinsic
 def shape_tiles(typing_context: Any, shapes: Any) -> Any:
-    """Tell the processor the tiles' shapes: 64 bytes at an address."""
+    """Load the tiles' configuration: 64 bytes at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _call(builder, "ldtilecfg", [builder.inttoptr(arguments[0], _POINTER)])
@@ -59,7 +59,7 @@ def shape_tiles(typing_context: Any, shapes: Any) -> Any:
 
 @intrinsic
 def release_tiles(typing_context: Any) -> Any:
-    """Tell it that they hold nothing any more."""
+    """Release the tiles."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _call(builder, "tilerelease", [])
@@ -126,7 +126,7 @@ def _shapes() -> np.ndarray:
 
 @cache
 def has_tiles() -> bool:
-    """Whether this process may use the processor's tiles; asks Linux for the permission."""
+    """Whether this process may use AMX tiles; requests the permission from Linux."""
     features = binding.get_host_cpu_features()
     if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512f")):
         return False

@@ -1,9 +1,9 @@
-"""uvicorn as this server runs it, and what signals do to it. Knows no route.
+"""uvicorn's server with a graceful drain on signals. Independent of routes.
 
 The first SIGTERM or SIGINT begins a drain: the socket goes on accepting, so that probes and new
-requests hear a 503 in words. Once nothing runs, or after `shutdown_seconds`, what still runs is
-told that it ends, and the process ends with status 0. The second signal ends the wait: what runs is told
-so, then the engine and the training jobs are killed; a job goes on from its last checkpoint next time.
+requests get a 503 with a reason. Once nothing runs, or after `shutdown_seconds`, running requests get an
+error, and the process ends with status 0. The second signal ends the wait: running requests get an error,
+then the engine and the training jobs are killed; a job resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from server.services import Services
 
 log = structlog.get_logger(__name__)
 
-# What is told of its end at the deadline is given so long to say so.
-_LAST_WORDS_SECONDS = 2
+# Time for requests aborted at the deadline to send their error.
+_LINGER_SECONDS = 2
 
 
 class GraftworkServer(uvicorn.Server):
@@ -35,7 +35,7 @@ class GraftworkServer(uvicorn.Server):
                 app,
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=_LINGER_SECONDS,
                 **uvicorn_options(settings, write_refusal),
             )
         )
@@ -46,16 +46,16 @@ class GraftworkServer(uvicorn.Server):
 
     @property
     def signalled(self) -> bool:
-        """Whether a signal asked it to end."""
+        """Whether a signal came."""
         return self._num_signals > 0
 
     @property
     def services(self) -> Services | None:
-        """The app's; None before it has begun."""
+        """The app's services; None before its start."""
         return getattr(self._app.state, "services", None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the drain, or end it. Not kept for later: uvicorn would raise it once more."""
+        """Begin the drain, or end it. The signal is not stored: uvicorn would raise it again."""
         self._num_signals += 1
         services = self.services
         if services is None or services.generator is None:
@@ -64,7 +64,7 @@ class GraftworkServer(uvicorn.Server):
             services.draining.stop(hurry=self._num_signals > 1)
 
     async def on_tick(self, counter: int) -> bool:
-        """As uvicorn's, ten times a second; begin what a signal asked for."""
+        """As uvicorn's, ten times a second; starts the drain after a signal."""
         services = self.services
         if self.signalled and services is not None and self._drain is None:
             self._drain = asyncio.create_task(self._end(services))
@@ -77,7 +77,7 @@ class GraftworkServer(uvicorn.Server):
             await asyncio.wait((waiting,), timeout=0.1)
         waiting.cancel()
         if services.draining.running:
-            # Streams and replies hear "aborted", each in the words of its own protocol.
+            # Streams and replies get "aborted", each in the format of its protocol.
             await services.client.stop(0.0 if services.draining.hurried else None)
-            await services.draining.idle(_LAST_WORDS_SECONDS)
+            await services.draining.idle(_LINGER_SECONDS)
         self.should_exit = True

@@ -96,7 +96,7 @@ async def assert_all_failed(readers, words):
 @LOOP
 @pytest.mark.parametrize(
     ("how", "words"),
-    [(signal.SIGKILL, "ended unexpectedly"), (signal.SIGSTOP, "has said nothing for 2 seconds")],
+    [(signal.SIGKILL, "ended unexpectedly"), (signal.SIGSTOP, "has reported nothing for 2 seconds")],
     ids=["killed", "hanging"],
 )
 async def test_an_engine_that_is_lost_is_replaced_and_answers_as_before(client, ref, how, words):
@@ -240,7 +240,7 @@ def test_over_http_a_stream_ends_in_an_error_and_probes_say_what_helps(tmp_path)
             next(lines)
             os.kill(engine.pid, signal.SIGSTOP)
             last = json.loads([line for line in lines if line][-1].removeprefix("data:"))
-        assert "has said nothing for 2 seconds" in last["error"]
+        assert "has reported nothing for 2 seconds" in last["error"]
         reply = client.post("/generate", json=body)
         assert reply.status_code == 503
         assert "started again" in reply.json()["error"]
