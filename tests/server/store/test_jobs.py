@@ -467,7 +467,7 @@ def test_everything_survives_a_restart(root: Path, clock: Clock) -> None:
     report = second.sweep()
     assert (report.orphans, report.states, report.staging_removed) == ((), (), 0)
     assert (second.list(), [second.events(job_id) for job_id in ids], second.running()) == seen
-    assert second.rows(ids[2]) == EXAMPLES
+    assert second.examples(ids[2]) == EXAMPLES
     second.renew(claim, 10)  # the server is new, the worker may be the old one
     second.close()
 
