@@ -1,4 +1,4 @@
-# Graftwork as an image. docker/README.md says how to run it, and every argument below.
+# Graftwork as an image. docs/deploy/containers.md says how to run it, and every argument below.
 #
 #     docker build -t graftwork .
 #     docker run --rm --read-only --cap-drop ALL --tmpfs /tmp -v graftwork:/data -p 127.0.0.1:8000:8000 graftwork

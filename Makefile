@@ -2,6 +2,7 @@
 # make test    set up what the tests need and run most of them
 # make test-systems    the others: real clients, hostile input, faults, load, deployment
 # make lint    formatting, lint, types, import rules
+# make docs    build the documentation into .graftwork/site; a broken link or anchor is an error
 # make bench   the engine beside PEFT, transformers, llama.cpp and vLLM: ratios, table, plots
 # make bench-peers   install llama.cpp and vLLM for it (optional: ten minutes, 4 GB)
 # make image-test   build the container image and use it (root, buildah, podman, runc, debootstrap)
@@ -24,7 +25,7 @@ installing = $(call timed,$(1) (once),{ mkdir -p $(VENV) && { $(2); } >$(LOG) 2>
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: serve test test-systems lint bench bench-peers image-test demo-adapters setup setup-test base
+.PHONY: serve test test-systems lint docs bench bench-peers image-test demo-adapters setup setup-test base
 
 serve: setup base
 	@echo "== starting the server"
@@ -43,6 +44,9 @@ lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: setup-bench base
 	$(BIN)/python -m tests.benchmarks.run $(BENCH)

@@ -1,7 +1,7 @@
 """Builds the image and uses it, without a Docker engine: `make image-test`, as root on Debian.
 
 debootstrap makes a stand-in for the image that the Dockerfile begins with, buildah builds the real
-Dockerfile on it, podman runs the result as docker/README.md says: a server, and a worker without a
+Dockerfile on it, podman runs the result as docs/deploy/containers.md says: a server, and a worker without a
 network beside it. This script talks to them over loopback, stops them, starts them again, and restores
 a back-up of theirs. All of it lies in .graftwork/image-test, and layers are kept for the next time.
 
@@ -105,7 +105,7 @@ def at_once(volume: str) -> list[str]:
 
 
 def hardening(volume: str) -> list[str]:
-    """What docker/README.md tells people to run the image with."""
+    """What docs/deploy/containers.md tells people to run the image with."""
     words = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
     words += ["--tmpfs=/tmp:rw,nosuid,nodev,size=512m", f"--volume={volume}:/data"]
     return [*words, "--ulimit=nofile=8192:8192", "--ulimit=nproc=4096:4096"]

@@ -1,8 +1,9 @@
-"""README's tables of figures, from the file that the benchmark wrote.
+"""The documentation's tables of figures, from the file that the benchmark wrote.
 
     python -m tests.benchmarks.markdown [FILE]
 
-The file of README's figures is kept beside this one; a test holds README to it.
+The site's page on speed is generated from `figures.json` beside this file. README has one of the tables;
+a test compares it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tests.benchmarks.book import Book
 from tests.benchmarks.items import w_beside_others as w
 
 KEPT = Path(__file__).parent / "figures.json"
-# What a ratio is called in README, by the item and the measure that it is of, in the order of measuring.
+# What a ratio is called, by the item and the measure that it is of, in the order of measuring.
 _NAMES = {
     (2, "mixed"): (
         "mixed adapters over the base alone with as much context (which it has to compute)",
@@ -51,8 +52,13 @@ _NAMES = {
 }
 
 
-def beside_others(book: Book) -> str:
-    """Tokens a second of everybody in W(1), W(8) and W(32), and what ours makes over each."""
+def beside_others(book: Book, *, bars: bool = True) -> str:
+    """Tokens a second of every contestant in W(1), W(8) and W(32), and our rate over each.
+
+    Args:
+        book: the figures.
+        bars: also show the bar of each ratio that has one.
+    """
     measures = {c: _measure(book, 1, f"W({c})") for c in (1, 8, 32)}
     lines = [
         "| tokens a second | 1 request | 8 requests | 32 requests | ours over it at 1 | at 8 | at 32 |",
@@ -60,7 +66,7 @@ def beside_others(book: Book) -> str:
     ]
     for name in (w.OURS, *(name for name in w.STARTERS if name != w.OURS)):
         figures = [_figure(measures[c], name) for c in measures]
-        ratios = [_over(measures[c], name) for c in measures]
+        ratios = [_over(measures[c], name, bars) for c in measures]
         bold = "**" if name == w.OURS else ""
         lines.append("| " + " | ".join(f"{bold}{c}{bold}" if c else c for c in (name, *figures)))
         lines[-1] += " | " + " | ".join(ratios) + " |"
@@ -91,10 +97,10 @@ def _figure(measure: dict[str, Any], name: str) -> str:
     return "" if median is None else f"{median:.0f}"
 
 
-def _over(measure: dict[str, Any], name: str) -> str:
+def _over(measure: dict[str, Any], name: str, bars: bool) -> str:
     for entry in measure["ratios"]:
         if entry["below"] == name:
-            bar = f", bar {entry['limit']:g}" if entry["limit"] else ""
+            bar = f", bar {entry['limit']:g}" if bars and entry["limit"] else ""
             return f"{entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f}{bar})"
     return ""
 

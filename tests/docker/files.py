@@ -21,7 +21,13 @@ RESOURCES = sorted(
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "graftwork.json"
 ALERTS = DOCKER / "prometheus" / "alerts.yaml"
 DOCKERFILE = ROOT / "Dockerfile"
-GUIDE = DOCKER / "README.md"
+# What the documentation says to operators, in this order.
+GUIDE = (
+    ROOT / "docs" / "deploy" / "containers.md",
+    ROOT / "docs" / "deploy" / "sizing.md",
+    ROOT / "docs" / "deploy" / "settings.md",
+    *sorted((ROOT / "docs" / "operate").glob("*.md")),
+)
 
 
 def load(path: Path) -> Any:

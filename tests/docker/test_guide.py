@@ -14,7 +14,7 @@ from server.engine.kv_cache import KVBlocks
 from tests.acceptance.real_base import BASE_DIR, needs_base
 from tests.docker.files import DOCKERFILE, GUIDE, alert_names, services
 
-TEXT = " ".join(GUIDE.read_text().split())
+TEXT = " ".join(" ".join(page.read_text() for page in GUIDE).split())
 BLOCK = EngineConfig("", "").block_size
 
 

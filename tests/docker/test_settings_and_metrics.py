@@ -21,6 +21,7 @@ from tests.docker.files import (
     pod,
     services,
 )
+from tests.documentation import hooks
 
 SETTINGS = {f"GRAFTWORK_{name.upper()}" for name in Settings.model_fields}
 METRIC = re.compile(r"\b(?:vllm:|graftwork_|process_)\w+")
@@ -47,14 +48,14 @@ def test_every_setting_that_is_given_is_one_and_takes_its_value(
 
 def test_every_setting_that_the_guide_names_is_one():
     named = set()
-    for path in (GUIDE, ROOT / "SECURITY.md", *DOCKER.rglob("*.yaml"), *DOCKER.rglob("*.conf")):
+    for path in (*GUIDE, ROOT / "SECURITY.md", *DOCKER.rglob("*.yaml"), *DOCKER.rglob("*.conf")):
         named |= set(re.findall(r"\bGRAFTWORK_[A-Z_]*[A-Z]", path.read_text()))
     assert len(named) > 10
     assert named - SETTINGS == set()
 
 
-def test_every_metric_that_is_shown_or_watched_is_in_the_readme():
-    table = (ROOT / "README.md").read_text()
+def test_every_metric_that_is_shown_or_watched_is_in_the_documentation():
+    table = hooks().metrics()
     for expression in EXPRESSIONS:
         for metric in METRIC.findall(expression):
             if PROCESS.fullmatch(metric):

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -18,10 +17,10 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
+from tests.documentation import ROOT, hooks
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server, save_prefix_adapter, upload
 
-README = (Path(__file__).parents[4] / "README.md").read_text()
 PLACES = 2
 VLLM = {"model_name": "tiny-base", "engine": "0"}
 FAILURES = "graftwork_adapter_failures_total"
@@ -443,11 +442,10 @@ def test_two_servers_have_books_of_their_own(counted, server):
 
 
 def test_every_metric_is_documented(counted):
-    section = README.split("### Metrics and traces")[1].split("\n## ")[0].split("\n### ")[0]
     documented = {
         (name, kind, tuple(re.findall(r"`(\w+)`", labels)))
         for name, kind, labels in re.findall(
-            r"^\| `([\w:]+)` \| (\w+) \| ([^|]*) \|", section, re.M
+            r"^\| `([\w:]+)` \| (\w+) \| ([^|]*) \|", hooks().metrics(), re.M
         )
     }
     common = {"model_name", "engine"}
@@ -462,5 +460,6 @@ def test_every_metric_is_documented(counted):
         if "process_" not in name
     }
     assert {(n, k, tuple(sorted(ls))) for n, k, ls in documented} == served
+    page = (ROOT / "docs" / "operate" / "metrics.md").read_text()
     for prefix in ("process_", "graftwork_engine_process_"):
-        assert f"`{prefix}" in section
+        assert f"`{prefix}" in page
