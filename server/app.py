@@ -31,14 +31,13 @@ from server.api.operations import docs_page, drain, front_page, health, models, 
 from server.api.training import train
 from server.api.training.openai import files as tuning_files
 from server.api.training.openai import jobs as tuning_jobs
-from server.base.convert import read_manifest
 from server.config.settings import KIB, MIB, Settings
 from server.engine.client import EngineClient
 from server.engine.process_memory import give_back_free_memory
 from server.generation.generator import Generator
 from server.generation.observers import Watcher
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
-from server.services import Services
+from server.services import Services, base_name
 from server.store.caller import visible_adapters
 from server.store.data_dir import sweep_folds
 from server.store.directories import AdapterDirectory
@@ -284,12 +283,6 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
         for name in await anyio.to_thread.run_sync(registry.gone, counted):
             del services.requests_by_adapter[name]
     return removed
-
-
-def base_name(settings: Settings) -> str:
-    """The base's name for clients; known before the engine is up, since it is reserved."""
-    manifest = read_manifest(Path(settings.base)) or {}
-    return settings.base_name or str(manifest.get("name") or settings.base_id)
 
 
 def load_text_tokenizer(settings: Settings) -> TextTokenizer:

@@ -10,28 +10,44 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
 
+from server.base.convert import read_manifest
 from server.config.settings import Settings
 from server.draining import Draining
-from server.engine.client import EngineClient
 from server.errors import NotReady
-from server.generation.generator import Generator
-from server.generation.quotas import Quotas
-from server.store.registry import Registry
-from server.telemetry.metrics import Metrics
-from server.telemetry.tracing import Tracing
 
 if TYPE_CHECKING:
+    from adapters.base_model import BaseModelSpec
+    from server.engine.client import EngineClient
+    from server.generation.generator import Generator
+    from server.generation.quotas import Quotas
     from server.jobs.supervisor import Supervisor
     from server.store.files import FileStore
     from server.store.jobs import JobStore
     from server.store.key_ring import KeyRing
+    from server.store.registry import Registry
+    from server.telemetry.metrics import Metrics
+    from server.telemetry.tracing import Tracing
 
 
 TableT = TypeVar("TableT")
+
+
+# Imported late: commands that need neither start faster.
+def _metrics() -> Metrics:
+    from server.telemetry.metrics import Metrics
+
+    return Metrics()
+
+
+def _quotas() -> Quotas:
+    from server.generation.quotas import Quotas
+
+    return Quotas()
 
 
 @dataclass
@@ -43,6 +59,7 @@ class Services:
         base_id: the base's name; no adapter can have it.
         registry: the adapters.
         client: the engine, started or starting.
+        base: the base's dimensions where no engine is started; else None, the engine knows them.
         base_notes: sentences about the base's weights, for whoever lists it.
         generator: None until the engine is ready.
         failure: why the engine did not start, once that is known.
@@ -64,17 +81,18 @@ class Services:
     base_id: str
     registry: Registry
     client: EngineClient
+    base: BaseModelSpec | None = None
     base_notes: tuple[str, ...] = ()
     generator: Generator | None = None
     failure: str | None = None
     started_at: float = field(default_factory=time.time)
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics = field(default_factory=_metrics)
     tracing: Tracing | None = None
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     files: FileStore | None = None
     keys: KeyRing | None = None
-    quotas: Quotas = field(default_factory=Quotas)
+    quotas: Quotas = field(default_factory=_quotas)
     supervisor: Supervisor | None = None
     draining: Draining = field(default_factory=Draining)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
@@ -105,6 +123,17 @@ class Services:
             raise NotReady(f"not ready: {reason}")
         return self.generator
 
+    def need_base(self) -> BaseModelSpec:
+        """The base that adapters must fit.
+
+        Raises:
+            NotReady: the engine is still loading it, or is gone.
+        """
+        if self.base is not None:
+            return self.base
+        self.need_generator()
+        return self.client.base
+
     def need_jobs(self) -> JobStore:
         """The training jobs.
 
@@ -134,6 +163,12 @@ def _there(table: TableT | None, what: str) -> TableT:
     if table is None:
         raise NotReady(f"not ready: this server has no table of {what}")
     return table
+
+
+def base_name(settings: Settings) -> str:
+    """The base's name for clients; known before the engine is up, since it is reserved."""
+    manifest = read_manifest(Path(settings.base)) or {}
+    return settings.base_name or str(manifest.get("name") or settings.base_id)
 
 
 async def get_services(request: Request) -> Services:

@@ -117,7 +117,7 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
             lambda: _publish(services, upload, staged, create_only=create_only)
         )
     name_adapter(request, services, published.record)
-    body = {**_version(services, published.record), "ignored_files": list(ignored)}
+    body = {**version_json(services, published.record), "ignored_files": list(ignored)}
     location = {"location": f"/adapters/{published.record.name}"}
     return JSONResponse(body, 201 if published.created else 200, location)
 
@@ -134,7 +134,7 @@ async def list_adapters(
     registry = services.registry
     records = await _off_loop(lambda: registry.list(offset, limit))
     total = await _off_loop(registry.count)
-    return {"adapters": [_version(services, record) for record in records], "total": total}
+    return {"adapters": [version_json(services, record) for record in records], "total": total}
 
 
 @router.get("/{name}", summary="One adapter: its versions, config, template and counters")
@@ -147,12 +147,12 @@ async def get_adapter(request: Request, services: UseServices, name: str) -> dic
     config = await _off_loop(lambda: _config(registry, default))
     name_adapter(request, services, default)
     return {
-        **_version(services, default),
+        **version_json(services, default),
         "recipe": default.recipe,
         "config": config,
         "counters": {"requests": services.requests_by_adapter[name]},
         "versions": [
-            {**_version(services, record), "recipe": record.recipe} for record in versions
+            {**version_json(services, record), "recipe": record.recipe} for record in versions
         ],
     }
 
@@ -200,7 +200,7 @@ async def preload_adapter(
     """Started, not awaited: `residency` of `GET /adapters/{name}` tells when it is there."""
     record = await _servable(request, services, name, version)
     services.client.preload(adapter_ref(record))
-    return _version(services, record)
+    return version_json(services, record)
 
 
 @router.post("/{name}/unload", status_code=202, summary="Let an adapter leave the device")
@@ -210,7 +210,7 @@ async def unload_adapter(
     """Once no sequence uses it. The adapter stays and loads again when it is asked for."""
     record = await _servable(request, services, name, version)
     services.client.unload(record.digest)
-    return _version(services, record)
+    return version_json(services, record)
 
 
 @router.post("/{name}/rollback", summary="Make a bare name mean an older version")
@@ -221,7 +221,7 @@ async def rollback_adapter(
     only_query(request)
     record = await _off_loop(lambda: services.registry.rollback(name, body.version))
     name_adapter(request, services, record)
-    return _version(services, record)
+    return version_json(services, record)
 
 
 @router.put("/{name}/aliases/{alias}", summary="Name a version of an adapter")
@@ -232,7 +232,7 @@ async def set_alias(
     only_query(request)
     record = await _off_loop(lambda: services.registry.set_alias(name, alias, body.version))
     name_adapter(request, services, record)
-    return _version(services, record)
+    return version_json(services, record)
 
 
 async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
@@ -260,7 +260,7 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
         return None  # `status` says that the stored bytes are damaged
 
 
-def _version(services: Services, record: AdapterRecord) -> dict[str, Any]:
+def version_json(services: Services, record: AdapterRecord) -> dict[str, Any]:
     """A record as JSON, with where it is now."""
     residency: Residency = "disk"
     if services.ready:
