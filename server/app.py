@@ -47,7 +47,6 @@ from server.store.jobs import JobStore
 from server.store.key_ring import KeyRing
 from server.store.keys import KeyStore
 from server.store.registry import Registry
-from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import open_tracing
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
@@ -182,19 +181,18 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
         jobs, registry, settings.worker_config(base_id), workers=settings.train_workers
     )
     client = client or EngineClient(settings.engine_config())
-    metrics = Metrics(settings.metrics_adapters)
-    client.on_residency = metrics.adapter_moved
-    return Services(
+    services = Services(
         settings,
         base_id,
         registry,
         client,
-        metrics=metrics,
         jobs=jobs,
         files=files,
         keys=KeyRing(KeyStore(settings.data_dir)) if settings.keys_required else None,
         supervisor=supervisor,
     )
+    client.on_residency = services.metrics.adapter_moved
+    return services
 
 
 async def start_engine(services: Services) -> Generator:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -37,19 +38,6 @@ if TYPE_CHECKING:
 TableT = TypeVar("TableT")
 
 
-# Imported late: commands that need neither start faster.
-def _metrics() -> Metrics:
-    from server.telemetry.metrics import Metrics
-
-    return Metrics()
-
-
-def _quotas() -> Quotas:
-    from server.generation.quotas import Quotas
-
-    return Quotas()
-
-
 @dataclass
 class Services:
     """One running server.
@@ -58,20 +46,18 @@ class Services:
         settings: what it was started with.
         base_id: the base's name; no adapter can have it.
         registry: the adapters.
-        client: the engine, started or starting.
+        engine: started or starting; None in an application that needs none.
         base: the base's dimensions where no engine is started; else None, the engine knows them.
         base_notes: sentences about the base's weights, for whoever lists it.
         generator: None until the engine is ready.
         failure: why the engine did not start, once that is known.
         started_at: Unix time, seconds.
-        metrics: what is counted here.
         tracing: where spans go; None where nobody asked for them.
         requests_by_adapter: generations asked of each name since the start; a name whose last version
             was deleted begins anew.
         jobs: the training jobs; None in a server that has no table of them.
         files: the files that were uploaded to train on; None likewise.
         keys: the API keys; None in a server that asks for none.
-        quotas: what each key has used.
         supervisor: what runs them here; None where `graftwork worker` does.
         draining: whether new work is refused, and what runs.
         planning: held while a job is planned: one at a time, since each may hold a whole file.
@@ -80,22 +66,47 @@ class Services:
     settings: Settings
     base_id: str
     registry: Registry
-    client: EngineClient
+    engine: EngineClient | None
     base: BaseModelSpec | None = None
     base_notes: tuple[str, ...] = ()
     generator: Generator | None = None
     failure: str | None = None
     started_at: float = field(default_factory=time.time)
-    metrics: Metrics = field(default_factory=_metrics)
     tracing: Tracing | None = None
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     files: FileStore | None = None
     keys: KeyRing | None = None
-    quotas: Quotas = field(default_factory=_quotas)
     supervisor: Supervisor | None = None
     draining: Draining = field(default_factory=Draining)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+
+    # These two are imported on first use: commands that need neither start faster.
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """What is counted here."""
+        from server.telemetry.metrics import Metrics
+
+        return Metrics(self.settings.metrics_adapters)
+
+    @cached_property
+    def quotas(self) -> Quotas:
+        """What each key has used."""
+        from server.generation.quotas import Quotas
+
+        return Quotas()
+
+    @property
+    def client(self) -> EngineClient:
+        """The engine.
+
+        Raises:
+            NotReady: this application has none.
+        """
+        if self.engine is None:
+            raise NotReady("not ready: no engine is started here")
+        return self.engine
 
     @property
     def ready(self) -> bool:

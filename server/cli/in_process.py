@@ -42,6 +42,7 @@ class DataDirectory(Backend):
         settings: which directory, and the base that new adapters must fit.
         create: make the directory if it is not there.
         reads_base: whether adapters are added or combined.
+        jobs: whether it is about jobs, not adapters.
 
     Raises:
         RegistryError: there is no data directory, and none is to be made.
@@ -49,11 +50,13 @@ class DataDirectory(Backend):
     """
 
     def __init__(
-        self, settings: Settings, *, create: bool = False, reads_base: bool = False
+        self,
+        settings: Settings,
+        *,
+        create: bool = False,
+        reads_base: bool = False,
+        jobs: bool = False,
     ) -> None:
-        from server.api.adapters import combine, management
-        from server.api.training import train
-        from server.engine.client import EngineClient
         from server.services import Services, base_name
         from server.store.jobs import JobStore
         from server.store.registry import Registry
@@ -68,13 +71,12 @@ class DataDirectory(Backend):
             opened.callback(self._registry.close)
             self._jobs: JobStore = JobStore(settings.data_dir)
             opened.callback(self._jobs.close)
-            engine = EngineClient(settings.engine_config())  # never started
-            self._services = Services(settings, name, self._registry, engine, jobs=self._jobs)
+            self._services = Services(settings, name, self._registry, None, jobs=self._jobs)
             if reads_base:
                 from server.base.load import describe_base
 
                 self._services.base = describe_base(settings.base, revision=settings.revision)
-            app = _application(self._services, management.router, combine.router, train.router)
+            app = _application(self._services, *_routers(combines=reads_base, jobs=jobs))
             super().__init__(RemoteServer(_URL, transport=ASGITransport(app)))
             self._opened = opened.pop_all()
 
@@ -190,6 +192,20 @@ class PrivateEngine(Backend):
         """Stop the engine."""
         self._opened.close()
         super().close()
+
+
+def _routers(*, combines: bool, jobs: bool) -> list[APIRouter]:
+    if jobs:
+        from server.api.training import train
+
+        return [train.router]
+    from server.api.adapters import management
+
+    if not combines:
+        return [management.router]
+    from server.api.adapters import combine
+
+    return [management.router, combine.router]
 
 
 def _publish(registry: Registry, found: FoundAdapter, services: Services) -> str:

@@ -137,7 +137,7 @@ def list_jobs(
 
     graftwork jobs list --url http://127.0.0.1:8000
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(url, data_dir, jobs=True) as backend:
         jobs = backend.jobs(offset, limit)
     if as_json:
         print_json(jobs)
@@ -158,7 +158,7 @@ def show_job(
 
     graftwork jobs show job-a1ab28fe4d34fda420b6c479
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(url, data_dir, jobs=True) as backend:
         shown = backend.job(job_id)
     if as_json:
         print_json(shown)
@@ -178,7 +178,7 @@ def cancel_job(
 
     graftwork jobs cancel job-a1ab28fe4d34fda420b6c479
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(url, data_dir, jobs=True) as backend:
         job = backend.cancel_job(job_id)
     if as_json:
         print_json(job)
@@ -195,7 +195,7 @@ def remove_job(
 
     graftwork jobs remove job-a1ab28fe4d34fda420b6c479
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(url, data_dir, jobs=True) as backend:
         backend.remove_job(job_id)
     if as_json:
         print_json({"id": job_id, "deleted": True})
@@ -215,7 +215,7 @@ def job_log(
 
     graftwork jobs log job-a1ab28fe4d34fda420b6c479 --tail 20
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(url, data_dir, jobs=True) as backend:
         text = backend.job_log(job_id, tail)
     if as_json:
         print_json({"id": job_id, "log": text})
@@ -240,7 +240,7 @@ def job_events(
 
     graftwork jobs events job-a1ab28fe4d34fda420b6c479 --follow
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(url, data_dir, jobs=True) as backend:
         for event in backend.job_events(job_id, after, follow=follow):
             if as_json:
                 print_json(event)

@@ -86,6 +86,7 @@ def open_backend(
     *,
     create: bool = False,
     reads_base: bool = False,
+    jobs: bool = False,
     **given: Any,
 ) -> Iterator[Backend]:
     """The data directory or the running server that is meant; refusals end the command with one line.
@@ -95,21 +96,23 @@ def open_backend(
         data_dir: the option.
         create: whether the directory is made if it is not there.
         reads_base: whether adapters are added or combined; makes the default base if it is not there.
+        jobs: whether it is about jobs, not adapters.
         given: other options that are settings.
     """
     settings, chosen = place_from(url, data_dir, **given)
     if chosen is None and reads_base:
         prepare_base(settings)
-    with errors_as_lines(), _opened(settings, chosen, create, reads_base) as backend:
-        yield backend
+    with errors_as_lines():
+        if chosen is None:
+            from server.cli.in_process import DataDirectory
 
-
-def _opened(settings: Settings, url: str | None, create: bool, reads_base: bool) -> Backend:
-    if url is not None:
-        return connect(url)
-    from server.cli.in_process import DataDirectory
-
-    return DataDirectory(settings, create=create, reads_base=reads_base)
+            backend: Backend = DataDirectory(
+                settings, create=create, reads_base=reads_base, jobs=jobs
+            )
+        else:
+            backend = connect(chosen)
+        with backend:
+            yield backend
 
 
 def connect(url: str) -> Backend:

@@ -26,7 +26,6 @@ from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.config.limits import limits
 from server.config.settings import MIB
 from server.errors import RequestInvalid
-from server.generation.generator import adapter_ref
 from server.services import Services, UseServices
 from server.store.registry import AdapterRecord, Published, Registry
 
@@ -198,6 +197,8 @@ async def preload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
 ) -> dict[str, Any]:
     """Started, not awaited: `residency` of `GET /adapters/{name}` tells when it is there."""
+    from server.generation.generator import adapter_ref
+
     record = await _servable(request, services, name, version)
     services.client.preload(adapter_ref(record))
     return version_json(services, record)
