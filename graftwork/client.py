@@ -14,11 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from server.cli.adapter_backends import Source, download_to
-from server.cli.generation_backends import Ask, RemoteGeneration
+from server.cli.backend import Backend, Prompt, Source
 from server.cli.http_client import RemoteServer, ServerRefused
-from server.cli.job_backends import RemoteJobs
-from server.cli.remote_adapters import RunningServer
 from server.store.job_states import FINISHED
 
 __all__ = ["Client", "JobFailed", "ServerRefused"]
@@ -62,8 +59,7 @@ class Client:
         timeout_seconds: float = 600.0,
     ) -> None:
         self._server = RemoteServer(url, patience_seconds=timeout_seconds, api_key=api_key)
-        self._adapters = RunningServer(self._server)
-        self._jobs = RemoteJobs(self._server)
+        self._backend = Backend(self._server)
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +69,7 @@ class Client:
 
     def close(self) -> None:
         """Close all connections."""
-        self._server.close()
+        self._backend.close()
 
     # --- generation ------------------------------------------------------------------------------
 
@@ -86,7 +82,7 @@ class Client:
             parameters: those of `POST /generate`, such as `max_new_tokens`.
         """
         reply = self._server.post(
-            "/generate", {**_ask(prompt).body(), "parameters": parameters}, adapter=adapter
+            "/generate", {**_prompt(prompt).body(), "parameters": parameters}, adapter=adapter
         )
         return str(reply["generated_text"])
 
@@ -94,7 +90,7 @@ class Client:
         self, prompt: Input, *, adapter: str | None = None, **parameters: Any
     ) -> Iterator[str]:
         """Generate one text, piece by piece; arguments as `generate`."""
-        return RemoteGeneration(self._server, adapter).pieces(_ask(prompt), parameters)
+        return self._backend.pieces(adapter, _prompt(prompt), parameters)
 
     def classify(
         self, prompt: Input, *, adapter: str | None = None, labels: Sequence[str] | None = None
@@ -109,7 +105,7 @@ class Client:
         Returns:
             `label`, the most likely one; `scores` and `logprobs` of each.
         """
-        body = _ask(prompt).body()
+        body = _prompt(prompt).body()
         if labels is not None:
             body["labels"] = list(labels)
         reply: Json = self._server.post("/classify", body, adapter=adapter)
@@ -130,11 +126,11 @@ class Client:
 
     def adapters(self) -> list[Json]:
         """Every adapter at its default version, by name."""
-        return self._adapters.list()
+        return self._backend.adapters()
 
     def adapter(self, reference: str) -> Json:
         """One adapter with all its versions: NAME, NAME@VERSION or NAME@ALIAS."""
-        return self._adapters.show(reference)
+        return self._backend.adapter(reference)
 
     def add_adapter(self, name: str, path: str | Path, **metadata: Any) -> Json:
         """Upload a PEFT folder, or a .zip or .tar of one; the adapter's record.
@@ -144,15 +140,15 @@ class Client:
             path: where it is on this machine.
             metadata: what to store with it, such as `template`, `labels` and `description`.
         """
-        return self._adapters.add(Source(Path(path), name, metadata))
+        return self._backend.add(Source(Path(path), name, metadata))
 
     def remove_adapter(self, name: str, version: int | None = None) -> Json:
         """Remove a version, or all of them."""
-        return self._adapters.remove(name, version)
+        return self._backend.remove(name, version)
 
     def download_adapter(self, reference: str, out: str | Path) -> Json:
         """Write a PEFT folder, or a zip where the name ends in .zip; the adapter's record."""
-        return download_to(self._adapters, reference, Path(out))
+        return self._backend.download(reference, Path(out))
 
     # --- training --------------------------------------------------------------------------------
 
@@ -188,11 +184,11 @@ class Client:
 
     def job(self, job_id: str) -> Json:
         """A training job as it is now."""
-        return self._jobs.show(job_id)
+        return self._backend.job(job_id)
 
     def cancel_job(self, job_id: str) -> Json:
         """End a job that waits, ask one that runs to end; the job as it is then."""
-        return self._jobs.cancel(job_id)
+        return self._backend.cancel_job(job_id)
 
     def wait_for_job(self, job_id: str, *, poll_seconds: float = 0.5) -> Json:
         """Wait until a training job has made its adapter; the job.
@@ -200,12 +196,12 @@ class Client:
         Raises:
             JobFailed: it failed, or was cancelled.
         """
-        while (job := self._jobs.show(job_id))["state"] not in FINISHED:
+        while (job := self._backend.job(job_id))["state"] not in FINISHED:
             time.sleep(poll_seconds)
         if job["state"] != "succeeded":
             raise JobFailed(job)
         return job
 
 
-def _ask(prompt: Input) -> Ask:
-    return Ask(prompt=prompt) if isinstance(prompt, str) else Ask(row=dict(prompt))
+def _prompt(prompt: Input) -> Prompt:
+    return Prompt(prompt) if isinstance(prompt, str) else Prompt(row=dict(prompt))

@@ -31,14 +31,13 @@ from server.api.operations import docs_page, drain, front_page, health, models, 
 from server.api.training import train
 from server.api.training.openai import files as tuning_files
 from server.api.training.openai import jobs as tuning_jobs
-from server.base.convert import read_manifest
 from server.config.settings import KIB, MIB, Settings
 from server.engine.client import EngineClient
 from server.engine.process_memory import give_back_free_memory
 from server.generation.generator import Generator
 from server.generation.observers import Observer
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
-from server.services import Services
+from server.services import Services, base_name
 from server.store.data_dir import sweep_folds
 from server.store.directories import AdapterDirectory
 from server.store.files import FileStore
@@ -47,7 +46,6 @@ from server.store.jobs import JobStore
 from server.store.key_ring import KeyRing
 from server.store.keys import KeyStore
 from server.store.registry import Registry
-from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import open_tracing
 from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
@@ -181,19 +179,18 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
         jobs, registry, settings.worker_config(base_id), workers=settings.train_workers
     )
     client = client or EngineClient(settings.engine_config())
-    metrics = Metrics(settings.metrics_adapters)
-    client.on_residency = metrics.adapter_moved
-    return Services(
+    services = Services(
         settings,
         base_id,
         registry,
         client,
-        metrics=metrics,
         jobs=jobs,
         files=files,
         keys=KeyRing(KeyStore(settings.data_dir)) if settings.keys_required else None,
         supervisor=supervisor,
     )
+    client.on_residency = services.metrics.adapter_moved
+    return services
 
 
 async def start_engine(services: Services) -> Generator:
@@ -282,12 +279,6 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
         for name in await anyio.to_thread.run_sync(registry.gone, counted):
             del services.requests_by_adapter[name]
     return removed
-
-
-def base_name(settings: Settings) -> str:
-    """The base's name for clients; known before the engine is up, since it is reserved."""
-    manifest = read_manifest(Path(settings.base)) or {}
-    return settings.base_name or str(manifest.get("name") or settings.base_id)
 
 
 def load_text_tokenizer(settings: Settings) -> TextTokenizer:

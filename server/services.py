@@ -7,29 +7,34 @@ it is refused with `NotReady`. Knows no route.
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
 
+from server.base.convert import read_manifest
 from server.config.settings import Settings
 from server.draining import Draining
-from server.engine.client import EngineClient
 from server.errors import NotReady
-from server.generation.generator import Generator
-from server.generation.quotas import Quotas
 from server.store.caller import UNRESTRICTED, Caller
-from server.store.registry import Registry
-from server.telemetry.metrics import Metrics
-from server.telemetry.tracing import Tracing
 
 if TYPE_CHECKING:
+    from adapters.base_model import BaseModelSpec
+    from server.engine.client import EngineClient
+    from server.generation.generator import Generator
+    from server.generation.quotas import Quotas
     from server.jobs.supervisor import Supervisor
     from server.store.files import FileStore
     from server.store.jobs import JobStore
     from server.store.key_ring import KeyRing
+    from server.store.registry import Registry
+    from server.telemetry.metrics import Metrics
+    from server.telemetry.tracing import Tracing
 
 
 TableT = TypeVar("TableT")
@@ -43,19 +48,18 @@ class Services:
         settings: what it was started with.
         base_id: the base's name; no adapter can have it.
         registry: the adapters.
-        client: the engine, started or starting.
+        engine: started or starting; None in an application that needs none.
+        base: the base's dimensions where no engine is started; else None, the engine knows them.
         base_notes: sentences about the base's weights, for whoever lists it.
         generator: None until the engine is ready.
         failure: why the engine did not start, once that is known.
         started_at: Unix time, seconds.
-        metrics: what is counted here.
         tracing: where spans go; None where nobody asked for them.
         requests_by_adapter: generations asked of each name since the start; a name whose last version
             was deleted begins anew.
         jobs: the training jobs; None in a server that has no table of them.
         files: the files that were uploaded to train on; None likewise.
         keys: the API keys; None in a server that asks for none.
-        quotas: what each key has used.
         supervisor: what runs them here; None where `graftwork worker` does.
         draining: whether new work is refused, and what runs.
         planning: held while a job is planned: one at a time, since each may hold a whole file.
@@ -64,18 +68,17 @@ class Services:
     settings: Settings
     base_id: str
     registry: Registry
-    client: EngineClient
+    engine: EngineClient | None
+    base: BaseModelSpec | None = None
     base_notes: tuple[str, ...] = ()
     generator: Generator | None = None
     failure: str | None = None
     started_at: float = field(default_factory=time.time)
-    metrics: Metrics = field(default_factory=Metrics)
     tracing: Tracing | None = None
     requests_by_adapter: Counter[str] = field(default_factory=Counter)
     jobs: JobStore | None = None
     files: FileStore | None = None
     keys: KeyRing | None = None
-    quotas: Quotas = field(default_factory=Quotas)
     supervisor: Supervisor | None = None
     draining: Draining = field(default_factory=Draining)
     planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
@@ -84,13 +87,40 @@ class Services:
         """These services with the stores and the generator as a caller sees them."""
         if caller == UNRESTRICTED:
             return self
-        return replace(
-            self,
-            registry=self.registry.seen_by(caller),
-            generator=self.generator and self.generator.seen_by(caller),
-            jobs=self.jobs and self.jobs.seen_by(caller),
-            files=self.files and self.files.seen_by(caller),
-        )
+        _ = (self.metrics, self.quotas)  # made before the copy: all callers share them
+        view = copy.copy(self)
+        view.registry = self.registry.seen_by(caller)
+        view.generator = self.generator and self.generator.seen_by(caller)
+        view.jobs = self.jobs and self.jobs.seen_by(caller)
+        view.files = self.files and self.files.seen_by(caller)
+        return view
+
+    # These two are imported on first use: commands that need neither start faster.
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """What is counted here."""
+        from server.telemetry.metrics import Metrics
+
+        return Metrics(self.settings.metrics_adapters)
+
+    @cached_property
+    def quotas(self) -> Quotas:
+        """What each key has used."""
+        from server.generation.quotas import Quotas
+
+        return Quotas()
+
+    @property
+    def client(self) -> EngineClient:
+        """The engine.
+
+        Raises:
+            NotReady: this application has none.
+        """
+        if self.engine is None:
+            raise NotReady("not ready: no engine is started here")
+        return self.engine
 
     @property
     def ready(self) -> bool:
@@ -117,6 +147,17 @@ class Services:
             )
             raise NotReady(f"not ready: {reason}")
         return self.generator
+
+    def need_base(self) -> BaseModelSpec:
+        """The base that adapters must fit.
+
+        Raises:
+            NotReady: the engine is still loading it, or is gone.
+        """
+        if self.base is not None:
+            return self.base
+        self.need_generator()
+        return self.client.base
 
     def need_jobs(self) -> JobStore:
         """The training jobs.
@@ -147,6 +188,12 @@ def _there(table: TableT | None, what: str) -> TableT:
     if table is None:
         raise NotReady(f"not ready: this server has no table of {what}")
     return table
+
+
+def base_name(settings: Settings) -> str:
+    """The base's name for clients; known before the engine is up, since it is reserved."""
+    manifest = read_manifest(Path(settings.base)) or {}
+    return settings.base_name or str(manifest.get("name") or settings.base_id)
 
 
 async def get_services(request: Request) -> Services:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from server.cli.options import print_json, say, tell
+from server.cli.render import cell, print_json, print_line, warn
 
 Shown = Mapping[str, Any]
 
@@ -38,7 +36,6 @@ _SHOWN = (
     ("warnings", "warnings"),
 )
 _RECIPE = ("method", "num_rows", "trainable_params", "config", "hyperparameters")
-_MOST_CHARACTERS = 400
 _NOTHING: tuple[Any, ...] = (None, [], {})
 _COLUMNS = ("version", "method", "tokens", "bytes", "status", "residency")
 
@@ -49,8 +46,8 @@ def table_of(records: Sequence[Shown]) -> Table:
     table = Table(name, *_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
     for one in records:
         method, tokens = one["peft_type"].lower(), one["num_virtual_tokens"]
-        words = (one["name"], one["version"], method, tokens, one["bytes"])
-        table.add_row(*(Text(str(word)) for word in (*words, one["status"], one["residency"])))
+        cells = (one["name"], one["version"], method, tokens, one["bytes"])
+        table.add_row(*(Text(str(value)) for value in (*cells, one["status"], one["residency"])))
     return table
 
 
@@ -66,42 +63,34 @@ def details_of(shown: Shown) -> Table:
     table = Table("what", Column("value", overflow="fold"), show_header=False, box=None)
     for label, value in rows:
         if value not in _NOTHING:
-            table.add_row(label, Text(_shortened(_text(value))))
+            table.add_row(label, Text(cell(value)))
     return table
 
 
-def tell_record(record: Shown, said: str, *, as_json: bool) -> None:
+def print_record(record: Shown, said: str, *, as_json: bool) -> None:
     """Print a record: as JSON, or its name and version with what is said of it."""
     if as_json:
         print_json(record)
     else:
-        tell(f"{record['name']}@{record['version']} {said}")
+        print_line(f"{record['name']}@{record['version']} {said}")
 
 
-def tell_added(one: Shown) -> None:
+def print_added(one: Shown) -> None:
     """Say what came of one folder: on standard output, or why it was refused on standard error."""
     if "error" in one:
-        say(f"[red]graftwork:[/red] {escape(one['path'])}: {escape(one['error'])}")
+        warn(f"{one['path']}: {one['error']}")
         return
     what = "registered" if one["created"] else "was there already"
     facts = f"({one['peft_type']}, {one['digest'][:12]})"
-    tell(f"{one['name']}@{one['version']} {what} {facts}")
+    print_line(f"{one['name']}@{one['version']} {what} {facts}")
     for warning in one["warnings"]:
-        say(f"[yellow]graftwork:[/yellow] {escape(warning)}")
+        warn(warning, "yellow")
 
 
 def _versions(versions: Sequence[Shown]) -> list[tuple[str, str]]:
-    told: list[tuple[str, str]] = []
+    rows: list[tuple[str, str]] = []
     for one in versions:
         facts = [one["created_at"][:19], one["digest"][:12], one["status"], *one["aliases"]]
         facts += ["default"] if one["is_default"] else []
-        told.append((f"version {one['version']}", " ".join(facts)))
-    return told
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        rows.append((f"version {one['version']}", " ".join(facts)))
+    return rows

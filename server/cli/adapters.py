@@ -1,41 +1,42 @@
 """`graftwork adapters`: look at adapters, add and remove them, in a data directory or a server.
 
-What is done is `server.cli.adapter_backends`'s; here are the options, and what is printed.
+`server.cli.backend` does the work; here are the options, and what is printed.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli.adapter_tables import details_of, table_of, tell_added, tell_record
-from server.cli.data import errors_as_lines, labels_from
+from server.cli.adapter_tables import details_of, print_added, print_record, table_of
+from server.cli.data import labels_from
 from server.cli.options import (
     AsJson,
     Base,
     DataDir,
+    Description,
     Revision,
     Url,
     connect,
+    open_backend,
+    running_server_url,
+)
+from server.cli.render import (
+    EXIT_FOUND_FAILURE,
     err,
+    errors_as_lines,
     fail,
-    place_from,
-    prepare_base,
     print_json,
+    print_line,
     print_table,
-    tell,
 )
 
 if TYPE_CHECKING:
-    from server.cli.adapter_backends import AdapterPlace, Source
-    from server.config.settings import Settings
-
-EXIT_FOUND_FAILURE = 1
+    from server.cli.backend import Backend, Source
 
 adapters_app = typer.Typer(
     help="Look at adapters, add and remove them: in a data directory, or in a running server.",
@@ -55,8 +56,8 @@ def list_adapters(url: Url = None, data_dir: DataDir = None, as_json: AsJson = F
 
     graftwork adapters list --url http://127.0.0.1:8000
     """
-    with adapter_place(url, data_dir) as place:
-        records = place.list()
+    with open_backend(url, data_dir) as backend:
+        records = backend.adapters()
     if as_json:
         print_json(records)
         return
@@ -71,8 +72,8 @@ def show_adapter(
 
     graftwork adapters show complaints@2
     """
-    with adapter_place(url, data_dir) as place:
-        shown = place.show(reference)
+    with open_backend(url, data_dir) as backend:
+        shown = backend.adapter(reference)
     if as_json:
         print_json(shown)
     else:
@@ -100,7 +101,7 @@ def add_adapters(
             help="What it may answer: once with commas, or once for each label.",
         ),
     ] = None,
-    description: Annotated[str | None, typer.Option("--description")] = None,
+    description: Description = None,
     url: Url = None,
     base: Base = None,
     revision: Revision = None,
@@ -111,28 +112,28 @@ def add_adapters(
 
     A folder that is refused does not stop the others; the exit status is 1
     then, and 2 where there was only one. Template, labels and recipe of a
-    folder that graftwork train made are taken from it; a server is not told the
-    recipe, for which an upload has no place.
+    folder that graftwork train made are taken from it; an upload to a server
+    has no place for the recipe.
 
     graftwork adapters add out/complaints
     graftwork adapters add adapters/* --url http://127.0.0.1:8000
     """
     if name is not None and len(paths) > 1:
         raise fail(f"--name is for one folder; came {len(paths)}, which are named by their own")
-    said = {"template": template, "labels": labels_from(labels), "description": description}
-    given = {key: value for key, value in said.items() if value is not None}
-    with adapter_place(
-        url, data_dir, base=base, revision=revision, fills=True, needs_base=True
-    ) as place:
+    options = {"template": template, "labels": labels_from(labels), "description": description}
+    given = {key: value for key, value in options.items() if value is not None}
+    with open_backend(
+        url, data_dir, base=base, revision=revision, create=True, reads_base=True
+    ) as backend:
         if len(paths) == 1:
-            results = [_added(place, paths[0], name, given)]
+            results = [_added(backend, paths[0], name, given)]
         else:
-            results = [_added_or_not(place, path, given) for path in paths]
+            results = [_added_or_not(backend, path, given) for path in paths]
     if as_json:
         print_json(results)
     else:
         for one in results:
-            tell_added(one)
+            print_added(one)
     if any("error" in one for one in results):
         raise typer.Exit(EXIT_FOUND_FAILURE)
 
@@ -151,20 +152,20 @@ def remove_adapter(
 
     graftwork adapters remove complaints@1 --yes
     """
-    with adapter_place(url, data_dir) as place:
-        shown = place.show(reference)
+    with open_backend(url, data_dir) as backend:
+        shown = backend.adapter(reference)
         whole = "@" not in reference
         count = len(shown["versions"])
         what = f"{shown['name']} with its {count} version{'s' * (count != 1)}"
         if not whole:
             what = f"{shown['name']}@{shown['version']}"
         _confirm(f"Remove {what}?", yes=yes)
-        gone = place.remove(shown["name"], None if whole else shown["version"])
+        gone = backend.remove(shown["name"], None if whole else shown["version"])
     if as_json:
         print_json(gone)
     else:
         listed = ", ".join(f"{gone['name']}@{one}" for one in gone["deleted_versions"])
-        tell(f"removed {listed}")
+        print_line(f"removed {listed}")
 
 
 @adapters_app.command("rollback")
@@ -179,9 +180,9 @@ def rollback_adapter(
 
     graftwork adapters rollback complaints 1
     """
-    with adapter_place(url, data_dir) as place:
-        record = place.rollback(name, version)
-    tell_record(record, "is what a bare name means now", as_json=as_json)
+    with open_backend(url, data_dir) as backend:
+        record = backend.rollback(name, version)
+    print_record(record, "is what a bare name means now", as_json=as_json)
 
 
 @adapters_app.command("alias")
@@ -197,9 +198,9 @@ def set_alias(
 
     graftwork adapters alias complaints stable 2
     """
-    with adapter_place(url, data_dir) as place:
-        record = place.set_alias(name, alias, version)
-    tell_record(record, f"is {name}@{alias} now", as_json=as_json)
+    with open_backend(url, data_dir) as backend:
+        record = backend.set_alias(name, alias, version)
+    print_record(record, f"is {name}@{alias} now", as_json=as_json)
 
 
 @adapters_app.command("download")
@@ -217,14 +218,12 @@ def download_adapter(
 
     graftwork adapters download complaints@2 --out complaints
     """
-    from server.cli.adapter_backends import download_to
-
-    with adapter_place(url, data_dir) as place:
-        record = download_to(place, reference, out)
+    with open_backend(url, data_dir) as backend:
+        record = backend.download(reference, out)
     if as_json:
         print_json({**record, "out": str(out)})
     else:
-        tell(f"{record['name']}@{record['version']} written to {out}")
+        print_line(f"{record['name']}@{record['version']} written to {out}")
 
 
 @adapters_app.command("preload")
@@ -247,59 +246,11 @@ def unload_adapter(reference: Reference, url: Url = None, as_json: AsJson = Fals
     _move(reference, "unload", "leaves the device once no request uses it", url, as_json=as_json)
 
 
-# --- where ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def adapter_place(
-    url: str | None,
-    data_dir: Path | None,
-    *,
-    fills: bool = False,
-    needs_base: bool = False,
-    **given: Any,
-) -> Iterator[AdapterPlace]:
-    """The data directory or the server that is meant; refusals end the command with one line.
-
-    Args:
-        url: the option.
-        data_dir: the option.
-        fills: whether the directory is made if it is not there.
-        needs_base: whether the default base is.
-        given: other options that are settings.
-    """
-    settings, chosen = place_from(url, data_dir, **given)
-    if chosen is None and needs_base:
-        prepare_base(settings)
-    with errors_as_lines():
-        place = _open(settings, chosen, fills=fills)
-        try:
-            yield place
-        finally:
-            place.close()
-
-
-def _open(settings: Settings, url: str | None, *, fills: bool) -> AdapterPlace:
-    from server.cli.local_adapters import DataDirectory
-    from server.cli.remote_adapters import RunningServer
-
-    if url is None:
-        return DataDirectory(settings, create=fills)
-    return RunningServer(connect(url))
-
-
-def _move(reference: str, where: str, said: str, url: str | None, *, as_json: bool) -> None:
-    from server.cli.remote_adapters import RunningServer
-
-    _, chosen = place_from(url, None)
-    if chosen is None:
-        raise fail(
-            f"{where} needs a running server: --url http://127.0.0.1:8000, or GRAFTWORK_URL; a data "
-            "directory has no device"
-        )
-    with errors_as_lines(), connect(chosen) as server:
-        record = RunningServer(server).move(reference, where)
-    tell_record(record, said, as_json=as_json)
+def _move(reference: str, direction: str, said: str, url: str | None, *, as_json: bool) -> None:
+    chosen = running_server_url(url, direction, "; a data directory has no device")
+    with errors_as_lines(), connect(chosen) as backend:
+        record = backend.move(reference, direction)
+    print_record(record, said, as_json=as_json)
 
 
 # --- add --------------------------------------------------------------------------------------
@@ -307,32 +258,33 @@ def _move(reference: str, where: str, said: str, url: str | None, *, as_json: bo
 
 def _source(path: Path, name: str | None, given: Mapping[str, Any]) -> Source:
     from adapters.template import Template
-    from server.cli.adapter_backends import Source, read_words
+    from adapters.training.provenance import read_provenance
+    from server.cli.backend import Source
 
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "expected a folder that PEFT saved", str(path))
-    provenance = read_words(path)
-    words = {} if provenance is None else {**vars(provenance.metadata())}
+    provenance = read_provenance(path) if path.is_dir() else None
+    metadata = {} if provenance is None else {**vars(provenance.metadata())}
     if "template" in given:
         # White space at a template's end is its separator, as in an upload and in training.
         dropped = Template.parse(given["template"]).dropped
-        words |= {"target_separator": dropped} if dropped else {}
+        metadata |= {"target_separator": dropped} if dropped else {}
     own = path.resolve().name if path.is_dir() else path.name.split(".")[0]
-    return Source(path, name or own, {**words, **given})
+    return Source(path, name or own, {**metadata, **given})
 
 
 def _added(
-    place: AdapterPlace, path: Path, name: str | None, given: Mapping[str, Any]
+    backend: Backend, path: Path, name: str | None, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {"path": str(path), **place.add(_source(path, name, given))}
+    return {"path": str(path), **backend.add(_source(path, name, given))}
 
 
-def _added_or_not(place: AdapterPlace, path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def _added_or_not(backend: Backend, path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     from adapters.errors import AdapterError
     from server.cli.http_client import ServerRefused
 
     try:
-        return _added(place, path, None, given)
+        return _added(backend, path, None, given)
     except (AdapterError, ServerRefused) as error:
         return {"path": str(path), "error": error.message}
     except OSError as error:
@@ -345,7 +297,7 @@ def _confirm(question: str, *, yes: bool) -> None:
     try:
         agreed = typer.confirm(question, err=True)
     except typer.Abort:
-        raise fail("nobody answered; say --yes to remove without a question") from None
+        raise fail("no answer came; say --yes to remove without a question") from None
     if not agreed:
         err.print("nothing was removed")
         raise typer.Exit(EXIT_FOUND_FAILURE)

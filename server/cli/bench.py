@@ -14,18 +14,20 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.data import errors_as_lines
 from server.cli.options import (
     AsJson,
     Url,
     api_key,
+    running_server_url,
+)
+from server.cli.render import (
     err,
+    errors_as_lines,
     fail,
-    place_from,
     print_json,
+    print_line,
     print_table,
     say,
-    tell,
 )
 
 if TYPE_CHECKING:
@@ -88,9 +90,7 @@ def bench(
     """
     from server.cli.load_generator import LoadPlan, run_load
 
-    _, chosen = place_from(url, None)
-    if chosen is None:
-        raise fail("bench needs a running server: --url http://127.0.0.1:8000, or GRAFTWORK_URL")
+    chosen = running_server_url(url, "bench")
     if rate is not None and not rate > 0:
         raise fail(f"--rate: expected more than 0 requests a second, came {rate}")
     names = tuple(name.strip() for name in adapters.split(",") if name.strip())
@@ -138,7 +138,7 @@ def _print(report: LoadReport) -> None:
         table.add_row("all", *_cells(report.total))
     print_table(table)
     total = report.total
-    tell(
+    print_line(
         f"{total.output_tokens} tokens of {total.num_requests} requests in {report.seconds:.1f} s: "
         f"{total.output_tokens_per_second:.1f} tokens/s, {total.requests_per_second:.2f} requests/s"
     )

@@ -14,25 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from server.cli.adapter_tables import tell_record
-from server.cli.adapters import adapter_place
-from server.cli.data import errors_as_lines, labels_from
+from server.cli.adapter_tables import print_record
+from server.cli.data import labels_from
 from server.cli.options import (
     AsJson,
     Base,
     DataDir,
+    Description,
     Revision,
     Url,
     connect,
-    fail,
+    open_backend,
     place_from,
     prepare_base,
-    print_json,
-    tell,
 )
+from server.cli.render import errors_as_lines, fail, print_json, print_line
 
 if TYPE_CHECKING:
-    from server.cli.adapter_backends import Weighted
     from server.config.settings import Settings
 
 CombinationType = Literal["linear", "delta"]
@@ -71,7 +69,7 @@ def combine_adapters(
             "--labels", metavar="A,B", help="Left out: those of the adapters, if they agree."
         ),
     ] = None,
-    description: Annotated[str | None, typer.Option("--description")] = None,
+    description: Description = None,
     url: Url = None,
     base: Base = None,
     revision: Revision = None,
@@ -83,11 +81,16 @@ def combine_adapters(
     graftwork adapters combine complaints:0.7 refunds@2:0.3 --name both
     """
     weighted = [_weighted(part) for part in parts]
-    said = {"template": template, "labels": labels_from(labels), "description": description}
-    words = {key: value for key, value in said.items() if value is not None}
-    with adapter_place(url, data_dir, base=base, revision=revision, needs_base=True) as place:
-        record = place.combine(weighted, name, combination_type, words)
-    tell_record(record, f"is the sum of {', '.join(parts)}", as_json=as_json)
+    options = {
+        "combination_type": combination_type,
+        "template": template,
+        "labels": labels_from(labels),
+        "description": description,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    with open_backend(url, data_dir, base=base, revision=revision, reads_base=True) as backend:
+        record = backend.combine(weighted, name, **given)
+    print_record(record, f"is the sum of {', '.join(parts)}", as_json=as_json)
 
 
 def merge_adapter(
@@ -144,19 +147,17 @@ def merge_adapter(
     if as_json:
         print_json({"adapter": name, **asdict(merged), "directory": str(merged.directory)})
     else:
-        tell(
+        print_line(
             f"{name} merged into {merged.num_modules} modules, {merged.num_bytes:,} bytes written to "
             f"{out}; serve it with: graftwork serve --base {out}"
         )
 
 
-def _weighted(part: str) -> Weighted:
-    from server.cli.adapter_backends import Weighted
-
+def _weighted(part: str) -> tuple[str, float]:
     reference, colon, weight = part.rpartition(":")
     try:
         if colon and reference:
-            return Weighted(reference, float(weight))
+            return reference, float(weight)
     except ValueError:
         pass
     raise fail(f"expected NAME:WEIGHT, such as complaints:0.5; came {part!r}")
@@ -173,16 +174,11 @@ def _folder(
         found = find_adapters([adapter], settings)[0]
         yield found.directory, found.name, found.base_digest
         return
-    from server.cli.adapter_backends import stage
-    from server.cli.remote_adapters import RunningServer
-
-    with tempfile.TemporaryDirectory(prefix="graftwork-") as work, connect(url) as server:
-        archive, directory = Path(work) / "adapter.zip", Path(work) / "adapter"
-        record = RunningServer(server).download(adapter, archive)
-        directory.mkdir()
-        stage(archive, directory)
-        served = server.get("/info")["base"]["digest"]
-        yield directory, f"{record['name']}@{record['version']}", served
+    with tempfile.TemporaryDirectory(prefix="graftwork-") as work, connect(url) as backend:
+        directory = Path(work) / "adapter"
+        record = backend.download(adapter, directory)
+        name = f"{record['name']}@{record['version']}"
+        yield directory, name, backend.base_digest()
 
 
 def _require_base(name: str, expected: str | None, came: str) -> None:

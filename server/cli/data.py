@@ -5,17 +5,16 @@ Knows no model and no command.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from adapters.errors import AdapterError, DataInvalid
+from adapters.errors import DataInvalid
 from adapters.template import text_of
 from adapters.training.rows import Row, kind_of, read_rows
-from server.cli.options import fail
+from server.cli.render import fail
 
 Data = Annotated[Path, typer.Option("--data", help="Rows: a .jsonl or a .csv file.")]
 Where = Annotated[
@@ -103,6 +102,16 @@ def object_from(flag: str, text: str | None) -> dict[str, Any] | None:
         raise fail(f"{flag}: expected a JSON object; {error}") from error
 
 
+def merged_options(flag: str, text: str | None, **named: Any) -> dict[str, Any]:
+    """The options that were given, and those of a JSON object; exits where one is given twice."""
+    given = {name: value for name, value in named.items() if value is not None}
+    others = object_from(flag, text) or {}
+    for name in others:
+        if name in given:
+            raise fail(f"{name} is given twice: by its own option and in {flag}")
+    return {**others, **given}
+
+
 class DataFile:
     """The rows of a file, perhaps not all of them, and what they are called in messages.
 
@@ -146,7 +155,7 @@ class DataFile:
         """The columns of the first row, for messages."""
         return ", ".join(repr(name) for name in self.rows[0])
 
-    def told(self, error: DataInvalid) -> str:
+    def message_of(self, error: DataInvalid) -> str:
         """The message, with the row's number in the file where that is another one."""
         if error.row is None or error.row > len(self._numbers):
             return error.message
@@ -154,32 +163,3 @@ class DataFile:
         if number == error.row:
             return error.message
         return f"{error.message} (row {number} of the file)"
-
-
-@contextmanager
-def errors_as_lines(data: DataFile | None = None) -> Iterator[None]:
-    """Let every refusal end the command with one line and status 2; faults of ours pass."""
-    from server.cli.http_client import ServerRefused
-    from server.errors import RequestRefused
-    from server.jobs import failures
-
-    try:
-        yield
-    except DataInvalid as error:
-        raise fail(data.told(error) if data else error.message) from error
-    except (AdapterError, RequestRefused, ServerRefused) as error:
-        raise fail(error.message) from error
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        raise fail(f"{place}{error.strerror or error}") from error
-    except (MemoryError, RuntimeError) as error:
-        if failures.describe(error)["code"] != failures.OUT_OF_MEMORY:
-            raise
-        raise fail(
-            "out of memory; a smaller --batch-size, with more gradient_accumulation_steps, needs less"
-        ) from error
-
-
-def number(value: Any) -> str:
-    """A share for a table: three digits, or a dash."""
-    return "-" if value is None else f"{value:.3f}"

@@ -25,9 +25,7 @@ from server.cli.data import (
     TargetSeparator,
     TemplateOption,
     Where,
-    errors_as_lines,
     labels_from,
-    number,
     pairs_from,
 )
 from server.cli.named_adapters import WORDS, FoundAdapter, find_adapters, require_base
@@ -41,13 +39,17 @@ from server.cli.options import (
     Threads,
     Url,
     connect,
-    err,
-    fail,
-    out,
     place_from,
     prepare_base,
+)
+from server.cli.render import (
+    err,
+    errors_as_lines,
+    fail,
+    out,
     print_json,
     print_table,
+    share,
 )
 from server.config.settings import MIB, Settings
 
@@ -219,18 +221,21 @@ def _evaluate_remotely(
     rows: DataFile,
     normalization: Normalization,
 ) -> dict[str, Any]:
-    from server.cli.remote_adapters import RunningServer
     from server.cli.remote_evaluation import contestant_of, evaluate_remotely, stored_words
 
-    with connect(url) as server:
-        shown = [RunningServer(server).show(name) for name in names]
+    with connect(url) as backend:
+        shown = [backend.adapter(name) for name in names]
         inherited = stored_words(shown[0]) if shown else {}
         contestants = [contestant_of(None, {}, given, inherited)]
         for name, one in zip(names, shown, strict=True):
             contestants.append(contestant_of(name, one, given, {}))
         with _progress() as tell:
             evaluation = evaluate_remotely(
-                server, contestants, rows.rows, normalization=normalization, on_progress=tell
+                backend.server,
+                contestants,
+                rows.rows,
+                normalization=normalization,
+                on_progress=tell,
             )
     columns = ([one.name for one in contestants], [one.method for one in contestants])
     return _report(evaluation, *columns, [one.labels for one in contestants], normalization)
@@ -321,8 +326,8 @@ def _print(report: dict[str, Any], *, as_json: bool) -> None:
         table.add_row(
             one["adapter"] or "(the base)",
             one["method"],
-            number(one["accuracy"]),
-            number(one["macro_f1"]),
+            share(one["accuracy"]),
+            share(one["macro_f1"]),
             f"{one['num_right']} of {report['num_rows']}",
         )
     print_table(table)

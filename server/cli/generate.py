@@ -1,13 +1,12 @@
 """`graftwork generate`: prompts or rows in, texts out, from an engine of its own or a running server.
 
-Where it comes from is `server.cli.generation_backends`'s; here are the options, and what is printed.
+`server.cli.backend` generates; here are the options, and what is printed.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from server.cli.data import errors_as_lines, object_from, pairs_from
+from server.cli.data import merged_options, pairs_from
 from server.cli.options import (
     AsJson,
     Base,
@@ -26,16 +25,14 @@ from server.cli.options import (
     Threads,
     Url,
     connect,
-    fail,
     place_from,
     prepare_base,
-    print_json,
 )
+from server.cli.render import errors_as_lines, fail, print_json
 
 if TYPE_CHECKING:
-    from server.cli.generation_backends import Ask, GenerationPlace
+    from server.cli.backend import Backend, Prompt
     from server.config.settings import Settings
-
 
 # Parameters of /generate that say what else a reply holds, or whose it is.
 _OF_THE_REPLY = frozenset(
@@ -120,18 +117,20 @@ def generate(
     """
     if stream and as_json:
         raise fail("--stream and --json are both given; choose one of them")
-    asks = _asks(prompt, pairs_from("--row", row))
-    if stream and len(asks) > 1:
-        raise fail(f"--stream is for one prompt; came {len(asks)}")
-    named = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": stop,
-    }
-    wanted = _parameters(parameters, named)
+    prompts = _prompts(prompt, pairs_from("--row", row))
+    if stream and len(prompts) > 1:
+        raise fail(f"--stream is for one prompt; came {len(prompts)}")
+    chosen_parameters = merged_options(
+        "--parameters",
+        parameters,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+    )
+    _check_parameters(chosen_parameters)
     settings, chosen = place_from(
         url,
         data_dir,
@@ -141,98 +140,63 @@ def generate(
         device=device,
         threads=threads,
     )
-    with _errors_as_lines(), _opened(settings, chosen, adapter) as place:
+    with errors_as_lines(), _opened(settings, chosen, adapter) as backend:
         if stream:
-            _stream(place, asks[0], wanted)
-        else:
-            _print_all(place, asks, wanted, adapter, as_json=as_json)
+            for piece in backend.pieces(adapter, prompts[0], chosen_parameters):
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+            typer.echo("")
+            return
+        answers = backend.answers(adapter, prompts, chosen_parameters)
+        for one, answer in zip(prompts, answers, strict=True):
+            if as_json:
+                shown = asdict(answer)
+                text = shown.pop("text")
+                print_json({"adapter": adapter, **_shown(one), "generated_text": text, **shown})
+            else:
+                typer.echo(answer.text)
 
 
-def _asks(prompts: list[str] | None, row: dict[str, str] | None) -> list[Ask]:
-    from server.cli.generation_backends import Ask
+def _prompts(texts: list[str] | None, row: dict[str, str] | None) -> list[Prompt]:
+    from server.cli.backend import Prompt
 
-    if prompts and row is not None:
+    if texts and row is not None:
         raise fail("--prompt and --row are both given; choose one of them")
     if row is not None:
-        return [Ask(row=row)]
-    if not prompts and not sys.stdin.isatty():
-        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
-    if not prompts:
+        return [Prompt(row=row)]
+    if not texts and not sys.stdin.isatty():
+        texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not texts:
         raise fail("expected --prompt, --row or lines on standard input; came none")
-    return [Ask(prompt=prompt) for prompt in prompts]
+    return [Prompt(text) for text in texts]
 
 
-def _parameters(text: str | None, named: Mapping[str, Any]) -> dict[str, Any]:
-    """TGI's parameters, checked; exits with a sentence on one that cannot be."""
+def _shown(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": prompt.text} if prompt.row is None else {"row": prompt.row}
+
+
+def _check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Exit with a sentence where the parameters are none of TGI's that choose tokens."""
     from server.api.error_replies import describe_validation
     from server.api.schemas import GenerateParameters
 
-    given = {name: value for name, value in named.items() if value is not None}
-    others = object_from("--parameters", text) or {}
-    for name in others:
-        if name in given:
-            raise fail(f"{name} is given twice: by its own option and in --parameters")
+    for name in parameters:
         if name not in GenerateParameters.model_fields or name in _OF_THE_REPLY:
             raise fail(f"--parameters: {name!r} is none that says how to choose tokens")
     try:
-        GenerateParameters.model_validate({**others, **given})
+        GenerateParameters.model_validate(parameters)
     except ValidationError as error:
         raise fail(describe_validation(error.errors(include_url=False)).message) from error
-    return {**others, **given}
 
 
-@contextmanager
-def _opened(settings: Settings, url: str | None, adapter: str | None) -> Iterator[GenerationPlace]:
-    from server.cli.generation_backends import LocalGeneration, RemoteGeneration
-    from server.cli.named_adapters import find_adapters
-
-    place: GenerationPlace
+def _opened(settings: Settings, url: str | None, adapter: str | None) -> Backend:
     if url is not None:
         if adapter is not None and Path(adapter).is_dir() and "/" in adapter:
             raise fail(f"--adapter {adapter} is a folder; add it to the server first")
-        place = RemoteGeneration(connect(url), adapter)
-    else:
-        found = find_adapters([] if adapter is None else [adapter], settings)
-        prepare_base(settings)
-        place = LocalGeneration(settings, found[0] if found else None)
-    try:
-        yield place
-    finally:
-        place.close()
+        return connect(url)
+    from server.cli.in_process import PrivateEngine
+    from server.cli.named_adapters import find_adapters
 
-
-@contextmanager
-def _errors_as_lines() -> Iterator[None]:
-    """As `errors_as_lines`, for what an engine may say as well."""
-    from server.engine.client import EngineError
-
-    with errors_as_lines():
-        try:
-            yield
-        except EngineError as error:
-            raise fail(str(error)) from error
-
-
-def _stream(place: GenerationPlace, ask: Ask, parameters: dict[str, Any]) -> None:
-    for piece in place.pieces(ask, parameters):
-        typer.echo(piece, nl=False)
-        sys.stdout.flush()
-    typer.echo("")
-
-
-def _print_all(
-    place: GenerationPlace,
-    asks: list[Ask],
-    parameters: dict[str, Any],
-    adapter: str | None,
-    *,
-    as_json: bool,
-) -> None:
-    for ask, answer in zip(asks, place.answers(asks, parameters), strict=True):
-        if as_json:
-            asked = {name: value for name, value in asdict(ask).items() if value is not None}
-            said = asdict(answer)
-            text = said.pop("text")
-            print_json({"adapter": adapter, **asked, "generated_text": text, **said})
-        else:
-            typer.echo(answer.text)
+    found = find_adapters([] if adapter is None else [adapter], settings)
+    prepare_base(settings)
+    return PrivateEngine(settings, found[0] if found else None)

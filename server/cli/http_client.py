@@ -45,6 +45,7 @@ class RemoteServer:
         url: http://HOST:PORT, perhaps with a path before the routes.
         patience_seconds: how long a reply may take.
         api_key: sent with every request; None sends none.
+        transport: what answers instead of the network, however long it takes.
 
     Raises:
         ServerRefused: not such a URL. Every method raises it too: no reply, or a refusal.
@@ -56,16 +57,18 @@ class RemoteServer:
         *,
         patience_seconds: float = _PATIENCE_SECONDS,
         api_key: str | None = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = checked_url(url)
         self._timeout = httpx.Timeout(
-            patience_seconds, connect=min(patience_seconds, _CONNECT_SECONDS)
+            None if transport else patience_seconds, connect=min(patience_seconds, _CONNECT_SECONDS)
         )
         self._client = httpx.Client(
             base_url=self.url,
             timeout=self._timeout,
             trust_env=uses_proxy(self.url),
             headers=key_headers(api_key),
+            transport=transport,
         )
 
     def __enter__(self) -> Self:

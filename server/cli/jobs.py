@@ -6,21 +6,19 @@ the work with it. `jobs` looks at them and cancels them, there or in a running s
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.data import errors_as_lines
 from server.cli.options import (
     AsJson,
     Base,
+    BaseName,
     DataDir,
     Device,
     DtypeOption,
@@ -29,23 +27,13 @@ from server.cli.options import (
     Revision,
     TrainWorkers,
     Url,
-    connect,
-    err,
-    fail,
+    open_backend,
     option,
-    place_from,
     prepare_base,
-    print_json,
-    print_table,
     settings_from,
-    tell,
 )
+from server.cli.render import cell, err, fail, print_json, print_line, print_table
 from server.config.settings import Settings
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from server.cli.job_backends import JobPlace
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, such as job-a1ab28fe4d34….")]
 
@@ -64,7 +52,7 @@ def add_commands(app: typer.Typer) -> None:
 def worker(
     base: Base = None,
     revision: Revision = None,
-    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
+    base_name: BaseName = None,
     data_dir: DataDir = None,
     dtype: DtypeOption = None,
     device: Device = None,
@@ -104,9 +92,9 @@ def worker(
 
 
 def _supervise(settings: Settings) -> None:
-    from server.app import base_name
     from server.jobs.supervisor import Supervisor
     from server.logs import configure
+    from server.services import base_name
     from server.store.jobs import JobStore
     from server.store.registry import Registry
 
@@ -120,16 +108,16 @@ def _supervise(settings: Settings) -> None:
         settings.worker_config(name),
         workers=settings.train_workers,
     )
-    asked = threading.Event()
+    stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: asked.set())
+        signal.signal(number, lambda _number, _frame: stopped.set())
     supervisor.start()
     err.print(
         f"Graftwork runs the training jobs of {settings.data_dir}, {settings.train_workers} at once",
         highlight=False,
         soft_wrap=True,
     )
-    asked.wait()
+    stopped.wait()
     supervisor.stop()
     registry.close()
 
@@ -149,16 +137,16 @@ def list_jobs(
 
     graftwork jobs list --url http://127.0.0.1:8000
     """
-    with _place(url, data_dir) as place:
-        jobs = place.list(offset, limit)
+    with open_backend(url, data_dir, jobs=True) as backend:
+        jobs = backend.jobs(offset, limit)
     if as_json:
         print_json(jobs)
         return
     table = Table("id", "state", "adapter", "method", "step", "created")
     for job in jobs:
         created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
-        words = (job["id"], job["state"], job["adapter"], job["method"], _step(job), created)
-        table.add_row(*(Text(word) for word in words))
+        cells = (job["id"], job["state"], job["adapter"], job["method"], _step(job), created)
+        table.add_row(*(Text(one) for one in cells))
     print_table(table)
 
 
@@ -170,16 +158,15 @@ def show_job(
 
     graftwork jobs show job-a1ab28fe4d34fda420b6c479
     """
-    with _place(url, data_dir) as place:
-        shown = place.show(job_id)
+    with open_backend(url, data_dir, jobs=True) as backend:
+        shown = backend.job(job_id)
     if as_json:
         print_json(shown)
         return
     table = Table(show_header=False, box=None)
     for name, value in shown.items():
         if value not in (None, {}, []):
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            table.add_row(name, Text(_shortened(text)))
+            table.add_row(name, Text(cell(value)))
     print_table(table)
 
 
@@ -191,13 +178,13 @@ def cancel_job(
 
     graftwork jobs cancel job-a1ab28fe4d34fda420b6c479
     """
-    with _place(url, data_dir) as place:
-        job = place.cancel(job_id)
+    with open_backend(url, data_dir, jobs=True) as backend:
+        job = backend.cancel_job(job_id)
     if as_json:
         print_json(job)
         return
-    asked = job["cancel_requested"] and job["state"] == "running"
-    tell(f"{job_id} is about to stop" if asked else f"{job_id} is {job['state']}")
+    stops = job["cancel_requested"] and job["state"] == "running"
+    print_line(f"{job_id} is about to stop" if stops else f"{job_id} is {job['state']}")
 
 
 @jobs_app.command("remove")
@@ -208,12 +195,12 @@ def remove_job(
 
     graftwork jobs remove job-a1ab28fe4d34fda420b6c479
     """
-    with _place(url, data_dir) as place:
-        place.remove(job_id)
+    with open_backend(url, data_dir, jobs=True) as backend:
+        backend.remove_job(job_id)
     if as_json:
         print_json({"id": job_id, "deleted": True})
     else:
-        tell(f"removed {job_id}")
+        print_line(f"removed {job_id}")
 
 
 @jobs_app.command("log")
@@ -228,8 +215,8 @@ def job_log(
 
     graftwork jobs log job-a1ab28fe4d34fda420b6c479 --tail 20
     """
-    with _place(url, data_dir) as place:
-        text = place.log(job_id, tail)
+    with open_backend(url, data_dir, jobs=True) as backend:
+        text = backend.job_log(job_id, tail)
     if as_json:
         print_json({"id": job_id, "log": text})
     else:
@@ -253,36 +240,18 @@ def job_events(
 
     graftwork jobs events job-a1ab28fe4d34fda420b6c479 --follow
     """
-    with _place(url, data_dir) as place:
-        for event in place.events(job_id, after, follow=follow):
+    with open_backend(url, data_dir, jobs=True) as backend:
+        for event in backend.job_events(job_id, after, follow=follow):
             if as_json:
                 print_json(event)
             else:
-                tell(event_line(event))
+                print_line(event_line(event))
 
 
 def event_line(event: Mapping[str, Any]) -> str:
     """An event of a job for people."""
     facts = "  ".join(f"{name} {_figure(value)}" for name, value in event["data"].items())
     return f"{event['id']:>5}  {event['at'][11:19]}  {event['kind']:<10}  {facts}"
-
-
-@contextmanager
-def _place(url: str | None, data_dir: Path | None) -> Iterator[JobPlace]:
-    """The jobs that are meant; refusals end the command with one line."""
-    settings, chosen = place_from(url, data_dir)
-    with errors_as_lines():
-        place = _open(settings.data_dir, chosen)
-        try:
-            yield place
-        finally:
-            place.close()
-
-
-def _open(data_dir: Path, url: str | None) -> JobPlace:
-    from server.cli.job_backends import RemoteJobs, StoredJobs
-
-    return StoredJobs(data_dir) if url is None else RemoteJobs(connect(url))
 
 
 def _step(job: Mapping[str, Any]) -> str:
@@ -292,7 +261,3 @@ def _step(job: Mapping[str, Any]) -> str:
 
 def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _shortened(text: str, most: int = 400) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -17,16 +17,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.data import errors_as_lines
 from server.cli.options import (
     AsJson,
     DataDir,
+    settings_from,
+)
+from server.cli.render import (
+    errors_as_lines,
     fail,
     print_json,
+    print_line,
     print_table,
     say,
-    settings_from,
-    tell,
 )
 from server.store.key import SCOPES, Key
 
@@ -98,7 +100,7 @@ def create_key(
         print_json({**key_json(made.key), "key": made.text})
         return
     say(f"{made.key.id}; the key itself is shown this once:")
-    tell(made.text)
+    print_line(made.text)
 
 
 @keys_app.command("list")
@@ -148,7 +150,7 @@ def revoke_key(
     if as_json:
         print_json(key_json(key))
     else:
-        tell(f"{key.id} ({key.name}) is revoked")
+        print_line(f"{key.id} ({key.name}) is revoked")
 
 
 def key_json(key: Key) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def run(
     with _interrupts() as asked:
         leave = _LeaveAfterStep(plan, asked)
 
-        def tell(event: TrainingEvent) -> None:
+        def observe(event: TrainingEvent) -> None:
             leave.after(event)
             on_event(event)
 
@@ -166,7 +166,7 @@ def run(
             plan.examples,
             base.model,
             base.spec,
-            on_event=tell,
+            on_event=observe,
             state_dir=partial.state,
             checkpoint_seconds=checkpoint_seconds,
             should_stop=leave,

@@ -39,6 +39,7 @@ from server.cli.doctor import command as doctor
 from server.cli.options import (
     AsJson,
     Base,
+    BaseName,
     DataDir,
     Device,
     DtypeOption,
@@ -47,13 +48,15 @@ from server.cli.options import (
     Revision,
     Threads,
     TrainWorkers,
-    err,
-    fail,
     option,
     prepare_base,
+    settings_from,
+)
+from server.cli.render import (
+    err,
+    fail,
     print_json,
     print_table,
-    settings_from,
 )
 from server.config.settings import Settings
 from server.engine.config import Batching
@@ -83,7 +86,7 @@ keys.add_commands(app)
 def serve(
     base: Base = None,
     revision: Revision = None,
-    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
+    base_name: BaseName = None,
     data_dir: DataDir = None,
     host: Annotated[str | None, option("host", "--host")] = None,
     port: Annotated[int | None, option("port", "--port", "-p")] = None,

@@ -1,30 +1,23 @@
-"""What the commands share: options that stand for settings, and the ways to read and refuse them.
+"""Options that several commands have, and what they mean: settings, and where a command works.
 
 An option left out is None, so that the environment and the defaults have their say. Knows no command.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from server.cli.render import errors_as_lines, fail
 from server.config.settings import DEFAULT_BASE, Dtype, Settings
 
 if TYPE_CHECKING:
-    from server.cli.http_client import RemoteServer
-
-# Characters of a line that is no terminal's.
-_WIDEST = 2_000
-
-err = Console(stderr=True)
-out = Console()
+    from server.cli.backend import Backend
 
 
 def _help(name: str) -> str:
@@ -41,6 +34,7 @@ def option(name: str, *flags: str) -> Any:
 
 
 Base = Annotated[str | None, option("base", "--base", "-b")]
+BaseName = Annotated[str | None, option("base_name", "--base-name")]
 Revision = Annotated[str | None, option("revision", "--revision")]
 DataDir = Annotated[Path | None, option("data_dir", "--data-dir", "-d")]
 DtypeOption = Annotated[Dtype | None, option("dtype", "--dtype")]
@@ -48,6 +42,7 @@ Device = Annotated[str | None, option("device", "--device")]
 Threads = Annotated[int | None, option("threads", "--threads")]
 TrainWorkers = Annotated[int | None, option("train_workers", "--train-workers")]
 Url = Annotated[str | None, option("url", "--url")]
+Description = Annotated[str | None, typer.Option("--description")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 LogFormat = Annotated[str | None, option("log_format", "--log-format")]
 LogLevel = Annotated[str | None, option("log_level", "--log-level")]
@@ -84,53 +79,68 @@ def place_from(url: str | None, data_dir: Path | None, **given: Any) -> tuple[Se
     return settings, settings.url
 
 
-def connect(url: str) -> RemoteServer:
+@contextmanager
+def open_backend(
+    url: str | None,
+    data_dir: Path | None,
+    *,
+    create: bool = False,
+    reads_base: bool = False,
+    jobs: bool = False,
+    **given: Any,
+) -> Iterator[Backend]:
+    """The data directory or the running server that is meant; refusals end the command with one line.
+
+    Args:
+        url: the option.
+        data_dir: the option.
+        create: whether the directory is made if it is not there.
+        reads_base: whether adapters are added or combined; makes the default base if it is not there.
+        jobs: whether it is about jobs, not adapters.
+        given: other options that are settings.
+    """
+    settings, chosen = place_from(url, data_dir, **given)
+    if chosen is None and reads_base:
+        prepare_base(settings)
+    with errors_as_lines():
+        if chosen is None:
+            from server.cli.in_process import DataDirectory
+
+            backend: Backend = DataDirectory(
+                settings, create=create, reads_base=reads_base, jobs=jobs
+            )
+        else:
+            backend = connect(chosen)
+        with backend:
+            yield backend
+
+
+def connect(url: str) -> Backend:
     """A running server, with the key that the environment has for it.
 
     Raises:
         ServerRefused: not a server's URL.
     """
+    from server.cli.backend import Backend
     from server.cli.http_client import RemoteServer
 
-    return RemoteServer(url, api_key=api_key())
+    return Backend(RemoteServer(url, api_key=api_key()))
+
+
+def running_server_url(url: str | None, command: str, why: str = "") -> str:
+    """The URL of a running server, for a command that needs one; exits with a sentence without."""
+    _, chosen = place_from(url, None)
+    if chosen is None:
+        raise fail(
+            f"{command} needs a running server: --url http://127.0.0.1:8000, or GRAFTWORK_URL{why}"
+        )
+    return chosen
 
 
 def api_key() -> str | None:
     """The key for running servers. It has no option: a command line can be read by other users."""
     key = settings_from().api_key
     return None if key is None else key.get_secret_value()
-
-
-def fail(message: str) -> typer.Exit:
-    """What to raise to end with a sentence on standard error and status 2."""
-    say(f"[red]graftwork:[/red] {escape(message)}")
-    return typer.Exit(2)
-
-
-def say(line: str) -> None:
-    """Print a line of rich's markup on standard error; never wrapped, so that it can be searched."""
-    err.print(line, highlight=False, soft_wrap=True)
-
-
-def tell(line: str) -> None:
-    """Print a line as it is on standard output; never wrapped, so that it can be copied."""
-    out.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def print_table(table: Table) -> None:
-    """Print a table on standard output: as wide as a terminal, and as wide as it is anywhere else."""
-    if out.is_terminal:
-        out.print(table)
-        return
-    # In a pipe or a file nothing may be cut, whatever COLUMNS says: somebody searches in it.
-    wide = Console(width=_WIDEST)
-    wide.width = max(out.width, wide.measure(table).maximum)
-    wide.print(table, crop=False)
-
-
-def print_json(value: Any) -> None:
-    """Print a value as one line of JSON on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def prepare_base(settings: Settings) -> None:

@@ -1,12 +1,11 @@
-"""`graftwork train`: rows of a file become an adapter in a PEFT folder, without a server.
+"""`graftwork train`: rows of a file become an adapter, in this process or as a job of a server.
 
-What is asked for is what `POST /train` takes, and so are the defaults. The run itself is
-`server.cli.local_training`'s.
+The job is what `POST /train` takes, with the same defaults. `server.cli.local_training` runs it here;
+a PEFT folder needs no data directory, and an interrupted run goes on later, which no route offers.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -37,35 +36,44 @@ from server.cli.data import (
     TargetSeparator,
     TemplateOption,
     Where,
-    errors_as_lines,
     labels_from,
+    merged_options,
     object_from,
     pairs_from,
 )
 from server.cli.options import (
     AsJson,
     Base,
+    BaseName,
     DataDir,
+    Description,
     Device,
     DtypeOption,
     Revision,
     Threads,
     Url,
-    err,
-    fail,
-    option,
-    out,
+    connect,
     place_from,
     prepare_base,
-    print_table,
 )
-from server.cli.train_remote import EXIT_INTERRUPTED, RemoteTraining, train_remotely
+from server.cli.render import (
+    EXIT_INTERRUPTED,
+    err,
+    errors_as_lines,
+    fail,
+    print_json,
+    print_line,
+    print_table,
+    say,
+)
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
     from adapters.training.loop import Trained
     from adapters.training.plan import Plan
+    from adapters.training.provenance import Provenance
     from server.base.load import LoadedBase
+    from server.cli.backend import Backend
     from server.cli.local_training import PartialRun
     from server.text.tokenizer import TextTokenizer
 
@@ -79,13 +87,13 @@ def add_commands(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the result goes.
+class _Outcome:
+    """Where the result goes, and how it is printed.
 
     Attributes:
         out: the folder; None for none.
-        name: the adapter's name in the data directory; None registers nothing.
-        dry_run: nowhere.
+        name: the adapter's name in the data directory or at the server; None registers nothing.
+        dry_run: nowhere: the job is only checked.
         resume: go on with an interrupted run.
         as_json: print JSON.
     """
@@ -180,14 +188,14 @@ def train(
             help="Where white space at the template's end goes: to the target, or it stays.",
         ),
     ] = "boundary",
-    description: Annotated[str | None, typer.Option("--description")] = None,
+    description: Description = None,
     if_exists: Annotated[
         IfExists, typer.Option("--if-exists", help="With --register, where the name is taken.")
     ] = "new_version",
     url: Url = None,
     base: Base = None,
     revision: Revision = None,
-    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
+    base_name: BaseName = None,
     data_dir: DataDir = None,
     dtype: DtypeOption = None,
     device: Device = None,
@@ -219,18 +227,18 @@ def train(
         device=device,
         threads=threads,
     )
-    place = _Place(out_dir, register, dry_run, resume, as_json)
+    outcome = _Outcome(out_dir, register, dry_run, resume, as_json)
     with errors_as_lines():
         partial = None
         if chosen is None:
-            partial = _check_place(place)
+            partial = _check_local(outcome)
         else:
-            _check_remote(place)
+            _check_remote(outcome)
         rows = DataFile(data, pairs_from("--where", where))
     if template is None or target is None:
         missing = "--template" if template is None else "--target"
         raise fail(f"{missing} is needed; the columns of {data} are {rows.columns}")
-    asked = _request(
+    request = _request(
         adapter=register or (out_dir.name if out_dir else "") or _UNNAMED,
         method=method,
         config=object_from("--config", config) or {},
@@ -249,7 +257,8 @@ def train(
         train_on_context=train_on_context,
         if_exists=if_exists,
         description=description,
-        hyperparameters=_hyperparameters(
+        hyperparameters=merged_options(
+            "--hyperparameters",
             hyperparameters,
             learning_rate=learning_rate,
             epochs=epochs,
@@ -261,22 +270,13 @@ def train(
         ),
     )
     with errors_as_lines(rows):
-        if chosen is not None:
-            train_remotely(RemoteTraining(chosen, asked, rows.rows, out_dir, dry_run, as_json))
-            return
-        _train(asked, rows, settings, place, partial)
+        if chosen is None:
+            _train_here(request, rows, settings, outcome, partial)
+        else:
+            _train_there(request, rows, chosen, outcome)
 
 
-# --- what was asked for ----------------------------------------------------------------------
-
-
-def _hyperparameters(text: str | None, **given: Any) -> dict[str, Any]:
-    named = {name: value for name, value in given.items() if value is not None}
-    others = object_from("--hyperparameters", text) or {}
-    for name in others:
-        if name in named:
-            raise fail(f"{name} is given twice: by its own option and in --hyperparameters")
-    return {**others, **named}
+# --- the request -----------------------------------------------------------------------------
 
 
 def _request(**fields: Any) -> TrainingRequest:
@@ -289,68 +289,120 @@ def _request(**fields: Any) -> TrainingRequest:
         raise fail(f"{where}: {first['msg']}; came: {ascii(first['input'])[:80]}") from error
 
 
-# --- what is done ----------------------------------------------------------------------------
-
-
-def _check_place(place: _Place) -> PartialRun | None:
+def _check_local(outcome: _Outcome) -> PartialRun | None:
     """The folder of the run; refuses what cannot be before anything is read."""
     from server.cli.local_training import PartialRun, check_out, partial_of
 
-    if place.dry_run:
+    if outcome.dry_run:
         return None
-    if place.out is None and place.name is None:
+    if outcome.out is None and outcome.name is None:
         raise fail("expected --out DIR, --register NAME or both; came neither")
-    if place.out is None:
+    if outcome.out is None:
         return None  # in the data directory, which is not known yet
-    check_out(place.out)
-    partial = PartialRun(partial_of(place.out))
-    partial.check(resume=place.resume)
+    check_out(outcome.out)
+    partial = PartialRun(partial_of(outcome.out))
+    partial.check(resume=outcome.resume)
     return partial
 
 
-def _check_remote(place: _Place) -> None:
+def _check_remote(outcome: _Outcome) -> None:
     """Refuse what a server cannot do, before anything is read."""
-    if place.name is None and not place.dry_run:
+    if outcome.name is None and not outcome.dry_run:
         raise fail("--url: expected --register NAME, the adapter's name at the server; came none")
-    if place.resume:
+    if outcome.resume:
         raise fail("--resume: a server goes on with its jobs by itself")
 
 
-def _train(
-    asked: TrainingRequest,
-    data: DataFile,
+# --- as a job of a server --------------------------------------------------------------------
+
+
+def _train_there(request: TrainingRequest, rows: DataFile, url: str, outcome: _Outcome) -> None:
+    """Send the job and its rows, follow it to its end, and print the result."""
+    began = time.monotonic()
+    with connect(url) as backend:
+        job = backend.train(request, rows.rows, dry_run=outcome.dry_run)
+        if outcome.dry_run:
+            _print_plan(job, as_json=outcome.as_json)
+            return
+        say(f"{job['id']} is {job['state']} at {url}")
+        job = _follow(backend, job["id"], url)
+        if job["state"] != "succeeded":
+            why = (job["error"] or {}).get("message", "it was cancelled by a request")
+            raise fail(f"{job['id']} {job['state']}: {why}")
+        name = f"{job['adapter']}@{job['adapter_version']}"
+        if outcome.out is not None:
+            backend.download(name, outcome.out)
+    result = {
+        "out": None if outcome.out is None else str(outcome.out),
+        "registered": {"name": job["adapter"], "version": job["adapter_version"]},
+        "job": job,
+        "metrics": job["metrics"],
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    if outcome.as_json:
+        print_json(result)
+        return
+    print_line(f"registered as {name} at {url}")
+    if outcome.out is not None:
+        print_line(f"written to {outcome.out}")
+
+
+def _follow(backend: Backend, job_id: str, url: str) -> dict[str, Any]:
+    """Show the events of a job until it has ended; the job."""
+    from adapters.training.loop import TrainingEvent
+    from server.cli.training_progress import TrainingProgress
+
+    try:
+        with TrainingProgress(err) as progress:
+            for event in backend.job_events(job_id, 0, follow=True):
+                progress(TrainingEvent(event["kind"], event["data"]))
+    except KeyboardInterrupt:
+        say(f"{job_id} goes on at {url}. Follow it, or end it, with:")
+        say(f"graftwork jobs events {job_id} --follow --url {url}")
+        say(f"graftwork jobs cancel {job_id} --url {url}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    return backend.job(job_id)
+
+
+# --- in this process -------------------------------------------------------------------------
+
+
+def _train_here(
+    request: TrainingRequest,
+    rows: DataFile,
     settings: Settings,
-    place: _Place,
+    outcome: _Outcome,
     partial: PartialRun | None,
 ) -> None:
-    from server.app import base_name
+    from adapters.training.plan import make_plan
     from server.cli.local_training import PartialRun
+    from server.services import base_name
 
     prepare_base(settings)
     name = base_name(settings)
-    if place.name is not None and not place.dry_run:
-        _require_free(asked, settings, name)
+    if outcome.name is not None and not outcome.dry_run:
+        _require_free(request, settings, name)
         if partial is None:
-            partial = PartialRun(settings.data_dir / f"{place.name}.partial")
-            partial.check(resume=place.resume)
+            partial = PartialRun(settings.data_dir / f"{outcome.name}.partial")
+            partial.check(resume=outcome.resume)
     base, tokenizer = _load(settings)
-    plan = _plan(asked, data, tokenizer, base, name)
+    plan = make_plan(request, rows.rows, tokenizer, base.spec, base_name=name)
     if partial is None:
-        _show_plan(plan, as_json=place.as_json)
+        _print_plan(_shown(plan), as_json=outcome.as_json)
         return
     began = time.monotonic()
-    partial.begin(plan.job, data.rows)
+    partial.begin(plan.job, rows.rows)
     trained = _run(plan, base, partial)
-    _deliver(plan, trained, base, partial, settings, place, time.monotonic() - began)
+    _deliver(plan, trained, base, partial, settings, outcome, time.monotonic() - began)
 
 
-def _require_free(asked: TrainingRequest, settings: Settings, base_name: str) -> None:
+def _require_free(request: TrainingRequest, settings: Settings, base_name: str) -> None:
     from server.store.registry import Registry
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     registry = Registry(settings.data_dir, reserved=(base_name,))
     try:
-        registry.require_free(asked.adapter, create_only=asked.if_exists == "error")
+        registry.require_free(request.adapter, create_only=request.if_exists == "error")
     finally:
         registry.close()
 
@@ -374,18 +426,6 @@ def _load(settings: Settings) -> tuple[LoadedBase, TextTokenizer]:
     return base, TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
 
 
-def _plan(
-    asked: TrainingRequest,
-    data: DataFile,
-    tokenizer: TextTokenizer,
-    base: LoadedBase,
-    base_name: str,
-) -> Plan:
-    from adapters.training.plan import make_plan
-
-    return make_plan(asked, data.rows, tokenizer, base.spec, base_name=base_name)
-
-
 def _run(plan: Plan, base: LoadedBase, partial: PartialRun) -> Trained:
     from adapters.training.loop import Stopped
     from server.cli.local_training import run
@@ -395,13 +435,9 @@ def _run(plan: Plan, base: LoadedBase, partial: PartialRun) -> Trained:
         with TrainingProgress(err) as progress:
             return run(plan, base, partial, progress)
     except Stopped:
-        again = [word for word in sys.argv[1:] if word != "--resume"]
+        again = [argument for argument in sys.argv[1:] if argument != "--resume"]
         command = shlex.join(["graftwork", *again, "--resume"])
-        err.print(
-            f"stopped; the checkpoint is in {partial.directory}. Go on with:",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"stopped; the checkpoint is in {partial.directory}. Go on with:")
         err.print(command, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except TrainingDiverged:
@@ -415,35 +451,35 @@ def _deliver(
     base: LoadedBase,
     partial: PartialRun,
     settings: Settings,
-    place: _Place,
+    outcome: _Outcome,
     seconds: float,
 ) -> None:
     from adapters.training.provenance import Provenance
 
     provenance = Provenance.of_now(plan.job, trained.metrics)
-    if place.out is not None:
-        partial.finish(provenance, trained, Path.cwd() / place.out)
+    if outcome.out is not None:
+        partial.finish(provenance, trained, Path.cwd() / outcome.out)
     registered = None
-    if place.name is not None:
-        registered = _publish(provenance, trained, base, settings, place.name)
+    if outcome.name is not None:
+        registered = _publish(provenance, trained, base, settings, outcome.name)
     partial.remove()
     result = {
-        "out": None if place.out is None else str(place.out),
+        "out": None if outcome.out is None else str(outcome.out),
         "registered": registered,
         "job": plan.job.model_dump(mode="json"),
         "metrics": trained.metrics,
         "seconds": round(seconds, 3),
     }
-    if place.as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+    if outcome.as_json:
+        print_json(result)
     else:
-        _tell(result)
+        _print_result(result)
 
 
 def _publish(
-    provenance: Any, trained: Trained, base: LoadedBase, settings: Settings, name: str
+    provenance: Provenance, trained: Trained, base: LoadedBase, settings: Settings, name: str
 ) -> dict[str, Any]:
-    from server.app import base_name
+    from server.services import base_name
     from server.store.registry import Registry
 
     reserved = base_name(settings)
@@ -473,50 +509,46 @@ def _publish(
 # --- what is printed -------------------------------------------------------------------------
 
 
-def _tell(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any]) -> None:
     from server.cli.training_progress import evaluation_text
 
     metrics = result["metrics"]
-    lines = [f"{metrics['steps']} steps in {result['seconds']:.1f} s, loss {metrics['loss']:.3f}"]
+    print_line(f"{metrics['steps']} steps in {result['seconds']:.1f} s, loss {metrics['loss']:.3f}")
     if "evaluation" in metrics:
-        lines.append(evaluation_text(metrics["evaluation"]))
-    if result["out"] is not None:
-        lines.append(
-            f"written to {result['out']}; serve it with: graftwork adapters add {result['out']}"
-        )
-    if result["registered"] is not None:
-        one = result["registered"]
-        lines.append(f"registered as {one['name']}@{one['version']} ({one['digest'][:12]})")
-    for line in lines:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(evaluation_text(metrics["evaluation"]))
+    if (folder := result["out"]) is not None:
+        print_line(f"written to {folder}; serve it with: graftwork adapters add {folder}")
+    if (one := result["registered"]) is not None:
+        print_line(f"registered as {one['name']}@{one['version']} ({one['digest'][:12]})")
 
 
-def _show_plan(plan: Plan, *, as_json: bool) -> None:
-    job = plan.job
-    shown = {
-        **job.model_dump(mode="json"),
+def _shown(plan: Plan) -> dict[str, Any]:
+    """A plan as `POST /train?dry_run=true` shows it."""
+    return {
+        **plan.job.model_dump(mode="json"),
         "num_train": len(plan.examples.train),
         "num_held_out": len(plan.examples.held_out),
         "lengths": plan.lengths,
         "preview": plan.preview,
     }
+
+
+def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(shown, ensure_ascii=False))
+        print_json(plan)
         return
-    options = job.hyperparameters.model_dump(exclude_none=True)
-    lengths = ", ".join(f"{name} {value:g}" for name, value in plan.lengths.items())
+    options = {name: value for name, value in plan["hyperparameters"].items() if value is not None}
     facts = {
-        "method": f"{job.method}, {job.trainable_params:,} parameters",
-        "rows": f"{shown['num_train']} to train on, {shown['num_held_out']} held out",
-        "tokens a row": lengths,
-        "labels": ", ".join(repr(label) for label in job.labels or ()) or "none",
+        "method": f"{plan['method']}, {plan['trainable_params']:,} parameters",
+        "rows": f"{plan['num_train']} to train on, {plan['num_held_out']} held out",
+        "tokens a row": ", ".join(f"{name} {value:g}" for name, value in plan["lengths"].items()),
+        "labels": ", ".join(repr(label) for label in plan["labels"] or ()) or "none",
         "hyperparameters": ", ".join(f"{name} {value}" for name, value in options.items()),
     }
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(name, value)
     print_table(table)
-    for row in plan.preview:
+    for row in plan["preview"]:
         tokens = "|".join("<special>" if text is None else text for text in row["tokens"])
-        line = f"row {row['row']} ({len(row['ids'])} tokens): {tokens}"
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(f"row {row['row']} ({len(row['ids'])} tokens): {tokens}")

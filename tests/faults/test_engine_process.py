@@ -96,7 +96,10 @@ async def assert_all_failed(readers, words):
 @LOOP
 @pytest.mark.parametrize(
     ("how", "words"),
-    [(signal.SIGKILL, "ended unexpectedly"), (signal.SIGSTOP, "has reported nothing for 2 seconds")],
+    [
+        (signal.SIGKILL, "ended unexpectedly"),
+        (signal.SIGSTOP, "has reported nothing for 2 seconds"),
+    ],
     ids=["killed", "hanging"],
 )
 async def test_an_engine_that_is_lost_is_replaced_and_answers_as_before(client, ref, how, words):

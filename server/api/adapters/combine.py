@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapters.combine import MAX_ADAPTERS
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
-from server.api.adapters.management import record_json
+from server.api.adapters.management import version_json
 from server.api.schemas import Labels, Text
 from server.errors import RequestInvalid
 from server.services import UseServices
@@ -83,7 +83,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
     agree; where they differ they are left out, with a warning.
     """
     only_query(request)
-    services.need_generator()
+    base = services.need_base()
     _check_labels(body.labels)
     given = body.model_dump(
         include={
@@ -99,7 +99,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
         functools.partial(
             combine_stored,
             services.registry,
-            services.client.base,
+            base,
             body.adapters,
             body.weights,
             body.name,
@@ -110,7 +110,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
     )
     record = published.record
     name_adapter(request, services, record)
-    shown = record_json(record, services.client.residency(record.digest))
+    shown = version_json(services, record)
     location = {"location": f"/adapters/{record.name}"}
     return JSONResponse({**shown, "recipe": record.recipe, "ignored_files": []}, 201, location)
 

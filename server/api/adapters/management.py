@@ -26,7 +26,6 @@ from server.api.schemas import AliasBody, RollbackBody
 from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.config.settings import MIB
 from server.errors import RequestInvalid
-from server.generation.generator import adapter_ref
 from server.services import Services, UseServices
 from server.store.registry import AdapterRecord, Published, Registry
 
@@ -121,7 +120,7 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
             lambda: _publish(services, upload, staged, create_only=create_only)
         )
     name_adapter(request, services, published.record)
-    body = {**_version(services, published.record), "ignored_files": list(ignored)}
+    body = {**version_json(services, published.record), "ignored_files": list(ignored)}
     location = {"location": f"/adapters/{published.record.name}"}
     return JSONResponse(body, 201 if published.created else 200, location)
 
@@ -138,7 +137,7 @@ async def list_adapters(
     registry = services.registry
     records = await _off_loop(lambda: registry.list(offset, limit))
     total = await _off_loop(registry.count)
-    return {"adapters": [_version(services, record) for record in records], "total": total}
+    return {"adapters": [version_json(services, record) for record in records], "total": total}
 
 
 @router.get("/{name}", summary="One adapter: its versions, config, template and counters")
@@ -151,12 +150,12 @@ async def get_adapter(request: Request, services: UseServices, name: str) -> dic
     config = await _off_loop(lambda: _config(registry, default))
     name_adapter(request, services, default)
     return {
-        **_version(services, default),
+        **version_json(services, default),
         "recipe": default.recipe,
         "config": config,
         "counters": {"requests": services.requests_by_adapter[name]},
         "versions": [
-            {**_version(services, record), "recipe": record.recipe} for record in versions
+            {**version_json(services, record), "recipe": record.recipe} for record in versions
         ],
     }
 
@@ -202,9 +201,11 @@ async def preload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
 ) -> dict[str, Any]:
     """Started, not awaited: `residency` of `GET /adapters/{name}` tells when it is there."""
+    from server.generation.generator import adapter_ref
+
     record = await _servable(request, services, name, version)
     services.client.preload(adapter_ref(record))
-    return _version(services, record)
+    return version_json(services, record)
 
 
 @router.post("/{name}/unload", status_code=202, summary="Let an adapter leave the device")
@@ -214,7 +215,7 @@ async def unload_adapter(
     """Once no sequence uses it. The adapter stays and loads again when it is asked for."""
     record = await _servable(request, services, name, version)
     services.client.unload(record.digest)
-    return _version(services, record)
+    return version_json(services, record)
 
 
 @router.post("/{name}/rollback", summary="Make a bare name mean an older version")
@@ -225,7 +226,7 @@ async def rollback_adapter(
     only_query(request)
     record = await _off_loop(lambda: services.registry.rollback(name, body.version))
     name_adapter(request, services, record)
-    return _version(services, record)
+    return version_json(services, record)
 
 
 @router.put("/{name}/aliases/{alias}", summary="Name a version of an adapter")
@@ -236,7 +237,7 @@ async def set_alias(
     only_query(request)
     record = await _off_loop(lambda: services.registry.set_alias(name, alias, body.version))
     name_adapter(request, services, record)
-    return _version(services, record)
+    return version_json(services, record)
 
 
 async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
@@ -264,7 +265,7 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
         return None  # `status` says that the stored bytes are damaged
 
 
-def _version(services: Services, record: AdapterRecord) -> dict[str, Any]:
+def version_json(services: Services, record: AdapterRecord) -> dict[str, Any]:
     """A record as JSON, with where it is now."""
     residency: Residency = "disk"
     if services.ready:

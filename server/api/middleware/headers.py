@@ -10,6 +10,7 @@ import heapq
 import re
 import uuid
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
@@ -17,8 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.middleware.value_count import ValueCount
 from server.errors import BodyTooLarge, WrongContentType
-from server.generation.generator import Generation
 from server.http.scope import NO_ADAPTER
+
+if TYPE_CHECKING:
+    from server.generation.generator import Generation
 
 # Request ids that are safe in a header and a log line.
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")

@@ -13,6 +13,7 @@ from server.cli.doctor.report import show_all
 from server.cli.options import (
     AsJson,
     Base,
+    BaseName,
     DataDir,
     Device,
     DtypeOption,
@@ -31,7 +32,7 @@ def add_commands(app: typer.Typer) -> None:
 def doctor(
     base: Base = None,
     revision: Revision = None,
-    base_name: Annotated[str | None, option("base_name", "--base-name")] = None,
+    base_name: BaseName = None,
     data_dir: DataDir = None,
     host: Annotated[str | None, option("host", "--host")] = None,
     port: Annotated[int | None, option("port", "--port")] = None,

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import AdapterError
-from server.cli.generation_backends import Ask, GenerationPlace, LocalGeneration, RemoteGeneration
+from server.cli.backend import Backend, Prompt
 from server.cli.http_client import RemoteServer, ServerRefused
+from server.cli.in_process import PrivateEngine
 from server.cli.named_adapters import find_adapters
 from server.errors import RequestRefused
 from tests.server.cli.runner import refusal, run, run_json
@@ -42,11 +43,11 @@ def online(server) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def places(server, tiny_base, data_dir) -> Iterator[tuple[GenerationPlace, GenerationPlace]]:
+def places(server, tiny_base, data_dir) -> Iterator[tuple[Backend, Backend]]:
     """`complaints` in an engine of its own, and at the running server."""
     settings = make_settings(tiny_base, data_dir)
-    here = LocalGeneration(settings, find_adapters(["complaints"], settings)[0])
-    there = RemoteGeneration(RemoteServer(str(server.base_url)), "complaints")
+    here = PrivateEngine(settings, find_adapters(["complaints"], settings)[0])
+    there = Backend(RemoteServer(str(server.base_url)))
     yield here, there
     here.close()
     there.close()
@@ -73,11 +74,11 @@ def test_both_places_say_what_the_route_says(server, offline, online):
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "prompt",
     [
-        Ask(row={"Tweet text": "my parcel never came </s>"}),
-        Ask(prompt="my parcel never came </s>"),
-        Ask(prompt="Übergrößen 🙂"),
+        Prompt(row={"Tweet text": "my parcel never came </s>"}),
+        Prompt(text="my parcel never came </s>"),
+        Prompt(text="Übergrößen 🙂"),
     ],
 )
 @pytest.mark.parametrize(
@@ -89,21 +90,23 @@ def test_both_places_say_what_the_route_says(server, offline, online):
         {},
     ],
 )
-def test_both_places_give_the_same(places, ask, parameters):
-    here, there = (list(place.answers([ask, ask], parameters)) for place in places)
+def test_both_places_give_the_same(places, prompt, parameters):
+    here, there = (
+        list(place.answers("complaints", [prompt, prompt], parameters)) for place in places
+    )
     assert here == there
     assert here[0] == here[1]
     for place in places:
-        streamed = "".join(place.pieces(ask, parameters))
+        streamed = "".join(place.pieces("complaints", prompt, parameters))
         assert here[0].text == streamed
 
 
 def test_stop_strings_end_both(places):
-    ask = Ask(prompt="the tweet")
+    prompt = Prompt(text="the tweet")
     for place in places:
-        (free,) = place.answers([ask], {"max_new_tokens": 12})
+        (free,) = place.answers("complaints", [prompt], {"max_new_tokens": 12})
         stop = free.text[3:5]
-        (cut,) = place.answers([ask], {"max_new_tokens": 12, "stop": [stop]})
+        (cut,) = place.answers("complaints", [prompt], {"max_new_tokens": 12, "stop": [stop]})
         assert cut.finish_reason == "stop_sequence"
         assert free.text.startswith(cut.text)
         assert cut.text.endswith(stop)
@@ -111,20 +114,23 @@ def test_stop_strings_end_both(places):
 
 def test_outputs_without_a_seed_differ(places):
     for place in places:
-        answers = place.answers([Ask(prompt="the tweet")] * 4, {"temperature": 5.0})
+        answers = place.answers("complaints", [Prompt(text="the tweet")] * 4, {"temperature": 5.0})
         assert len({(answer.text, answer.seed) for answer in answers}) == 4
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("prompt", "said"),
     [
-        (Ask(row={"a": "b"}), "missing: 'Tweet text'; unknown: 'a'"),
-        (Ask(prompt="word " * 600), "at most 512 fit in all"),
+        (Prompt(row={"a": "b"}), "missing: 'Tweet text'; unknown: 'a'"),
+        (Prompt(text="word " * 600), "at most 512 fit in all"),
     ],
 )
-def test_both_places_refuse_with_the_same_words(places, ask, said):
+def test_both_places_refuse_with_the_same_words(places, prompt, said):
     for place in places:
-        for work in (place.answers([ask], {}), place.pieces(ask, {})):
+        for work in (
+            place.answers("complaints", [prompt], {}),
+            place.pieces("complaints", prompt, {}),
+        ):
             with pytest.raises((AdapterError, RequestRefused, ServerRefused), match=said):
                 list(work)
 

@@ -71,7 +71,7 @@ def test_train_shows_the_run_on_standard_error(server, data):
 def test_a_dry_run_shows_the_plan_and_stores_nothing(server, data):
     before = server.get("/train").json()["total"]
     words = ["train", "--url", server.base_url, "--method", "ia3", "--data", data, *WORDS]
-    assert "12 rows to train on" in run(*words, "--dry-run").stdout
+    assert "12 to train on" in run(*words, "--dry-run").stdout
     assert len(run_json(*words, "--dry-run")["preview"]) == 3
     assert server.get("/train").json()["total"] == before
 
@@ -103,7 +103,7 @@ def test_a_job_that_somebody_cancels_is_told(server, data):
         words = ["train", "--url", server.base_url, "--method", "ia3", "--data", data, *WORDS]
         told = run(*words, "--max-steps", 100_000, "--register", "endless")
     assert told.exit_code == 2
-    assert f"{ended.result()} cancelled: somebody ended it" in told.stderr
+    assert f"{ended.result()} cancelled: it was cancelled by a request" in told.stderr
 
 
 # --- eval -------------------------------------------------------------------------------------
