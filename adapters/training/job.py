@@ -91,25 +91,10 @@ class HyperparameterRequest(BaseModel):
 
 
 class Hyperparameters(BaseModel):
-    """The optimisation, resolved.
+    """The optimisation, resolved; the fields are those of `HyperparameterRequest`.
 
-    Attributes:
-        learning_rate: the schedule's highest.
-        epochs: passes over the rows; None if `max_steps` sets the duration.
-        max_steps: optimiser steps; None if `epochs` sets the duration.
-        batch_size: rows per forward pass.
-        gradient_accumulation_steps: forward passes per optimiser step; the loss is averaged over
-            the target tokens of all of them.
-        warmup_ratio: share of the steps in which the rate rises from 0.
-        lr_scheduler_type: schedule after warm-up: linear or half-cosine decay to 0, or constant.
-        optimizer: "adamw", or plain "sgd".
-        adam_epsilon: AdamW's.
-        weight_decay: AdamW's, decoupled.
-        max_grad_norm: gradients are clipped to this norm; 0 disables clipping.
-        seed: seed of the initial weights, the row order and dropout.
-        validation_split: share of the rows held out, stratified by label if there are labels.
-        early_stopping_patience: stop after this many evaluations (one per epoch) without improvement,
-            and keep the best parameters; None disables early stopping.
+    One of `epochs` and `max_steps` is None, and the other sets the duration. The loss of an optimiser
+    step is averaged over the target tokens of all its forward passes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
