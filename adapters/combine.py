@@ -283,7 +283,7 @@ def _ia3_config(adapters: Sequence[Parent]) -> dict[str, Any]:
 
 def _sides(adapters: Sequence[Parent]) -> dict[str, bool]:
     """Module path -> whether its input is scaled, as every adapter that has it must agree."""
-    from adapters.methods.ia3 import PREFIX, SUFFIX
+    from adapters.methods.ia3 import PREFIX, SUFFIX, ends_with_any
 
     sides: dict[str, bool] = {}
     for number, (config, tensors) in enumerate(adapters, 1):
@@ -293,7 +293,7 @@ def _sides(adapters: Sequence[Parent]) -> dict[str, bool]:
             shape = tuple(tensors[name].shape)
             scales_input = len(shape) == 2 and shape[0] == 1
             if shape == (1, 1):  # a module of width 1: only the config can say
-                scales_input = isinstance(listed, list) and _ends_with_any(path, set(listed))
+                scales_input = isinstance(listed, list) and ends_with_any(path, frozenset(listed))
             if sides.setdefault(path, scales_input) != scales_input:
                 raise CombineInvalid(
                     f"feedforward_modules: adapter {number} scales "
@@ -307,6 +307,8 @@ def _sides(adapters: Sequence[Parent]) -> dict[str, bool]:
 
 
 def _united(adapters: Sequence[Parent], sides: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    from adapters.methods.ia3 import dotted_endings, ends_with_any
+
     paths = sorted(sides), sorted(path for path, scales_input in sides.items() if scales_input)
     targets: set[str] = set()
     feedforward: set[str] = set()
@@ -321,20 +323,7 @@ def _united(adapters: Sequence[Parent], sides: Mapping[str, bool]) -> tuple[list
     if not feedforward <= targets:
         return paths  # PEFT refuses this
     for path, scales_input in sides.items():
-        if not _is_named(path, targets) or _ends_with_any(path, feedforward) != scales_input:
+        is_named = not targets.isdisjoint(dotted_endings(path))
+        if not is_named or ends_with_any(path, feedforward) != scales_input:
             return paths
     return sorted(targets), sorted(feedforward)
-
-
-# PEFT's two ways to match a name; untrusted lists may be long, so the path's suffixes are looked up.
-
-
-def _is_named(path: str, targets: set[str]) -> bool:
-    """Whether a target is the path, or its end after a dot."""
-    parts = path.split(".")
-    return any(".".join(parts[start:]) in targets for start in range(len(parts)))
-
-
-def _ends_with_any(path: str, names: set[str]) -> bool:
-    """Whether the path ends with one of the names, at a dot or not."""
-    return any(path[start:] in names for start in range(len(path) + 1))

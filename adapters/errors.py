@@ -1,11 +1,11 @@
 """The error tree of the adapter library.
 
-    AdapterError                 anything this library refuses
+    AdapterError                 base of the tree
     |-- CheckpointError          the bytes of a checkpoint are not acceptable
     |   |-- CheckpointTooLarge   a limit is exceeded (checked on the header, before allocation)
-    |   |-- UnsupportedFile      a kind of file that is never read (pickles, unknown archives)
+    |   |-- UnsupportedFile      a file of a kind that is never read (pickles, unknown archives)
     |   |-- FileSetInvalid       not exactly the two files of one checkpoint
-    |   |-- ArchiveInvalid       a zip or tar that is broken or that tries to leave its folder
+    |   |-- ArchiveInvalid       a broken zip or tar, or one with a path outside its folder
     |   |-- HeaderInvalid        the safetensors header is malformed or does not fit its file
     |   |-- ConfigInvalid        adapter_config.json is not a valid config of its method
     |   |-- MethodUnsupported    a peft_type or task_type that is not served here
@@ -17,32 +17,32 @@
     |-- TemplateInvalid          a template that does not parse, or a row that does not fit it
     |-- CombineInvalid           adapters that cannot be combined, or invalid weights
     |-- MergeInvalid             an adapter that cannot be merged into a base
-    |-- TrainingError            a training job cannot be done
-    |   |-- JobInvalid           a field of the job is wrong, or two of them disagree
-    |   |-- DataInvalid          the rows cannot be trained on; `row` counts from 1 where one is at fault
-    |   `-- TrainingDiverged     the loss is no longer a finite number
-    `-- RegistryError            the store cannot do what was asked
-        |-- NameInvalid          not an adapter name
+    |-- TrainingError            a training job cannot run
+    |   |-- JobInvalid           a field of the job is invalid, or two fields conflict
+    |   |-- DataInvalid          the rows are invalid; `row` is the number of the faulty one, from 1
+    |   `-- TrainingDiverged     the loss is not finite
+    `-- RegistryError            a request to the registry cannot be fulfilled
+        |-- NameInvalid          not a valid adapter name
         |-- AdapterNotFound      no adapter of that name
         |-- VersionNotFound      the adapter has no such version
-        |-- AdapterExists        create-only was asked for and the name is taken
+        |-- AdapterExists        the name is in use, and the caller required a new one
         |-- AdapterCorrupt       the stored bytes no longer match their digest
-        |-- StorageFull          the disk took no more bytes
-        `-- StorageUnavailable   the disk or the database cannot be used just now
+        |-- StorageFull          the disk is full
+        `-- StorageUnavailable   the disk or the database cannot be used at the moment
 
-`Refused` is the base of this tree and of the server's. Every error carries facts as plain attributes
-(`field`, `expected`, `came`); nothing here knows HTTP.
+`Refused` is the base of this tree and of the server's. Errors carry facts as plain attributes (`field`,
+`expected`, `came`). Independent of HTTP.
 """
 
 from __future__ import annotations
 
 
 class Refused(Exception):
-    """Base of what is refused with facts: of this tree, and of the server's own.
+    """Base of all refusals: this tree, and that of the server.
 
     Args:
         message: one sentence for the user: what was expected and what was found.
-        field: the config field, tensor or form field that is at fault, if one is.
+        field: the faulty config field, tensor or form field, if it is one.
         expected: what would have been accepted.
         came: what was found.
     """
@@ -75,7 +75,7 @@ class CheckpointTooLarge(CheckpointError):
 
 
 class UnsupportedFile(CheckpointError):
-    """A kind of file that is never read, such as a pickle."""
+    """A file of a kind that is never read, such as a pickle."""
 
 
 class FileSetInvalid(CheckpointError):
@@ -83,7 +83,7 @@ class FileSetInvalid(CheckpointError):
 
 
 class ArchiveInvalid(CheckpointError):
-    """A zip or tar that is broken or that tries to leave its folder."""
+    """A broken zip or tar, or one with a path outside its folder."""
 
 
 class HeaderInvalid(CheckpointError):
@@ -123,28 +123,28 @@ class TemplateInvalid(AdapterError):
 
 
 class CombineInvalid(AdapterError):
-    """Adapters that cannot be added up, or weights that cannot weigh them."""
+    """Adapters that cannot be combined, or invalid weights."""
 
 
 class MergeInvalid(AdapterError):
-    """An adapter that cannot become part of a base, or a place where the result cannot go."""
+    """An adapter that cannot be merged into a base, or an output path that cannot be used."""
 
 
 class TrainingError(AdapterError):
-    """A training job cannot be done."""
+    """A training job cannot run."""
 
 
 class JobInvalid(TrainingError):
-    """A field of a training job is wrong, or two of them disagree."""
+    """A field of a training job is invalid, or two fields conflict."""
 
 
 class DataInvalid(TrainingError):
-    """The rows cannot be trained on.
+    """The rows of a training job are invalid.
 
     Args:
         message: as for `AdapterError`, as are field, expected and came.
-        row: the row at fault, counted from 1; None where it is all of them.
-        field: the column, if one is at fault.
+        row: number of the faulty row, from 1; None if the fault is not in a single row.
+        field: the faulty column, if it is one.
         expected: what would have been accepted.
         came: what was found.
     """
@@ -163,15 +163,15 @@ class DataInvalid(TrainingError):
 
 
 class TrainingDiverged(TrainingError):
-    """The loss is no longer a finite number."""
+    """The loss is not finite."""
 
 
 class RegistryError(AdapterError):
-    """The store cannot do what was asked."""
+    """A request to the registry cannot be fulfilled."""
 
 
 class NameInvalid(RegistryError):
-    """Not an adapter name."""
+    """Not a valid adapter name."""
 
 
 class AdapterNotFound(RegistryError):
@@ -183,7 +183,7 @@ class VersionNotFound(RegistryError):
 
 
 class AdapterExists(RegistryError):
-    """Create-only was asked for and the name is taken."""
+    """The name is in use, and the caller required a new one."""
 
 
 class AdapterCorrupt(RegistryError):
@@ -191,8 +191,8 @@ class AdapterCorrupt(RegistryError):
 
 
 class StorageFull(RegistryError):
-    """The disk took no more bytes."""
+    """The disk is full."""
 
 
 class StorageUnavailable(RegistryError):
-    """The disk or the database cannot be used just now: read-only, locked, out of descriptors."""
+    """The disk or the database cannot be used at the moment: read-only, locked, out of descriptors."""

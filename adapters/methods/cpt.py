@@ -10,7 +10,7 @@ Types: 0 separator, end of sequence or padding; else, modulo 4, 1 template aroun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -20,18 +20,16 @@ from torch.nn import functional
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import ConfigInvalid
-from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
+from adapters.method import PeftConfig, PromptLearningConfig
 from adapters.methods.soft_prompt import (
+    EmbeddingRowsMethod,
     VirtualTokens,
-    check_soft_prompt,
     complete,
     embedding_dimensions,
-    export_rows,
+    in_training,
     required,
-    soft_prompt_form,
 )
 from adapters.methods.trainable_rows import TrainableRows, trainable_soft_prompt
-from adapters.parts import SoftPrompt
 from adapters.trainable import FrozenBase, VirtualTargets
 
 TYPES = 4
@@ -276,28 +274,12 @@ def context_targets(config: CPTConfig) -> VirtualTargets:
     return VirtualTargets(torch.tensor(config.token_ids()), weights * counts, counts)
 
 
-class CPT:
+class CPT(EmbeddingRowsMethod):
     """`AdapterMethod` of CPT."""
 
     name: ClassVar[str] = "cpt"
     peft_type: ClassVar[str] = "CPT"
     config_class: ClassVar[type[PeftConfig]] = CPTConfig
-
-    def check(
-        self, config: CPTConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
-    ) -> AdapterFacts:
-        """Check the checkpoint's (n, d) matrix with `soft_prompt.check_rows`."""
-        return check_soft_prompt(config, tensors, base)
-
-    def serving_form(
-        self, config: CPTConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
-    ) -> SoftPrompt:
-        """The saved rows, which include the projected delta, by `soft_prompt.soft_prompt_form`."""
-        return soft_prompt_form(tensors, base)
-
-    def export(self, module: nn.Module, config: CPTConfig) -> dict[str, torch.Tensor]:
-        """The checkpoint of the module, by `soft_prompt.export_rows`."""
-        return export_rows(module)
 
     def complete_config(self, config: CPTConfig, base: BaseModelSpec) -> CPTConfig:
         """The config as PEFT would save it for this base.
@@ -331,8 +313,7 @@ class CPT:
         if init_token_ids is not None:
             raise ValueError("CPT starts from its context, which the config holds")
         embedding = frozen.model.get_input_embeddings()  # type: ignore[operator]
-        started = config.model_copy(update={"inference_mode": False})
-        module = CPTEmbedding(started, embedding)
+        module = CPTEmbedding(in_training(config), embedding)
         return trainable_soft_prompt(module, frozen, targets=context_targets(config))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -108,7 +109,7 @@ def ia3_targets(config: IA3Config, base: BaseModelSpec) -> dict[str, bool]:
         raise _target_not_found(name, base)
     feedforward_set = frozenset(feedforward)
     targets = {
-        path: _ends_with_any(path, feedforward_set) for path in _targeted(names, excluded, base)
+        path: ends_with_any(path, feedforward_set) for path in _targeted(names, excluded, base)
     }
     if not targets:
         raise TargetNotFound(
@@ -164,7 +165,7 @@ def _literal(config: IA3Config, field: str) -> list[str] | None:
 # cost is linear in the modules instead of modules times names.
 
 
-def _dotted_endings(path: str) -> set[str]:
+def dotted_endings(path: str) -> set[str]:
     """The names that match a path: itself, and whatever follows one of its dots."""
     parts = path.split(".")
     return {".".join(parts[start:]) for start in range(len(parts))}
@@ -173,17 +174,17 @@ def _dotted_endings(path: str) -> set[str]:
 def _targeted(names: list[str], excluded: list[str], base: BaseModelSpec) -> list[str]:
     """The paths that `names` match and `excluded` do not, in the order of the modules."""
     wanted, unwanted = frozenset(names), frozenset(excluded)
-    endings = {path: _dotted_endings(path) for path in base.linear_modules}
+    endings = {path: dotted_endings(path) for path in base.linear_modules}
     return [path for path, own in endings.items() if own & wanted and not own & unwanted]
 
 
 def _unmatched(names: list[str], base: BaseModelSpec) -> list[str]:
     """The names that match no path."""
-    known = set().union(*(_dotted_endings(path) for path in base.linear_modules))
+    known = set().union(*(dotted_endings(path) for path in base.linear_modules))
     return [name for name in names if name not in known]
 
 
-def _ends_with_any(path: str, names: frozenset[str]) -> bool:
+def ends_with_any(path: str, names: AbstractSet[str]) -> bool:
     """Whether the path ends with one of the names, at a dot or not."""
     return any(path[start:] in names for start in range(len(path) + 1))
 
@@ -382,7 +383,7 @@ def _is_feedforward(
             expected=f"{output} or {feedforward}",
             came=str(info.shape),
         )
-    listed = None if names is None else _ends_with_any(path, names)
+    listed = None if names is None else ends_with_any(path, names)
     if output == feedforward:  # a module of width 1
         return bool(listed)
     scales_input = info.shape == feedforward
@@ -412,7 +413,7 @@ def _check_targets(config: IA3Config, paths: set[str], base: BaseModelSpec) -> t
         raise _target_not_found(names[0] if names else "", base)
     # Early releases of PEFT matched by plain ending, so a name may stand for more than its suffix.
     listed = frozenset(names)
-    untargeted = sorted(path for path in paths if not _ends_with_any(path, listed))
+    untargeted = sorted(path for path in paths if not ends_with_any(path, listed))
     if untargeted:
         raise TensorMismatch(
             f"the checkpoint scales {some_of(untargeted)}, which target_modules "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,19 +17,17 @@ from pydantic import Field
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
+from adapters.method import PeftConfig, PromptLearningConfig
 from adapters.methods.soft_prompt import (
+    EmbeddingRowsMethod,
     VirtualTokens,
-    check_soft_prompt,
     complete,
     embedding_dimensions,
-    export_rows,
+    in_training,
     num_rows,
     required,
-    soft_prompt_form,
 )
 from adapters.methods.trainable_rows import TrainableRows, count_parameters, trainable_soft_prompt
-from adapters.parts import SoftPrompt
 from adapters.trainable import FrozenBase
 
 MLP_NUM_LAYERS = 2
@@ -134,28 +132,12 @@ def _mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class PTuning:
+class PTuning(EmbeddingRowsMethod):
     """`AdapterMethod` of P-tuning."""
 
     name: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str] = "P_TUNING"
     config_class: ClassVar[type[PeftConfig]] = PromptEncoderConfig
-
-    def check(
-        self, config: PromptEncoderConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
-    ) -> AdapterFacts:
-        """Check the checkpoint's (n, d) matrix with `soft_prompt.check_rows`."""
-        return check_soft_prompt(config, tensors, base)
-
-    def serving_form(
-        self, config: PromptEncoderConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
-    ) -> SoftPrompt:
-        """The saved rows as a SoftPrompt, by `soft_prompt.soft_prompt_form`."""
-        return soft_prompt_form(tensors, base)
-
-    def export(self, module: nn.Module, config: PromptEncoderConfig) -> dict[str, torch.Tensor]:
-        """The checkpoint, by `soft_prompt.export_rows`: the computed rows, not the network."""
-        return export_rows(module)
 
     def complete_config(
         self, config: PromptEncoderConfig, base: BaseModelSpec
@@ -167,7 +149,7 @@ class PTuning:
 
     def num_trainable(self, config: PromptEncoderConfig, base: BaseModelSpec) -> int:
         """The embedding and the network, which is not saved."""
-        return count_parameters(lambda: PromptEncoder(_in_training(config)))
+        return count_parameters(lambda: PromptEncoder(in_training(config)))
 
     def trainable(
         self,
@@ -176,11 +158,7 @@ class PTuning:
         init_token_ids: Sequence[int] | None = None,
     ) -> TrainableRows:
         """Rows that the network computes; it cannot start from tokens."""
-        return trainable_soft_prompt(PromptEncoder(_in_training(config)), frozen, init_token_ids)
-
-
-def _in_training(config: PromptEncoderConfig) -> PromptEncoderConfig:
-    return config.model_copy(update={"inference_mode": False})
+        return trainable_soft_prompt(PromptEncoder(in_training(config)), frozen, init_token_ids)
 
 
 P_TUNING = PTuning()

@@ -22,6 +22,7 @@ from adapters.methods.soft_prompt import (
     check_rows,
     complete,
     export_rows,
+    in_training,
     required,
 )
 from adapters.methods.trainable_rows import TrainableRows, count_parameters
@@ -164,7 +165,7 @@ class PrefixTuning:
 
     def num_trainable(self, config: PrefixTuningConfig, base: BaseModelSpec) -> int:
         """Parameters of the rows, or with projection those of its network."""
-        return count_parameters(lambda: PrefixEncoder(_in_training(config)))
+        return count_parameters(lambda: PrefixEncoder(in_training(config)))
 
     def trainable(
         self,
@@ -177,16 +178,12 @@ class PrefixTuning:
         The keys of a text are computed at positions 0 to n - 1: a short text is repeated before the base
         processes it; its keys are never tiled.
         """
-        module = PrefixEncoder(_in_training(config))
+        module = PrefixEncoder(in_training(config))
         if init_token_ids is not None:
             form = frozen.keys_values(init_token_ids)
             module.load_prompt_embeddings(join_rows(form.keys, form.values))
         module.to(frozen.model.get_input_embeddings().weight.device)  # type: ignore[operator]
         return TrainableRows(module, lambda rows: KVPrefix(*split_rows(rows, frozen.spec)))
-
-
-def _in_training(config: PrefixTuningConfig) -> PrefixTuningConfig:
-    return config.model_copy(update={"inference_mode": False})
 
 
 PREFIX_TUNING = PrefixTuning()

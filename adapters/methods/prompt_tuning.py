@@ -7,7 +7,7 @@ tokenizers, other methods, files and the engine.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -15,19 +15,16 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
+from adapters.method import PeftConfig, PromptLearningConfig
 from adapters.methods.soft_prompt import (
+    EmbeddingRowsMethod,
     VirtualTokens,
-    check_soft_prompt,
     complete,
     embedding_dimensions,
-    export_rows,
     num_rows,
     required,
-    soft_prompt_form,
 )
 from adapters.methods.trainable_rows import TrainableRows, trainable_soft_prompt
-from adapters.parts import SoftPrompt
 from adapters.trainable import FrozenBase
 
 
@@ -113,28 +110,12 @@ class PromptEmbedding(VirtualTokens):
         return rows
 
 
-class PromptTuning:
+class PromptTuning(EmbeddingRowsMethod):
     """`AdapterMethod` of prompt tuning."""
 
     name: ClassVar[str] = "prompt_tuning"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     config_class: ClassVar[type[PeftConfig]] = PromptTuningConfig
-
-    def check(
-        self, config: PromptTuningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
-    ) -> AdapterFacts:
-        """Check the checkpoint's (n, d) matrix with `soft_prompt.check_rows`."""
-        return check_soft_prompt(config, tensors, base)
-
-    def serving_form(
-        self, config: PromptTuningConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
-    ) -> SoftPrompt:
-        """The saved rows as a SoftPrompt, by `soft_prompt.soft_prompt_form`."""
-        return soft_prompt_form(tensors, base)
-
-    def export(self, module: nn.Module, config: PromptTuningConfig) -> dict[str, torch.Tensor]:
-        """The checkpoint of the module, by `soft_prompt.export_rows`."""
-        return export_rows(module)
 
     def complete_config(
         self, config: PromptTuningConfig, base: BaseModelSpec

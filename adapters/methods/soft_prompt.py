@@ -189,32 +189,6 @@ def embedding_dimensions(base: BaseModelSpec) -> dict[str, int]:
     }
 
 
-def check_soft_prompt(
-    config: PromptLearningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
-) -> AdapterFacts:
-    """`check_rows` for rows of embeddings, (n, d)."""
-    return check_rows(
-        config,
-        tensors,
-        base,
-        dimensions=embedding_dimensions(base),
-        width=base.hidden_size,
-        why="the width of the base's embeddings",
-    )
-
-
-def soft_prompt_form(tensors: Mapping[str, torch.Tensor], base: BaseModelSpec) -> SoftPrompt:
-    """`prompt_embeddings` (n, d) as a float32 SoftPrompt.
-
-    Raises:
-        TensorMismatch: another width than the base's embeddings.
-        NonFinite: NaN or infinity among the rows.
-    """
-    form = SoftPrompt(to_float32(ROWS, tensors[ROWS]))
-    form.check(base)
-    return form
-
-
 def export_rows(module: nn.Module) -> dict[str, torch.Tensor]:
     """The checkpoint of a `VirtualTokens` module: its rows as it would use them at inference.
 
@@ -241,3 +215,42 @@ def complete(
     check_num_virtual_tokens(config, base)
     check_dimensions(config, {**dimensions, "num_transformer_submodules": 1})
     return config.model_copy(update={**dimensions, "num_transformer_submodules": 1})
+
+
+def in_training(config: PromptConfigT) -> PromptConfigT:
+    """The config of a module that is to be trained: `inference_mode` builds what a checkpoint holds."""
+    return config.model_copy(update={"inference_mode": False})
+
+
+class EmbeddingRowsMethod:
+    """What the methods whose rows are embeddings share of `AdapterMethod`."""
+
+    def check(
+        self, config: PromptLearningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+    ) -> AdapterFacts:
+        """`check_rows` for rows of embeddings, (n, d)."""
+        return check_rows(
+            config,
+            tensors,
+            base,
+            dimensions=embedding_dimensions(base),
+            width=base.hidden_size,
+            why="the width of the base's embeddings",
+        )
+
+    def serving_form(
+        self, config: PromptLearningConfig, tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
+    ) -> SoftPrompt:
+        """The saved rows (n, d), float32; they include what a network or a delta contributed.
+
+        Raises:
+            TensorMismatch: another width than the base's embeddings.
+            NonFinite: NaN or infinity among the rows.
+        """
+        form = SoftPrompt(to_float32(ROWS, tensors[ROWS]))
+        form.check(base)
+        return form
+
+    def export(self, module: nn.Module, config: PromptLearningConfig) -> dict[str, torch.Tensor]:
+        """The checkpoint of the module, see `export_rows`."""
+        return export_rows(module)

@@ -41,72 +41,60 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class HyperparameterRequest(BaseModel):
-    """What may be said about the optimisation; what is left out comes from the method's recipe.
+    """Settings of the optimisation. Fields that are left out come from the method's recipe.
 
     The names are those of transformers' `TrainingArguments`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    learning_rate: LearningRate | None = Field(None, description="The schedule's highest rate.")
+    learning_rate: LearningRate | None = Field(
+        None, description="Highest learning rate of the schedule."
+    )
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        None, description="Passes over the rows; not together with max_steps."
+        None, description="Passes over the rows. Excludes max_steps."
     )
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
-        None, description="Optimiser steps; not together with epochs."
+        None, description="Optimiser steps. Excludes epochs."
     )
     batch_size: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="Rows a forward pass."
+        None, description="Rows per forward pass."
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="Forward passes an optimiser step."
+        None, description="Forward passes per optimiser step."
     )
     warmup_ratio: Share | None = Field(
-        None, description="Share of the steps in which the rate rises from 0."
+        None, description="Share of the steps in which the learning rate rises from 0."
     )
     lr_scheduler_type: Schedule | None = Field(
         None,
-        description="What the rate does afterwards: falls to 0 as a line or a half cosine, or stays.",
+        description="Learning rate after the warm-up: linear or half-cosine decay to 0, or constant.",
     )
     optimizer: Optimizer | None = Field(None, description="AdamW, or plain SGD.")
-    adam_epsilon: Positive | None = Field(None, description="AdamW's.")
-    weight_decay: NotNegative | None = Field(None, description="AdamW's, decoupled.")
+    adam_epsilon: Positive | None = Field(None, description="AdamW's epsilon.")
+    weight_decay: NotNegative | None = Field(None, description="AdamW's decoupled weight decay.")
     max_grad_norm: NotNegative | None = Field(
-        None, description="Gradients are clipped to this norm; 0 does not clip."
+        None, description="Maximum norm of the gradients; 0 disables clipping."
     )
     seed: Seed | None = Field(
-        None, description="Of the initial weights, the order of rows and dropout."
+        None, description="Seed of the initial weights, the order of rows and dropout."
     )
     validation_split: Share | None = Field(
-        None, description="Share of the rows held out, drawn by label where there are labels."
+        None,
+        description="Share of the rows held out for validation, stratified by label if there are labels.",
     )
     early_stopping_patience: Count | None = Field(
         None,
-        description="Stop after so many evaluations, one an epoch, without a better one, and keep "
-        "the best.",
+        description="Stop after this many evaluations (one per epoch) without improvement, and keep "
+        "the best parameters.",
     )
 
 
 class Hyperparameters(BaseModel):
-    """The optimisation, resolved.
+    """The optimisation, resolved; the fields are those of `HyperparameterRequest`.
 
-    Attributes:
-        learning_rate: the schedule's highest.
-        epochs: passes over the rows; None if `max_steps` sets the duration.
-        max_steps: optimiser steps; None if `epochs` sets the duration.
-        batch_size: rows per forward pass.
-        gradient_accumulation_steps: forward passes per optimiser step; the loss is averaged over
-            the target tokens of all of them.
-        warmup_ratio: share of the steps in which the rate rises from 0.
-        lr_scheduler_type: schedule after warm-up: linear or half-cosine decay to 0, or constant.
-        optimizer: "adamw", or plain "sgd".
-        adam_epsilon: AdamW's.
-        weight_decay: AdamW's, decoupled.
-        max_grad_norm: gradients are clipped to this norm; 0 disables clipping.
-        seed: seed of the initial weights, the row order and dropout.
-        validation_split: share of the rows held out, stratified by label if there are labels.
-        early_stopping_patience: stop after this many evaluations (one per epoch) without improvement,
-            and keep the best parameters; None disables early stopping.
+    One of `epochs` and `max_steps` is None, and the other sets the duration. The loss of an optimiser
+    step is averaged over the target tokens of all its forward passes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -128,77 +116,79 @@ class Hyperparameters(BaseModel):
 
 
 class TrainingOptions(BaseModel):
-    """What may be said about a job, its optimisation apart; all of it has a default."""
+    """Options of a training job except its optimisation. Every field has a default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="PEFT's fields of the method; what is left out comes from the recipe.",
+        description="Fields of the method's PEFT config. Fields that are left out come from the recipe.",
     )
     labels: Annotated[list[str], Field(min_length=2, max_length=1000)] | None = Field(
         None,
-        description="All that may be answered, where the task is to choose; evaluation then ranks them.",
+        description="All possible outputs of a classifier. Evaluation ranks them.",
     )
     label_names: dict[str, str] | None = Field(
-        None, description="The target's value as text, and the label in words."
+        None, description="Maps a value of the target column, as text, to its label."
     )
     target_separator: Annotated[str, Field(max_length=100)] | None = Field(
         None,
-        description="Stands between prompt and target. Left out: the white space at the template's "
-        "end, or one space where there is none (as_written: nothing).",
+        description="Text between prompt and target. Default: the white space at the end of the "
+        "template, or one space if there is none; nothing with as_written.",
     )
     append_eos: bool = Field(True, description="End every target with the end-of-sequence token.")
     tokenization: Tokenization = Field(
         "boundary",
-        description="boundary moves white space at the template's end to the target; as_written "
-        "leaves it, for recipes that were written so.",
+        description="boundary moves white space at the end of the template to the target; as_written "
+        "leaves it in the prompt, as some published recipes do.",
     )
     max_length: Count | None = Field(
         None,
-        description="Tokens of prompt, target and end of sequence. Left out: what the base holds, "
-        "at most 2,048.",
+        description="Maximum tokens of prompt, target and end of sequence. Default: the positions of "
+        "the base, at most 2,048.",
     )
     on_too_long: OnTooLong = Field(
-        "error", description="Refuse a longer row, or drop the beginning of its prompt."
+        "error", description="Refuse a longer row, or cut the beginning of its prompt."
     )
     init_text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = Field(
-        None, description="Start a prefix or a prompt from this text."
+        None, description="Text from which a prefix or a prompt is initialised."
     )
     context_examples: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="CPT: examples in the context."
+        None, description="CPT: number of examples in the context."
     )
-    context_seed: Seed | None = Field(None, description="CPT: which ones.")
+    context_seed: Seed | None = Field(
+        None, description="CPT: seed that selects the examples of the context."
+    )
     train_on_context: bool | None = Field(
-        None, description="CPT: whether the rows of the context are trained on as well."
+        None, description="CPT: whether to train on the rows of the context as well."
     )
-    if_exists: IfExists = Field(
-        "new_version", description="What to do when the name has an adapter."
-    )
+    if_exists: IfExists = Field("new_version", description="What to do if the name is in use.")
     description: Annotated[str, Field(max_length=10_000)] | None = Field(
-        None, description="Free text about the adapter."
+        None, description="Free text, stored with the adapter."
     )
 
 
 class TrainingRequest(TrainingOptions):
-    """What somebody asks for, rows apart."""
+    """A training job, without its rows."""
 
-    adapter: str = Field(description="The name under which it will be served.")
-    method: MethodName = Field(description="p_tuning_v2 is prefix_tuning on every layer.")
+    adapter: str = Field(description="Name of the adapter that is trained.")
+    method: MethodName = Field(
+        description="Training method; p_tuning_v2 is another name of prefix_tuning."
+    )
     template: Annotated[str, Field(min_length=1)] = Field(
-        description="{column} substitution that makes a prompt of a row."
+        description="Template that turns a row into a prompt: {column} is replaced by its value."
     )
     target: Annotated[str, Field(min_length=1)] = Field(
-        description="The column that holds what to answer."
+        description="Column that holds the expected output."
     )
     hyperparameters: HyperparameterRequest = Field(
         default_factory=HyperparameterRequest,
-        description="The optimisation; what is left out comes from the method's recipe.",
+        description="Settings of the optimisation. Fields that are left out come from the recipe.",
     )
 
 
 class TrainingJob(BaseModel):
-    """What will be done: every default resolved, every id fixed.
+    """A training job with every default resolved and every token id fixed.
 
     Attributes (those that `TrainingRequest` has mean the same):
         method: the method's own name, such as "prefix_tuning".

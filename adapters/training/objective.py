@@ -15,7 +15,7 @@ from torch.nn import functional
 from adapters.parts import KVPrefix, SoftPrompt
 from adapters.trainable import VirtualTargets
 from adapters.training.examples import Example
-from adapters.training.packed import PackedBase, Row, pack
+from adapters.training.packed import PackedBase, TokenRow, pack
 
 
 def num_targets(examples: Sequence[Example], targets: VirtualTargets | None) -> int:
@@ -38,7 +38,7 @@ def summed_loss(
         examples: the rows; every prompt has at least one token.
         targets: virtual tokens that are predicted.
     """
-    packed = pack([Row((*example.prompt_ids, *example.target_ids)) for example in examples])
+    packed = pack([TokenRow((*example.prompt_ids, *example.target_ids)) for example in examples])
     at: list[int] = []
     ids: list[int] = []
     for start, example in zip(packed.starts, examples, strict=False):

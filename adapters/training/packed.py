@@ -31,7 +31,7 @@ SIMILAR = 0.6
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """One sequence of a step.
 
     Attributes:
@@ -60,7 +60,7 @@ class Packed:
     starts: tuple[int, ...]
 
 
-def pack(rows: Sequence[Row]) -> Packed:
+def pack(rows: Sequence[TokenRow]) -> Packed:
     """Concatenate rows.
 
     Raises:
@@ -256,14 +256,14 @@ class PackedBase:
 
     def keys_values(self, token_ids: Sequence[int]) -> KVPrefix:
         """Keys and values of tokens, see `FrozenBase.keys_values`."""
-        return self._keys_values(pack([Row(token_ids)]), None, len(token_ids))
+        return self._keys_values(pack([TokenRow(token_ids)]), None, len(token_ids))
 
     def fold(self, virtual: KVPrefix | SoftPrompt | None) -> KVPrefix | None:
         """Convert virtual tokens to keys and values, without gradients; a soft prompt is run once."""
         if not isinstance(virtual, SoftPrompt):
             return virtual
         # The layout needs at least one row; its output is discarded.
-        return self._keys_values(pack([Row([0])]), virtual, virtual.num_virtual_tokens)
+        return self._keys_values(pack([TokenRow([0])]), virtual, virtual.num_virtual_tokens)
 
     @torch.no_grad()
     def _keys_values(self, packed: Packed, virtual: SoftPrompt | None, length: int) -> KVPrefix:

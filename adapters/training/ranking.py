@@ -14,7 +14,7 @@ import torch
 from adapters.parts import KVPrefix, SoftPrompt
 from adapters.training.examples import Example
 from adapters.training.objective import num_targets, summed_loss
-from adapters.training.packed import PackedBase, Row, pack
+from adapters.training.packed import PackedBase, TokenRow, pack
 
 # Tokens of one forward pass without gradients.
 _PASS_TOKENS = 1024
@@ -116,7 +116,7 @@ def _rank_pass(
 ) -> torch.Tensor:
     # A label's last token is predicted and never read.
     branches = [ids[:-1] for ids in label_ids]
-    packed = pack([Row(prompt, branches) for prompt in prompts])
+    packed = pack([TokenRow(prompt, branches) for prompt in prompts])
     # Logits at a prompt's end are computed once for all labels: a row is as wide as the vocabulary.
     at: list[int] = []
     ids: list[int] = []

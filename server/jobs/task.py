@@ -21,10 +21,8 @@ from typing import Any
 
 import structlog
 
-from adapters.errors import BaseMismatch
-from adapters.training.job import TrainingJob
 from adapters.training.loop import Stopped, TrainingEvent, train
-from server.base.load import LoadedBase, load_base
+from server.base.load import load_base
 from server.errors import LeaseLost
 from server.jobs import failures
 from server.jobs.config import (
@@ -81,7 +79,6 @@ def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
             config.base, dtype=config.dtype, device=config.device, revision=config.revision
         )
         log.info("base_loaded", base=config.base_name, dtype=base.spec.dtype)
-        _require_base(job, base)
         examples = store.examples(claim.job_id)
         events = EventWriter(lambda kind, data: store.add_event(claim, kind, data))
         with _stop_after_step() as should_stop:
@@ -103,16 +100,6 @@ def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
         return publish(registry, config, record, base.spec, trained)
     finally:
         registry.close()
-
-
-def _require_base(job: TrainingJob, base: LoadedBase) -> None:
-    if base.spec.digest != job.base_digest:
-        raise BaseMismatch(
-            f"the job was made for base {job.base_digest}, {base.spec.digest} is here now",
-            field="base_digest",
-            expected=job.base_digest,
-            came=base.spec.digest,
-        )
 
 
 def _fail(store: JobStore, claim: Claim, error: dict[str, str]) -> int:

@@ -32,13 +32,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NoReturn
 
-from sqlalchemy import ColumnElement, Select, delete, func, or_, select, true
+from sqlalchemy import delete, func, select
 from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import Session
 
 from adapters import synced_files
 from adapters.base_model import BaseModelSpec
@@ -48,58 +45,22 @@ from adapters.checkpoint.limits import DEFAULT_LIMITS, CheckpointLimits
 from adapters.errors import (
     AdapterCorrupt,
     AdapterError,
-    AdapterExists,
-    AdapterNotFound,
     NameInvalid,
-    VersionNotFound,
 )
-from adapters.metadata import METADATA_FIELDS, AdapterMetadata, Source
+from adapters.metadata import AdapterMetadata, Source
+from server.store import adapter_rows as rows
+from server.store.adapter_rows import AdapterRecord
 from server.store.blobs import BlobStore
 from server.store.caller import UNRESTRICTED, Caller
 from server.store.database import Database
 from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
+__all__ = ["AdapterRecord", "Published", "Registry", "SweepReport"]
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62} without '..'"
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
-Status = Literal["ok", "corrupt"]
 _NO_METADATA = AdapterMetadata()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterRecord(AdapterMetadata):
-    """One version of one adapter: its metadata, and what the registry knows of it.
-
-    Attributes:
-        name: the adapter.
-        version: from 1.
-        digest: content digest (hex), the name of its blob and the key of every cache.
-        peft_type: PEFT's name of the method, such as "IA3".
-        num_virtual_tokens: positions taken before the prompt.
-        uses_scales: True for IA3.
-        num_bytes: both files together.
-        warnings: sentences for the uploader.
-        base_name: `base_model_name_or_path` of its config.
-        created_at: aware UTC time.
-        status: "corrupt" if the stored bytes no longer match the digest.
-        aliases: aliases of this version, sorted.
-        is_default: whether a bare NAME resolves to this version.
-    """
-
-    name: str
-    version: int
-    digest: str
-    peft_type: str
-    num_virtual_tokens: int
-    uses_scales: bool
-    num_bytes: int
-    warnings: tuple[str, ...]
-    base_name: str | None
-    created_at: datetime
-    status: Status
-    aliases: tuple[str, ...]
-    is_default: bool
 
 
 @dataclass(frozen=True)
@@ -213,12 +174,12 @@ class Registry:
             placed = False
             try:
                 with self._database.write() as session:
-                    _check_free(session, name, create_only)
+                    rows.check_free(session, name, create_only)
                     with synced_files.disk_failure_is_told("the adapter"):
                         placed = self._blobs.place(staged, checked.digest)
-                    version, created = _insert(session, name, checked, metadata, all_warnings)
+                    version, created = rows.insert(session, name, checked, metadata, all_warnings)
                     # Read before the commit: afterwards it may be deleted at any moment.
-                    record = _one(session, name, version)
+                    record = rows.one(session, name, version)
             except BaseException:
                 if placed:
                     # If this fails too, the next sweep finds the orphan.
@@ -236,7 +197,7 @@ class Registry:
         self._check_name(name)
         self._require_visible(name)
         with self._database.read() as session:
-            _check_free(session, name, create_only)
+            rows.check_free(session, name, create_only)
 
     # --- out --------------------------------------------------------------------------
 
@@ -260,30 +221,30 @@ class Registry:
     def lookup(self, reference: str) -> AdapterRecord:
         """As `resolve`, but also returns corrupt adapters."""
         with self._database.read() as session:
-            return _one(session, *_locate(session, reference, self._caller.adapters))
+            return rows.one(session, *rows.locate(session, reference, self._caller.adapters))
 
     def list(self, offset: int = 0, limit: int = 100) -> tuple[AdapterRecord, ...]:
         """The default version of every adapter, by name."""
         with self._database.read() as session:
-            default = _default_versions().subquery()
+            default = rows.default_versions().subquery()
             statement = (
-                _versions()
+                rows.versions()
                 .join(
                     default,
                     (default.c.name == VersionRow.name) & (default.c.version == VersionRow.version),
                 )
-                .where(_among(self._caller.adapters))
+                .where(rows.among(self._caller.adapters))
                 .order_by(VersionRow.name)
                 .offset(offset)
                 .limit(limit)
             )
-            return _records(session, statement)
+            return rows.records(session, statement)
 
     def count(self) -> int:
         """Number of adapters that have a version."""
         with self._database.read() as session:
             names = select(func.count(VersionRow.name.distinct()))
-            return session.scalar(names.where(_among(self._caller.adapters))) or 0
+            return session.scalar(names.where(rows.among(self._caller.adapters))) or 0
 
     def gone(self, names: Collection[str]) -> frozenset[str]:
         """The subset of names that have no version."""
@@ -299,16 +260,16 @@ class Registry:
         """
         self._require_visible(name)
         with self._database.read() as session:
-            statement = _versions().where(VersionRow.name == name).order_by(VersionRow.version)
-            return _records(session, statement) or _no_adapter(name)
+            statement = rows.versions().where(VersionRow.name == name).order_by(VersionRow.version)
+            return rows.records(session, statement) or rows.no_adapter(name)
 
     def from_source(self, source: Source) -> tuple[AdapterRecord, ...]:
         """Every version from one source, by name, oldest first."""
         with self._database.read() as session:
-            statement = _versions().where(
-                VersionRow.source == source, _among(self._caller.adapters)
+            statement = rows.versions().where(
+                VersionRow.source == source, rows.among(self._caller.adapters)
             )
-            return _records(session, statement.order_by(VersionRow.name, VersionRow.version))
+            return rows.records(session, statement.order_by(VersionRow.name, VersionRow.version))
 
     def blob_path(self, digest: str) -> Path:
         """The folder of a digest, which may not exist."""
@@ -343,16 +304,16 @@ class Registry:
         with self._database.write() as session:
             mine = [VersionRow.name == name]
             if version is not None:
-                _require_version(session, name, version)
+                rows.require_version(session, name, version)
                 mine.append(VersionRow.version == version)
             digests = set(session.scalars(select(VersionRow.digest).where(*mine)))
             if not digests:
-                _no_adapter(name)
+                rows.no_adapter(name)
             session.execute(delete(VersionRow).where(*mine))
             adapter = session.get_one(AdapterRow, name)
             if version is None or adapter.pinned_version == version:
                 adapter.pinned_version = None
-            return tuple(sorted(digests - _used(session, digests)))
+            return tuple(sorted(digests - rows.used(session, digests)))
 
     def set_alias(self, name: str, alias: str, version: int) -> AdapterRecord:
         """Point NAME@ALIAS at a version; an existing alias is moved.
@@ -365,16 +326,16 @@ class Registry:
         # Aliases too: a conflict would reveal which adapters exist.
         self._require_visible(name, alias)
         with self._database.write() as session:
-            if alias.isdigit() or _newest(session, alias):
+            if alias.isdigit() or rows.newest(session, alias):
                 raise NameInvalid(
                     f"{alias!r} cannot be an alias: it is a number or an adapter's name",
                     field="alias",
                     expected="a name that is neither a number nor an adapter",
                     came=alias,
                 )
-            _require_version(session, name, version)
+            rows.require_version(session, name, version)
             session.merge(AliasRow(name=name, alias=alias, version=version))
-            return _one(session, name, version)
+            return rows.one(session, name, version)
 
     def rollback(self, name: str, version: int) -> AdapterRecord:
         """Make a bare NAME resolve to this version until a new one is published.
@@ -384,9 +345,9 @@ class Registry:
         """
         self._require_visible(name)
         with self._database.write() as session:
-            _require_version(session, name, version)
+            rows.require_version(session, name, version)
             session.get_one(AdapterRow, name).pinned_version = version
-            return _one(session, name, version)
+            return rows.one(session, name, version)
 
     # --- care -------------------------------------------------------------------------
 
@@ -402,7 +363,7 @@ class Registry:
             intact = intact or self._blobs.is_intact(digest, deep=deep)
             blob = session.get(BlobRow, digest)
             if blob is None:
-                _no_adapter(digest)
+                rows.no_adapter(digest)
             blob.status = "ok" if intact else "corrupt"
         return intact
 
@@ -417,7 +378,7 @@ class Registry:
         """Digests of blobs that no version uses."""
         stored = set(self._blobs.digests())
         with self._database.read() as session:
-            return frozenset(stored - _used(session, stored))
+            return frozenset(stored - rows.used(session, stored))
 
     def collect_garbage(
         self, in_use: Collection[str] = (), *, among: Collection[str] | None = None
@@ -458,7 +419,7 @@ class Registry:
     def _collect(self, digests: Iterable[str]) -> tuple[str, ...]:
         with self._database.write() as session:
             wanted = set(digests)
-            unused = sorted(wanted - _used(session, wanted))
+            unused = sorted(wanted - rows.used(session, wanted))
             for digest in unused:
                 self._blobs.discard(digest)
                 session.execute(delete(BlobRow).where(BlobRow.digest == digest))
@@ -467,8 +428,8 @@ class Registry:
     def _require_visible(self, *names: str) -> None:
         visible = self._caller.adapters
         for name in names:
-            if not _is_among(name, visible):
-                _no_adapter(name)
+            if not rows.is_among(name, visible):
+                rows.no_adapter(name)
 
     def _check_name(self, name: str, field: str = "name") -> None:
         if not _NAME.fullmatch(name) or ".." in name:
@@ -480,211 +441,6 @@ class Registry:
             )
         if name.casefold() in self._reserved:
             raise NameInvalid(f"{name!r} is reserved", field=field, came=name)
-
-
-# --- rules over rows ----------------------------------------------------------------------
-
-
-def _no_adapter(name: str) -> NoReturn:
-    raise AdapterNotFound(
-        f"there is no adapter {shorten(name)!r}", field="adapter", came=shorten(name)
-    )
-
-
-def _no_version(name: str, version: str) -> NoReturn:
-    raise VersionNotFound(
-        f"adapter {name!r} has no version or alias {shorten(version)!r}",
-        field="adapter",
-        came=shorten(f"{name}@{version}"),
-    )
-
-
-def _newest(session: Session, name: str) -> int | None:
-    return session.scalar(select(func.max(VersionRow.version)).where(VersionRow.name == name))
-
-
-def _require_version(session: Session, name: str, version: int) -> None:
-    if session.get(VersionRow, (name, version)) is None:
-        if _newest(session, name) is None:
-            _no_adapter(name)
-        _no_version(name, str(version))
-
-
-def _default_versions() -> Select[str, int]:
-    """(name, version) that each bare name resolves to: the pinned version, else the newest."""
-    version = func.coalesce(AdapterRow.pinned_version, func.max(VersionRow.version))
-    return (
-        select(AdapterRow.name, version.label("version"))
-        .join(VersionRow, VersionRow.name == AdapterRow.name)
-        .group_by(AdapterRow.name)
-    )
-
-
-def _is_among(name: str, visible: Collection[str] | None) -> bool:
-    """Whether a name matches one of these names or `*` prefixes; None matches all."""
-    return visible is None or any(
-        name.startswith(one[:-1]) if one.endswith("*") else name == one for one in visible
-    )
-
-
-def _among(visible: Collection[str] | None) -> ColumnElement[bool]:
-    """`_is_among` as a filter on rows of versions."""
-    if visible is None:
-        return true()
-    beginnings = [one[:-1] for one in visible if one.endswith("*")]
-    return or_(
-        VersionRow.name.in_([one for one in visible if not one.endswith("*")]),
-        *(VersionRow.name.startswith(one, autoescape=True) for one in beginnings),
-    )
-
-
-def _locate(session: Session, reference: str, visible: Collection[str] | None) -> tuple[str, int]:
-    """(name, version) of NAME, NAME@VERSION, NAME@ALIAS or a bare alias."""
-    name, at, which = reference.partition("@")
-    default = None
-    if _is_among(name, visible):
-        default = session.execute(_default_versions().where(AdapterRow.name == name)).first()
-    if default is None:
-        return _no_adapter(reference) if at else _locate_bare_alias(session, name, visible)
-    if not at:
-        return name, default.version
-    found: VersionRow | AliasRow | None
-    if _VERSION.fullmatch(which):
-        found = session.get(VersionRow, (name, int(which)))
-    else:
-        found = session.get(AliasRow, (name, which))
-    return (name, found.version) if found is not None else _no_version(name, which)
-
-
-def _locate_bare_alias(
-    session: Session, alias: str, visible: Collection[str] | None
-) -> tuple[str, int]:
-    named = session.scalars(select(AliasRow).where(AliasRow.alias == alias))
-    found = [row for row in named if _is_among(row.name, visible)]
-    if not found:
-        _no_adapter(alias)
-    if len(found) > 1:
-        full = ", ".join(sorted(f"{row.name}@{alias}" for row in found)[:5])
-        raise AdapterNotFound(
-            f"{alias!r} is an alias of {len(found)} adapters; say which: {full}",
-            field="adapter",
-            expected=full,
-            came=alias,
-        )
-    return found[0].name, found[0].version
-
-
-def _check_free(session: Session, name: str, create_only: bool) -> None:
-    if _newest(session, name) is not None:
-        if create_only:
-            raise AdapterExists(f"there is an adapter {name!r} already", field="name", came=name)
-    elif session.scalars(select(AliasRow.name).where(AliasRow.alias == name)).first():
-        raise NameInvalid(f"{name!r} is an alias of another adapter", field="name", came=name)
-
-
-def _insert(
-    session: Session,
-    name: str,
-    checked: CheckedCheckpoint,
-    metadata: AdapterMetadata,
-    warnings: Sequence[str],
-) -> tuple[int, bool]:
-    """The version number of these bytes and metadata under a name, and whether it is new."""
-    session.merge(
-        BlobRow(
-            digest=checked.digest,
-            peft_type=checked.peft_type,
-            num_virtual_tokens=checked.facts.num_virtual_tokens,
-            uses_scales=checked.facts.uses_scales,
-            num_bytes=checked.num_bytes,
-            status="ok",
-        )
-    )
-    adapter = session.get(AdapterRow, name)
-    if adapter is None:
-        adapter = AdapterRow(name=name, last_version=0)
-        session.add(adapter)
-    newest = session.get(VersionRow, (name, _newest(session, name) or 0))
-    if (
-        newest is not None
-        and newest.digest == checked.digest
-        and not _metadata(newest).differs_from(metadata)
-    ):
-        return newest.version, False
-    adapter.last_version += 1
-    adapter.pinned_version = None
-    session.flush()  # parents first: the tables have foreign keys, the classes no relationships
-    session.add(
-        VersionRow(
-            name=name,
-            version=adapter.last_version,
-            digest=checked.digest,
-            base_name=checked.base_name,
-            created_at=datetime.now(UTC),
-            warnings=[*warnings],
-            **metadata.columns(),
-        )
-    )
-    return adapter.last_version, True
-
-
-def _metadata(row: VersionRow) -> AdapterMetadata:
-    return AdapterMetadata.from_columns({name: getattr(row, name) for name in METADATA_FIELDS})
-
-
-def _used(session: Session, digests: Collection[str]) -> set[str]:
-    """The subset of digests that a version uses."""
-    return set(session.scalars(select(VersionRow.digest).distinct())).intersection(digests)
-
-
-def _versions() -> Select[VersionRow, BlobRow]:
-    return select(VersionRow, BlobRow).join(BlobRow, BlobRow.digest == VersionRow.digest)
-
-
-def _records(session: Session, statement: Select[VersionRow, BlobRow]) -> tuple[AdapterRecord, ...]:
-    rows = session.execute(statement).all()
-    names = {row.name for row, _ in rows}
-    statement_defaults = _default_versions().where(AdapterRow.name.in_(names))
-    defaults = {row.name: row.version for row in session.execute(statement_defaults)}
-    aliases: dict[tuple[str, int], list[str]] = {}
-    for alias in session.scalars(select(AliasRow).where(AliasRow.name.in_(names))):
-        aliases.setdefault((alias.name, alias.version), []).append(alias.alias)
-    return tuple(
-        _record(
-            row,
-            blob,
-            aliases=tuple(sorted(aliases.get((row.name, row.version), ()))),
-            is_default=defaults[row.name] == row.version,
-        )
-        for row, blob in rows
-    )
-
-
-def _one(session: Session, name: str, version: int) -> AdapterRecord:
-    """A version that is known to exist, including the session's pending changes."""
-    statement = _versions().where(VersionRow.name == name, VersionRow.version == version)
-    return _records(session, statement)[0]
-
-
-def _record(
-    row: VersionRow, blob: BlobRow, *, aliases: tuple[str, ...], is_default: bool
-) -> AdapterRecord:
-    return AdapterRecord(
-        **vars(_metadata(row)),
-        name=row.name,
-        version=row.version,
-        digest=row.digest,
-        peft_type=blob.peft_type,
-        num_virtual_tokens=blob.num_virtual_tokens,
-        uses_scales=blob.uses_scales,
-        num_bytes=blob.num_bytes,
-        warnings=tuple(row.warnings),
-        base_name=row.base_name,
-        created_at=row.created_at,
-        status="ok" if blob.status == "ok" else "corrupt",
-        aliases=aliases,
-        is_default=is_default,
-    )
 
 
 def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> list[str]:

@@ -13,7 +13,7 @@ from adapters.errors import AdapterError, ConfigInvalid, TargetNotFound, TensorM
 from adapters.method import PeftConfig, TensorInfo, parse_config
 from adapters.methods import METHODS
 from adapters.parts import ActivationScales, KVPrefix, SoftPrompt
-from adapters.training.packed import PackedBase, Row, pack
+from adapters.training.packed import PackedBase, TokenRow, pack
 from tests.adapters.training.tiny_jobs import CONFIGS, FROM_TOKENS, VARIANTS, tiny_job
 from tests.tiny_models import tiny_model, tiny_spec
 
@@ -96,7 +96,7 @@ def test_gradients_reach_every_parameter(variant: str) -> None:
             assert parameter.grad is not None, name
             assert bool((parameter.grad != 0).any()) or variant == "prefix-zero", name
     else:
-        packed = pack([Row((5, 6, 7))])
+        packed = pack([TokenRow((5, 6, 7))])
         base.logits(packed, None, torch.arange(3)).square().sum().backward()
         for name, parameter in trainable.parameters().items():
             assert bool((parameter.grad != 0).any()), name

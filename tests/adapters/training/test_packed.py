@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters.parts import KVPrefix, SoftPrompt
-from adapters.training.packed import SIMILAR, PackedBase, Row, _similar_rows, pack
+from adapters.training.packed import SIMILAR, PackedBase, TokenRow, _similar_rows, pack
 from tests.adapters.training.reference import (
     leaves,
     own_logits,
@@ -48,7 +48,7 @@ def test_rows_and_gradients_are_those_of_each_row_alone(architecture, kind):
     spec = tiny_spec(plain)
     rows = rows_of()
     ours, theirs = random_virtual(kind, spec), random_virtual(kind, spec)
-    packed = pack([Row(row) for row in rows])
+    packed = pack([TokenRow(row) for row in rows])
     logits = PackedBase(model, spec).logits(packed, ours, everything(packed))
     want = [own_logits(plain, theirs, row) for row in rows]
     bounds = itertools.pairwise(packed.starts)
@@ -71,7 +71,7 @@ def test_a_soft_prompts_own_rows_count_from_the_end(architecture):
     base = PackedBase(tiny_model(architecture), spec)
     virtual, rows = random_virtual("soft", spec), rows_of((4, 9))
     with torch.no_grad():
-        got = base.logits(pack([Row(row) for row in rows]), virtual, torch.arange(-7, 0))
+        got = base.logits(pack([TokenRow(row) for row in rows]), virtual, torch.arange(-7, 0))
         close(got, row_logits(plain, virtual, rows[1])[:7])
 
 
@@ -83,7 +83,7 @@ def test_branches_are_rows_of_their_own(architecture, kind):
     virtual = random_virtual(kind, spec)
     trunks = rows_of((6, 1, 20))
     branches = [rows_of((3, 1, 0, 14), seed=number) for number in (1, 2, 3)]
-    rows = [Row(trunk, own) for trunk, own in zip(trunks, branches, strict=True)]
+    rows = [TokenRow(trunk, own) for trunk, own in zip(trunks, branches, strict=True)]
     packed = pack(rows)
     got = PackedBase(tiny_model(architecture), spec).logits(packed, virtual, everything(packed))
     for start, row in zip(packed.starts, rows, strict=False):
@@ -110,7 +110,7 @@ def test_any_layout(seed):
         for _ in range(draw.randrange(1, 8)):
             lengths = [draw.randrange(0, 6) for _ in range(draw.randrange(0, 4))]
             (trunk,) = rows_of((draw.choice((1, 2, 12, 13, 33)),), draw.random())
-            rows.append(Row(trunk, rows_of(lengths, draw.random())))
+            rows.append(TokenRow(trunk, rows_of(lengths, draw.random())))
         packed = pack(rows)
         got = base.logits(packed, virtual, everything(packed))
         want = []
@@ -131,7 +131,7 @@ def test_a_folded_soft_prompt_is_the_soft_prompt(architecture):
     folded = base.fold(soft)
     assert isinstance(folded, KVPrefix)
     folded.check(spec)
-    packed = pack([Row(row) for row in rows_of()])
+    packed = pack([TokenRow(row) for row in rows_of()])
     close(
         base.logits(packed, folded, everything(packed)),
         base.logits(packed, soft, everything(packed)),
@@ -150,7 +150,7 @@ def test_a_texts_keys_and_values_are_the_text(architecture):
     prefix.check(spec)
     assert prefix.keys.dtype == torch.float32
     rows = rows_of((3, 1, 30))
-    packed = pack([Row(row) for row in rows])
+    packed = pack([TokenRow(row) for row in rows])
     got = base.logits(packed, prefix, everything(packed))
     want = [own_logits(plain, None, [*text, *row])[len(text) :] for row in rows]
     close(got, torch.cat(want))
@@ -163,7 +163,7 @@ def test_a_texts_keys_and_values_are_the_text(architecture):
 def test_only_the_logits_that_are_asked_for():
     spec = tiny_spec(tiny_model("llama"))
     base = PackedBase(tiny_model("llama"), spec)
-    packed = pack([Row(row) for row in rows_of()])
+    packed = pack([TokenRow(row) for row in rows_of()])
     whole = base.logits(packed, None, everything(packed))
     at = torch.tensor([8, 3, 3, 0, 90])
     got = base.logits(packed, None, at)
@@ -178,7 +178,7 @@ def test_a_half_precision_base(dtype):
     exact, plain = tiny_model("llama"), tiny_model("llama", dtype=dtype)
     spec = tiny_spec(exact)
     rows = rows_of()
-    packed = pack([Row(row) for row in rows])
+    packed = pack([TokenRow(row) for row in rows])
     virtual = random_virtual("prefix", spec)
     got = PackedBase(tiny_model("llama", dtype=dtype), spec).logits(
         packed, virtual, everything(packed)
@@ -208,4 +208,4 @@ def test_nothing_to_pack_is_an_error():
     with pytest.raises(ValueError, match="at least one row"):
         pack([])
     with pytest.raises(ValueError, match="at least one token"):
-        pack([Row((1, 2)), Row(())])
+        pack([TokenRow((1, 2)), TokenRow(())])
