@@ -452,4 +452,6 @@ def drawn(diagram: str, number: int) -> str:
     Raises:
         ValueError: it does not parse.
     """
-    return mmdr.render(diagram, theme="neutral").svg().replace("merman", f"diagram-{number}")
+    svg = mmdr.render(diagram, theme="neutral").svg()
+    svg = re.sub(r"font-family:[^;}]+", "font-family:arial,helvetica,sans-serif", svg)
+    return svg.replace("merman", f"diagram-{number}")
