@@ -338,7 +338,8 @@ def config_fields() -> str:
 
 def _type(field: Any) -> str:
     shown = getattr(field.annotation, "__name__", "") if isinstance(field.annotation, type) else ""
-    return shown or re.sub(r"[\w.]+\.(?=\w)", "", str(field.annotation))
+    # A bar would end the table's cell, and in code it cannot be escaped.
+    return shown or re.sub(r"[\w.]+\.(?=\w)", "", str(field.annotation)).replace(" | ", " or ")
 
 
 def examples() -> str:
@@ -452,4 +453,6 @@ def drawn(diagram: str, number: int) -> str:
     Raises:
         ValueError: it does not parse.
     """
-    return mmdr.render(diagram, theme="neutral").svg().replace("merman", f"diagram-{number}")
+    svg = mmdr.render(diagram, theme="neutral").svg()
+    svg = re.sub(r"font-family:[^;}]+", "font-family:arial,helvetica,sans-serif", svg)
+    return svg.replace("merman", f"diagram-{number}")

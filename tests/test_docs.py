@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from starlette.routing import compile_path
 
 from adapters.method import parse_config
 from adapters.methods import METHODS
 from adapters.training.recipes import RECIPES
 from server.api import error_replies as errors
+from server.api.middleware.route_scopes import ACCESS
 from server.base.load import describe_base
 from server.config.settings import Settings
 from server.jobs import failures
@@ -168,6 +171,39 @@ def test_every_path_and_name_in_backticks_exists():
     assert len(found) > 100
     assert [one for one in found if not (ROOT / one[1]).exists()] == []
     assert [one for one in found if one[2] and one[2] not in names_in(ROOT / one[1])] == []
+
+
+def console_commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, words after `graftwork`) of every command of ours in a console block."""
+    for page in PAGES:
+        for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL):
+            text = block.replace("\\\n", " ")
+            for line in re.findall(r"^\$ (.*)$", text, re.MULTILINE):
+                if ran := re.search(r"(?:^|/|\$run )graftwork (\w.*)$", line):
+                    words = shlex.split(ran[1].removesuffix("&"), comments=True)
+                    yield page.relative_to(ROOT).as_posix(), words
+
+
+def test_every_command_that_is_shown_takes_its_options():
+    known = {name: command for name, command in hooks().each_command()}
+    shown = list(console_commands())
+    assert len(shown) > 20
+    for page, words in shown:
+        name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+        assert name in known, (page, words)
+        flags = {
+            flag for one in known[name].params for flag in (*one.opts, *one.secondary_opts)
+        } | {"--help"}
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given - flags == set(), (page, words)
+
+
+def test_every_route_that_is_named_is_one():
+    templates = [(method, compile_path(path)[0]) for method, path in ACCESS]
+    for page in PAGES:
+        for method, path in re.findall(r"`(GET|POST|PUT|DELETE) (/[\w/]*)", page.read_text()):
+            here = [one for one, pattern in templates if pattern.fullmatch(path)]
+            assert method in here, (page, method, path)
 
 
 def test_every_setting_that_is_named_is_one():
