@@ -16,9 +16,9 @@ from rich.text import Text
 
 from server.cli.options import (
     AsJson,
-    Url,
     api_key,
-    running_server_url,
+    require_url,
+    takes_settings,
 )
 from server.cli.render import (
     err,
@@ -29,6 +29,7 @@ from server.cli.render import (
     print_table,
     say,
 )
+from server.config.settings import Settings
 
 if TYPE_CHECKING:
     from server.cli.load_generator import Figures, LoadReport
@@ -44,8 +45,10 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(bench)
 
 
+@takes_settings("url")
 def bench(
-    url: Url = None,
+    *,
+    settings: Settings,
     adapters: Annotated[
         str,
         typer.Option(
@@ -90,14 +93,14 @@ def bench(
     """
     from server.cli.load_generator import LoadPlan, run_load
 
-    chosen = running_server_url(url, "bench")
+    url = require_url(settings, "bench")
     if rate is not None and not rate > 0:
         raise fail(f"--rate: expected more than 0 requests a second, came {rate}")
     names = tuple(name.strip() for name in adapters.split(",") if name.strip())
     if concurrency is None and rate is None:
         concurrency = _DEFAULT_CONCURRENCY
     plan = LoadPlan(
-        chosen,
+        url,
         names or (None,),
         num_requests=num_requests,
         concurrency=concurrency,
@@ -106,7 +109,7 @@ def bench(
         max_new_tokens=max_new_tokens,
         warmup=warmup,
         seed=seed,
-        api_key=api_key(),
+        api_key=api_key(settings),
     )
     with errors_as_lines(), err.status("sending requests"):
         report = run_load(plan)

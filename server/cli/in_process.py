@@ -209,7 +209,7 @@ def _routers(*, combines: bool, jobs: bool) -> list[APIRouter]:
 
 
 def _publish(registry: Registry, found: FoundAdapter, services: Services) -> str:
-    metadata: Any = {name: found.words.get(name) for name in ("template", "tokenization")}
+    metadata: Any = {name: found.metadata.get(name) for name in ("template", "tokenization")}
     with registry.staging_dir() as directory:
         stage(found.directory, directory)
         base = services.need_base()
