@@ -1,6 +1,6 @@
 """`graftwork bench`: load on a running server, and what its clients felt.
 
-The load is `server.cli.load_generator`'s; here are the options, and what is printed.
+The load is `server.cli.load`'s; here are the options, and what is printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from server.cli.render import (
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from server.cli.load_generator import Figures, LoadReport
+    from server.cli.load import Figures, LoadReport
 
 _DEFAULT_CONCURRENCY = 8
 EXIT_FOUND_FAILURE = 1
@@ -91,7 +91,7 @@ def bench(
 
     graftwork bench --url http://127.0.0.1:8000 --adapters complaints,refunds
     """
-    from server.cli.load_generator import LoadPlan, run_load
+    from server.cli.load import LoadPlan, run_load
 
     url = require_url(settings, "bench")
     if rate is not None and not rate > 0:

@@ -157,7 +157,7 @@ def _weighted(part: str) -> tuple[str, float]:
 @contextmanager
 def _folder(adapter: str, settings: Settings) -> Iterator[tuple[Path, str, str | None]]:
     """The files of an adapter, what it is called, and the digest of the base it was trained on."""
-    from server.cli.named_adapters import find_adapters
+    from server.cli.found_adapters import find_adapters
 
     if settings.url is None:
         found = find_adapters([adapter], settings)[0]

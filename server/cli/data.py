@@ -1,4 +1,4 @@
-"""What `train` and `eval` share: options about data, files of rows, and errors as one line.
+"""Options about rows and labels, and the files of rows that `train` and `eval` read.
 
 Knows no model and no command.
 """

@@ -30,7 +30,7 @@ from server.cli.data import (
     labels_from,
     pairs_from,
 )
-from server.cli.named_adapters import RENDERING, FoundAdapter, find_adapters, require_base
+from server.cli.found_adapters import RENDERING, FoundAdapter, find_adapters, require_base
 from server.cli.options import (
     AsJson,
     connect,

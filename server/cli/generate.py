@@ -174,8 +174,8 @@ def _opened(settings: Settings, adapter: str | None) -> Backend:
         if adapter is not None and Path(adapter).is_dir() and "/" in adapter:
             raise fail(f"--adapter {adapter} is a folder; add it to the server first")
         return connect(settings)
+    from server.cli.found_adapters import find_adapters
     from server.cli.in_process import PrivateEngine
-    from server.cli.named_adapters import find_adapters
 
     found = find_adapters([] if adapter is None else [adapter], settings)
     prepare_base(settings)

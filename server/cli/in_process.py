@@ -24,7 +24,7 @@ from server.config.settings import Settings
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
-    from server.cli.named_adapters import FoundAdapter
+    from server.cli.found_adapters import FoundAdapter
     from server.services import Services
     from server.store.jobs import JobStore
     from server.store.registry import Registry

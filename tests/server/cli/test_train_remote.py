@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from server.cli.evaluation import evaluate_remotely, stored_contestant
+from server.cli.found_adapters import find_adapters
 from server.cli.http_client import RemoteServer
-from server.cli.named_adapters import find_adapters
 from server.engine.offline import OfflineEngine
 from tests.server.api.training.test_train_to_serve import LABELS, ROWS
 from tests.server.cli.runner import refusal, run, run_json
