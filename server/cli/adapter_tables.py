@@ -67,16 +67,16 @@ def details_of(shown: Shown) -> Table:
     return table
 
 
-def print_record(record: Shown, said: str, *, as_json: bool) -> None:
-    """Print a record: as JSON, or its name and version with what is said of it."""
+def print_record(record: Shown, remark: str, *, as_json: bool) -> None:
+    """Print a record: as JSON, or its name and version with a remark."""
     if as_json:
         print_json(record)
     else:
-        print_line(f"{record['name']}@{record['version']} {said}")
+        print_line(f"{record['name']}@{record['version']} {remark}")
 
 
 def print_added(one: Shown) -> None:
-    """Say what came of one folder: on standard output, or why it was refused on standard error."""
+    """Report one folder: its adapter on standard output, or its refusal on standard error."""
     if "error" in one:
         warn(f"{one['path']}: {one['error']}")
         return

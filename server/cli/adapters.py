@@ -16,24 +16,20 @@ from server.cli.adapter_tables import details_of, print_added, print_record, tab
 from server.cli.data import labels_from
 from server.cli.options import (
     AsJson,
-    Base,
-    DataDir,
     Description,
-    Revision,
-    Url,
-    connect,
     open_backend,
-    running_server_url,
+    require_url,
+    takes_settings,
 )
 from server.cli.render import (
     EXIT_FOUND_FAILURE,
     err,
-    errors_as_lines,
     fail,
     print_json,
     print_line,
     print_table,
 )
+from server.config.settings import Settings
 
 if TYPE_CHECKING:
     from server.cli.backend import Backend, Source
@@ -51,12 +47,13 @@ Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="One of i
 
 
 @adapters_app.command("list")
-def list_adapters(url: Url = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+@takes_settings("url", "data_dir")
+def list_adapters(*, settings: Settings, as_json: AsJson = False) -> None:
     """List adapters, each at the version that its bare name means.
 
     graftwork adapters list --url http://127.0.0.1:8000
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(settings) as backend:
         records = backend.adapters()
     if as_json:
         print_json(records)
@@ -65,14 +62,13 @@ def list_adapters(url: Url = None, data_dir: DataDir = None, as_json: AsJson = F
 
 
 @adapters_app.command("show")
-def show_adapter(
-    reference: Reference, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
-) -> None:
+@takes_settings("url", "data_dir")
+def show_adapter(reference: Reference, *, settings: Settings, as_json: AsJson = False) -> None:
     """Show an adapter: method, template, recipe, metrics, versions and aliases.
 
     graftwork adapters show complaints@2
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(settings) as backend:
         shown = backend.adapter(reference)
     if as_json:
         print_json(shown)
@@ -81,7 +77,9 @@ def show_adapter(
 
 
 @adapters_app.command("add")
+@takes_settings("url", "base", "revision", "data_dir")
 def add_adapters(
+    *,
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="DIR...", help="Folders that PEFT saved, or a .zip or .tar of one."),
@@ -102,10 +100,7 @@ def add_adapters(
         ),
     ] = None,
     description: Description = None,
-    url: Url = None,
-    base: Base = None,
-    revision: Revision = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Register PEFT folders, with the checks of an upload.
@@ -122,9 +117,7 @@ def add_adapters(
         raise fail(f"--name is for one folder; came {len(paths)}, which are named by their own")
     options = {"template": template, "labels": labels_from(labels), "description": description}
     given = {key: value for key, value in options.items() if value is not None}
-    with open_backend(
-        url, data_dir, base=base, revision=revision, create=True, reads_base=True
-    ) as backend:
+    with open_backend(settings, create=True, reads_base=True) as backend:
         if len(paths) == 1:
             results = [_added(backend, paths[0], name, given)]
         else:
@@ -139,11 +132,12 @@ def add_adapters(
 
 
 @adapters_app.command("remove")
+@takes_settings("url", "data_dir")
 def remove_adapter(
+    *,
     reference: Reference,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    url: Url = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Remove an adapter, or one version of it.
@@ -152,7 +146,7 @@ def remove_adapter(
 
     graftwork adapters remove complaints@1 --yes
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(settings) as backend:
         shown = backend.adapter(reference)
         whole = "@" not in reference
         count = len(shown["versions"])
@@ -169,56 +163,59 @@ def remove_adapter(
 
 
 @adapters_app.command("rollback")
+@takes_settings("url", "data_dir")
 def rollback_adapter(
+    *,
     name: Name,
     version: Version,
-    url: Url = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Make a bare name mean an older version, until the next new one is published.
 
     graftwork adapters rollback complaints 1
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(settings) as backend:
         record = backend.rollback(name, version)
     print_record(record, "is what a bare name means now", as_json=as_json)
 
 
 @adapters_app.command("alias")
+@takes_settings("url", "data_dir")
 def set_alias(
+    *,
     name: Name,
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The new name, such as stable.")],
     version: Version,
-    url: Url = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Name a version: NAME@ALIAS means it then; or move an alias.
 
     graftwork adapters alias complaints stable 2
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(settings) as backend:
         record = backend.set_alias(name, alias, version)
     print_record(record, f"is {name}@{alias} now", as_json=as_json)
 
 
 @adapters_app.command("download")
+@takes_settings("url", "data_dir")
 def download_adapter(
+    *,
     reference: Reference,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="A folder that is not there or empty, or a new .zip."),
     ],
-    url: Url = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Write the PEFT folder of an adapter, or a zip of it.
 
     graftwork adapters download complaints@2 --out complaints
     """
-    with open_backend(url, data_dir) as backend:
+    with open_backend(settings) as backend:
         record = backend.download(reference, out)
     if as_json:
         print_json({**record, "out": str(out)})
@@ -227,30 +224,36 @@ def download_adapter(
 
 
 @adapters_app.command("preload")
-def preload_adapter(reference: Reference, url: Url = None, as_json: AsJson = False) -> None:
-    """Bring an adapter to the device of a running server before it is asked for.
+@takes_settings("url")
+def preload_adapter(reference: Reference, *, settings: Settings, as_json: AsJson = False) -> None:
+    """Bring an adapter to the device of a running server ahead of its requests.
 
     graftwork adapters preload complaints --url http://127.0.0.1:8000
     """
-    _move(reference, "preload", "is on its way to the device", url, as_json=as_json)
+    _move(reference, "preload", "is on its way to the device", settings, as_json=as_json)
 
 
 @adapters_app.command("unload")
-def unload_adapter(reference: Reference, url: Url = None, as_json: AsJson = False) -> None:
+@takes_settings("url")
+def unload_adapter(reference: Reference, *, settings: Settings, as_json: AsJson = False) -> None:
     """Let an adapter leave the device of a running server.
 
-    The adapter stays, and loads again when it is asked for.
+    The adapter stays, and loads again with its next request.
 
     graftwork adapters unload complaints --url http://127.0.0.1:8000
     """
-    _move(reference, "unload", "leaves the device once no request uses it", url, as_json=as_json)
+    _move(
+        reference, "unload", "leaves the device once no request uses it", settings, as_json=as_json
+    )
 
 
-def _move(reference: str, direction: str, said: str, url: str | None, *, as_json: bool) -> None:
-    chosen = running_server_url(url, direction, "; a data directory has no device")
-    with errors_as_lines(), connect(chosen) as backend:
+def _move(
+    reference: str, direction: str, remark: str, settings: Settings, *, as_json: bool
+) -> None:
+    require_url(settings, direction, "; a data directory has no device")
+    with open_backend(settings) as backend:
         record = backend.move(reference, direction)
-    print_record(record, said, as_json=as_json)
+    print_record(record, remark, as_json=as_json)
 
 
 # --- add --------------------------------------------------------------------------------------

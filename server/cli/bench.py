@@ -1,6 +1,6 @@
 """`graftwork bench`: load on a running server, and what its clients felt.
 
-The load is `server.cli.load_generator`'s; here are the options, and what is printed.
+The load is `server.cli.load`'s; here are the options, and what is printed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from rich.text import Text
 
 from server.cli.options import (
     AsJson,
-    Url,
     api_key,
-    running_server_url,
+    require_url,
+    takes_settings,
 )
 from server.cli.render import (
     err,
@@ -29,9 +29,10 @@ from server.cli.render import (
     print_table,
     say,
 )
+from server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from server.cli.load_generator import Figures, LoadReport
+    from server.cli.load import Figures, LoadReport
 
 _DEFAULT_CONCURRENCY = 8
 EXIT_FOUND_FAILURE = 1
@@ -44,8 +45,10 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(bench)
 
 
+@takes_settings("url")
 def bench(
-    url: Url = None,
+    *,
+    settings: Settings,
     adapters: Annotated[
         str,
         typer.Option(
@@ -88,16 +91,16 @@ def bench(
 
     graftwork bench --url http://127.0.0.1:8000 --adapters complaints,refunds
     """
-    from server.cli.load_generator import LoadPlan, run_load
+    from server.cli.load import LoadPlan, run_load
 
-    chosen = running_server_url(url, "bench")
+    url = require_url(settings, "bench")
     if rate is not None and not rate > 0:
         raise fail(f"--rate: expected more than 0 requests a second, came {rate}")
     names = tuple(name.strip() for name in adapters.split(",") if name.strip())
     if concurrency is None and rate is None:
         concurrency = _DEFAULT_CONCURRENCY
     plan = LoadPlan(
-        chosen,
+        url,
         names or (None,),
         num_requests=num_requests,
         concurrency=concurrency,
@@ -106,7 +109,7 @@ def bench(
         max_new_tokens=max_new_tokens,
         warmup=warmup,
         seed=seed,
-        api_key=api_key(),
+        api_key=api_key(settings),
     )
     with errors_as_lines(), err.status("sending requests"):
         report = run_load(plan)

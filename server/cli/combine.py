@@ -1,4 +1,4 @@
-"""`graftwork adapters combine` and `merge`: adapters that are made of adapters, and a base of one.
+"""`graftwork adapters combine` and `merge`: sums of adapters, and a base with one merged into it.
 
 The arithmetic is `adapters.combine`'s and `adapters.merge`'s; here are the options, and what is printed.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,20 +18,14 @@ from server.cli.adapter_tables import print_record
 from server.cli.data import labels_from
 from server.cli.options import (
     AsJson,
-    Base,
-    DataDir,
     Description,
-    Revision,
-    Url,
     connect,
     open_backend,
-    place_from,
     prepare_base,
+    takes_settings,
 )
 from server.cli.render import errors_as_lines, fail, print_json, print_line
-
-if TYPE_CHECKING:
-    from server.config.settings import Settings
+from server.config.settings import Settings
 
 CombinationType = Literal["linear", "delta"]
 MergeDtype = Literal["float32", "bfloat16", "float16"]
@@ -43,7 +37,9 @@ def add_commands(adapters_app: typer.Typer) -> None:
     adapters_app.command("merge")(merge_adapter)
 
 
+@takes_settings("url", "base", "revision", "data_dir")
 def combine_adapters(
+    *,
     parts: Annotated[
         list[str],
         typer.Argument(
@@ -70,10 +66,7 @@ def combine_adapters(
         ),
     ] = None,
     description: Description = None,
-    url: Url = None,
-    base: Base = None,
-    revision: Revision = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Add up adapters of one method, each with a weight, and register the sum.
@@ -88,12 +81,14 @@ def combine_adapters(
         "description": description,
     }
     given = {key: value for key, value in options.items() if value is not None}
-    with open_backend(url, data_dir, base=base, revision=revision, reads_base=True) as backend:
+    with open_backend(settings, reads_base=True) as backend:
         record = backend.combine(weighted, name, **given)
     print_record(record, f"is the sum of {', '.join(parts)}", as_json=as_json)
 
 
+@takes_settings("url", "base", "revision", "data_dir")
 def merge_adapter(
+    *,
     adapter: Annotated[
         str,
         typer.Argument(metavar="NAME[@VERSION]", help="An IA3 adapter, or a PEFT folder of one."),
@@ -111,10 +106,7 @@ def merge_adapter(
             help="Of all weights, changed before they are multiplied. Left out: as stored.",
         ),
     ] = None,
-    url: Url = None,
-    base: Base = None,
-    revision: Revision = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Multiply an IA3 adapter into its base, as PEFT merges it.
@@ -126,11 +118,10 @@ def merge_adapter(
     """
     from adapters.merge import merge_into_base
 
-    settings, chosen = place_from(url, data_dir, base=base, revision=revision)
     with errors_as_lines():
         if out.exists():
             raise fail(f"--out {out} is there already; name a new folder")
-        with _folder(adapter, settings, chosen) as (directory, name, base_digest):
+        with _folder(adapter, settings) as (directory, name, base_digest):
             prepare_base(settings)
             from server.base.load import load_base
 
@@ -164,17 +155,15 @@ def _weighted(part: str) -> tuple[str, float]:
 
 
 @contextmanager
-def _folder(
-    adapter: str, settings: Settings, url: str | None
-) -> Iterator[tuple[Path, str, str | None]]:
+def _folder(adapter: str, settings: Settings) -> Iterator[tuple[Path, str, str | None]]:
     """The files of an adapter, what it is called, and the digest of the base it was trained on."""
-    from server.cli.named_adapters import find_adapters
+    from server.cli.found_adapters import find_adapters
 
-    if url is None:
+    if settings.url is None:
         found = find_adapters([adapter], settings)[0]
         yield found.directory, found.name, found.base_digest
         return
-    with tempfile.TemporaryDirectory(prefix="graftwork-") as work, connect(url) as backend:
+    with tempfile.TemporaryDirectory(prefix="graftwork-") as work, connect(settings) as backend:
         directory = Path(work) / "adapter"
         record = backend.download(adapter, directory)
         name = f"{record['name']}@{record['version']}"

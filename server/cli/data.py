@@ -1,4 +1,4 @@
-"""What `train` and `eval` share: options about data, files of rows, and errors as one line.
+"""Options about rows and labels, and the files of rows that `train` and `eval` read.
 
 Knows no model and no command.
 """
@@ -45,7 +45,7 @@ LabelName = Annotated[
     typer.Option(
         "--label-name",
         metavar="VALUE=LABEL",
-        help="Put a value of the target column into words; once for each value.",
+        help="The label for a value of the target column; once for each value.",
     ),
 ]
 TargetSeparator = Annotated[
@@ -113,7 +113,7 @@ def merged_options(flag: str, text: str | None, **named: Any) -> dict[str, Any]:
 
 
 class DataFile:
-    """The rows of a file, perhaps not all of them, and what they are called in messages.
+    """The rows of a file, or some of them, and their numbers in the file.
 
     Args:
         path: .jsonl or .csv.

@@ -66,7 +66,7 @@ def _install_missing(services: Services) -> list[DemoAdapter]:
 
 
 async def measure(generator: Generator, demo: DemoAdapter) -> Accuracy:
-    """Ask an adapter about every held-out message, all at once."""
+    """Let an adapter answer every held-out message, all at once."""
     messages = demo_messages("held_out")
     answers = await asyncio.gather(*(_is_right(generator, demo, one) for one in messages))
     return Accuracy(demo.name, demo.job.method, sum(answers), len(messages))
@@ -85,7 +85,7 @@ async def _is_right(generator: Generator, demo: DemoAdapter, message: DemoMessag
 
 
 def curl_line(host: str, port: int, demo: DemoAdapter) -> str:
-    """A command line that asks `demo` about a message it has not seen."""
+    """A command line that sends `demo` a message it has not seen."""
     from adapters.template import Template
 
     message = next(one for one in demo_messages("held_out") if "'" not in one.text)

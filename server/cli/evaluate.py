@@ -1,13 +1,15 @@
 """`graftwork eval`: accuracy and macro-F1 of several adapters and the base, side by side.
 
-Finds the adapters and the words that were stored with them, and prints. The ranking is
-`server.cli.evaluation`'s.
+Finds the adapters and the metadata that was stored with them, and prints. `server.cli.evaluation` ranks.
+Without --url an engine of this process does: the options about labels, which no route has, hold there,
+and rows may be cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
@@ -28,26 +30,19 @@ from server.cli.data import (
     labels_from,
     pairs_from,
 )
-from server.cli.named_adapters import WORDS, FoundAdapter, find_adapters, require_base
+from server.cli.found_adapters import RENDERING, FoundAdapter, find_adapters, require_base
 from server.cli.options import (
     AsJson,
-    Base,
-    DataDir,
-    Device,
-    DtypeOption,
-    Revision,
-    Threads,
-    Url,
     connect,
-    place_from,
     prepare_base,
+    takes_settings,
 )
 from server.cli.render import (
     err,
     errors_as_lines,
     fail,
-    out,
     print_json,
+    print_line,
     print_table,
     share,
 )
@@ -65,7 +60,9 @@ def add_commands(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
 
 
+@takes_settings("url", "base", "revision", "data_dir", "dtype", "device", "threads")
 def evaluate(
+    *,
     data: Data,
     adapters: Annotated[
         str,
@@ -94,13 +91,7 @@ def evaluate(
             help="A label's score: the sum of its tokens' log-likelihoods, or their mean.",
         ),
     ] = "sum",
-    url: Url = None,
-    base: Base = None,
-    revision: Revision = None,
-    data_dir: DataDir = None,
-    dtype: DtypeOption = None,
-    device: Device = None,
-    threads: Threads = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Measure adapters and the base on the rows of a file, all in one mixed batch.
@@ -126,35 +117,25 @@ def evaluate(
         append_eos,
         tokenization,
     )
-    given = {name: value for name, value in zip(WORDS, values, strict=True) if value is not None}
+    given = {
+        name: value for name, value in zip(RENDERING, values, strict=True) if value is not None
+    }
     with errors_as_lines():
         given |= _separator(given)
-    settings, chosen = place_from(
-        url,
-        data_dir,
-        base=base,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-    )
     names = [name.strip() for name in adapters.split(",") if name.strip()]
     if twice := {name for name in names if names.count(name) > 1}:
         raise fail(f"--adapters: {', '.join(sorted(twice))} given twice")
     with errors_as_lines():
         rows = DataFile(data, pairs_from("--where", where))
-        found = [] if chosen else find_adapters(names, settings)
-    normalized = cast("Normalization", normalization)
+        found = [] if settings.url else find_adapters(names, settings)
+    evaluation = _Evaluation(given, rows, cast("Normalization", normalization))
     with errors_as_lines(rows):
-        if chosen is not None:
-            report = _evaluate_remotely(chosen, names, given, rows, normalized)
+        if settings.url is not None:
+            report = evaluation.at_server(settings, names)
         else:
             prepare_base(settings)
-            report = _evaluate(found, given, rows, settings, normalized)
+            report = evaluation.here(settings, found)
     _print(report, as_json=as_json)
-
-
-# --- words ----------------------------------------------------------------------------------
 
 
 def _separator(given: dict[str, Any]) -> dict[str, str]:
@@ -172,73 +153,70 @@ def _separator(given: dict[str, Any]) -> dict[str, str]:
 # --- the evaluation --------------------------------------------------------------------------
 
 
-def _evaluate(
-    found: Sequence[FoundAdapter],
-    given: dict[str, Any],
-    rows: DataFile,
-    settings: Settings,
-    normalization: Normalization,
-) -> dict[str, Any]:
-    from server.cli.evaluation import evaluate as evaluate_rows
-    from server.engine.offline import GenerationFailed
-    from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+@dataclass(frozen=True)
+class _Evaluation:
+    """One run of the command.
 
-    words = [{**one.words, **given} for one in found]
-    # What a base was pretrained for does not end after a label.
-    of_base = {**(words[0] if words else {}), "append_eos": False, **given}
-    with _engine(settings, len(found)) as engine:
-        methods = ["base"]
-        contestants = [_contestant(None, "the base", of_base)]
-        for one, own in zip(found, words, strict=True):
-            require_base(one, engine.spec)
-            checked = engine.add_adapter(one.given, one.directory)
-            methods.append(checked.method)
-            count = checked.facts.num_virtual_tokens
-            contestants.append(_contestant(one.given, one.name, own, count))
-        directory = engine.tokenizer_dir
-        encoder = TextTokenizer(engine.tokenizer, read_eos_token_ids(directory))
-        with _progress() as tell:
-            try:
-                evaluation = evaluate_rows(
-                    engine,
-                    encoder,
+    Attributes:
+        given: metadata in place of what is stored.
+        rows: to rank on.
+        normalization: of a label's score.
+    """
+
+    given: dict[str, Any]
+    rows: DataFile
+    normalization: Normalization
+
+    def here(self, settings: Settings, found: Sequence[FoundAdapter]) -> dict[str, Any]:
+        """Rank with an engine of this process; the report."""
+        from server.cli.evaluation import Contestant, evaluate, wording_of
+        from server.engine.offline import GenerationFailed
+        from server.text.tokenizer import TextTokenizer, read_eos_token_ids
+
+        known = [{**one.metadata, **self.given} for one in found]
+        # What a base was pretrained for does not end after a label.
+        of_base = {**(known[0] if known else {}), "append_eos": False, **self.given}
+        with _engine(settings, len(found)) as engine:
+            contestants = [Contestant(None, wording_of("the base", of_base))]
+            for one, own in zip(found, known, strict=True):
+                require_base(one, engine.spec)
+                checked = engine.add_adapter(one.given, one.directory)
+                wording, count = wording_of(one.name, own), checked.facts.num_virtual_tokens
+                contestants.append(Contestant(one.given, wording, count, one.name, checked.method))
+            encoder = TextTokenizer(engine.tokenizer, read_eos_token_ids(engine.tokenizer_dir))
+            with _progress() as on_progress:
+                try:
+                    evaluation = evaluate(
+                        engine,
+                        encoder,
+                        contestants,
+                        self.rows.rows,
+                        normalization=self.normalization,
+                        on_progress=on_progress,
+                    )
+                except GenerationFailed as error:
+                    raise fail(str(error)) from error
+        return _report(evaluation, contestants, self.normalization)
+
+    def at_server(self, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
+        """Let a running server rank; the report."""
+        from server.cli.evaluation import evaluate_remotely, stored_contestant, stored_metadata
+
+        with connect(settings) as backend:
+            shown = [backend.adapter(name) for name in names]
+            inherited = stored_metadata(shown[0]) if shown else {}
+            contestants = [stored_contestant(None, {}, self.given, inherited)]
+            for name, one in zip(names, shown, strict=True):
+                contestants.append(stored_contestant(name, one, self.given, {}))
+            with _progress() as on_progress:
+                evaluation = evaluate_remotely(
+                    backend.server,
                     contestants,
-                    rows.rows,
-                    normalization=normalization,
-                    on_progress=tell,
+                    self.rows.rows,
+                    normalization=self.normalization,
+                    on_progress=on_progress,
                 )
-            except GenerationFailed as error:
-                raise fail(str(error)) from error
-    names = ["base", *(one.name for one in found)]
-    labels = [one.wording.labels for one in contestants]
-    return _report(evaluation, names, methods, labels, normalization)
-
-
-def _evaluate_remotely(
-    url: str,
-    names: Sequence[str],
-    given: dict[str, Any],
-    rows: DataFile,
-    normalization: Normalization,
-) -> dict[str, Any]:
-    from server.cli.remote_evaluation import contestant_of, evaluate_remotely, stored_words
-
-    with connect(url) as backend:
-        shown = [backend.adapter(name) for name in names]
-        inherited = stored_words(shown[0]) if shown else {}
-        contestants = [contestant_of(None, {}, given, inherited)]
-        for name, one in zip(names, shown, strict=True):
-            contestants.append(contestant_of(name, one, given, {}))
-        with _progress() as tell:
-            evaluation = evaluate_remotely(
-                backend.server,
-                contestants,
-                rows.rows,
-                normalization=normalization,
-                on_progress=tell,
-            )
-    columns = ([one.name for one in contestants], [one.method for one in contestants])
-    return _report(evaluation, *columns, [one.labels for one in contestants], normalization)
+        return _report(evaluation, contestants, self.normalization)
 
 
 @contextmanager
@@ -263,16 +241,6 @@ def _engine(settings: Settings, num_adapters: int) -> Iterator[OfflineEngine]:
         engine.close()
 
 
-def _contestant(
-    engine_name: str | None, name: str, words: dict[str, Any], num_virtual_tokens: int = 0
-) -> Contestant:
-    from server.cli.evaluation import Contestant, Wording, require_words
-
-    require_words(name, words)
-    known = {key: value for key, value in words.items() if value is not None}
-    return Contestant(engine_name, Wording(**known), num_virtual_tokens)
-
-
 @contextmanager
 def _progress() -> Iterator[Any]:
     """A bar on standard error, if that is a terminal."""
@@ -289,24 +257,18 @@ def _progress() -> Iterator[Any]:
 
 
 def _report(
-    evaluation: Evaluation,
-    names: Sequence[str],
-    methods: Sequence[str],
-    labels: Sequence[list[str]],
-    normalization: str,
+    evaluation: Evaluation, contestants: Sequence[Contestant], normalization: str
 ) -> dict[str, Any]:
     results = [
         {
-            "adapter": None if result.name is None else name,
-            "method": method,
+            "adapter": None if one.name is None else one.title,
+            "method": one.method,
             "accuracy": result.scores.accuracy,
             "macro_f1": result.scores.macro_f1,
             "num_right": round(result.scores.accuracy * evaluation.num_rows),
-            "labels": own,
+            "labels": one.wording.labels,
         }
-        for name, method, own, result in zip(
-            names, methods, labels, evaluation.results, strict=True
-        )
+        for one, result in zip(contestants, evaluation.results, strict=True)
     ]
     return {
         "num_rows": evaluation.num_rows,
@@ -332,9 +294,7 @@ def _print(report: dict[str, Any], *, as_json: bool) -> None:
         )
     print_table(table)
     count = len(report["results"])
-    out.print(
+    print_line(
         f"{report['num_rows']} rows, {count} at once, in {report['seconds']:.1f} s: "
-        f"{report['rows_per_second']:.1f} rows/s (a row counts for each of the {count})",
-        highlight=False,
-        soft_wrap=True,
+        f"{report['rows_per_second']:.1f} rows/s (a row counts for each of the {count})"
     )

@@ -17,22 +17,15 @@ from pydantic import ValidationError
 from server.cli.data import merged_options, pairs_from
 from server.cli.options import (
     AsJson,
-    Base,
-    DataDir,
-    Device,
-    DtypeOption,
-    Revision,
-    Threads,
-    Url,
     connect,
-    place_from,
     prepare_base,
+    takes_settings,
 )
 from server.cli.render import errors_as_lines, fail, print_json
+from server.config.settings import Settings
 
 if TYPE_CHECKING:
     from server.cli.backend import Backend, Prompt
-    from server.config.settings import Settings
 
 # Parameters of /generate that say what else a reply holds, or whose it is.
 _OF_THE_REPLY = frozenset(
@@ -52,7 +45,9 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(generate)
 
 
+@takes_settings("url", "base", "revision", "data_dir", "dtype", "device", "threads")
 def generate(
+    *,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -97,13 +92,7 @@ def generate(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print tokens as they come; of one prompt.")
     ] = False,
-    url: Url = None,
-    base: Base = None,
-    revision: Revision = None,
-    data_dir: DataDir = None,
-    dtype: DtypeOption = None,
-    device: Device = None,
-    threads: Threads = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Generate from prompts, a row, or the lines of standard input.
@@ -131,16 +120,7 @@ def generate(
         stop=stop,
     )
     _check_parameters(chosen_parameters)
-    settings, chosen = place_from(
-        url,
-        data_dir,
-        base=base,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-    )
-    with errors_as_lines(), _opened(settings, chosen, adapter) as backend:
+    with errors_as_lines(), _opened(settings, adapter) as backend:
         if stream:
             for piece in backend.pieces(adapter, prompts[0], chosen_parameters):
                 typer.echo(piece, nl=False)
@@ -189,13 +169,13 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         raise fail(describe_validation(error.errors(include_url=False)).message) from error
 
 
-def _opened(settings: Settings, url: str | None, adapter: str | None) -> Backend:
-    if url is not None:
+def _opened(settings: Settings, adapter: str | None) -> Backend:
+    if settings.url is not None:
         if adapter is not None and Path(adapter).is_dir() and "/" in adapter:
             raise fail(f"--adapter {adapter} is a folder; add it to the server first")
-        return connect(url)
+        return connect(settings)
+    from server.cli.found_adapters import find_adapters
     from server.cli.in_process import PrivateEngine
-    from server.cli.named_adapters import find_adapters
 
     found = find_adapters([] if adapter is None else [adapter], settings)
     prepare_base(settings)

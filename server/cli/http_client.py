@@ -1,8 +1,7 @@
-"""A running server, asked over HTTP by the command line.
+"""The command line's HTTP client: httpx with refusals, files and server-sent events as commands need them.
 
-A small wrapper around httpx: every refusal becomes one `ServerRefused` with the server's own
-sentence, whatever the shape of its body; files are streamed in both directions. Knows no command, and
-of the API only how errors and streams of events look.
+Every refusal becomes one `ServerRefused` with the server's own sentence, whatever the shape of its body;
+files are streamed in both directions. Knows no command, and of the API only errors and event streams.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _MOST_CHARACTERS = 300
 
 
 class ServerRefused(Exception):
-    """The server did not do what it was asked.
+    """The server refused a request, or did not reply.
 
     Attributes:
         message: one sentence for a person.
@@ -115,7 +114,7 @@ class RemoteServer:
         Args:
             path: the route.
             fields: the form's plain fields.
-            files: (field, file name, where its bytes are).
+            files: (field, file name, path of its bytes).
             query: query parameters.
 
         Returns:
@@ -233,7 +232,7 @@ def uses_proxy(url: str) -> bool:
 
 
 def unreachable(url: str, error: httpx.HTTPError) -> ServerRefused:
-    """What to say of a server that gave no reply."""
+    """The refusal that stands for no reply."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return ServerRefused(
             f"nothing answers at {url}: {error}; start it with graftwork serve, or name the data "
@@ -243,28 +242,28 @@ def unreachable(url: str, error: httpx.HTTPError) -> ServerRefused:
 
 
 def refusal_of(reply: httpx.Response, url: str) -> ServerRefused:
-    """A reply that is no success, in the server's own words; its body has been read."""
+    """A reply that is no success, with the server's own sentence; its body has been read."""
     try:
         body = reply.json()
     except ValueError:
         body = None
-    message, code = told_by(body)
+    message, code = error_of(body)
     if message is None:
-        said = " ".join(reply.text.split())[:_MOST_CHARACTERS]
-        message = f"{url} answered {reply.status_code} {said}; is it a Graftwork server?"
+        text = " ".join(reply.text.split())[:_MOST_CHARACTERS]
+        message = f"{url} answered {reply.status_code} {text}; is it a Graftwork server?"
     if reply.status_code == httpx.codes.UNAUTHORIZED:
         message += "; commands send the one in GRAFTWORK_API_KEY"
     return ServerRefused(message, reply.status_code, code)
 
 
-def told_by(body: Any) -> tuple[str | None, str | None]:
+def error_of(body: Any) -> tuple[str | None, str | None]:
     """Message and code of an error's body in any of the three shapes; None where there is none."""
     if not isinstance(body, dict) or "error" not in body:
         return None, None
-    told = body["error"]
-    if isinstance(told, dict):  # OpenAI's
-        return str(told.get("message")), told.get("code")
-    return str(told), body.get("code")
+    error = body["error"]
+    if isinstance(error, dict):  # OpenAI's
+        return str(error.get("message")), error.get("code")
+    return str(error), body.get("code")
 
 
 def _lines(reply: httpx.Response, *, until_quiet: bool) -> Iterator[str]:

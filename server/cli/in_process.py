@@ -24,7 +24,7 @@ from server.config.settings import Settings
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
-    from server.cli.named_adapters import FoundAdapter
+    from server.cli.found_adapters import FoundAdapter
     from server.services import Services
     from server.store.jobs import JobStore
     from server.store.registry import Registry
@@ -213,8 +213,8 @@ def _publish(registry: Registry, found: FoundAdapter, services: Services) -> str
     from adapters.metadata import AdapterMetadata
 
     metadata = AdapterMetadata(
-        template=found.words.get("template"),
-        tokenization=found.words.get("tokenization") or "boundary",
+        template=found.metadata.get("template"),
+        tokenization=found.metadata.get("tokenization") or "boundary",
         base_digest=found.base_digest,
     )
     with registry.staging_dir() as directory:

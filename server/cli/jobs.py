@@ -17,20 +17,9 @@ from rich.text import Text
 
 from server.cli.options import (
     AsJson,
-    Base,
-    BaseName,
-    DataDir,
-    Device,
-    DtypeOption,
-    LogFormat,
-    LogLevel,
-    Revision,
-    TrainWorkers,
-    Url,
     open_backend,
-    option,
     prepare_base,
-    settings_from,
+    takes_settings,
 )
 from server.cli.render import cell, err, fail, print_json, print_line, print_table
 from server.config.settings import Settings
@@ -49,21 +38,20 @@ def add_commands(app: typer.Typer) -> None:
     app.add_typer(jobs_app, name="jobs")
 
 
-def worker(
-    base: Base = None,
-    revision: Revision = None,
-    base_name: BaseName = None,
-    data_dir: DataDir = None,
-    dtype: DtypeOption = None,
-    device: Device = None,
-    train_workers: TrainWorkers = None,
-    train_threads: Annotated[int | None, option("train_threads", "--train-threads")] = None,
-    train_memory_mib: Annotated[
-        int | None, option("train_memory_mib", "--train-memory-mib")
-    ] = None,
-    log_format: LogFormat = None,
-    log_level: LogLevel = None,
-) -> None:
+@takes_settings(
+    "base",
+    "revision",
+    "base_name",
+    "data_dir",
+    "dtype",
+    "device",
+    "train_workers",
+    "train_threads",
+    "train_memory_mib",
+    "log_format",
+    "log_level",
+)
+def worker(settings: Settings) -> None:
     """Run the training jobs of a data directory until a signal comes.
 
     Jobs that run then write a checkpoint and go back to the queue. For servers
@@ -72,19 +60,6 @@ def worker(
 
     graftwork worker --data-dir /var/lib/graftwork --train-workers 2
     """
-    settings = settings_from(
-        base=base,
-        revision=revision,
-        base_name=base_name,
-        data_dir=data_dir,
-        dtype=dtype,
-        device=device,
-        train_workers=train_workers,
-        train_threads=train_threads,
-        train_memory_mib=train_memory_mib,
-        log_format=log_format,
-        log_level=log_level,
-    )
     if settings.train_workers == 0:
         raise fail("--train-workers is 0: this command would do nothing; expected 1 or more")
     prepare_base(settings)
@@ -126,9 +101,10 @@ def _supervise(settings: Settings) -> None:
 
 
 @jobs_app.command("list")
+@takes_settings("url", "data_dir")
 def list_jobs(
-    url: Url = None,
-    data_dir: DataDir = None,
+    *,
+    settings: Settings,
     offset: Annotated[int, typer.Option(min=0, help="Leave out so many of the newest.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Jobs to show at most.")] = 100,
     as_json: AsJson = False,
@@ -137,7 +113,7 @@ def list_jobs(
 
     graftwork jobs list --url http://127.0.0.1:8000
     """
-    with open_backend(url, data_dir, jobs=True) as backend:
+    with open_backend(settings, jobs=True) as backend:
         jobs = backend.jobs(offset, limit)
     if as_json:
         print_json(jobs)
@@ -151,14 +127,13 @@ def list_jobs(
 
 
 @jobs_app.command("show")
-def show_job(
-    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
-) -> None:
-    """Show a job: how it stands, what it is asked to do, what it measured.
+@takes_settings("url", "data_dir")
+def show_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> None:
+    """Show a job: its state, its options, its metrics.
 
     graftwork jobs show job-a1ab28fe4d34fda420b6c479
     """
-    with open_backend(url, data_dir, jobs=True) as backend:
+    with open_backend(settings, jobs=True) as backend:
         shown = backend.job(job_id)
     if as_json:
         print_json(shown)
@@ -171,14 +146,13 @@ def show_job(
 
 
 @jobs_app.command("cancel")
-def cancel_job(
-    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
-) -> None:
+@takes_settings("url", "data_dir")
+def cancel_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> None:
     """End a job: one that waits at once, one that runs within seconds.
 
     graftwork jobs cancel job-a1ab28fe4d34fda420b6c479
     """
-    with open_backend(url, data_dir, jobs=True) as backend:
+    with open_backend(settings, jobs=True) as backend:
         job = backend.cancel_job(job_id)
     if as_json:
         print_json(job)
@@ -188,14 +162,13 @@ def cancel_job(
 
 
 @jobs_app.command("remove")
-def remove_job(
-    job_id: JobId, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False
-) -> None:
+@takes_settings("url", "data_dir")
+def remove_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> None:
     """Remove a job that has ended, with its rows and log; its adapter stays.
 
     graftwork jobs remove job-a1ab28fe4d34fda420b6c479
     """
-    with open_backend(url, data_dir, jobs=True) as backend:
+    with open_backend(settings, jobs=True) as backend:
         backend.remove_job(job_id)
     if as_json:
         print_json({"id": job_id, "deleted": True})
@@ -204,10 +177,11 @@ def remove_job(
 
 
 @jobs_app.command("log")
+@takes_settings("url", "data_dir")
 def job_log(
+    *,
     job_id: JobId,
-    url: Url = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     tail: Annotated[int | None, typer.Option(min=1, help="Only the last so many lines.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -215,7 +189,7 @@ def job_log(
 
     graftwork jobs log job-a1ab28fe4d34fda420b6c479 --tail 20
     """
-    with open_backend(url, data_dir, jobs=True) as backend:
+    with open_backend(settings, jobs=True) as backend:
         text = backend.job_log(job_id, tail)
     if as_json:
         print_json({"id": job_id, "log": text})
@@ -224,10 +198,11 @@ def job_log(
 
 
 @jobs_app.command("events")
+@takes_settings("url", "data_dir")
 def job_events(
+    *,
     job_id: JobId,
-    url: Url = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     after: Annotated[int, typer.Option(min=0, help="Only events after this id.")] = 0,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
@@ -240,7 +215,7 @@ def job_events(
 
     graftwork jobs events job-a1ab28fe4d34fda420b6c479 --follow
     """
-    with open_backend(url, data_dir, jobs=True) as backend:
+    with open_backend(settings, jobs=True) as backend:
         for event in backend.job_events(job_id, after, follow=follow):
             if as_json:
                 print_json(event)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,8 +18,7 @@ from rich.text import Text
 
 from server.cli.options import (
     AsJson,
-    DataDir,
-    settings_from,
+    takes_settings,
 )
 from server.cli.render import (
     errors_as_lines,
@@ -30,6 +28,7 @@ from server.cli.render import (
     print_table,
     say,
 )
+from server.config.settings import Settings
 from server.store.key import SCOPES, Key
 
 if TYPE_CHECKING:
@@ -49,7 +48,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 @keys_app.command("create")
+@takes_settings("data_dir")
 def create_key(
+    *,
     name: Annotated[str, typer.Option("--name", "-n", help="What people call the key.")],
     scope: Annotated[
         list[str],
@@ -78,7 +79,7 @@ def create_key(
     expires: Annotated[
         str | None, typer.Option("--expires", help="Good for so long: 12h, 30d, 8w.")
     ] = None,
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Make a key, and print it: it is shown this once.
@@ -86,7 +87,7 @@ def create_key(
     graftwork keys create --name web --scope generate --rate 60/minute
     """
     expires_in = None if expires is None else _duration(expires)
-    with _store(data_dir, new=True) as store:
+    with _store(settings, new=True) as store:
         made = store.create(
             name,
             scope,
@@ -104,12 +105,13 @@ def create_key(
 
 
 @keys_app.command("list")
-def list_keys(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+@takes_settings("data_dir")
+def list_keys(*, settings: Settings, as_json: AsJson = False) -> None:
     """List the keys, without their texts.
 
     graftwork keys list
     """
-    with _store(data_dir) as store:
+    with _store(settings) as store:
         keys, now = store.list(), store.now()
     if as_json:
         print_json([key_json(key) for key in keys])
@@ -136,16 +138,18 @@ def list_keys(data_dir: DataDir = None, as_json: AsJson = False) -> None:
 
 
 @keys_app.command("revoke")
+@takes_settings("data_dir")
 def revoke_key(
+    *,
     key_id: Annotated[str, typer.Argument(metavar="ID", help="As graftwork keys list shows it.")],
-    data_dir: DataDir = None,
+    settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Revoke a key: requests that have begun end, others are refused.
 
     graftwork keys revoke key-0123456789ab
     """
-    with _store(data_dir) as store:
+    with _store(settings) as store:
         key = store.revoke(key_id)
     if as_json:
         print_json(key_json(key))
@@ -170,10 +174,10 @@ def key_json(key: Key) -> dict[str, Any]:
 
 
 @contextmanager
-def _store(data_dir: Path | None, *, new: bool = False) -> Iterator[KeyStore]:
+def _store(settings: Settings, *, new: bool = False) -> Iterator[KeyStore]:
     from server.store.keys import KeyStore
 
-    root = settings_from(data_dir=data_dir).data_dir
+    root = settings.data_dir
     if not new and not (root / "registry.db").exists():
         raise fail(f"{root} is no data directory: it has no registry.db")
     with errors_as_lines():

@@ -47,11 +47,11 @@ class PartialRun:
         self.directory = directory
 
     def check(self, *, resume: bool) -> None:
-        """Hold the disk against what is asked for; reads nothing.
+        """Compare the disk with what the command wants; reads no file.
 
         Raises:
-            TrainingError: a run to resume is not there, or one is there and resuming was not asked
-                for.
+            TrainingError: a run to resume is not there, or one is there and resuming was not
+                requested.
         """
         there = (self.directory / _RUN_FILE).is_file()
         if resume and not there:
@@ -75,17 +75,17 @@ class PartialRun:
             TrainingError: it is that of another job, or of other rows.
             StorageFull: the disk took no more.
         """
-        said = {"job": job.model_dump(mode="json"), "rows": _digest(rows)}
+        described = {"job": job.model_dump(mode="json"), "rows": _digest(rows)}
         path = self.directory / _RUN_FILE
         if not path.is_file():
             with synced_files.full_disk_is_storage_full("the run"):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                synced_files.write_file(path, json.dumps(said, indent=2).encode())
+                synced_files.write_file(path, json.dumps(described, indent=2).encode())
             return
         before = _read(path)
-        if before != said:
+        if before != described:
             raise TrainingError(
-                f"{self.directory} holds another run: {_difference(before, said)}; give the options "
+                f"{self.directory} holds another run: {_difference(before, described)}; give the options "
                 "and rows that it began with",
                 expected="the same job and rows",
                 came="others",
@@ -116,7 +116,7 @@ class PartialRun:
 
 
 def check_out(out: Path) -> None:
-    """Refuse a place that a finished folder cannot take.
+    """Refuse a path that a finished folder cannot take.
 
     Raises:
         TrainingError: it is a file, or a folder that is not empty.
@@ -154,8 +154,8 @@ def run(
         Stopped: interrupted; the checkpoint holds the last step.
         TrainingDiverged, TrainingError, StorageFull: see `adapters.training.loop.train`.
     """
-    with _interrupts() as asked:
-        leave = _LeaveAfterStep(plan, asked)
+    with _interrupts() as interrupted:
+        leave = _LeaveAfterStep(plan, interrupted)
 
         def observe(event: TrainingEvent) -> None:
             leave.after(event)
@@ -176,15 +176,15 @@ def run(
 class _LeaveAfterStep:
     """Lets a run end between two steps only, where the loop writes a checkpoint before it ends.
 
-    The loop asks before every forward pass; the first time after a step, or after the evaluation
-    that follows it, is the place.
+    The loop calls it before every forward pass; the first time after a step, or after the evaluation
+    that follows it, is where it may end.
     """
 
-    def __init__(self, plan: Plan, asked: Callable[[], bool]) -> None:
+    def __init__(self, plan: Plan, interrupted: Callable[[], bool]) -> None:
         options = plan.job.hyperparameters
         self._steps = Steps.of(len(plan.examples.train), options)
         self._evaluates = bool(plan.examples.held_out)
-        self._asked = asked
+        self._interrupted = interrupted
         self._between = False
 
     def after(self, event: TrainingEvent) -> None:
@@ -197,7 +197,7 @@ class _LeaveAfterStep:
 
     def __call__(self) -> bool:
         between, self._between = self._between, False
-        return between and self._asked()
+        return between and self._interrupted()
 
 
 @contextmanager
@@ -229,14 +229,14 @@ def _digest(rows: Sequence[Row]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"job": dict(said["job"]), "rows": str(said["rows"])}
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"job": dict(read["job"]), "rows": str(read["rows"])}
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is damaged: {error}; remove its folder") from error
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first thing in which two runs differ, in words."""
+    """A sentence about the first thing in which two runs differ."""
     there = {**before["job"], **before["job"].get("hyperparameters", {})}
     here = {**now["job"], **now["job"]["hyperparameters"]}
     for name, value in here.items():

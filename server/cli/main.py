@@ -1,7 +1,7 @@
 """`graftwork`: the verbs of the command line.
 
     graftwork serve      serve a base and its adapters over HTTP
-    graftwork demo       install the demo adapters and say how well they do
+    graftwork demo       install the demo adapters and measure them
     graftwork generate   prompts or rows in, texts out
     graftwork eval       accuracy of adapters and the base, side by side
     graftwork adapters   list, show, add, remove, rollback, alias, download, preload, unload, combine,
@@ -28,7 +28,6 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,19 +37,8 @@ from server.cli import adapters, bench, combine, evaluate, generate, jobs, keys,
 from server.cli.doctor import command as doctor
 from server.cli.options import (
     AsJson,
-    Base,
-    BaseName,
-    DataDir,
-    Device,
-    DtypeOption,
-    LogFormat,
-    LogLevel,
-    Revision,
-    Threads,
-    TrainWorkers,
-    option,
     prepare_base,
-    settings_from,
+    takes_settings,
 )
 from server.cli.render import (
     err,
@@ -59,7 +47,6 @@ from server.cli.render import (
     print_table,
 )
 from server.config.settings import Settings
-from server.engine.config import Batching
 
 if TYPE_CHECKING:
     from server.cli.demo import Accuracy
@@ -83,27 +70,29 @@ keys.add_commands(app)
 
 
 @app.command()
+@takes_settings(
+    "base",
+    "revision",
+    "base_name",
+    "data_dir",
+    "host",
+    "port",
+    "require_keys",
+    "dtype",
+    "device",
+    "threads",
+    "adapter_dir",
+    "load_dirs",
+    "train_workers",
+    "max_running",
+    "kv_mib",
+    "batching",
+    "log_format",
+    "log_level",
+)
 def serve(
-    base: Base = None,
-    revision: Revision = None,
-    base_name: BaseName = None,
-    data_dir: DataDir = None,
-    host: Annotated[str | None, option("host", "--host")] = None,
-    port: Annotated[int | None, option("port", "--port", "-p")] = None,
-    require_keys: Annotated[
-        bool | None, option("require_keys", "--require-keys/--no-require-keys")
-    ] = None,
-    dtype: DtypeOption = None,
-    device: Device = None,
-    threads: Threads = None,
-    adapter_dir: Annotated[Path | None, option("adapter_dir", "--adapter-dir")] = None,
-    load_dirs: Annotated[str | None, option("load_dirs", "--load-dirs")] = None,
-    train_workers: TrainWorkers = None,
-    max_running: Annotated[int | None, option("max_running", "--max-running")] = None,
-    kv_mib: Annotated[int | None, option("kv_mib", "--kv-mib")] = None,
-    batching: Annotated[Batching | None, option("batching", "--batching")] = None,
-    log_format: LogFormat = None,
-    log_level: LogLevel = None,
+    *,
+    settings: Settings,
     demo: Annotated[
         bool,
         typer.Option(
@@ -123,48 +112,19 @@ def serve(
 
     graftwork serve --base /models/llama --data-dir /var/lib/graftwork
     """
-    settings = settings_from(
-        base=base,
-        revision=revision,
-        base_name=base_name,
-        data_dir=data_dir,
-        host=host,
-        port=port,
-        require_keys=require_keys,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        adapter_dir=adapter_dir,
-        load_dirs=load_dirs,
-        train_workers=train_workers,
-        max_running=max_running,
-        kv_mib=kv_mib,
-        batching=batching,
-        log_format=log_format,
-        log_level=log_level,
-    )
     prepare_base(settings)
     raise typer.Exit(_serve(settings, with_demo=demo))
 
 
 @app.command()
-def demo(
-    base: Base = None,
-    data_dir: DataDir = None,
-    dtype: DtypeOption = None,
-    device: Device = None,
-    threads: Threads = None,
-    as_json: AsJson = False,
-) -> None:
-    """Install the demo adapters and say how well they do.
+@takes_settings("base", "data_dir", "dtype", "device", "threads")
+def demo(*, settings: Settings, as_json: AsJson = False) -> None:
+    """Install the demo adapters and measure them.
 
     Accuracy on the 20 held-out messages of the demo.
 
     graftwork demo
     """
-    settings = settings_from(
-        base=base, data_dir=data_dir, dtype=dtype, device=device, threads=threads
-    )
     prepare_base(settings)
     asyncio.run(_demo(settings, as_json=as_json))
 
@@ -237,7 +197,7 @@ def _require_data_dir(settings: Settings) -> None:
 
 
 def _bind(settings: Settings) -> socket.socket:
-    """Take the port before anything is loaded, so that a port in use is told at once."""
+    """Take the port before anything is loaded, so that a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # asyncio sets TCP_NODELAY only on connections of a socket that names its protocol; without it every
     # reply waits some 40 ms between headers and body for the client's delayed acknowledgement.

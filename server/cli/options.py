@@ -5,47 +5,89 @@ An option left out is None, so that the environment and the defaults have their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
 
 from server.cli.render import errors_as_lines, fail
-from server.config.settings import DEFAULT_BASE, Dtype, Settings
+from server.config.settings import DEFAULT_BASE, Settings
 
 if TYPE_CHECKING:
     from server.cli.backend import Backend
 
 
-def _help(name: str) -> str:
-    field = Settings.model_fields[name]
-    return f"{field.description} [dim]GRAFTWORK_{name.upper()}[/dim]"
-
-
-def option(name: str, *flags: str) -> Any:
-    """A command-line option that sets a setting."""
-    default = Settings.model_fields[name].default
-    return typer.Option(
-        *flags, help=_help(name), show_default=str(default) if default is not None else False
-    )
-
-
-Base = Annotated[str | None, option("base", "--base", "-b")]
-BaseName = Annotated[str | None, option("base_name", "--base-name")]
-Revision = Annotated[str | None, option("revision", "--revision")]
-DataDir = Annotated[Path | None, option("data_dir", "--data-dir", "-d")]
-DtypeOption = Annotated[Dtype | None, option("dtype", "--dtype")]
-Device = Annotated[str | None, option("device", "--device")]
-Threads = Annotated[int | None, option("threads", "--threads")]
-TrainWorkers = Annotated[int | None, option("train_workers", "--train-workers")]
-Url = Annotated[str | None, option("url", "--url")]
 Description = Annotated[str | None, typer.Option("--description")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-LogFormat = Annotated[str | None, option("log_format", "--log-format")]
-LogLevel = Annotated[str | None, option("log_level", "--log-level")]
+
+_SHORT = {"base": "-b", "data_dir": "-d", "port": "-p"}
+# Options of another type than their setting, which checks them more closely.
+_TYPES: dict[str, type] = {
+    "adapter_dir": Path,
+    "load_dirs": str,
+    "log_format": str,
+    "log_level": str,
+    "threads": int,
+    "train_threads": int,
+    "train_memory_mib": int,
+}
+
+Command = Callable[..., None]
+
+
+def takes_settings(*names: str) -> Callable[[Command], Command]:
+    """Give a command an option for each of these settings; its parameter `settings` receives them.
+
+    With "url" among them, `settings.url` is the server that the command works on, or None for the
+    data directory. Exits with a sentence on a wrong value.
+    """
+    return takes_options(*names, read=lambda given: _resolved(**given))
+
+
+def takes_options(
+    *names: str, read: Callable[[dict[str, Any]], Any]
+) -> Callable[[Command], Command]:
+    """As `takes_settings`, with what `read` makes of the options that are given."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            options = {name: arguments.pop(name) for name in names}
+            given = {name: value for name, value in options.items() if value is not None}
+            command(settings=read(given), **arguments)
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in signature.parameters.items():
+            parameters += map(_parameter, names) if name == "settings" else [parameter]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """The command-line option of a setting; left out it is None."""
+    field = Settings.model_fields[name]
+    flag = f"--{name.replace('_', '-')}"
+    if bool in (field.annotation, *get_args(field.annotation)):
+        flag = f"{flag}/--no-{flag[2:]}"
+    option = typer.Option(
+        *(flag, _SHORT[name]) if name in _SHORT else (flag,),
+        help=f"{field.description} [dim]GRAFTWORK_{name.upper()}[/dim]",
+        show_default=False if field.default is None else str(field.default),
+    )
+    kind: Any = _TYPES.get(name, field.annotation)
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
 
 
 def settings_from(**given: Any) -> Settings:
@@ -61,8 +103,8 @@ def settings_from(**given: Any) -> Settings:
         ) from error
 
 
-def place_from(url: str | None, data_dir: Path | None, **given: Any) -> tuple[Settings, str | None]:
-    """Where a command works: the settings, and the server's URL or None for the data directory.
+def _resolved(url: str | None = None, data_dir: Path | None = None, **given: Any) -> Settings:
+    """The settings, with the URL of the server that is meant, or None for the data directory.
 
     An option wins over the environment; where neither says anything, the data directory's default
     does. Exits with a sentence where both are named in the same place.
@@ -70,53 +112,43 @@ def place_from(url: str | None, data_dir: Path | None, **given: Any) -> tuple[Se
     settings = settings_from(url=url, data_dir=data_dir, **given)
     if url is not None and data_dir is not None:
         raise fail("--url and --data-dir are both given; a command talks to one of them")
-    if data_dir is not None or settings.url is None:
-        return settings, None
-    if url is None and "data_dir" in settings.model_fields_set:
+    if data_dir is not None:
+        return settings.model_copy(update={"url": None})
+    if settings.url is not None and url is None and "data_dir" in settings.model_fields_set:
         raise fail(
             "GRAFTWORK_URL and GRAFTWORK_DATA_DIR are both set; say which with --url or --data-dir"
         )
-    return settings, settings.url
+    return settings
 
 
 @contextmanager
 def open_backend(
-    url: str | None,
-    data_dir: Path | None,
-    *,
-    create: bool = False,
-    reads_base: bool = False,
-    jobs: bool = False,
-    **given: Any,
+    settings: Settings, *, create: bool = False, reads_base: bool = False, jobs: bool = False
 ) -> Iterator[Backend]:
     """The data directory or the running server that is meant; refusals end the command with one line.
 
     Args:
-        url: the option.
-        data_dir: the option.
+        settings: as `takes_settings` gives them.
         create: whether the directory is made if it is not there.
         reads_base: whether adapters are added or combined; makes the default base if it is not there.
         jobs: whether it is about jobs, not adapters.
-        given: other options that are settings.
     """
-    settings, chosen = place_from(url, data_dir, **given)
-    if chosen is None and reads_base:
+    if settings.url is None and reads_base:
         prepare_base(settings)
-    with errors_as_lines():
-        if chosen is None:
-            from server.cli.in_process import DataDirectory
-
-            backend: Backend = DataDirectory(
-                settings, create=create, reads_base=reads_base, jobs=jobs
-            )
-        else:
-            backend = connect(chosen)
-        with backend:
-            yield backend
+    with errors_as_lines(), _opened(settings, create, reads_base, jobs) as backend:
+        yield backend
 
 
-def connect(url: str) -> Backend:
-    """A running server, with the key that the environment has for it.
+def _opened(settings: Settings, create: bool, reads_base: bool, jobs: bool) -> Backend:
+    if settings.url is not None:
+        return connect(settings)
+    from server.cli.in_process import DataDirectory
+
+    return DataDirectory(settings, create=create, reads_base=reads_base, jobs=jobs)
+
+
+def connect(settings: Settings) -> Backend:
+    """The running server at `settings.url`, with the key that the environment has for it.
 
     Raises:
         ServerRefused: not a server's URL.
@@ -124,27 +156,25 @@ def connect(url: str) -> Backend:
     from server.cli.backend import Backend
     from server.cli.http_client import RemoteServer
 
-    return Backend(RemoteServer(url, api_key=api_key()))
+    return Backend(RemoteServer(settings.url or "", api_key=api_key(settings)))
 
 
-def running_server_url(url: str | None, command: str, why: str = "") -> str:
-    """The URL of a running server, for a command that needs one; exits with a sentence without."""
-    _, chosen = place_from(url, None)
-    if chosen is None:
+def require_url(settings: Settings, command: str, why: str = "") -> str:
+    """The URL of a running server; exits with a sentence where none is named."""
+    if settings.url is None:
         raise fail(
             f"{command} needs a running server: --url http://127.0.0.1:8000, or GRAFTWORK_URL{why}"
         )
-    return chosen
+    return settings.url
 
 
-def api_key() -> str | None:
+def api_key(settings: Settings) -> str | None:
     """The key for running servers. It has no option: a command line can be read by other users."""
-    key = settings_from().api_key
-    return None if key is None else key.get_secret_value()
+    return None if settings.api_key is None else settings.api_key.get_secret_value()
 
 
 def prepare_base(settings: Settings) -> None:
-    """Make the default base if that is the one asked for and it is not there yet."""
+    """Make the default base if the settings name it and it is not there yet."""
     if Path(settings.base) != DEFAULT_BASE:
         return
     from server.base.convert import TargetTaken, prepare_default_base

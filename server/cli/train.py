@@ -43,18 +43,10 @@ from server.cli.data import (
 )
 from server.cli.options import (
     AsJson,
-    Base,
-    BaseName,
-    DataDir,
     Description,
-    Device,
-    DtypeOption,
-    Revision,
-    Threads,
-    Url,
     connect,
-    place_from,
     prepare_base,
+    takes_settings,
 )
 from server.cli.render import (
     EXIT_INTERRUPTED,
@@ -105,7 +97,9 @@ class _Outcome:
     as_json: bool
 
 
+@takes_settings("url", "base", "revision", "base_name", "data_dir", "dtype", "device", "threads")
 def train(
+    *,
     method: Annotated[MethodName, typer.Option("--method", help="How the adapter works.")],
     data: Data,
     out_dir: Annotated[
@@ -192,14 +186,7 @@ def train(
     if_exists: Annotated[
         IfExists, typer.Option("--if-exists", help="With --register, where the name is taken.")
     ] = "new_version",
-    url: Url = None,
-    base: Base = None,
-    revision: Revision = None,
-    base_name: BaseName = None,
-    data_dir: DataDir = None,
-    dtype: DtypeOption = None,
-    device: Device = None,
-    threads: Threads = None,
+    settings: Settings,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show three rows; train nothing.")
     ] = False,
@@ -217,20 +204,10 @@ def train(
     graftwork train --method ia3 --data rows.jsonl --target label --out mine \\
       --template 'Tweet text : {text} Label :' --labels 'complaint,no complaint'
     """
-    settings, chosen = place_from(
-        url,
-        data_dir,
-        base=base,
-        revision=revision,
-        base_name=base_name,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-    )
     outcome = _Outcome(out_dir, register, dry_run, resume, as_json)
     with errors_as_lines():
         partial = None
-        if chosen is None:
+        if settings.url is None:
             partial = _check_local(outcome)
         else:
             _check_remote(outcome)
@@ -270,10 +247,10 @@ def train(
         ),
     )
     with errors_as_lines(rows):
-        if chosen is None:
+        if settings.url is None:
             _train_here(request, rows, settings, outcome, partial)
         else:
-            _train_there(request, rows, chosen, outcome)
+            _train_there(request, rows, settings, outcome)
 
 
 # --- the request -----------------------------------------------------------------------------
@@ -316,10 +293,13 @@ def _check_remote(outcome: _Outcome) -> None:
 # --- as a job of a server --------------------------------------------------------------------
 
 
-def _train_there(request: TrainingRequest, rows: DataFile, url: str, outcome: _Outcome) -> None:
+def _train_there(
+    request: TrainingRequest, rows: DataFile, settings: Settings, outcome: _Outcome
+) -> None:
     """Send the job and its rows, follow it to its end, and print the result."""
     began = time.monotonic()
-    with connect(url) as backend:
+    url = settings.url or ""
+    with connect(settings) as backend:
         job = backend.train(request, rows.rows, dry_run=outcome.dry_run)
         if outcome.dry_run:
             _print_plan(job, as_json=outcome.as_json)

@@ -19,7 +19,7 @@ LINE_SECONDS = 5.0
 
 
 def evaluation_text(data: dict[str, Any]) -> str:
-    """An evaluation in words."""
+    """An evaluation as a line of text."""
     parts = [f"loss {data['loss']:.3f}"]
     if "accuracy" in data:
         parts += [f"accuracy {data['accuracy']:.3f}", f"macro-F1 {data['macro_f1']:.3f}"]
@@ -27,7 +27,7 @@ def evaluation_text(data: dict[str, Any]) -> str:
 
 
 def step_text(data: dict[str, Any]) -> str:
-    """A step's figures in words."""
+    """A step's figures as a line of text."""
     return (
         f"loss {data['loss']:.3f}  lr {data['learning_rate']:.2e}  "
         f"{data['tokens_per_second']:.0f} tokens/s  {_duration(data['seconds_left'])} left"
@@ -45,7 +45,7 @@ class TrainingProgress:
     def __init__(self, console: Console, *, line_seconds: float = LINE_SECONDS) -> None:
         self._console = console
         self._line_seconds = line_seconds
-        self._told_at = -line_seconds
+        self._printed_at = -line_seconds
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -91,8 +91,8 @@ class TrainingProgress:
     def _step(self, data: dict[str, Any]) -> None:
         if self._bar:
             self._bar.update(self._task, completed=data["step"], figures=step_text(data))
-        elif time.monotonic() - self._told_at >= self._line_seconds:
-            self._told_at = time.monotonic()
+        elif time.monotonic() - self._printed_at >= self._line_seconds:
+            self._printed_at = time.monotonic()
             self._print(f"step {data['step']}/{data['max_steps']}  {step_text(data)}")
 
     def _print(self, line: str) -> None:

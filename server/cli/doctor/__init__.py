@@ -25,7 +25,7 @@ __all__ = ["Finding", "Status", "check_installation", "examine", "read_settings"
 
 
 def check_installation() -> Iterator[list[Finding]]:
-    """What can be said before anything else of Graftwork is imported."""
+    """Checks that need nothing else of Graftwork to be imported."""
     yield guarded("python", environment.check_python)
     yield guarded("packages", environment.check_packages)
     yield guarded("imports", environment.check_shadowed)
@@ -55,7 +55,7 @@ def examine(settings: Settings, url: str | None, *, deep: bool) -> Iterator[list
 
     Args:
         settings: what a server would be started with.
-        url: a server that is to be asked too.
+        url: a running server to check too; None for none.
         deep: also hash every adapter and load the base's weights.
     """
     from server.cli.doctor import machine, stores

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,15 +11,7 @@ from server.cli.doctor import Finding, check_installation, examine, read_setting
 from server.cli.doctor.report import show_all
 from server.cli.options import (
     AsJson,
-    Base,
-    BaseName,
-    DataDir,
-    Device,
-    DtypeOption,
-    Revision,
-    Threads,
-    Url,
-    option,
+    takes_options,
 )
 
 
@@ -29,17 +20,22 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
+@takes_options(
+    "base",
+    "revision",
+    "base_name",
+    "data_dir",
+    "host",
+    "port",
+    "dtype",
+    "device",
+    "threads",
+    "url",
+    read=dict,
+)
 def doctor(
-    base: Base = None,
-    revision: Revision = None,
-    base_name: BaseName = None,
-    data_dir: DataDir = None,
-    host: Annotated[str | None, option("host", "--host")] = None,
-    port: Annotated[int | None, option("port", "--port")] = None,
-    dtype: DtypeOption = None,
-    device: Device = None,
-    threads: Threads = None,
-    url: Url = None,
+    *,
+    settings: dict[str, Any],
     deep: Annotated[
         bool, typer.Option("--deep", help="Also hash every adapter and load the base's weights.")
     ] = False,
@@ -53,23 +49,10 @@ def doctor(
 
     graftwork doctor --base /models/llama --data-dir /var/lib/graftwork --deep
     """
-    given = {
-        "base": base,
-        "revision": revision,
-        "base_name": base_name,
-        "data_dir": data_dir,
-        "host": host,
-        "port": port,
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-        "url": url,
-    }
-    known = {name: value for name, value in given.items() if value is not None}
-    raise typer.Exit(show_all(_findings(known, deep=deep), as_json=as_json))
+    raise typer.Exit(show_all(_findings(settings, deep=deep), as_json=as_json))
 
 
-def _findings(given: dict[str, str | int | Path], *, deep: bool) -> Iterator[Finding]:
+def _findings(given: dict[str, Any], *, deep: bool) -> Iterator[Finding]:
     for group in check_installation():
         yield from group
     settings, findings = read_settings(given)

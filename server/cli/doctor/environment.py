@@ -1,7 +1,7 @@
 """Checks of what Graftwork runs in: Python, packages, packages that hide ours, variables.
 
-Imports nothing of Graftwork but its settings, and those only where they are asked about: a package
-that hides ours must not keep the doctor from saying so.
+Imports nothing of Graftwork but its settings, and those only where they are checked: a package
+that hides ours must not keep the doctor from reporting it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check_packages(
 
     Args:
         declared: requirements; None takes those of this distribution. Extras are left out.
-        installed: name -> version; None asks the environment.
+        installed: name -> version; None reads the environment.
     """
     if declared is None:
         declared = metadata.requires(_DISTRIBUTION) or []

@@ -27,9 +27,9 @@ class Finding:
 
 
 def guarded(check: str, work: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """Run a check; what it did not foresee is a finding too, so that the others still run."""
+    """Run a check; an unforeseen error becomes a finding, so that the others still run."""
     try:
         return list(work())
     except Exception as error:
-        said = " ".join(str(error).split())[:400]
-        return [Finding(check, "fail", f"{type(error).__name__}: {said}")]
+        message = " ".join(str(error).split())[:400]
+        return [Finding(check, "fail", f"{type(error).__name__}: {message}")]

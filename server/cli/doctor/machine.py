@@ -75,7 +75,7 @@ def check_port(host: str, port: int) -> Iterator[Finding]:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-            # Bound is not enough: somebody may listen on the same port of every address.
+            # Bound is not enough: another process may listen on the same port of every address.
             probe.listen(1)
         except OSError as error:
             yield _port_taken(host, port, error)
@@ -88,9 +88,9 @@ def _port_taken(host: str, port: int, error: OSError) -> Finding:
         message = f"cannot listen on {host}:{port}: {error.strerror}"
         return Finding("port", "fail", message, "name another with --host and --port")
     there = reachable(host)
-    told = running_server(f"http://{there}:{port}")
-    if told is not None:
-        return Finding("port", "ok", f"{host}:{port}: {told}")
+    described = running_server(f"http://{there}:{port}")
+    if described is not None:
+        return Finding("port", "ok", f"{host}:{port}: {described}")
     message = f"{host}:{port} is in use, and no Graftwork server answers there"
     return Finding("port", "fail", message, "stop what listens there, or name another --port")
 
@@ -113,7 +113,7 @@ def check_server(url: str, api_key: str | None) -> Iterator[Finding]:
 
 
 def running_server(url: str) -> str | None:
-    """What runs at a URL in words; None where it is no Graftwork server."""
+    """A sentence about what runs at a URL; None where it is no Graftwork server."""
     with RemoteServer(url, patience_seconds=_PATIENCE_SECONDS) as server:
         try:
             return _described(server.get("/info"))

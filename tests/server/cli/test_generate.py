@@ -10,9 +10,9 @@ import pytest
 
 from adapters.errors import AdapterError
 from server.cli.backend import Backend, Prompt
+from server.cli.found_adapters import find_adapters
 from server.cli.http_client import RemoteServer, ServerRefused
 from server.cli.in_process import PrivateEngine
-from server.cli.named_adapters import find_adapters
 from server.errors import RequestRefused
 from tests.server.cli.runner import refusal, run, run_json
 from tests.server.conftest import TEMPLATE, make_settings

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from server.cli.http_client import RemoteServer, ServerRefused, told_by, uses_proxy
+from server.cli.http_client import RemoteServer, ServerRefused, error_of, uses_proxy
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def test_refusals_of_every_shape_are_told_in_the_server_s_words(server, path, st
     with RemoteServer(str(server.base_url)) as remote, pytest.raises(ServerRefused) as refused:
         remote.get(path)
     body = server.get(path).json()
-    assert refused.value.message == told_by(body)[0]
+    assert refused.value.message == error_of(body)[0]
     assert (refused.value.status, refused.value.code) == (status, code)
 
 

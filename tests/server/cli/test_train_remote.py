@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from server.cli.evaluation import evaluate_remotely, stored_contestant
+from server.cli.found_adapters import find_adapters
 from server.cli.http_client import RemoteServer
-from server.cli.named_adapters import find_adapters
-from server.cli.remote_evaluation import contestant_of, evaluate_remotely
 from server.engine.offline import OfflineEngine
 from tests.server.api.training.test_train_to_serve import LABELS, ROWS
 from tests.server.cli.runner import refusal, run, run_json
@@ -130,8 +131,8 @@ def test_scores_are_those_of_the_engine(server, trained, tiny_base, tmp_path):
     """Row by row and label by label, by the sum and by the mean."""
     shown = server.get("/adapters/trained-there").json()
     with RemoteServer(str(server.base_url)) as remote:
-        own = contestant_of("trained-there", shown, {}, {})
-        base = contestant_of(None, {}, {}, {**own.__dict__, "append_eos": True})
+        own = stored_contestant("trained-there", shown, {}, {})
+        base = stored_contestant(None, {}, {}, {**asdict(own.wording), "append_eos": True})
         summed = evaluate_remotely(remote, [base, own], ROWS)
         mean = evaluate_remotely(remote, [own], ROWS, normalization="mean")
     engine = OfflineEngine(tiny_base, dtype="float32", threads=1, kv_bytes=1 << 24)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.cli.http_client import ServerRefused
-from server.cli.load_generator import LoadPlan, Outcome, report, run_load
+from server.cli.load import LoadPlan, Outcome, report, run_load
 from tests.clients.counted import Counted
 from tests.server.cli.runner import refusal, run
 from tests.server.cli.test_http_client import something
@@ -60,7 +60,7 @@ def test_no_more_are_in_flight_than_may(server, plan):
                 most = max(most, engine["num_running"] + engine["num_waiting"])
 
     async def both() -> None:
-        from server.cli.load_generator import load
+        from server.cli.load import load
 
         watch = asyncio.create_task(watched())
         await load(replace(plan, concurrency=2, max_new_tokens=60))

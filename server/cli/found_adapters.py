@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from adapters.base_model import BaseModelSpec
     from server.store.registry import Registry
 
-# The names of an adapter's words, of which a command may be given each as an option instead.
-WORDS = (
+# Metadata about how rows become prompts and labels; each is an option of `graftwork eval` as well.
+RENDERING = (
     "template",
     "target",
     "labels",
@@ -35,22 +35,22 @@ class FoundAdapter:
     """An adapter that is on this machine.
 
     Attributes:
-        given: what the command line says.
-        name: what it is called in the output, NAME@VERSION or the folder.
+        given: as it stands on the command line.
+        name: its name in the output, NAME@VERSION or the folder.
         directory: where its two files are.
-        words: what is stored with it, of `WORDS`, `max_length` and `on_too_long`.
+        metadata: stored with it, of `RENDERING`, `max_length` and `on_too_long`.
         base_digest: of the base that it was trained on here.
     """
 
     given: str
     name: str
     directory: Path
-    words: dict[str, Any]
+    metadata: dict[str, Any]
     base_digest: str | None
 
 
 def find_adapters(names: Sequence[str], settings: Settings) -> list[FoundAdapter]:
-    """What names and folders mean, in their order.
+    """Find adapters by name in the data directory, or as PEFT folders; in their order.
 
     Raises:
         AdapterNotFound: neither an adapter of the data directory nor a folder.
@@ -85,8 +85,8 @@ def _find_one(given: str, registry: Registry | None, settings: Settings) -> Foun
 def _stored(given: str, registry: Registry) -> FoundAdapter:
     record = registry.resolve(given)
     from_recipe = ("target", "label_names", "max_length", "on_too_long")
-    words: dict[str, Any] = {name: (record.recipe or {}).get(name) for name in from_recipe}
-    words |= {
+    metadata: dict[str, Any] = {name: (record.recipe or {}).get(name) for name in from_recipe}
+    metadata |= {
         "template": record.template,
         "labels": None if record.labels is None else list(record.labels),
         "target_separator": record.target_separator,
@@ -97,7 +97,7 @@ def _stored(given: str, registry: Registry) -> FoundAdapter:
         given,
         f"{record.name}@{record.version}",
         registry.blob_path(record.digest),
-        words,
+        metadata,
         record.base_digest,
     )
 
@@ -109,8 +109,8 @@ def _folder(given: str, directory: Path) -> FoundAdapter:
     if provenance is None:
         return FoundAdapter(given, given, directory, {}, None)
     job = provenance.job.model_dump()
-    words = {name: job[name] for name in (*WORDS, "max_length", "on_too_long")}
-    return FoundAdapter(given, given, directory, words, job["base_digest"])
+    metadata = {name: job[name] for name in (*RENDERING, "max_length", "on_too_long")}
+    return FoundAdapter(given, given, directory, metadata, job["base_digest"])
 
 
 def require_base(found: FoundAdapter, base: BaseModelSpec) -> None:

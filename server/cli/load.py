@@ -44,7 +44,7 @@ class LoadPlan:
 
     Attributes:
         url: of the server.
-        adapters: asked in turn; None is the base.
+        adapters: requested in turn; None is the base.
         num_requests: in all.
         concurrency: requests in flight at most; None is no limit, and needs a rate.
         rate: requests a second on average; None sends the next one when one has ended.
@@ -72,7 +72,7 @@ class Outcome:
     """How one request went.
 
     Attributes:
-        adapter: the one that was asked.
+        adapter: the one requested; None is the base.
         sent_at: monotonic seconds.
         token_at: when each token came, monotonic seconds.
         num_tokens: tokens that the server counted; None where it did not get so far.
@@ -150,7 +150,7 @@ async def load(plan: LoadPlan) -> LoadReport:
     if plan.rate is None and plan.concurrency is None:
         raise ValueError("expected a rate, a concurrency or both; came neither")
     url = checked_url(plan.url)
-    words = random.Random(plan.seed)  # noqa: S311 - prompts, not secrets
+    source = random.Random(plan.seed)  # noqa: S311 - prompts, not secrets
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
         base_url=url,
@@ -159,8 +159,8 @@ async def load(plan: LoadPlan) -> LoadReport:
         trust_env=uses_proxy(url),
         headers=key_headers(plan.api_key),
     ) as client:
-        await _warm_up(client, plan, words)
-        prompts = [_prompt(plan, words) for _ in range(plan.num_requests)]
+        await _warm_up(client, plan, source)
+        prompts = [_prompt(plan, source) for _ in range(plan.num_requests)]
         began = time.monotonic()
         if plan.rate is None:
             outcomes = await _closed_loop(client, plan, prompts)
@@ -180,20 +180,20 @@ def report(plan: LoadPlan, outcomes: Sequence[Outcome], seconds: float) -> LoadR
     return LoadReport(seconds, _figures(plan, outcomes, seconds, None), by_adapter, dict(errors))
 
 
-async def _warm_up(client: httpx.AsyncClient, plan: LoadPlan, words: random.Random) -> None:
+async def _warm_up(client: httpx.AsyncClient, plan: LoadPlan, source: random.Random) -> None:
     """Find out whether the server answers; bring adapters to the device."""
     refused = await _refused_at_all(client)
     if refused is not None:
         raise refused
     for adapter in dict.fromkeys(plan.adapters):
         for _ in range(plan.warmup):
-            outcome = await _send(client, plan, adapter, _prompt(plan, words))
+            outcome = await _send(client, plan, adapter, _prompt(plan, source))
             if outcome.error is not None:
                 raise ServerRefused(outcome.error)
 
 
 async def _refused_at_all(client: httpx.AsyncClient) -> ServerRefused | None:
-    """Why a server cannot be asked; None where it can."""
+    """Why a server refuses every request; None where it does not."""
     url = str(client.base_url).rstrip("/")
     try:
         reply = await client.get("/health")
@@ -285,10 +285,10 @@ async def _read(reply: httpx.Response, outcome: Outcome) -> None:
         outcome.error = "the stream ended before its last token"
 
 
-def _prompt(plan: LoadPlan, words: random.Random) -> str:
+def _prompt(plan: LoadPlan, source: random.Random) -> str:
     """Enough random words: each is at least one token."""
     return " ".join(
-        "".join(words.choices(string.ascii_lowercase, k=words.randint(3, 8)))
+        "".join(source.choices(string.ascii_lowercase, k=source.randint(3, 8)))
         for _ in range(plan.prompt_tokens)
     )
 
