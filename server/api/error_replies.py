@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from adapters import errors as library
 from server import errors as ours
+from server.api.reply_fields import Reply, may_show, shows
 from server.engine import errors as engine
 from server.http.event_stream import ClientGone
 from server.http.scope import RefusalReply
@@ -187,28 +188,69 @@ def describe(error: Exception) -> ErrorReport:
     )
 
 
+class OpenAIError(Reply):
+    """What is wrong, for people and programs."""
+
+    message: str = shows("there is no adapter 'complaints'", "One sentence.")
+    type: str = shows("not_found_error", "OpenAI's coarse category.")
+    param: str | None = shows("model", "The field at fault, if one is.")
+    code: str = shows("adapter_not_found", "Stable; the README lists them.")
+
+
+class OpenAIErrorBody(Reply):
+    """An error under /v1, in OpenAI's shape."""
+
+    error: OpenAIError = shows({}, "The error.")
+
+
+class TgiErrorBody(Reply):
+    """An error of TGI's routes."""
+
+    error: str = shows("there is no adapter 'complaints'", "One sentence.")
+    error_type: str = shows("validation", "TGI's coarse category.")
+
+
+class ErrorBody(TgiErrorBody):
+    """An error of our own routes."""
+
+    code: str = shows("adapter_not_found", "Stable; the README lists them.")
+    field: str | None = may_show("name", "The field, header or parameter at fault.")
+    expected: str | None = may_show("an adapter", "What would have been accepted.")
+    came: str | None = may_show("complaints", "What was found.")
+    row: int | None = may_show(7, "The row of data at fault, counted from 1.")
+
+
+def body_model(path: str) -> type[OpenAIErrorBody | TgiErrorBody]:
+    """The shape that errors of a path have."""
+    if path.startswith("/v1/"):
+        return OpenAIErrorBody
+    return TgiErrorBody if path in TGI_PATHS else ErrorBody
+
+
 def body_of(report: ErrorReport, path: str) -> dict[str, Any]:
     """The reply's body in the shape that clients of this path expect."""
     refusal, message = report.refusal, _sendable(report.message)
-    if path.startswith("/v1/"):
-        kind = _OPENAI_TYPES.get(refusal.status)
-        if kind is None:
-            kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-        error = {
-            "message": message,
-            "type": kind,
-            "param": report.field and _sendable(report.field),
-            "code": refusal.code,
-        }
-        return {"error": error}
-    body: dict[str, Any] = {"error": message, "error_type": refusal.error_type}
-    if path not in TGI_PATHS:
-        body["code"] = refusal.code
-        facts = {"field": report.field, "expected": report.expected, "came": report.came}
-        body |= {name: _sendable(value) for name, value in facts.items() if value is not None}
-        if report.row is not None:
-            body["row"] = report.row
-    return body
+    model = body_model(path)
+    if model is OpenAIErrorBody:
+        kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+        error = OpenAIError(
+            message=message,
+            type=_OPENAI_TYPES.get(refusal.status, kind),
+            param=report.field and _sendable(report.field),
+            code=refusal.code,
+        )
+        return OpenAIErrorBody(error=error).model_dump()
+    if model is TgiErrorBody:
+        return TgiErrorBody(error=message, error_type=refusal.error_type).model_dump()
+    return ErrorBody(
+        error=message,
+        error_type=refusal.error_type,
+        code=refusal.code,
+        field=report.field and _sendable(report.field),
+        expected=report.expected and _sendable(report.expected),
+        came=report.came and _sendable(report.came),
+        row=report.row,
+    ).model_dump()
 
 
 def _sendable(text: str) -> str:

@@ -11,9 +11,31 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from adapters.training.rows import DataLimits
+from server.api.adapter_choice import LORAX_FIELDS
 from server.api.bounds import AtMost
+from server.api.openapi.constraints import (
+    ADAPTERS,
+    CLOSED,
+    NOT_BLANK,
+    NULL,
+    OBJECT,
+    SOME_LIST,
+    SOME_TEXT,
+    TEXT,
+    TYPED,
+    constrained,
+    one_of,
+)
 
 MAX_TOP_TOKENS = 20
+_TGI_EXAMPLE: dict[str, Any] = {
+    "inputs": "Tweet text : Late again. Label :",
+    "parameters": {"max_new_tokens": 8, "details": True, "adapter_id": "complaints"},
+}
+_CLASSIFY_EXAMPLE: dict[str, Any] = {
+    "inputs": ["Tweet text : Late again. Label :", "Tweet text : Lovely! Label :"],
+    "labels": ["complaint", "no complaint"],
+}
 
 
 def _encodable(text: str) -> str:
@@ -49,6 +71,26 @@ class ClosedBody(BaseModel):
 
 class GenerateParameters(OpenBody):
     """TGI's `parameters`, and LoRAX's. A null means the same as a field left out."""
+
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            propertyNames={
+                "anyOf": [
+                    {"enum": ["adapter_id", *LORAX_FIELDS]},
+                    {"not": {"pattern": f"{ADAPTERS}|^model$"}},
+                ]
+            },
+            allOf=[
+                {
+                    "properties": {
+                        name: {**NULL, "description": "Null, as LoRAX's client sends it."}
+                        for name in LORAX_FIELDS
+                    }
+                }
+            ],
+            properties={"adapter_id": NOT_BLANK, "grammar": TYPED, "response_format": TYPED},
+        )
+    )
 
     adapter_id: Text | None = Field(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS.")
     best_of: int | None = Field(
@@ -127,6 +169,14 @@ class GenerateParameters(OpenBody):
 class GenerateBody(OpenBody):
     """Body of `/generate`, `/generate_stream` and `/`: `inputs`, or a `row` for the template."""
 
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            anyOf=one_of(inputs=SOME_TEXT, row=OBJECT),
+            propertyNames={"not": {"pattern": f"{ADAPTERS}|^model$"}},
+            examples=[_TGI_EXAMPLE],
+        )
+    )
+
     inputs: Text | None = Field(None, description="The prompt.")
     row: Row | None = Field(None, description="Columns for the adapter's stored template.")
     parameters: GenerateParameters | None = Field(
@@ -139,6 +189,14 @@ class GenerateBody(OpenBody):
 
 class ClassifyBody(OpenBody):
     """Body of `/classify`: texts as they are, or rows for the adapter's stored template."""
+
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            **CLOSED,
+            anyOf=one_of(inputs={"type": ["string", "array"]}, row=OBJECT, rows=SOME_LIST),
+            examples=[_CLASSIFY_EXAMPLE],
+        )
+    )
 
     inputs: Annotated[
         Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None,
@@ -160,6 +218,12 @@ class ClassifyBody(OpenBody):
 class TokenizeBody(OpenBody):
     """TGI's `{"inputs"}`, answered with a list, or vLLM's `{"prompt"}`, answered with an object."""
 
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            anyOf=one_of(inputs=TEXT, prompt=TEXT), examples=[{"prompt": "Tweet text"}]
+        )
+    )
+
     inputs: Text | None = Field(
         None, description="A text, as TGI calls it; the answer is a list of tokens."
     )
@@ -172,6 +236,8 @@ class TokenizeBody(OpenBody):
 class DetokenizeBody(OpenBody):
     """vLLM's `{"tokens"}`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [65, 66]}]})
+
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] = Field(
         description="Ids of the vocabulary."
     )
@@ -180,11 +246,15 @@ class DetokenizeBody(OpenBody):
 class RollbackBody(ClosedBody):
     """Body of `POST /adapters/{name}/rollback`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
+
     version: int = Field(ge=1, lt=2**63, description="The version that the bare name is to mean.")
 
 
 class AliasBody(ClosedBody):
     """Body of `PUT /adapters/{name}/aliases/{alias}`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
     version: int = Field(ge=1, lt=2**63, description="The version that gets the name.")
 

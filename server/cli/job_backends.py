@@ -191,6 +191,6 @@ def _path(job_id: str) -> str:
 
 
 def _json(record: JobRecord) -> Shown:
-    from server.api.training.train import job_json
+    from server.api.training.job_replies import Job
 
-    return job_json(record)
+    return Job.of(record).model_dump(mode="json")

@@ -154,6 +154,6 @@ class DataDirectory:
 
 
 def _json(record: AdapterRecord) -> Shown:
-    from server.api.adapters.management import record_json
+    from server.api.adapters.versions import AdapterVersion
 
-    return record_json(record)
+    return AdapterVersion.of(record).model_dump(by_alias=True)

@@ -7,25 +7,55 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.checkpoint.archive import stage_upload
 from adapters.checkpoint.folder import CONFIG_FILE, read_config
-from adapters.errors import AdapterError
+from adapters.errors import (
+    AdapterCorrupt,
+    AdapterError,
+    AdapterNotFound,
+    ArchiveInvalid,
+    NameInvalid,
+    TemplateInvalid,
+    UnsupportedFile,
+)
 from adapters.template import Template
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
+from server.api.adapters.versions import (
+    AdapterCounters,
+    AdapterDeleted,
+    AdapterDetails,
+    AdapterList,
+    AdapterVersion,
+    Residency,
+    UploadedVersion,
+    VersionWithRecipe,
+)
 from server.api.error_replies import quoted
 from server.api.middleware.headers import set_headers
+from server.api.openapi.constraints import CLOSED, NAME
+from server.api.openapi.refusals import (
+    BODY,
+    CHECKPOINT,
+    NAMED,
+    NUMBERS,
+    QUERY,
+    SERVED,
+    STORED,
+    refuses,
+)
+from server.api.openapi.responses import plain
 from server.api.schemas import AliasBody, RollbackBody
 from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.config.limits import limits
 from server.config.settings import MIB
-from server.errors import RequestInvalid
+from server.errors import NotReady, RequestInvalid
 from server.generation.generator import adapter_ref
 from server.services import Services, UseServices
 from server.store.registry import AdapterRecord, Published, Registry
@@ -33,7 +63,7 @@ from server.store.registry import AdapterRecord, Published, Registry
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 ResultT = TypeVar("ResultT")
-Residency = Literal["disk", "host", "device"]
+Alias = Annotated[str, Path(json_schema_extra={**NAME, "not": {"pattern": "^[0-9]+$"}})]
 Version = Annotated[
     int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
 ]
@@ -56,8 +86,9 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["name", "files"],
+                    **CLOSED,
                     "properties": {
-                        "name": {"type": "string", "description": "The adapter's name."},
+                        "name": {"type": "string", "description": "The adapter's name.", **NAME},
                         "description": {"type": "string", "description": "Free text."},
                         "template": {
                             "type": "string",
@@ -65,6 +96,7 @@ _FORM = {
                         },
                         "labels": {
                             "type": "string",
+                            "contentMediaType": "application/json",
                             "description": "A JSON list of texts, or the field repeated.",
                         },
                         "target_separator": {
@@ -85,6 +117,7 @@ _FORM = {
                         },
                         "files": {
                             "type": "array",
+                            "minItems": 1,
                             "items": {"type": "string", "format": "binary"},
                             "description": "adapter_config.json and adapter_model.safetensors, or "
                             "one .zip or .tar of them.",
@@ -101,7 +134,26 @@ _FORM = {
 }
 
 
-@router.post("", status_code=201, summary="Upload an adapter in PEFT's format", openapi_extra=_FORM)
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload an adapter in PEFT's format",
+    response_model=UploadedVersion,
+    response_description="A new version.",
+    responses={
+        200: {"model": UploadedVersion, "description": "The newest version has the same content."}
+    },
+    openapi_extra=_FORM
+    | refuses(
+        *QUERY,
+        *BODY,
+        NotReady,
+        UnsupportedFile,
+        ArchiveInvalid,
+        TemplateInvalid,
+        *CHECKPOINT,
+    ),
+)
 async def upload_adapter(request: Request, services: UseServices) -> Response:
     """201 for a new version, 200 where the newest version is just this already."""
     only_query(request)
@@ -117,47 +169,58 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
             lambda: _publish(services, upload, staged, create_only=create_only)
         )
     name_adapter(request, services, published.record)
-    body = {**_version(services, published.record), "ignored_files": list(ignored)}
+    version = _version(services, published.record)
+    reply = UploadedVersion(**dict(version), ignored_files=list(ignored))
     location = {"location": f"/adapters/{published.record.name}"}
-    return JSONResponse(body, 201 if published.created else 200, location)
+    return JSONResponse(
+        reply.model_dump(by_alias=True), 201 if published.created else 200, location
+    )
 
 
-@router.get("", summary="Every adapter, at its default version")
+@router.get("", summary="Every adapter, at its default version", openapi_extra=refuses(*NUMBERS))
 async def list_adapters(
     request: Request,
     services: UseServices,
     offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-) -> dict[str, Any]:
+) -> AdapterList:
     """By name; `total` says whether there are more."""
     only_query(request, "offset", "limit")
     registry = services.registry
     records = await _off_loop(lambda: registry.list(offset, limit))
     total = await _off_loop(registry.count)
-    return {"adapters": [_version(services, record) for record in records], "total": total}
+    return AdapterList(adapters=[_version(services, one) for one in records], total=total)
 
 
-@router.get("/{name}", summary="One adapter: its versions, config, template and counters")
-async def get_adapter(request: Request, services: UseServices, name: str) -> dict[str, Any]:
-    """What a bare name means now, and every version."""
+@router.get(
+    "/{name}",
+    summary="One adapter: its versions, config, template and counters",
+    openapi_extra=refuses(*QUERY, AdapterNotFound),
+)
+async def get_adapter(request: Request, services: UseServices, name: str) -> AdapterDetails:
+    """The version that a bare name means, and all versions."""
     only_query(request)
     registry = services.registry
     versions = await _off_loop(lambda: registry.versions(name))
     default = next((record for record in versions if record.is_default), versions[-1])
     config = await _off_loop(lambda: _config(registry, default))
     name_adapter(request, services, default)
-    return {
-        **_version(services, default),
-        "recipe": default.recipe,
-        "config": config,
-        "counters": {"requests": services.requests_by_adapter[name]},
-        "versions": [
-            {**_version(services, record), "recipe": record.recipe} for record in versions
-        ],
-    }
+    listed = [VersionWithRecipe.of(one, _residency(services, one)) for one in versions]
+    return AdapterDetails(
+        **dict(listed[versions.index(default)]),
+        config=config,
+        counters=AdapterCounters(requests=services.requests_by_adapter[name]),
+        versions=listed,
+    )
 
 
-@router.get("/{name}/download", summary="PEFT's folder of an adapter as a zip")
+@router.get(
+    "/{name}/download",
+    summary="PEFT's folder of an adapter as a zip",
+    response_class=StreamingResponse,
+    responses={200: plain("application/zip", "A zip of the folder.")},
+    openapi_extra=refuses(*NUMBERS, *NAMED, AdapterCorrupt),
+)
 async def download_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
 ) -> Response:
@@ -175,10 +238,14 @@ async def download_adapter(
     return StreamingResponse(blocks, media_type="application/zip", headers=headers)
 
 
-@router.delete("/{name}", summary="Delete an adapter, or one version of it")
+@router.delete(
+    "/{name}",
+    summary="Delete an adapter, or one version of it",
+    openapi_extra=refuses(*NUMBERS, *NAMED, *STORED),
+)
 async def delete_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> dict[str, Any]:
+) -> AdapterDeleted:
     """Every version, unless one is given. Requests that run keep theirs to the end."""
     only_query(request, "version")
     registry = services.registry
@@ -190,33 +257,47 @@ async def delete_adapter(
     gone = [record.version for record in versions if version in (None, record.version)]
     shown_version = "-" if version is None else str(version)
     set_headers(request, {"x-adapter-id": name, "x-adapter-version": shown_version})
-    return {"name": name, "deleted_versions": gone}
+    return AdapterDeleted(name=name, deleted_versions=gone)
 
 
-@router.post("/{name}/preload", status_code=202, summary="Bring an adapter to the device")
+@router.post(
+    "/{name}/preload",
+    status_code=202,
+    summary="Bring an adapter to the device",
+    openapi_extra=refuses(*SERVED, RequestInvalid),
+)
 async def preload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> dict[str, Any]:
+) -> AdapterVersion:
     """Started, not awaited: `residency` of `GET /adapters/{name}` tells when it is there."""
     record = await _servable(request, services, name, version)
     services.client.preload(adapter_ref(record))
     return _version(services, record)
 
 
-@router.post("/{name}/unload", status_code=202, summary="Let an adapter leave the device")
+@router.post(
+    "/{name}/unload",
+    status_code=202,
+    summary="Take an adapter off the device",
+    openapi_extra=refuses(*SERVED, RequestInvalid),
+)
 async def unload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> dict[str, Any]:
+) -> AdapterVersion:
     """Once no sequence uses it. The adapter stays and loads again when it is asked for."""
     record = await _servable(request, services, name, version)
     services.client.unload(record.digest)
     return _version(services, record)
 
 
-@router.post("/{name}/rollback", summary="Make a bare name mean an older version")
+@router.post(
+    "/{name}/rollback",
+    summary="Make a bare name mean an older version",
+    openapi_extra=refuses(*QUERY, *BODY, *NAMED, *STORED),
+)
 async def rollback_adapter(
     request: Request, services: UseServices, name: str, body: RollbackBody
-) -> dict[str, Any]:
+) -> AdapterVersion:
     """Until the next new version is published."""
     only_query(request)
     record = await _off_loop(lambda: services.registry.rollback(name, body.version))
@@ -224,10 +305,14 @@ async def rollback_adapter(
     return _version(services, record)
 
 
-@router.put("/{name}/aliases/{alias}", summary="Name a version of an adapter")
+@router.put(
+    "/{name}/aliases/{alias}",
+    summary="Name a version of an adapter",
+    openapi_extra=refuses(*QUERY, *BODY, *NAMED, NameInvalid, *STORED),
+)
 async def set_alias(
-    request: Request, services: UseServices, name: str, alias: str, body: AliasBody
-) -> dict[str, Any]:
+    request: Request, services: UseServices, name: str, alias: Alias, body: AliasBody
+) -> AdapterVersion:
     """Set it, or move it to another version."""
     only_query(request)
     record = await _off_loop(lambda: services.registry.set_alias(name, alias, body.version))
@@ -260,41 +345,12 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
         return None  # `status` says that the stored bytes are damaged
 
 
-def _version(services: Services, record: AdapterRecord) -> dict[str, Any]:
-    """A record as JSON, with where it is now."""
-    residency: Residency = "disk"
-    if services.ready:
-        residency = services.client.residency(record.digest)
-    return record_json(record, residency)
+def _version(services: Services, record: AdapterRecord) -> AdapterVersion:
+    return AdapterVersion.of(record, _residency(services, record))
 
 
-def record_json(record: AdapterRecord, residency: Residency = "disk") -> dict[str, Any]:
-    """A record as JSON; also what the command line prints."""
-    return {
-        "name": record.name,
-        "version": record.version,
-        "digest": record.digest,
-        "peft_type": record.peft_type,
-        "num_virtual_tokens": record.num_virtual_tokens,
-        "bytes": record.num_bytes,
-        "status": record.status,
-        "residency": residency,
-        "is_default": record.is_default,
-        "aliases": list(record.aliases),
-        "description": record.description,
-        "template": record.template,
-        "labels": None if record.labels is None else list(record.labels),
-        "target_separator": record.target_separator,
-        "append_eos": record.append_eos,
-        "tokenization": record.tokenization,
-        "source": record.source,
-        "job_id": record.job_id,
-        "metrics": record.metrics,
-        "base_model_name_or_path": record.base_name,
-        "base_digest": record.base_digest,
-        "created_at": record.created_at.isoformat(),
-        "warnings": list(record.warnings),
-    }
+def _residency(services: Services, record: AdapterRecord) -> Residency:
+    return services.client.residency(record.digest) if services.ready else "disk"
 
 
 # --- the upload's form ---------------------------------------------------------------------

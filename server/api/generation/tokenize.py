@@ -8,23 +8,67 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from server.api.adapter_choice import only_query
+from server.api.openapi.refusals import BODY, QUERY, refuses
+from server.api.reply_fields import Reply, shows
 from server.api.schemas import DetokenizeBody, TokenizeBody
-from server.errors import Contradiction, RequestInvalid
+from server.errors import Contradiction, NotReady, RequestInvalid
 from server.services import UseServices
 from server.text.tokenizer import TokenSpan
 
 router = APIRouter(tags=["tokenizer"])
 
 
-@router.post("/tokenize", summary="Text to token ids, in TGI's or vLLM's shape")
-async def tokenize(request: Request, services: UseServices, body: TokenizeBody) -> Any:
+class SpannedToken(TypedDict):
+    """A token and where it stands."""
+
+    id: Annotated[int, shows(19161, "Id in the vocabulary.")]
+    text: Annotated[str, shows("Tweet", "The characters that it covers.")]
+    start: Annotated[int, shows(0, "Its first character.")]
+    stop: Annotated[int, shows(5, "The character behind its last.")]
+
+
+class TokenIds(TypedDict):
+    """Tokens in vLLM's shape."""
+
+    count: Annotated[int, shows(2, "How many.")]
+    max_model_len: Annotated[int, shows(8192, "Tokens that prompt and output may have together.")]
+    tokens: Annotated[list[int], shows([19161, 2], "Their ids.")]
+
+
+class Detokenized(Reply):
+    """A text in vLLM's shape."""
+
+    prompt: str = shows("Tweet text", "The text; special tokens by name.")
+
+
+class TokenizerInfo(Reply):
+    """The base's tokenizer, in vLLM's shape."""
+
+    tokenizer_class: str = shows("PreTrainedTokenizerFast", "transformers' name of it.")
+    bos_token: str | None = shows("<|im_start|>", "Begins a text, where there is one.")
+    eos_token: str | None = shows("<|im_end|>", "Ends a sequence.")
+    pad_token: str | None = shows("<|im_end|>", "Fills up batches elsewhere.")
+    unk_token: str | None = shows(None, "Stands for what the vocabulary lacks.")
+    chat_template: str | dict[str, Any] | None = shows(
+        "{% for message in messages %}…", "Jinja, as the base has it."
+    )
+
+
+@router.post(
+    "/tokenize",
+    summary="Text to token ids, in TGI's or vLLM's shape",
+    response_model=list[SpannedToken] | TokenIds,
+    openapi_extra=refuses(*QUERY, *BODY, NotReady),
+)
+async def tokenize(request: Request, services: UseServices, body: TokenizeBody) -> Response:
     """A list of tokens for `inputs` (TGI), an object with `tokens` for `prompt` (vLLM)."""
     only_query(request)
     generator = services.need_generator()
@@ -49,10 +93,12 @@ async def tokenize(request: Request, services: UseServices, body: TokenizeBody) 
     if body.inputs is not None:
         written = await anyio.to_thread.run_sync(_written, spans)
         return Response(written, media_type="application/json")
-    ids = [span.id for span in spans]
-    return JSONResponse(
-        {"count": len(ids), "max_model_len": generator.max_sequence_tokens, "tokens": ids}
-    )
+    reply: TokenIds = {
+        "count": len(spans),
+        "max_model_len": generator.max_sequence_tokens,
+        "tokens": [span.id for span in spans],
+    }
+    return JSONResponse(reply)
 
 
 def _written(spans: Sequence[TokenSpan]) -> str:
@@ -60,10 +106,12 @@ def _written(spans: Sequence[TokenSpan]) -> str:
     return "[" + ",".join(json.dumps(asdict(span), ensure_ascii=False) for span in spans) + "]"
 
 
-@router.post("/detokenize", summary="Token ids to text, in vLLM's shape")
-async def detokenize(
-    request: Request, services: UseServices, body: DetokenizeBody
-) -> dict[str, str]:
+@router.post(
+    "/detokenize",
+    summary="Token ids to text, in vLLM's shape",
+    openapi_extra=refuses(*QUERY, *BODY, NotReady),
+)
+async def detokenize(request: Request, services: UseServices, body: DetokenizeBody) -> Detokenized:
     """Special tokens are kept by name."""
     only_query(request)
     tokenizer = services.need_generator().tokenizer
@@ -74,11 +122,15 @@ async def detokenize(
             expected=f"ids from 0 to {tokenizer.vocab_size - 1}",
             came=str(largest),
         )
-    return {"prompt": await anyio.to_thread.run_sync(tokenizer.decode, body.tokens)}
+    return Detokenized(prompt=await anyio.to_thread.run_sync(tokenizer.decode, body.tokens))
 
 
-@router.get("/tokenizer_info", summary="Special tokens and chat template, in vLLM's shape")
-async def tokenizer_info(request: Request, services: UseServices) -> dict[str, Any]:
+@router.get(
+    "/tokenizer_info",
+    summary="Special tokens and chat template, in vLLM's shape",
+    openapi_extra=refuses(*QUERY, NotReady),
+)
+async def tokenizer_info(request: Request, services: UseServices) -> TokenizerInfo:
     """What a client needs that renders prompts itself."""
     only_query(request)
-    return services.need_generator().tokenizer.info
+    return TokenizerInfo(**services.need_generator().tokenizer.info)

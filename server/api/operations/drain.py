@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.adapter_choice import only_query
 from server.api.error_replies import reply_to
+from server.api.openapi.refusals import refuses
+from server.api.reply_fields import Reply, shows
 from server.config.settings import is_loopback
-from server.errors import NotReady, ScopeMissing
+from server.errors import NotReady, RequestInvalid, ScopeMissing
 from server.services import Services, UseServices
 
 router = APIRouter(tags=["operations"])
@@ -45,7 +47,18 @@ class DrainGate:
             await self._app(scope, receive, send)
 
 
-@router.post("/drain", summary="Take no new work, and wait until what runs has ended")
+class DrainStatus(Reply):
+    """The progress of a drain."""
+
+    status: Literal["draining", "drained", "ready"] = shows("drained", "ready: no drain.")
+    running: int = shows(0, "Requests that still run.")
+
+
+@router.post(
+    "/drain",
+    summary="Take no new work, and wait until what runs has ended",
+    openapi_extra=refuses(RequestInvalid),
+)
 async def drain(
     request: Request,
     services: UseServices,
@@ -53,7 +66,7 @@ async def drain(
         int | None,
         Query(ge=0, le=MAX_SECONDS, description="How long to wait; left out, shutdown_seconds."),
     ] = None,
-) -> dict[str, Any]:
+) -> DrainStatus:
     """For a preStop hook. `/readyz` is 503 from now on; the process goes on.
 
     `status` is `drained` once nothing runs, else `draining`.
@@ -67,7 +80,7 @@ async def drain(
 
 
 @router.delete("/drain", summary="Take work again")
-async def undrain(request: Request, services: UseServices) -> dict[str, Any]:
+async def undrain(request: Request, services: UseServices) -> DrainStatus:
     """Ends what `POST /drain` began; a signal is not taken back."""
     only_query(request)
     _require_operator(request, services)
@@ -86,7 +99,8 @@ def _require_operator(request: Request, services: Services) -> None:
         )
 
 
-def _status(services: Services) -> dict[str, Any]:
+def _status(services: Services) -> DrainStatus:
     draining = services.draining
+    status: Literal["draining", "drained", "ready"]
     status = "ready" if not draining.active else "draining" if draining.running else "drained"
-    return {"status": status, "running": draining.running}
+    return DrainStatus(status=status, running=draining.running)

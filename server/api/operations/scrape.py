@@ -1,4 +1,4 @@
-"""`GET /metrics`: the server's books as Prometheus' text. Knows no generation."""
+"""`GET /metrics`: the server's counters as Prometheus' text. Knows no generation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.adapter_choice import only_query
+from server.api.openapi.refusals import refuses
+from server.api.openapi.responses import plain
+from server.errors import UnknownParameter
 from server.services import Services, UseServices
 from server.telemetry.exposition import encode
 from server.telemetry.metrics import Now
@@ -20,7 +23,14 @@ router = APIRouter(tags=["operations"])
     "/metrics",
     summary="Counters and histograms, in Prometheus' text format",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {}}}},
+    responses={
+        200: plain(
+            "text/plain",
+            "Every metric.",
+            'vllm:num_requests_running{engine="0",model_name="base"} 0.0\n',
+        )
+    },
+    openapi_extra=refuses(UnknownParameter),
 )
 async def metrics(request: Request, services: UseServices) -> Response:
     """vLLM's names where the meaning is the same, ours begin with `graftwork_`.

@@ -12,17 +12,29 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from adapters.errors import UnsupportedFile
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query
 from server.api.error_replies import quoted
+from server.api.openapi.refusals import BODY, JOB, NUMBERS, PLANNED, QUERY, STORED, refuses
+from server.api.openapi.responses import events, plain
+from server.api.training.job_replies import (
+    EXAMPLE_EVENTS,
+    Job,
+    JobDeleted,
+    JobEventData,
+    JobList,
+    ListedJob,
+    Preview,
+)
 from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
-from server.errors import JobNotFound, RequestInvalid
+from server.errors import JobActive, JobNotFound, RequestInvalid
 from server.http.event_stream import EventStream, named_event, ping
 from server.services import Services, UseServices
 from server.store.job_states import FINISHED
@@ -37,11 +49,17 @@ PING_SECONDS = 15.0
 _EVENTS_AT_ONCE = 500
 _MAX_LOG_BYTES = 4 * 1024 * 1024
 _JOB_ID = re.compile(r"job-[0-9a-f]{24}")
-# What a list of jobs leaves out: a config with a context in it is long.
-_LONG = frozenset({"config", "init_text", "init_token_ids", "label_names"})
 
 
-@router.post("", status_code=202, summary="Train an adapter", openapi_extra=OPENAPI_BODY)
+@router.post(
+    "",
+    status_code=202,
+    summary="Train an adapter",
+    response_model=Job,
+    response_description="The job waits.",
+    responses={200: {"model": Preview, "description": "A dry run: nothing was stored."}},
+    openapi_extra=OPENAPI_BODY | refuses(*QUERY, *BODY, UnsupportedFile, *PLANNED),
+)
 async def train(
     request: Request,
     services: UseServices,
@@ -59,37 +77,38 @@ async def train(
             work = partial(_plan, services, jobs, received, store=not dry_run)
             plan, record = await _off_loop(work)
     if record is None:
-        return JSONResponse(_preview(plan))
+        return JSONResponse(_preview(plan).model_dump(mode="json"))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return JSONResponse(job_json(record), 202, {"location": f"/train/{record.id}"})
+    location = {"location": f"/train/{record.id}"}
+    return JSONResponse(Job.of(record).model_dump(mode="json"), 202, location)
 
 
-@router.get("", summary="Training jobs, the newest first")
+@router.get("", summary="Training jobs, the newest first", openapi_extra=refuses(*NUMBERS))
 async def list_jobs(
     request: Request,
     services: UseServices,
     offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> dict[str, Any]:
+) -> JobList:
     """Without the longer fields; `total` says whether there are more."""
     only_query(request, "offset", "limit")
     jobs = services.need_jobs()
     records = await _off_loop(lambda: jobs.list(offset, limit))
     total = await _off_loop(jobs.count)
-    listed = [
-        {key: value for key, value in job_json(record).items() if key not in _LONG}
-        for record in records
-    ]
-    return {"jobs": listed, "total": total}
+    return JobList(jobs=[ListedJob.of(record) for record in records], total=total)
 
 
-@router.get("/{job_id}", summary="One job: state, progress, metrics, error, and what it does")
-async def get_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+@router.get(
+    "/{job_id}",
+    summary="One job: state, progress, metrics, error, and what it does",
+    openapi_extra=refuses(*JOB),
+)
+async def get_job(request: Request, services: UseServices, job_id: str) -> Job:
     """`progress` is the last step's event."""
     only_query(request)
     jobs, job_id = services.need_jobs(), _known_id(job_id)
-    return job_json(await _off_loop(lambda: jobs.get(job_id)))
+    return Job.of(await _off_loop(lambda: jobs.get(job_id)))
 
 
 @router.get(
@@ -97,9 +116,10 @@ async def get_job(request: Request, services: UseServices, job_id: str) -> dict[
     summary="What happens to a job, as server-sent events",
     response_class=Response,
     responses={
-        200: {"description": "Events.", "content": {"text/event-stream": {}}},
-        204: {"description": "The job has ended, and its last event was had."},
+        200: events(JobEventData, EXAMPLE_EVENTS, "Past and new events, to the job's end."),
+        204: {"description": "The job has ended, and the client has its last event."},
     },
+    openapi_extra=refuses(*JOB, RequestInvalid),
 )
 async def job_events(
     request: Request,
@@ -127,7 +147,13 @@ async def job_events(
     return EventStream(frames, lambda: None)
 
 
-@router.get("/{job_id}/log", summary="A job's log", response_class=PlainTextResponse)
+@router.get(
+    "/{job_id}/log",
+    summary="A job's log",
+    response_class=PlainTextResponse,
+    responses={200: plain("text/plain", "What its workers printed.", "claimed …")},
+    openapi_extra=refuses(*JOB, RequestInvalid),
+)
 async def job_log(
     request: Request,
     services: UseServices,
@@ -143,7 +169,14 @@ async def job_log(
     return PlainTextResponse(await _off_loop(lambda: _log(jobs.directory(job_id), tail)))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job")
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a job",
+    response_model=Job,
+    response_description="It has ended.",
+    responses={202: {"model": Job, "description": "It runs, and is about to stop."}},
+    openapi_extra=refuses(*JOB, *STORED),
+)
 async def cancel_job(request: Request, services: UseServices, job_id: str) -> Response:
     """202 where it still runs and is about to stop, 200 where it has ended."""
     only_query(request)
@@ -151,34 +184,21 @@ async def cancel_job(request: Request, services: UseServices, job_id: str) -> Re
     record = await _off_loop(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return JSONResponse(job_json(record), 200 if record.state in FINISHED else 202)
+    status = 200 if record.state in FINISHED else 202
+    return JSONResponse(Job.of(record).model_dump(mode="json"), status)
 
 
-@router.delete("/{job_id}", summary="Delete a job that has ended, with its rows and log")
-async def delete_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+@router.delete(
+    "/{job_id}",
+    summary="Delete a job that has ended, with its rows and log",
+    openapi_extra=refuses(*JOB, JobActive),
+)
+async def delete_job(request: Request, services: UseServices, job_id: str) -> JobDeleted:
     """The adapter that came of it stays."""
     only_query(request)
     jobs, job_id = services.need_jobs(), _known_id(job_id)
     await _off_loop(lambda: jobs.delete(job_id))
-    return {"id": job_id, "deleted": True}
-
-
-def job_json(record: JobRecord) -> dict[str, Any]:
-    """A record as JSON: what it is asked to do, and how it stands."""
-    return {
-        "id": record.id,
-        "state": record.state,
-        **record.job.model_dump(mode="json"),
-        "adapter_version": record.adapter_version,
-        "progress": record.progress,
-        "metrics": record.metrics,
-        "error": record.error,
-        "cancel_requested": record.cancel_requested,
-        "attempts": record.attempts,
-        "created_at": record.created_at.isoformat(),
-        "started_at": None if record.started_at is None else record.started_at.isoformat(),
-        "finished_at": None if record.finished_at is None else record.finished_at.isoformat(),
-    }
+    return JobDeleted(id=job_id)
 
 
 async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
@@ -218,14 +238,14 @@ def _plan(
     return plan, jobs.create(plan.job, rows) if store else None
 
 
-def _preview(plan: Plan) -> dict[str, Any]:
-    return {
-        **plan.job.model_dump(mode="json"),
-        "num_train": len(plan.examples.train),
-        "num_held_out": len(plan.examples.held_out),
-        "lengths": plan.lengths,
-        "preview": plan.preview,
-    }
+def _preview(plan: Plan) -> Preview:
+    return Preview(
+        **plan.job.model_dump(),
+        num_train=len(plan.examples.train),
+        num_held_out=len(plan.examples.held_out),
+        lengths=plan.lengths,
+        preview=plan.preview,
+    )
 
 
 # --- events and log ------------------------------------------------------------------------

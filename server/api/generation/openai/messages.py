@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from adapters.template import Template
 from server.api.error_replies import quoted
-from server.api.generation.openai.schemas import Message, TextPart
+from server.api.generation.openai.bodies import Message, TextPart
 from server.api.generation.sampling import invalid
 from server.api.schemas import Row
 from server.errors import RequestInvalid

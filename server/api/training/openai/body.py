@@ -19,6 +19,15 @@ from adapters.training.job import (
 )
 from adapters.training.recipes import RECIPES
 from server.api.error_replies import describe_validation, quoted
+from server.api.openapi.constraints import (
+    NAME,
+    NO_STRAY_ADAPTERS,
+    NULL,
+    Schema,
+    constrained,
+    not_both,
+    nullable,
+)
 from server.api.schemas import Text
 from server.errors import Contradiction, RequestInvalid
 
@@ -41,6 +50,8 @@ MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
 
 class TuningHyperparameters(HyperparameterRequest):
     """OpenAI's three, and those of `/train`; "auto" is the same as left out."""
+
+    model_config = ConfigDict(json_schema_extra=constrained(anyOf=not_both("epochs", "max_steps")))
 
     n_epochs: Auto | Epochs | None = Field(
         None, description="Passes over the data; the recipe's if left out."
@@ -66,13 +77,31 @@ class MethodBlock(TrainingOptions):
     hyperparameters: TuningHyperparameters | None = Field(None, description="The optimisation.")
 
 
+_BLOCK = nullable({"$ref": "#/components/schemas/MethodBlock"})
+
+
+def _only_of_its_type(name: str) -> Schema:
+    """A method's block is left out, or null, unless its name is the type."""
+    chosen: Schema = {"properties": {"type": {"const": name}}}
+    if name != SUPERVISED:
+        chosen["required"] = ["type"]
+    return {"anyOf": [chosen, {"properties": {name: NULL}}]}
+
+
 class MethodChoice(BaseModel):
     """OpenAI's `method`: a type, and under the type's own name what there is to say about it."""
 
     model_config = ConfigDict(
         extra="allow",
         strict=True,
-        json_schema_extra={"additionalProperties": {"$ref": "#/components/schemas/MethodBlock"}},
+        json_schema_extra=constrained(
+            properties={
+                "type": {"enum": list(METHOD_TYPES)},
+                **{name: {**_BLOCK, "description": f"Options of {name}."} for name in METHOD_TYPES},
+            },
+            additionalProperties=NULL,
+            allOf=[_only_of_its_type(name) for name in METHOD_TYPES],
+        ),
     )
 
     type: Text = Field(
@@ -88,8 +117,10 @@ class TuningBody(BaseModel):
         extra="allow",
         strict=True,
         allow_inf_nan=False,
-        json_schema_extra={
-            "example": {
+        json_schema_extra=constrained(
+            **NO_STRAY_ADAPTERS,
+            properties={"suffix": NAME},
+            example={
                 "model": "SmolLM2-135M-Instruct",
                 "training_file": "file-0123456789abcdef01234567",
                 "suffix": "complaints",
@@ -97,8 +128,8 @@ class TuningBody(BaseModel):
                     "type": "ia3",
                     "ia3": {"hyperparameters": {"n_epochs": 3, "learning_rate_multiplier": 1.0}},
                 },
-            }
-        },
+            },
+        ),
     )
 
     model: Text = Field(description="The base; adapters are not trained further.")

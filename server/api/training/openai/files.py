@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 
 from server.api.adapter_choice import only_query
 from server.api.error_replies import quoted
 from server.api.middleware.headers import body_too_large
+from server.api.openapi.constraints import CLOSED
+from server.api.openapi.refusals import BODY, FILE, NUMBERS, QUERY, STORED, refuses
+from server.api.openapi.responses import plain
+from server.api.reply_fields import Reply, UnixTime, fixed, shows
+from server.api.training.openai.replies import Page
 from server.api.upload import Form, Upload, UploadedFile, receive_upload, small_fields
 from server.config.settings import MIB
-from server.errors import RequestInvalid, UploadNotFound
+from server.errors import FilesFull, RequestInvalid, UploadNotFound
 from server.services import Services, UseServices
-from server.store.files import FileRecord
 
 router = APIRouter(prefix="/v1/files", tags=["fine-tuning"])
 
@@ -34,6 +39,7 @@ _CURL = "-F purpose=fine-tune -F file=@rows.jsonl"
 # The form around the file: its fields, headers and boundaries.
 _FORM_BYTES = MIB
 _CHUNK = 1 << 18
+_ID = "file-0123456789abcdef01234567"
 _FORM = {
     "requestBody": {
         "required": True,
@@ -42,6 +48,7 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    **CLOSED,
                     "properties": {
                         "file": {
                             "type": "string",
@@ -62,8 +69,41 @@ _FORM = {
 }
 
 
-@router.post("", summary="Upload a file to train on", openapi_extra=_FORM)
-async def create_file(request: Request, services: UseServices) -> dict[str, Any]:
+class FileObject(Reply):
+    """OpenAI's `file`."""
+
+    id: str = shows(_ID, "The file.")
+    object: Literal["file"] = fixed("file", "What this is.")
+    num_bytes: int = Field(
+        serialization_alias="bytes", description="How long it is.", examples=[10240]
+    )
+    created_at: UnixTime = shows(1795376932, "Unix time, seconds.")
+    expires_at: None = fixed(None, "Always null: files are kept until they are deleted.")
+    filename: str = shows("rows.jsonl", "As the client called it.")
+    purpose: str = shows("fine-tune", "What it is for.")
+    status: str = fixed("processed", "Always processed; a job checks the lines.")
+    status_details: None = fixed(None, "Always null.")
+
+
+class FileList(Page[FileObject]):
+    """A page of files."""
+
+
+class FileDeleted(Reply):
+    """A file that is gone."""
+
+    id: str = shows(_ID, "The file.")
+    object: Literal["file"] = fixed("file", "What this was.")
+    deleted: bool = fixed(True, "Always true.")
+
+
+@router.post(
+    "",
+    summary="Upload a file to train on",
+    response_description="The file is stored.",
+    openapi_extra=_FORM | refuses(*QUERY, *BODY, FilesFull, *STORED),
+)
+async def create_file(request: Request, services: UseServices) -> FileObject:
     """Keeps the bytes as they are; lines are checked when a job names the file."""
     only_query(request)
     files = services.need_files()
@@ -74,10 +114,10 @@ async def create_file(request: Request, services: UseServices) -> dict[str, Any]
         purpose, file = _purpose(upload), _one_file(upload)
         _check_size(file.path, services)
         record = await _off_loop(lambda: files.add(file.path, file.name or "upload", purpose))
-    return file_json(record)
+    return FileObject.model_validate(record)
 
 
-@router.get("", summary="Uploaded files")
+@router.get("", summary="Uploaded files", openapi_extra=refuses(*NUMBERS, UploadNotFound))
 async def list_files(
     request: Request,
     services: UseServices,
@@ -91,7 +131,7 @@ async def list_files(
     order: Annotated[
         Literal["asc", "desc"], Query(description="desc: the newest first; asc: the oldest.")
     ] = "desc",
-) -> dict[str, Any]:
+) -> FileList:
     """A page; `has_more` says whether there is another, which `after` with `last_id` asks for."""
     only_query(request, "after", "limit", "purpose", "order")
     files = services.need_files()
@@ -99,24 +139,23 @@ async def list_files(
     found = await _off_loop(
         lambda: files.list(after, limit + 1, purpose=purpose, newest_first=newest_first)
     )
-    return page([file_json(record) for record in found], limit)
+    return FileList.of([FileObject.model_validate(record) for record in found], limit)
 
 
-@router.get("/{file_id}", summary="One uploaded file")
-async def get_file(request: Request, services: UseServices, file_id: str) -> dict[str, Any]:
-    """What is known of it, without its bytes."""
+@router.get("/{file_id}", summary="One uploaded file", openapi_extra=refuses(*FILE))
+async def get_file(request: Request, services: UseServices, file_id: str) -> FileObject:
+    """Its name, size and purpose, without its bytes."""
     only_query(request)
     files = services.need_files()
-    return file_json(await _off_loop(lambda: files.get(file_id)))
+    return FileObject.model_validate(await _off_loop(lambda: files.get(file_id)))
 
 
 @router.get(
     "/{file_id}/content",
     summary="The bytes of an uploaded file",
     response_class=StreamingResponse,
-    responses={
-        200: {"description": "The file as it came.", "content": {"application/octet-stream": {}}}
-    },
+    responses={200: plain("application/octet-stream", "The bytes as they came.")},
+    openapi_extra=refuses(*FILE),
 )
 async def get_content(request: Request, services: UseServices, file_id: str) -> StreamingResponse:
     """As they came, whatever they are."""
@@ -132,40 +171,17 @@ async def get_content(request: Request, services: UseServices, file_id: str) -> 
     return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
 
-@router.delete("/{file_id}", summary="Delete an uploaded file")
-async def delete_file(request: Request, services: UseServices, file_id: str) -> dict[str, Any]:
+@router.delete(
+    "/{file_id}",
+    summary="Delete an uploaded file",
+    openapi_extra=refuses(*FILE, *STORED),
+)
+async def delete_file(request: Request, services: UseServices, file_id: str) -> FileDeleted:
     """Jobs that were made of it go on: each has its own rows."""
     only_query(request)
     files = services.need_files()
     await _off_loop(lambda: files.delete(file_id))
-    return {"id": file_id, "object": "file", "deleted": True}
-
-
-def file_json(record: FileRecord) -> dict[str, Any]:
-    """A file in OpenAI's words."""
-    return {
-        "id": record.id,
-        "object": "file",
-        "bytes": record.num_bytes,
-        "created_at": int(record.created_at.timestamp()),
-        "expires_at": None,
-        "filename": record.filename,
-        "purpose": record.purpose,
-        "status": "processed",
-        "status_details": None,
-    }
-
-
-def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A list in OpenAI's shape, of up to `limit` + 1 objects that were found."""
-    shown_ = found[:limit]
-    return {
-        "object": "list",
-        "data": shown_,
-        "first_id": shown_[0]["id"] if shown_ else None,
-        "last_id": shown_[-1]["id"] if shown_ else None,
-        "has_more": len(found) > limit,
-    }
+    return FileDeleted(id=file_id)
 
 
 # --- the form ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`/v1/fine_tuning/jobs`: ask for training, follow it, cancel it, in OpenAI's words.
+"""`/v1/fine_tuning/jobs`: ask for training, follow it, cancel it, in OpenAI's protocol.
 
 Thin: the files become rows, the body becomes a request as `/train` takes it, and the same plan, table
 of jobs and supervisor do the rest. Jobs that `/train` made are listed too. Blocking work runs off the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
@@ -20,12 +20,27 @@ from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query, refuse_stray_adapters
 from server.api.error_replies import quoted
 from server.api.middleware.headers import note_ignored
+from server.api.openapi.refusals import BODY, JOB, NUMBERS, PLANNED, QUERY, STORED, refuses
 from server.api.schemas import set_extras
 from server.api.training.openai.body import Asked, TuningBody
 from server.api.training.openai.data import TuningData, read_data
-from server.api.training.openai.files import page
-from server.api.training.openai.replies import event_number, event_object, job_object, tuning_of
-from server.errors import Contradiction, RequestInvalid, UnknownParameter
+from server.api.training.openai.replies import (
+    CheckpointList,
+    TuningEventList,
+    TuningJob,
+    TuningJobList,
+    event_number,
+    tuning_event,
+    tuning_job,
+    tuning_of,
+)
+from server.errors import (
+    Contradiction,
+    JobNotFound,
+    RequestInvalid,
+    UnknownParameter,
+    UploadNotFound,
+)
 from server.services import Services, UseServices
 from server.store.jobs import JobRecord
 
@@ -38,8 +53,13 @@ DEFAULT_PAGE = 20
 _METADATA = re.compile(r"metadata\[([^\]]*)\]")
 
 
-@router.post("", summary="Train an adapter on an uploaded file")
-async def create_job(request: Request, services: UseServices, body: TuningBody) -> dict[str, Any]:
+@router.post(
+    "",
+    summary="Train an adapter on an uploaded file",
+    response_description="The job waits.",
+    openapi_extra=refuses(*QUERY, *BODY, UploadNotFound, *PLANNED),
+)
+async def create_job(request: Request, services: UseServices, body: TuningBody) -> TuningJob:
     """Checks the data at once, queues the job, and says how it stands.
 
     `fine_tuned_model` is null until the job has succeeded; then it is the adapter's name, which
@@ -55,10 +75,14 @@ async def create_job(request: Request, services: UseServices, body: TuningBody) 
         record = await _off_loop(lambda: _create(services, asked))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return job_object(record)
+    return tuning_job(record)
 
 
-@router.get("", summary="Training jobs, the newest first")
+@router.get(
+    "",
+    summary="Training jobs, the newest first",
+    openapi_extra=refuses(*NUMBERS, JobNotFound),
+)
 async def list_jobs(
     request: Request,
     services: UseServices,
@@ -66,26 +90,31 @@ async def list_jobs(
         str | None, Query(description="Only jobs older than the one with this id.")
     ] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> dict[str, Any]:
+) -> TuningJobList:
     """A page; `metadata[NAME]=VALUE` keeps jobs with these texts, `metadata=null` those without."""
     wanted, none_wanted = _metadata(request)
     jobs = services.need_jobs()
     found = await _off_loop(
         lambda: jobs.list_after(after, limit + 1, wanted, without_metadata=none_wanted)
     )
-    return page([job_object(record) for record in found], limit)
+    return TuningJobList.of([tuning_job(record) for record in found], limit)
 
 
-@router.get("/{job_id}", summary="One training job")
-async def get_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+@router.get("/{job_id}", summary="One training job", openapi_extra=refuses(*JOB))
+async def get_job(request: Request, services: UseServices, job_id: str) -> TuningJob:
     """`GET /train/{id}` says more of the same job."""
     only_query(request)
     jobs = services.need_jobs()
-    return job_object(await _off_loop(lambda: jobs.get(job_id)))
+    return tuning_job(await _off_loop(lambda: jobs.get(job_id)))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a training job")
-async def cancel_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a training job",
+    response_description="The job's state now.",
+    openapi_extra=refuses(*JOB, *STORED),
+)
+async def cancel_job(request: Request, services: UseServices, job_id: str) -> TuningJob:
     """One that runs is still `running` in the reply, and `cancelled` within seconds.
 
     A job that has ended stays as it is.
@@ -95,40 +124,52 @@ async def cancel_job(request: Request, services: UseServices, job_id: str) -> di
     record = await _off_loop(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return job_object(record)
+    return tuning_job(record)
 
 
-@router.get("/{job_id}/events", summary="What happened to a training job, the newest first")
+@router.get(
+    "/{job_id}/events",
+    summary="What happened to a training job, the newest first",
+    openapi_extra=refuses(*JOB, RequestInvalid),
+)
 async def list_events(
     request: Request,
     services: UseServices,
     job_id: str,
     after: Annotated[
-        str | None, Query(description="Only events older than the one with this id.")
+        str | None,
+        Query(
+            description="Only events older than the one with this id.",
+            json_schema_extra={"pattern": "^(ftevent-job-[0-9a-f]{24}-)?[0-9]{1,18}$"},
+        ),
     ] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> dict[str, Any]:
+) -> TuningEventList:
     """A page; `GET /train/{id}/events` streams the same events as they happen."""
     only_query(request, "after", "limit")
     jobs = services.need_jobs()
     before = None if after is None else _number(job_id, after)
     found = await _off_loop(lambda: jobs.events_before(job_id, before, limit + 1))
-    return page([event_object(job_id, event) for event in found], limit)
+    return TuningEventList.of([tuning_event(job_id, event) for event in found], limit)
 
 
-@router.get("/{job_id}/checkpoints", summary="Always empty: only the end is served")
+@router.get(
+    "/{job_id}/checkpoints",
+    summary="Always empty: only the end is served",
+    openapi_extra=refuses(*JOB, RequestInvalid),
+)
 async def list_checkpoints(
     request: Request,
     services: UseServices,
     job_id: str,
     after: Annotated[str | None, Query(description="Without effect.")] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> dict[str, Any]:
+) -> CheckpointList:
     """What a worker saves on its way is for itself to go on from."""
     only_query(request, "after", "limit")
     jobs = services.need_jobs()
     await _off_loop(lambda: jobs.get(job_id))
-    return page([], limit)
+    return CheckpointList.of([], limit)
 
 
 # --- a new job -------------------------------------------------------------------------------------

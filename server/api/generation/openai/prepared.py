@@ -1,4 +1,4 @@
-"""A checked request of either route: its prompts, its sequences, and how its choices are written.
+"""A request of either route that is ready to run: its prompts, its sequences, how its choices are written.
 
 What a choice looks like is the route's `Shape`. Knows no HTTP.
 """
@@ -12,15 +12,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from server.api.generation.openai.batch import Batch
+from server.api.generation.openai.bodies import OpenAIBody
+from server.api.generation.openai.openai_types import (
+    ChatChoice,
+    ChatDeltaChoice,
+    CompletionChoice,
+    OpenAIFinishReason,
+    Usage,
+)
 from server.api.generation.openai.prompts import Given
-from server.api.generation.openai.schemas import OpenAIBody
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.errors import Contradiction, RequestInvalid
 from server.generation.generator import FinishReason, Generation, Generator, Options, Piece
 from server.services import Services
 from server.store.registry import AdapterRecord
 
-_REASONS: dict[FinishReason, str] = {
+_REASONS: dict[FinishReason, OpenAIFinishReason] = {
     "length": "length",
     "eos_token": "stop",
     "stop_sequence": "stop",
@@ -48,7 +55,7 @@ class Output:
     ) -> None:
         self.given = given
         self.pieces: list[Piece] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: OpenAIFinishReason | None = None
         self._generation = generation
         self._first = first
         self._prompt_only = prompt_only
@@ -97,18 +104,22 @@ class Shape(Protocol):
     def chunk_name(self) -> str:
         """What a chunk of a stream is."""
 
-    async def choice(self, output: Output, index: int) -> dict[str, Any]:
+    async def choice(self, output: Output, index: int) -> CompletionChoice | ChatChoice:
         """A whole choice."""
 
-    async def opening(self, output: Output, index: int) -> dict[str, Any] | None:
-        """What a stream says of a choice before its first token, if anything."""
+    async def opening(
+        self, output: Output, index: int
+    ) -> CompletionChoice | ChatDeltaChoice | None:
+        """What a stream sends of a choice before its first token, if anything."""
 
-    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def delta(
+        self, output: Output, index: int, pieces: Sequence[Piece]
+    ) -> CompletionChoice | ChatDeltaChoice:
         """What the last `pieces` of an output add to its choice."""
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedBatch:
     """A request that has passed every check that needs no engine.
 
     Attributes:
@@ -153,7 +164,9 @@ class Job:
             self.prompts[place], batch.generations[index], first, prompt_only=self.prompt_only
         )
 
-    def envelope(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def envelope(
+        self, object_name: str, choices: Sequence[CompletionChoice | ChatChoice]
+    ) -> dict[str, Any]:
         """What stands around choices."""
         return {
             "id": f"{self.shape.id_prefix}{self.id}",
@@ -164,7 +177,7 @@ class Job:
             "choices": choices,
         }
 
-    def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
+    def usage(self, outputs: Sequence[Output]) -> Usage:
         """Prompt tokens, each prompt once, and every token that was drawn; virtual tokens are not
         among them."""
         prompt = sum(len(given.prompt.token_ids) for given in self.prompts)
@@ -179,7 +192,7 @@ class Job:
         }
 
 
-def make_job(
+def prepare_batch(
     services: Services,
     generator: Generator,
     record: AdapterRecord | None,
@@ -192,7 +205,7 @@ def make_job(
     streamed: bool = False,
     prompt_only: bool = False,
     logprobs: bool = False,
-) -> Job:
+) -> PreparedBatch:
     """Prepare every sequence.
 
     Sample i of a prompt draws with `seed + i`, so that each can be had again alone.
@@ -219,7 +232,7 @@ def make_job(
         requests += [_sample(first, index, alone=streamed) for index in range(best_of)]
     if record is not None:
         services.requests_by_adapter[record.name] += 1
-    return Job(
+    return PreparedBatch(
         generator=generator,
         model=model,
         fingerprint=f"fp_{services.client.base.digest[:12]}"
