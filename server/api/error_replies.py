@@ -26,7 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from adapters import errors as library
 from server import errors as ours
-from server.api.reply_fields import Reply, may_show, shows
+from server.api.reply_fields import ReplyModel, may_show, shows
 from server.engine import errors as engine
 from server.http.event_stream import ClientGone
 from server.http.scope import RefusalReply
@@ -140,7 +140,7 @@ HTTP_CODES: dict[int, str] = {
     415: "wrong_content_type",
 }
 
-# Nobody reads it; the number is the one nginx logs.
+# No client reads it; nginx logs the same number.
 CLIENT_GONE = 499
 
 _OPENAI_TYPES = {
@@ -165,7 +165,7 @@ class ErrorReport:
 
 
 def describe(error: Exception) -> ErrorReport:
-    """Look an error up; one that is in no table is told as unforeseen, without its words."""
+    """Look an error up; one that is in no table is reported as unforeseen, without its message."""
     if isinstance(error, engine.RequestFailed):
         return ErrorReport(FAILED.get(error.code, UNFORESEEN), error.message)
     if isinstance(error, RequestValidationError):
@@ -188,7 +188,7 @@ def describe(error: Exception) -> ErrorReport:
     )
 
 
-class OpenAIError(Reply):
+class OpenAIError(ReplyModel):
     """What is wrong, for people and programs."""
 
     message: str = shows("there is no adapter 'complaints'", "One sentence.")
@@ -197,13 +197,13 @@ class OpenAIError(Reply):
     code: str = shows("adapter_not_found", "Stable; the README lists them.")
 
 
-class OpenAIErrorBody(Reply):
+class OpenAIErrorBody(ReplyModel):
     """An error under /v1, in OpenAI's shape."""
 
     error: OpenAIError = shows({}, "The error.")
 
 
-class TgiErrorBody(Reply):
+class TgiErrorBody(ReplyModel):
     """An error of TGI's routes."""
 
     error: str = shows("there is no adapter 'complaints'", "One sentence.")
@@ -279,11 +279,11 @@ def install(app: FastAPI) -> None:
             error = _wrong_content_type(request) or error
         return reply_to(error, request.url.path)
 
-    async def nobody(_request: Request, _error: Exception) -> Response:
+    async def no_reply(_request: Request, _error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    app.add_exception_handler(ClientGone, nobody)
-    app.add_exception_handler(ClientDisconnect, nobody)
+    app.add_exception_handler(ClientGone, no_reply)
+    app.add_exception_handler(ClientDisconnect, no_reply)
     for kind in (*TABLE, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
 
@@ -356,6 +356,23 @@ def _place(loc: Iterable[Any]) -> str:
     return ".".join(parts)
 
 
+def invalid(field: str, expected: str, came: object) -> ours.RequestInvalid:
+    """The refusal of one value of a request."""
+    return ours.RequestInvalid(
+        f"{field}: expected {expected}, came {came}", field=field, expected=expected, came=str(came)
+    )
+
+
+def both_given(first: str, second: str) -> ours.Contradiction:
+    """The refusal of two fields of which one may be given."""
+    return ours.Contradiction(
+        f"{first} and {second} are both given; send one of them",
+        field=second,
+        expected=f"{first} or {second}",
+        came="both",
+    )
+
+
 def quoted(value: Any, limit: int = 80) -> str:
     """A value as it may stand in a message: short and plain ASCII."""
     text = ascii(_beginning(value, [limit + 1]))
@@ -363,7 +380,7 @@ def quoted(value: Any, limit: int = 80) -> str:
 
 
 def _beginning(value: Any, left: list[int]) -> Any:
-    """So much of a value that what is said of it is the same: it may be of megabytes.
+    """As much of a value as its quotation needs: it may be of megabytes.
 
     Args:
         value: as JSON has them.

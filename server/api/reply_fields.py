@@ -24,7 +24,7 @@ Moment = Annotated[str, BeforeValidator(_iso)]
 UnixTime = Annotated[int, BeforeValidator(_unix)]
 
 
-class Reply(BaseModel):
+class ReplyModel(BaseModel):
     """A reply or a part of one. Later versions may add fields, and clients should expect that."""
 
     model_config = ConfigDict(

@@ -54,7 +54,7 @@ StopString = Annotated[
 LabelText = Annotated[Text, StringConstraints(min_length=1, max_length=10_000)]
 RowValue = Text | bool | int | float
 Labels = Annotated[list[LabelText], Field(min_length=1, fail_fast=True), AtMost("max_labels")]
-Row = Annotated[dict[Text, RowValue], Field(max_length=DataLimits.max_columns)]
+BodyRow = Annotated[dict[Text, RowValue], Field(max_length=DataLimits.max_columns)]
 
 
 class OpenBody(BaseModel):
@@ -128,7 +128,7 @@ class GenerateParameters(OpenBody):
         None, gt=0, description="Divides logits of tokens in prompt and output; 1 changes nothing."
     )
     response_format: dict[str, Any] | None = Field(
-        None, description="LoRAX's and OpenAI's way to ask for what grammar asks for."
+        None, description="LoRAX's and OpenAI's form of grammar."
     )
     return_full_text: bool | None = Field(None, description="Put the prompt before the output.")
     return_k_alternatives: int | None = Field(
@@ -178,7 +178,7 @@ class GenerateBody(OpenBody):
     )
 
     inputs: Text | None = Field(None, description="The prompt.")
-    row: Row | None = Field(None, description="Columns for the adapter's stored template.")
+    row: BodyRow | None = Field(None, description="Columns for the adapter's stored template.")
     parameters: GenerateParameters | None = Field(
         None, description="How to generate; all of it may be left out."
     )
@@ -202,10 +202,10 @@ class ClassifyBody(OpenBody):
         Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None,
         AtMost("max_ranked"),
     ] = Field(None, description="A prompt, or a list of them.")
-    row: Row | None = Field(None, description="Columns for the adapter's stored template.")
-    rows: Annotated[list[Row], Field(min_length=1, fail_fast=True), AtMost("max_ranked")] | None = (
-        Field(None, description="Several of them.")
-    )
+    row: BodyRow | None = Field(None, description="Columns for the adapter's stored template.")
+    rows: (
+        Annotated[list[BodyRow], Field(min_length=1, fail_fast=True), AtMost("max_ranked")] | None
+    ) = Field(None, description="Several of them.")
     labels: Labels | None = Field(
         None, description="What to choose from. Left out: the labels stored with the adapter."
     )

@@ -18,10 +18,10 @@ from adapters.errors import CombineInvalid
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
 from server.api.adapters.versions import CombinedVersion, VersionWithRecipe
+from server.api.error_replies import invalid
 from server.api.openapi.constraints import NAME, NOT_BLANK, constrained
-from server.api.openapi.refusals import BODY, CHECKPOINT, SERVED, refuses
+from server.api.openapi.refusals import CHECKPOINT, SERVED, refuses
 from server.api.schemas import Labels, Text
-from server.errors import RequestInvalid
 from server.services import UseServices
 from server.store.combining import combine_stored
 
@@ -90,7 +90,7 @@ class CombineBody(BaseModel):
     summary="Add up adapters of one method",
     response_model=CombinedVersion,
     response_description="The new adapter.",
-    openapi_extra=refuses(*SERVED, *BODY, CombineInvalid, *CHECKPOINT),
+    openapi_extra=refuses(*SERVED, CombineInvalid, *CHECKPOINT),
 )
 async def combine_adapters(request: Request, services: UseServices, body: CombineBody) -> Response:
     """The reply is that of an upload; `recipe` of the new adapter says what was added.
@@ -136,9 +136,8 @@ def _check_labels(labels: list[str] | None) -> None:
     if labels is None:
         return
     if len(set(labels)) != len(labels) or not all(label.strip() for label in labels):
-        raise RequestInvalid(
-            "labels: expected different texts that are not empty",
-            field="labels",
-            expected="different texts that are not empty",
-            came="an empty or repeated label",
+        raise invalid(
+            "labels",
+            "different texts that are not empty",
+            "an empty or repeated label",
         )

@@ -6,10 +6,9 @@ Thin: the registry decides, off the event loop. These routes refuse what they do
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import anyio.to_thread
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -27,25 +26,13 @@ from adapters.errors import (
 from adapters.template import Template
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
-from server.api.adapters.versions import (
-    AdapterCounters,
-    AdapterDeleted,
-    AdapterDetails,
-    AdapterList,
-    AdapterVersion,
-    Residency,
-    UploadedVersion,
-    VersionWithRecipe,
-)
-from server.api.error_replies import quoted
+from server.api.adapters import versions as replies
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import set_headers
 from server.api.openapi.constraints import CLOSED, NAME
 from server.api.openapi.refusals import (
-    BODY,
     CHECKPOINT,
     NAMED,
-    NUMBERS,
-    QUERY,
     SERVED,
     STORED,
     refuses,
@@ -62,7 +49,6 @@ from server.store.registry import AdapterRecord, Published, Registry
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
-ResultT = TypeVar("ResultT")
 Alias = Annotated[str, Path(json_schema_extra={**NAME, "not": {"pattern": "^[0-9]+$"}})]
 Version = Annotated[
     int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
@@ -138,21 +124,16 @@ _FORM = {
     "",
     status_code=201,
     summary="Upload an adapter in PEFT's format",
-    response_model=UploadedVersion,
+    response_model=replies.UploadedVersion,
     response_description="A new version.",
     responses={
-        200: {"model": UploadedVersion, "description": "The newest version has the same content."}
+        200: {
+            "model": replies.UploadedVersion,
+            "description": "The newest version has the same content.",
+        }
     },
     openapi_extra=_FORM
-    | refuses(
-        *QUERY,
-        *BODY,
-        NotReady,
-        UnsupportedFile,
-        ArchiveInvalid,
-        TemplateInvalid,
-        *CHECKPOINT,
-    ),
+    | refuses(NotReady, UnsupportedFile, ArchiveInvalid, TemplateInvalid, *CHECKPOINT),
 )
 async def upload_adapter(request: Request, services: UseServices) -> Response:
     """201 for a new version, 200 where the newest version is just this already."""
@@ -165,51 +146,51 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
         )
         upload = await receive_upload(request, received, form)
         create_only = _create_only(request)
-        published, ignored = await _off_loop(
+        published, ignored = await run_sync(
             lambda: _publish(services, upload, staged, create_only=create_only)
         )
     name_adapter(request, services, published.record)
     version = _version(services, published.record)
-    reply = UploadedVersion(**dict(version), ignored_files=list(ignored))
+    reply = replies.UploadedVersion(**dict(version), ignored_files=list(ignored))
     location = {"location": f"/adapters/{published.record.name}"}
     return JSONResponse(
         reply.model_dump(by_alias=True), 201 if published.created else 200, location
     )
 
 
-@router.get("", summary="Every adapter, at its default version", openapi_extra=refuses(*NUMBERS))
+@router.get("", summary="Every adapter, at its default version")
 async def list_adapters(
     request: Request,
     services: UseServices,
     offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-) -> AdapterList:
+) -> replies.AdapterList:
     """By name; `total` says whether there are more."""
     only_query(request, "offset", "limit")
     registry = services.registry
-    records = await _off_loop(lambda: registry.list(offset, limit))
-    total = await _off_loop(registry.count)
-    return AdapterList(adapters=[_version(services, one) for one in records], total=total)
+    records = await run_sync(lambda: registry.list(offset, limit))
+    total = await run_sync(registry.count)
+    return replies.AdapterList(adapters=[_version(services, one) for one in records], total=total)
 
 
 @router.get(
     "/{name}",
     summary="One adapter: its versions, config, template and counters",
-    openapi_extra=refuses(*QUERY, AdapterNotFound),
+    openapi_extra=refuses(AdapterNotFound),
 )
-async def get_adapter(request: Request, services: UseServices, name: str) -> AdapterDetails:
+async def get_adapter(request: Request, services: UseServices, name: str) -> replies.AdapterDetails:
     """The version that a bare name means, and all versions."""
     only_query(request)
     registry = services.registry
-    versions = await _off_loop(lambda: registry.versions(name))
+    versions = await run_sync(lambda: registry.versions(name))
     default = next((record for record in versions if record.is_default), versions[-1])
-    config = await _off_loop(lambda: _config(registry, default))
+    config = await run_sync(lambda: _config(registry, default))
     name_adapter(request, services, default)
-    listed = [VersionWithRecipe.of(one, _residency(services, one)) for one in versions]
-    return AdapterDetails(
+    listed = [replies.VersionWithRecipe.of(one, _residency(services, one)) for one in versions]
+    return replies.AdapterDetails(
         **dict(listed[versions.index(default)]),
         config=config,
-        counters=AdapterCounters(requests=services.requests_by_adapter[name]),
+        counters=replies.AdapterCounters(requests=services.requests_by_adapter[name]),
         versions=listed,
     )
 
@@ -219,7 +200,7 @@ async def get_adapter(request: Request, services: UseServices, name: str) -> Ada
     summary="PEFT's folder of an adapter as a zip",
     response_class=StreamingResponse,
     responses={200: plain("application/zip", "A zip of the folder.")},
-    openapi_extra=refuses(*NUMBERS, *NAMED, AdapterCorrupt),
+    openapi_extra=refuses(*NAMED, AdapterCorrupt),
 )
 async def download_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
@@ -227,8 +208,8 @@ async def download_adapter(
     """The version that a bare name means, unless one is given."""
     only_query(request, "version")
     registry = services.registry
-    record = await _off_loop(lambda: registry.resolve(_reference(name, version)))
-    blocks = await _off_loop(lambda: registry.download_zip(record.name, record.version))
+    record = await run_sync(lambda: registry.resolve(_reference(name, version)))
+    blocks = await run_sync(lambda: registry.download_zip(record.name, record.version))
     name_adapter(request, services, record)
     file_name = f"{record.name}-v{record.version}.zip"
     headers = {
@@ -241,35 +222,35 @@ async def download_adapter(
 @router.delete(
     "/{name}",
     summary="Delete an adapter, or one version of it",
-    openapi_extra=refuses(*NUMBERS, *NAMED, *STORED),
+    openapi_extra=refuses(*NAMED, *STORED),
 )
 async def delete_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> AdapterDeleted:
+) -> replies.AdapterDeleted:
     """Every version, unless one is given. Requests that run keep theirs to the end."""
     only_query(request, "version")
     registry = services.registry
-    versions = await _off_loop(lambda: registry.versions(name))
-    unused = await _off_loop(lambda: registry.delete(name, version))
+    versions = await run_sync(lambda: registry.versions(name))
+    unused = await run_sync(lambda: registry.delete(name, version))
     if services.ready:
         for digest in unused:
             services.client.unload(digest)
     gone = [record.version for record in versions if version in (None, record.version)]
     shown_version = "-" if version is None else str(version)
     set_headers(request, {"x-adapter-id": name, "x-adapter-version": shown_version})
-    return AdapterDeleted(name=name, deleted_versions=gone)
+    return replies.AdapterDeleted(name=name, deleted_versions=gone)
 
 
 @router.post(
     "/{name}/preload",
     status_code=202,
     summary="Bring an adapter to the device",
-    openapi_extra=refuses(*SERVED, RequestInvalid),
+    openapi_extra=refuses(*SERVED),
 )
 async def preload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> AdapterVersion:
-    """Started, not awaited: `residency` of `GET /adapters/{name}` tells when it is there."""
+) -> replies.AdapterVersion:
+    """Started, not awaited: `residency` of `GET /adapters/{name}` says when it is there."""
     record = await _servable(request, services, name, version)
     services.client.preload(adapter_ref(record))
     return _version(services, record)
@@ -279,12 +260,12 @@ async def preload_adapter(
     "/{name}/unload",
     status_code=202,
     summary="Take an adapter off the device",
-    openapi_extra=refuses(*SERVED, RequestInvalid),
+    openapi_extra=refuses(*SERVED),
 )
 async def unload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> AdapterVersion:
-    """Once no sequence uses it. The adapter stays and loads again when it is asked for."""
+) -> replies.AdapterVersion:
+    """Once no sequence uses it. The adapter stays and loads again with the next request for it."""
     record = await _servable(request, services, name, version)
     services.client.unload(record.digest)
     return _version(services, record)
@@ -293,14 +274,14 @@ async def unload_adapter(
 @router.post(
     "/{name}/rollback",
     summary="Make a bare name mean an older version",
-    openapi_extra=refuses(*QUERY, *BODY, *NAMED, *STORED),
+    openapi_extra=refuses(*NAMED, *STORED),
 )
 async def rollback_adapter(
     request: Request, services: UseServices, name: str, body: RollbackBody
-) -> AdapterVersion:
+) -> replies.AdapterVersion:
     """Until the next new version is published."""
     only_query(request)
-    record = await _off_loop(lambda: services.registry.rollback(name, body.version))
+    record = await run_sync(lambda: services.registry.rollback(name, body.version))
     name_adapter(request, services, record)
     return _version(services, record)
 
@@ -308,20 +289,16 @@ async def rollback_adapter(
 @router.put(
     "/{name}/aliases/{alias}",
     summary="Name a version of an adapter",
-    openapi_extra=refuses(*QUERY, *BODY, *NAMED, NameInvalid, *STORED),
+    openapi_extra=refuses(*NAMED, NameInvalid, *STORED),
 )
 async def set_alias(
     request: Request, services: UseServices, name: str, alias: Alias, body: AliasBody
-) -> AdapterVersion:
+) -> replies.AdapterVersion:
     """Set it, or move it to another version."""
     only_query(request)
-    record = await _off_loop(lambda: services.registry.set_alias(name, alias, body.version))
+    record = await run_sync(lambda: services.registry.set_alias(name, alias, body.version))
     name_adapter(request, services, record)
     return _version(services, record)
-
-
-async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
-    return await anyio.to_thread.run_sync(work)
 
 
 async def _servable(
@@ -329,7 +306,7 @@ async def _servable(
 ) -> AdapterRecord:
     only_query(request, "version")
     services.need_generator()
-    record = await _off_loop(lambda: services.registry.resolve(_reference(name, version)))
+    record = await run_sync(lambda: services.registry.resolve(_reference(name, version)))
     name_adapter(request, services, record)
     return record
 
@@ -345,11 +322,11 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
         return None  # `status` says that the stored bytes are damaged
 
 
-def _version(services: Services, record: AdapterRecord) -> AdapterVersion:
-    return AdapterVersion.of(record, _residency(services, record))
+def _version(services: Services, record: AdapterRecord) -> replies.AdapterVersion:
+    return replies.AdapterVersion.of(record, _residency(services, record))
 
 
-def _residency(services: Services, record: AdapterRecord) -> Residency:
+def _residency(services: Services, record: AdapterRecord) -> replies.Residency:
     return services.client.residency(record.digest) if services.ready else "disk"
 
 
@@ -361,24 +338,18 @@ def _publish(
 ) -> tuple[Published, tuple[str, ...]]:
     name = upload.one("name")
     if name is None:
-        raise RequestInvalid(
-            "name: expected a form field with the adapter's name, came none",
-            field="name",
-            expected="a form field",
-            came="nothing",
-        )
+        raise invalid("name", "a form field with the adapter's name", "nothing")
     template = upload.one("template")
     tokenization = upload.one("tokenization")
     separator = _separator(upload.one("target_separator"), template, tokenization)
     labels = _labels(upload)
     append_eos = _flag(upload, "append_eos")
     if not upload.files:
-        raise RequestInvalid(
-            "files: expected adapter_config.json and adapter_model.safetensors, or one archive of "
-            "them, as file parts called files; came none",
-            field="files",
-            expected="file parts called files",
-            came="nothing",
+        raise invalid(
+            "files",
+            "adapter_config.json and adapter_model.safetensors, or one archive of them, as file "
+            "parts called files",
+            "nothing",
         )
     ignored = stage_upload([(file.name, file.path) for file in upload.files], staged)
     published = services.registry.publish(
@@ -402,12 +373,7 @@ def _create_only(request: Request) -> bool:
     if condition is None:
         return False
     if condition.strip() != "*":
-        raise RequestInvalid(
-            f"If-None-Match: expected *, came {quoted(condition)}",
-            field="if-none-match",
-            expected="*",
-            came=quoted(condition),
-        )
+        raise invalid("if-none-match", "*", quoted(condition))
     return True
 
 
@@ -424,12 +390,7 @@ def _flag(upload: Upload, name: str) -> bool | None:
     if value is None:
         return None
     if value not in ("true", "false"):
-        raise RequestInvalid(
-            f"{name}: expected true or false, came {quoted(value)}",
-            field=name,
-            expected="true or false",
-            came=quoted(value),
-        )
+        raise invalid(name, "true or false", quoted(value))
     return value == "true"
 
 
@@ -458,9 +419,4 @@ def _json_list(text: str) -> list[Any]:
 
 def _labels_invalid(came: str) -> RequestInvalid:
     expected = f"1 to {limits().max_labels} different texts: a JSON list, or the field repeated"
-    return RequestInvalid(
-        f"labels: expected {expected}; came a list {came}",
-        field="labels",
-        expected=expected,
-        came=f"a list {came}",
-    )
+    return invalid("labels", expected, f"a list {came}")

@@ -9,14 +9,14 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from server.api.reply_fields import Moment, Reply, shows
+from server.api.reply_fields import Moment, ReplyModel, shows
 from server.store.registry import AdapterRecord
 
 Residency = Literal["disk", "host", "device"]
 _DIGEST = "6e0e5b0c1d22a7f0…"
 
 
-class AdapterVersion(Reply):
+class AdapterVersion(ReplyModel):
     """One version of an adapter."""
 
     name: str = shows("complaints", "The adapter's name.")
@@ -78,14 +78,14 @@ class CombinedVersion(VersionWithRecipe):
     ignored_files: list[str] = shows([], "Always empty.")
 
 
-class AdapterList(Reply):
+class AdapterList(ReplyModel):
     """Adapters, each at its default version."""
 
     adapters: list[AdapterVersion] = shows([], "In the order of their names.")
     total: int = shows(1, "How many there are in all.")
 
 
-class AdapterCounters(Reply):
+class AdapterCounters(ReplyModel):
     """Requests for an adapter since the server's start."""
 
     requests: int = shows(12, "Generations and rankings.")
@@ -99,7 +99,7 @@ class AdapterDetails(VersionWithRecipe):
     versions: list[VersionWithRecipe] = shows([], "Every one, the oldest first.")
 
 
-class AdapterDeleted(Reply):
+class AdapterDeleted(ReplyModel):
     """What was deleted."""
 
     name: str = shows("complaints", "The adapter.")

@@ -20,7 +20,7 @@ from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
 from server.api.middleware.headers import note_ignored, set_headers
 from server.api.openapi.constraints import NAME, constrained
-from server.api.openapi.refusals import BODY, CHECKPOINT, QUERY, refuses
+from server.api.openapi.refusals import CHECKPOINT, refuses
 from server.api.openapi.responses import plain
 from server.api.schemas import OpenBody, Text, set_extras
 from server.errors import FolderNotFound, LoadingDisabled, NotLoaded, NotReady
@@ -73,7 +73,7 @@ class UnloadBody(OpenBody):
     responses={
         200: plain("text/plain", "Loaded.", "Success: LoRA adapter 'refunds' added successfully.")
     },
-    openapi_extra=refuses(*QUERY, *BODY, NotReady, LoadingDisabled, FolderNotFound, *CHECKPOINT),
+    openapi_extra=refuses(NotReady, LoadingDisabled, FolderNotFound, *CHECKPOINT),
 )
 async def load_adapter(
     request: Request, services: UseServices, body: LoadBody
@@ -99,7 +99,7 @@ async def load_adapter(
             "text/plain", "Unloaded.", "Success: LoRA adapter 'refunds' removed successfully."
         )
     },
-    openapi_extra=refuses(*QUERY, *BODY, AdapterNotFound, LoadingDisabled, NotLoaded),
+    openapi_extra=refuses(AdapterNotFound, LoadingDisabled, NotLoaded),
 )
 async def unload_adapter(
     request: Request, services: UseServices, body: UnloadBody

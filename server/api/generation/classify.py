@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.adapter_headers import name_adapter
-from server.api.error_replies import quoted
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import set_headers, timing_headers
 from server.api.openapi.constraints import NOT_BLANK
 from server.api.openapi.refusals import GENERATED, refuses
@@ -116,12 +116,7 @@ def _check_fields(body: ClassifyBody) -> None:
             came=" and ".join(given),
         )
     if not given:
-        raise RequestInvalid(
-            "inputs: expected a text, a list of texts, a row or rows; came none",
-            field="inputs",
-            expected="inputs, row or rows",
-            came="nothing",
-        )
+        raise invalid("inputs", "a text, a list of texts, a row or rows", "nothing")
 
 
 def _check_number(body: ClassifyBody, labels: list[str], most: int) -> None:
@@ -150,12 +145,7 @@ def _labels(body: ClassifyBody, record: AdapterRecord | None) -> list[str]:
             came="nothing",
         )
     if len(set(body.labels)) != len(body.labels):
-        raise RequestInvalid(
-            "labels: expected different texts, came one twice",
-            field="labels",
-            expected="different texts",
-            came=quoted(body.labels),
-        )
+        raise invalid("labels", "different texts", quoted(body.labels))
     return body.labels
 
 

@@ -18,7 +18,8 @@ from server.api.adapter_choice import (
     refuse_stray_adapters,
 )
 from server.api.adapter_headers import name_adapter
-from server.api.generation.sampling import invalid, sampling_of
+from server.api.error_replies import both_given, invalid
+from server.api.generation.sampling import sampling_of
 from server.api.generation.tgi_reply import PreparedRequest, stream, whole
 from server.api.generation.tgi_types import EXAMPLE_EVENTS, Generated, GenerateFrame
 from server.api.middleware.headers import note_ignored
@@ -26,7 +27,6 @@ from server.api.openapi.constraints import NOT_BLANK
 from server.api.openapi.refusals import GENERATED, refuses
 from server.api.openapi.responses import events
 from server.api.schemas import GenerateBody, GenerateParameters, set_extras
-from server.errors import Contradiction, RequestInvalid
 from server.generation.generator import Generator, Options, Prompt
 from server.generation.grammars import grammar_from
 from server.services import Services, UseServices
@@ -130,18 +130,12 @@ def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParam
 
 def _check_inputs(body: GenerateBody) -> None:
     if body.inputs is not None and body.row is not None:
-        raise Contradiction(
-            "inputs and row are both given; send one of them",
-            field="row",
-            expected="inputs or row",
-            came="both",
-        )
+        raise both_given("inputs", "row")
     if body.row is None and not body.inputs:
-        raise RequestInvalid(
-            "inputs: expected a text of at least one character (or a row), came none",
-            field="inputs",
-            expected="a text of at least one character",
-            came="nothing" if body.inputs is None else "''",
+        raise invalid(
+            "inputs",
+            "a text of at least one character (or a row)",
+            "nothing" if body.inputs is None else "''",
         )
 
 
@@ -191,7 +185,7 @@ def options_from(parameters: GenerateParameters, max_best_of: int) -> Options:
 
 
 def _samples(parameters: GenerateParameters) -> bool:
-    """Whether to sample: as said, or as TGI does, where something that shapes sampling is given."""
+    """Whether to sample: by do_sample, else as in TGI, where a parameter of sampling is given."""
     if parameters.do_sample is not None:
         return parameters.do_sample
     return (

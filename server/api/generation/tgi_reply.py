@@ -1,4 +1,4 @@
-"""What comes back on TGI's routes: whole replies and streams, from a request that is ready to run.
+"""The replies of TGI's routes: whole replies and streams, from a request that is ready to run.
 
 Pieces become TGI's JSON. The first token is awaited before a stream begins, so that a request which
 fails before it gets a real status. Knows no route, and not how a body became options.
@@ -15,18 +15,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from server.api.error_replies import body_of, describe
-from server.api.generation.tgi_types import (
-    Alternative,
-    Details,
-    Generated,
-    GenerateFrame,
-    OtherSequence,
-    OtherSequences,
-    PrefillToken,
-    StreamDetails,
-    Token,
-    TopTokens,
-)
+from server.api.generation import tgi_types as shapes
 from server.api.middleware.headers import set_headers, timing_headers
 from server.api.schemas import GenerateParameters
 from server.engine.request import GenerationRequest
@@ -80,21 +69,21 @@ class _Output:
     seed: int | None
 
 
-async def whole(request: Request, prepared: PreparedRequest) -> Generated:
+async def whole(request: Request, prepared: PreparedRequest) -> shapes.Generated:
     """Run a request to its end: TGI's reply, the likeliest of `best_of` samples first.
 
     Raises:
         EngineOverloaded, EngineUnavailable, RequestFailed: the engine took it not, or gave it up.
-        ClientGone: nobody waits any more; the rows are free.
+        ClientGone: the client disconnected; the rows are free.
     """
     parameters = prepared.parameters
     outputs = await unless_gone(request.receive, _run_all(prepared, parameters.best_of or 1))
     outputs.sort(key=lambda output: mean_logprob(output.pieces), reverse=True)
     best = outputs[0]
     set_headers(request, timing_headers(best.generation))
-    reply: Generated = {"generated_text": prepared.prefix + best.generation.text}
+    reply: shapes.Generated = {"generated_text": prepared.prefix + best.generation.text}
     if parameters.details or parameters.decoder_input_details:
-        several: OtherSequences = {}
+        several: shapes.OtherSequences = {}
         if len(outputs) > 1:
             several = {"best_of_sequences": [_other(prepared, output) for output in outputs[1:]]}
         reply["details"] = {**_details(prepared, best), **several}
@@ -127,14 +116,14 @@ async def _read(generation: Generation) -> _Output:
     return _Output(generation, pieces, sampling.seed if sampling.do_sample else None)
 
 
-def _other(prepared: PreparedRequest, output: _Output) -> OtherSequence:
+def _other(prepared: PreparedRequest, output: _Output) -> shapes.OtherSequence:
     text = prepared.prefix + output.generation.text
     return {"generated_text": text, **_details(prepared, output)}
 
 
-def _details(prepared: PreparedRequest, output: _Output) -> Details:
+def _details(prepared: PreparedRequest, output: _Output) -> shapes.Details:
     generation = output.generation
-    details: Details = {
+    details: shapes.Details = {
         "finish_reason": cast("FinishReason", generation.finish_reason),
         "prompt_tokens": len(generation.request.prompt_token_ids),
         "generated_tokens": generation.num_tokens,
@@ -147,7 +136,7 @@ def _details(prepared: PreparedRequest, output: _Output) -> Details:
     return details
 
 
-def _prefill(prepared: PreparedRequest, generation: Generation) -> list[PrefillToken]:
+def _prefill(prepared: PreparedRequest, generation: Generation) -> list[shapes.PrefillToken]:
     """The prompt's own tokens; virtual tokens never appear."""
     if generation.prompt_logprobs is None:
         return []
@@ -162,8 +151,8 @@ def _prefill(prepared: PreparedRequest, generation: Generation) -> list[PrefillT
     ]
 
 
-def _token(prepared: PreparedRequest, piece: Piece) -> Token:
-    token: Token = {
+def _token(prepared: PreparedRequest, piece: Piece) -> shapes.Token:
+    token: shapes.Token = {
         "id": piece.token_id,
         "text": piece.text,
         "logprob": None if piece.logprob is None else piece.logprob.logprob,
@@ -174,7 +163,7 @@ def _token(prepared: PreparedRequest, piece: Piece) -> Token:
     return token
 
 
-def _top(prepared: PreparedRequest, piece: Piece, count: int) -> list[Alternative]:
+def _top(prepared: PreparedRequest, piece: Piece, count: int) -> list[shapes.Alternative]:
     entries = () if piece.logprob is None else piece.logprob.top[:count]
     return [
         {
@@ -195,7 +184,7 @@ async def stream(request: Request, prepared: PreparedRequest) -> Response:
 
     Raises:
         EngineOverloaded, EngineUnavailable, RequestFailed, ClientGone: before the first token; what
-            fails later is told in the stream.
+            fails later is reported in the stream.
     """
     generation = prepared.generator.submit(prepared.request, prepared.options)
     pieces = aiter(generation)
@@ -232,10 +221,10 @@ async def _frames(
 
 def _frame(
     prepared: PreparedRequest, generation: Generation, index: int, piece: Piece
-) -> GenerateFrame:
+) -> shapes.GenerateFrame:
     count, reason = prepared.parameters.top_n_tokens, piece.finish_reason
-    top: TopTokens = {"top_tokens": _top(prepared, piece, count)} if count else {}
-    details: StreamDetails | None = None
+    top: shapes.TopTokens = {"top_tokens": _top(prepared, piece, count)} if count else {}
+    details: shapes.StreamDetails | None = None
     if reason is not None and prepared.parameters.details:
         details = {
             "finish_reason": reason,

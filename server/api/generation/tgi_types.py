@@ -19,7 +19,7 @@ EXAMPLE_EVENTS = (
 
 
 class Alternative(TypedDict):
-    """A token that might have come."""
+    """A likely token in the place of one of the output."""
 
     id: Annotated[int, shows(253, "Id in the vocabulary.")]
     text: Annotated[str, shows(" complaint", "The token's text.")]
@@ -32,7 +32,7 @@ class Token(TypedDict):
 
     id: Annotated[int, shows(253, "Id in the vocabulary.")]
     text: Annotated[
-        str, shows(" complaint", "What it adds to the output; empty inside a character.")
+        str, shows(" complaint", "Text that it adds to the output; empty inside a character.")
     ]
     logprob: Annotated[float | None, shows(-0.25, "Raw log-softmax, before any penalty.")]
     special: Annotated[
@@ -41,7 +41,7 @@ class Token(TypedDict):
     alternative_tokens: NotRequired[
         Annotated[
             list[Alternative],
-            shows([], "The likeliest tokens here, where return_k_alternatives asked for them."),
+            shows([], "The likeliest tokens here, if return_k_alternatives requests them."),
         ]
     ]
 
@@ -57,7 +57,7 @@ class PrefillToken(TypedDict):
 
 
 class Details(TypedDict):
-    """What is known of one output."""
+    """Details of one output."""
 
     finish_reason: Annotated[FinishReason, shows("eos_token", "Why it ended.")]
     prompt_tokens: Annotated[int, shows(9, "Tokens of the prompt, without virtual ones.")]
@@ -66,13 +66,13 @@ class Details(TypedDict):
     ]
     seed: Annotated[int | None, shows(None, "Of the draws; null where nothing was drawn.")]
     prefill: Annotated[
-        list[PrefillToken], shows([], "The prompt, where decoder_input_details asked for it.")
+        list[PrefillToken], shows([], "The prompt, if decoder_input_details requests it.")
     ]
     tokens: Annotated[list[Token], shows([], "The output, token by token.")]
     top_tokens: NotRequired[
         Annotated[
             list[list[Alternative]],
-            shows([], "The likeliest tokens at each place, where top_n_tokens asked for them."),
+            shows([], "The likeliest tokens at each place, if top_n_tokens requests them."),
         ]
     ]
 
@@ -92,7 +92,7 @@ class OtherSequences(TypedDict):
 
 
 class BestDetails(Details, OtherSequences):
-    """What is known of the output, and of those that were not chosen."""
+    """Details of the output, and the outputs that were not chosen."""
 
 
 class Generated(TypedDict):
@@ -102,25 +102,25 @@ class Generated(TypedDict):
         str, shows(" complaint", "The output; after the prompt, if return_full_text.")
     ]
     details: NotRequired[
-        Annotated[BestDetails, shows(None, "Where details or decoder_input_details asked for it.")]
+        Annotated[BestDetails, shows(None, "If details or decoder_input_details requests it.")]
     ]
 
 
 class StreamDetails(TypedDict):
-    """What a stream's last frame says of the output."""
+    """Details of the output, in a stream's last event."""
 
     finish_reason: Annotated[FinishReason, shows("eos_token", "Why it ended.")]
     generated_tokens: Annotated[int, shows(2, "Tokens of the output.")]
     seed: Annotated[int | None, shows(None, "Of the draws.")]
-    input_length: Annotated[int, shows(9, "Tokens of the prompt, in TGI's word.")]
-    prompt_tokens: Annotated[int, shows(9, "The same, in LoRAX's.")]
+    input_length: Annotated[int, shows(9, "Tokens of the prompt, by TGI's name.")]
+    prompt_tokens: Annotated[int, shows(9, "The same, by LoRAX's.")]
 
 
 class TopTokens(TypedDict):
     """The part of an event that top_n_tokens adds."""
 
     top_tokens: NotRequired[
-        Annotated[list[Alternative], shows([], "Where top_n_tokens asked for them.")]
+        Annotated[list[Alternative], shows([], "If top_n_tokens requests them.")]
     ]
 
 
@@ -132,4 +132,4 @@ class GenerateFrame(TopTokens):
     generated_text: Annotated[
         str | None, shows(" complaint", "The whole output, with the last token.")
     ]
-    details: Annotated[StreamDetails | None, shows(None, "With the last token, where asked for.")]
+    details: Annotated[StreamDetails | None, shows(None, "With the last token, if requested.")]

@@ -16,10 +16,11 @@ from fastapi.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
 from server.api.adapter_choice import only_query
-from server.api.openapi.refusals import BODY, QUERY, refuses
-from server.api.reply_fields import Reply, shows
+from server.api.error_replies import both_given, invalid
+from server.api.openapi.refusals import refuses
+from server.api.reply_fields import ReplyModel, shows
 from server.api.schemas import DetokenizeBody, TokenizeBody
-from server.errors import Contradiction, NotReady, RequestInvalid
+from server.errors import NotReady
 from server.services import UseServices
 from server.text.tokenizer import TokenSpan
 
@@ -43,13 +44,13 @@ class TokenIds(TypedDict):
     tokens: Annotated[list[int], shows([19161, 2], "Their ids.")]
 
 
-class Detokenized(Reply):
+class Detokenized(ReplyModel):
     """A text in vLLM's shape."""
 
     prompt: str = shows("Tweet text", "The text; special tokens by name.")
 
 
-class TokenizerInfo(Reply):
+class TokenizerInfo(ReplyModel):
     """The base's tokenizer, in vLLM's shape."""
 
     tokenizer_class: str = shows("PreTrainedTokenizerFast", "transformers' name of it.")
@@ -66,27 +67,17 @@ class TokenizerInfo(Reply):
     "/tokenize",
     summary="Text to token ids, in TGI's or vLLM's shape",
     response_model=list[SpannedToken] | TokenIds,
-    openapi_extra=refuses(*QUERY, *BODY, NotReady),
+    openapi_extra=refuses(NotReady),
 )
 async def tokenize(request: Request, services: UseServices, body: TokenizeBody) -> Response:
     """A list of tokens for `inputs` (TGI), an object with `tokens` for `prompt` (vLLM)."""
     only_query(request)
     generator = services.need_generator()
     if body.inputs is not None and body.prompt is not None:
-        raise Contradiction(
-            "inputs and prompt are both given; send one of them",
-            field="prompt",
-            expected="inputs or prompt",
-            came="both",
-        )
+        raise both_given("inputs", "prompt")
     text = body.inputs if body.inputs is not None else body.prompt
     if text is None:
-        raise RequestInvalid(
-            "inputs: expected a text, came nothing",
-            field="inputs",
-            expected="a text",
-            came="nothing",
-        )
+        raise invalid("inputs", "a text", "nothing")
     with_special = body.add_special_tokens is not False
     field = "inputs" if body.inputs is not None else "prompt"
     spans = await generator.spans(text, add_special_tokens=with_special, field=field)
@@ -109,26 +100,21 @@ def _written(spans: Sequence[TokenSpan]) -> str:
 @router.post(
     "/detokenize",
     summary="Token ids to text, in vLLM's shape",
-    openapi_extra=refuses(*QUERY, *BODY, NotReady),
+    openapi_extra=refuses(NotReady),
 )
 async def detokenize(request: Request, services: UseServices, body: DetokenizeBody) -> Detokenized:
     """Special tokens are kept by name."""
     only_query(request)
     tokenizer = services.need_generator().tokenizer
     if (largest := max(body.tokens, default=0)) >= tokenizer.vocab_size:
-        raise RequestInvalid(
-            f"tokens: {largest} is not in the vocabulary of {tokenizer.vocab_size} tokens",
-            field="tokens",
-            expected=f"ids from 0 to {tokenizer.vocab_size - 1}",
-            came=str(largest),
-        )
+        raise invalid("tokens", f"ids from 0 to {tokenizer.vocab_size - 1}", largest)
     return Detokenized(prompt=await anyio.to_thread.run_sync(tokenizer.decode, body.tokens))
 
 
 @router.get(
     "/tokenizer_info",
     summary="Special tokens and chat template, in vLLM's shape",
-    openapi_extra=refuses(*QUERY, NotReady),
+    openapi_extra=refuses(NotReady),
 )
 async def tokenizer_info(request: Request, services: UseServices) -> TokenizerInfo:
     """What a client needs that renders prompts itself."""

@@ -2,7 +2,7 @@
 
 FastAPI makes the page from the routes: their bodies, their replies, what their decorators say. Added
 here: errors with their codes, scopes of keys, common headers, examples of replies and links. The page
-is made once, when it is first asked for. Knows no route's code.
+is made once, on the first request for it. Knows no route's code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from server.api.error_replies import ErrorBody, OpenAIErrorBody, TgiErrorBody
 from server.api.middleware.authentication import asks_for_keys
 from server.api.middleware.route_scopes import ANY_KEY, PUBLIC, rule_of
 from server.api.openapi import links
-from server.api.openapi.refusals import EXTENSION, responses
+from server.api.openapi.refusals import EXTENSION, common, responses
 from server.api.openapi.responses import EVENTS, REFERENCE, event_schema, headers
 from server.api.training.openai.body import MethodBlock
 
@@ -123,15 +123,13 @@ def _add_refusals(
 ) -> None:
     """Say which keys a route accepts, and everything that it refuses."""
     rule = rule_of(method, path)
-    kinds: list[str] = operation.pop(EXTENSION, [])
+    kinds = common(operation, rule) + operation.pop(EXTENSION, [])
+    operation["responses"] |= responses(path, kinds)
     if rule != PUBLIC:
-        kinds += ["KeyRequired", "RateLimited"]
         operation["security"] = security
     if rule not in (None, PUBLIC, ANY_KEY):
         scopes = " or ".join(f"`{scope}`" for scope in sorted(rule))
         operation["description"] += f"\n\nWhere keys are required: one with the scope {scopes}."
-        kinds.append("ScopeMissing")
-    operation["responses"] |= responses(path, [*kinds, "internal_error"])
 
 
 def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:

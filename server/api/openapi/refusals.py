@@ -20,6 +20,7 @@ from server.api.error_replies import (
     body_model,
     body_of,
 )
+from server.api.middleware.route_scopes import ANY_KEY, PUBLIC, Rule
 from server.api.openapi.responses import REFERENCE, headers
 from server.engine import errors as engine
 
@@ -41,24 +42,21 @@ _SENTENCES = {
     "internal_error": "An unexpected error; the server's log has it under the request id.",
 }
 
-QUERY: Kinds = (ours.UnknownParameter, ours.Contradiction)
-NUMBERS: Kinds = (*QUERY, ours.RequestInvalid)
-BODY: Kinds = (
-    ours.RequestInvalid,
-    ours.RequestTimeout,
-    ours.BodyTooLarge,
-    ours.WrongContentType,
-)
+# What a route refuses that checks its query, has query parameters or a body, or such a name in its path.
+_QUERY = ("UnknownParameter", "Contradiction")
+_VALUE = ("RequestInvalid",)
+_BODY = (*_VALUE, "RequestTimeout", "BodyTooLarge", "WrongContentType")
+_IN_PATH = {"job_id": "JobNotFound", "file_id": "UploadNotFound"}
+
 NAMED: Kinds = (
     library.AdapterNotFound,
     library.VersionNotFound,
     library.StorageUnavailable,
 )
 STORED: Kinds = (library.StorageFull, library.StorageUnavailable)
-SERVED: Kinds = (*QUERY, *NAMED, library.AdapterCorrupt, ours.NotReady)
+SERVED: Kinds = (*NAMED, library.AdapterCorrupt, ours.NotReady)
 GENERATED: Kinds = (
     *SERVED,
-    *BODY,
     library.BaseMismatch,
     library.TemplateInvalid,
     ours.TooLong,
@@ -93,17 +91,36 @@ PLANNED: Kinds = (
     ours.NotReady,
     *STORED,
 )
-JOB: Kinds = (*QUERY, ours.JobNotFound)
-FILE: Kinds = (*QUERY, ours.UploadNotFound)
 
 
 def refuses(*kinds: Kind) -> dict[str, Any]:
     """What a route refuses, for `openapi_extra` of its decorator.
 
     Args:
-        kinds: besides what is refused before the route runs, and unexpected errors.
+        kinds: besides those that `common` finds.
     """
     return {EXTENSION: [kind if isinstance(kind, str) else kind.__name__ for kind in kinds]}
+
+
+def common(operation: dict[str, Any], rule: Rule | None) -> list[str]:
+    """What an operation refuses on account of its keys, its parameters and its body.
+
+    Args:
+        operation: on FastAPI's page.
+        rule: which keys may use it.
+    """
+    parameters = operation.get("parameters", [])
+    kinds: list[str] = []
+    if rule != PUBLIC:
+        kinds += ["KeyRequired", "RateLimited", *_QUERY]
+    if rule not in (None, PUBLIC, ANY_KEY):
+        kinds.append("ScopeMissing")
+    if any(one["in"] == "query" for one in parameters):
+        kinds += _VALUE
+    if "requestBody" in operation:
+        kinds += _BODY
+    kinds += [_IN_PATH[one["name"]] for one in parameters if one["name"] in _IN_PATH]
+    return [*kinds, "internal_error"]
 
 
 def responses(path: str, kinds: Iterable[str]) -> dict[str, Any]:

@@ -9,15 +9,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.adapter_choice import only_query
 from server.api.error_replies import reply_to
-from server.api.openapi.refusals import refuses
-from server.api.reply_fields import Reply, shows
+from server.api.reply_fields import ReplyModel, shows
 from server.config.settings import is_loopback
-from server.errors import NotReady, RequestInvalid, ScopeMissing
+from server.errors import NotReady, ScopeMissing
 from server.services import Services, UseServices
 
 router = APIRouter(tags=["operations"])
 MAX_SECONDS = 3600
-# Asking after the server is no work of it; events of a job would be waited for until it ends.
+# Checks of the server are no work; a drain would wait for a job's events until the job ends.
 _UNCOUNTED = frozenset({"/livez", "/readyz", "/health", "/metrics", "/drain"})
 _WORK = frozenset({"POST", "PUT"})
 
@@ -47,7 +46,7 @@ class DrainGate:
             await self._app(scope, receive, send)
 
 
-class DrainStatus(Reply):
+class DrainStatus(ReplyModel):
     """The progress of a drain."""
 
     status: Literal["draining", "drained", "ready"] = shows("drained", "ready: no drain.")
@@ -57,7 +56,6 @@ class DrainStatus(Reply):
 @router.post(
     "/drain",
     summary="Take no new work, and wait until what runs has ended",
-    openapi_extra=refuses(RequestInvalid),
 )
 async def drain(
     request: Request,
@@ -89,7 +87,7 @@ async def undrain(request: Request, services: UseServices) -> DrainStatus:
 
 
 def _require_operator(request: Request, services: Services) -> None:
-    """Where no keys are asked for, whoever reaches the server could stop it: only this machine may."""
+    """Without keys anyone who reaches the server could drain it, so only loopback clients may."""
     if services.keys is not None or request.client is None:
         return
     if not is_loopback(request.client.host):

@@ -7,14 +7,14 @@ from typing import Literal
 from fastapi import APIRouter
 
 from server.api.openapi.refusals import refuses
-from server.api.reply_fields import Reply, shows
+from server.api.reply_fields import ReplyModel, shows
 from server.errors import NotReady
 from server.services import Services, UseServices
 
 router = APIRouter(tags=["operations"])
 
 
-class HealthStatus(Reply):
+class HealthStatus(ReplyModel):
     """The state of the server."""
 
     status: Literal["alive", "ready"] = shows("ready", "alive or ready; else the status is 503.")

@@ -14,8 +14,8 @@ from adapters.training.recipes import RECIPES
 from server.api.adapter_choice import only_query
 from server.api.generation.openai.model import chosen_model
 from server.api.openapi.constraints import NOT_BLANK
-from server.api.openapi.refusals import QUERY, SERVED, refuses
-from server.api.reply_fields import Reply, UnixTime, fixed, may_show, shows
+from server.api.openapi.refusals import SERVED, refuses
+from server.api.reply_fields import ReplyModel, UnixTime, fixed, may_show, shows
 from server.api.schemas import MAX_TOP_TOKENS
 from server.errors import NotReady
 from server.services import Services, UseServices
@@ -34,7 +34,7 @@ Name = Annotated[
 _DIGEST = "6e0e5b0c1d22a7f0…"
 
 
-class Model(Reply):
+class Model(ReplyModel):
     """The base or an adapter, as OpenAI's model with our fields."""
 
     id: str = shows("complaints", "What `model` may say.")
@@ -52,14 +52,14 @@ class Model(Reply):
     notes: list[str] | None = may_show([], "Of the base: facts about its weights.")
 
 
-class ModelList(Reply):
+class ModelList(ReplyModel):
     """Everything that `model` may say."""
 
     object: Literal["list"] = fixed("list", "What this is.")
     data: list[Model] = shows([], "The base first.")
 
 
-class BaseInfo(Reply):
+class BaseInfo(ReplyModel):
     """The base's dimensions."""
 
     model_type: str = shows("llama", "transformers' name of the architecture.")
@@ -71,7 +71,7 @@ class BaseInfo(Reply):
     max_positions: int = shows(8192, "Positions.")
 
 
-class EngineInfo(Reply):
+class EngineInfo(ReplyModel):
     """How busy the engine is."""
 
     num_running: int = shows(0, "Sequences in the batch.")
@@ -80,7 +80,7 @@ class EngineInfo(Reply):
     kv_blocks_total: int = shows(1024, "Blocks there are.")
 
 
-class Info(Reply):
+class Info(ReplyModel):
     """TGI's fields, then ours."""
 
     model_id: str = shows("SmolLM2-135M-Instruct", "The base's name.")
@@ -91,7 +91,7 @@ class Info(Reply):
     max_concurrent_requests: int = shows(1088, "Running and waiting ones.")
     max_best_of: int = shows(8, "Samples of one request.")
     max_stop_sequences: int = shows(16, "Stop strings of one request.")
-    max_top_n_tokens: int = shows(20, "Likeliest tokens that may be asked for.")
+    max_top_n_tokens: int = shows(20, "Likeliest tokens that a request may report.")
     max_input_tokens: int = shows(8191, "Tokens of a prompt.")
     max_total_tokens: int = shows(8192, "Tokens of prompt and output.")
     max_batch_total_tokens: int = shows(512, "Tokens of one step.")
@@ -101,7 +101,7 @@ class Info(Reply):
     engine: EngineInfo = shows({}, "The engine.")
 
 
-class MethodInfo(Reply):
+class MethodInfo(ReplyModel):
     """A method of making adapters."""
 
     name: str = shows("ia3", "What `method` may say.")
@@ -111,7 +111,7 @@ class MethodInfo(Reply):
     training: dict[str, Any] = shows({"hyperparameters": {}}, "The recipe: what is left out.")
 
 
-class Methods(Reply):
+class Methods(ReplyModel):
     """Every method."""
 
     methods: list[MethodInfo] = shows([], "One entry each.")
@@ -120,7 +120,7 @@ class Methods(Reply):
 @router.get(
     "/v1/models",
     summary="The base first, then every adapter",
-    openapi_extra=refuses(*QUERY, NotReady),
+    openapi_extra=refuses(NotReady),
 )
 async def list_models(request: Request, services: UseServices) -> ModelList:
     """OpenAI's list; adapters carry their base in `parent`."""
@@ -142,7 +142,7 @@ async def retrieve_model(request: Request, services: UseServices, name: Name) ->
 @router.get(
     "/info",
     summary="The base, the limits and the version, in TGI's shape",
-    openapi_extra=refuses(*QUERY, NotReady),
+    openapi_extra=refuses(NotReady),
 )
 async def info(request: Request, services: UseServices) -> Info:
     """TGI's fields first, then ours."""
@@ -170,7 +170,6 @@ async def info(request: Request, services: UseServices) -> Info:
 @router.get(
     "/methods",
     summary="Every method with its config fields and how it is trained",
-    openapi_extra=refuses(*QUERY),
 )
 async def methods(request: Request) -> Methods:
     """PEFT's field names and defaults as a JSON schema a method; `training` is its recipe.

@@ -9,9 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.adapter_choice import only_query
-from server.api.openapi.refusals import refuses
 from server.api.openapi.responses import plain
-from server.errors import UnknownParameter
 from server.services import Services, UseServices
 from server.telemetry.exposition import encode
 from server.telemetry.metrics import Now
@@ -30,7 +28,6 @@ router = APIRouter(tags=["operations"])
             'vllm:num_requests_running{engine="0",model_name="base"} 0.0\n',
         )
     },
-    openapi_extra=refuses(UnknownParameter),
 )
 async def metrics(request: Request, services: UseServices) -> Response:
     """vLLM's names where the meaning is the same, ours begin with `graftwork_`.
@@ -47,7 +44,7 @@ async def metrics(request: Request, services: UseServices) -> Response:
 
 
 def _look(services: Services) -> Now:
-    """What is asked for only now; reads the database."""
+    """The values that are read for each scrape; reads the database."""
     base = getattr(services.client, "base", None)  # unknown until the engine has started
     return Now(
         base_id=services.base_id,

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from adapters.training.job import HyperparameterRequest, Hyperparameters
-from server.api.reply_fields import Moment, Reply, fixed, may_show, shows
+from server.api.reply_fields import Moment, ReplyModel, fixed, may_show, shows
 from server.store.job_states import State
 from server.store.jobs import JobRecord
 
@@ -31,7 +31,7 @@ class Resolved(Hyperparameters):
     model_config = ConfigDict(json_schema_extra=_describe)
 
 
-class Planned(Reply):
+class Planned(ReplyModel):
     """What will be done, with nothing left open."""
 
     adapter: str = shows("mine", "The name under which it will be served.")
@@ -41,7 +41,7 @@ class Planned(Reply):
     template: str = shows("Tweet text : {text} Label :", "Makes prompts of rows.")
     target: str = shows("label", "The column to answer.")
     labels: list[str] | None = shows(["complaint", "no complaint"], "All that may be answered.")
-    label_names: dict[str, str] | None = shows(None, "Values of the target in words.")
+    label_names: dict[str, str] | None = shows(None, "Labels by the target's values.")
     target_separator: str = shows(" ", "Stands between prompt and target.")
     append_eos: bool = shows(True, "Whether targets end with the end of sequence.")
     tokenization: str = shows("boundary", "Where white space at the template's end goes.")
@@ -65,21 +65,21 @@ class Planned(Reply):
     trainable_params: int = shows(57600, "Numbers that are trained.")
 
 
-class JobError(Reply):
+class JobError(ReplyModel):
     """Why a job failed."""
 
     code: str = shows("training_diverged", "For programs; the README lists them.")
     message: str = shows("the loss of step 3 is nan", "For people.")
 
 
-class JobIdentity(Reply):
+class JobIdentity(ReplyModel):
     """Which job it is, and its state."""
 
     id: str = shows(_JOB, "The job.")
     state: State = shows("running", "How it stands.")
 
 
-class JobProgress(Reply):
+class JobProgress(ReplyModel):
     """What a job has done so far."""
 
     adapter_version: int | None = shows(None, "The version that came of it.")
@@ -113,21 +113,21 @@ class ListedJob(Job):
     init_token_ids: SkipJsonSchema[list[int] | None] = Field(exclude=True)
 
 
-class JobList(Reply):
+class JobList(ReplyModel):
     """Jobs."""
 
     jobs: list[ListedJob] = shows([], "The newest first, without the longer fields.")
     total: int = shows(1, "How many there are in all.")
 
 
-class JobDeleted(Reply):
+class JobDeleted(ReplyModel):
     """A job that is gone."""
 
     id: str = shows(_JOB, "The job.")
     deleted: bool = fixed(True, "Always true.")
 
 
-class PreviewRow(Reply):
+class PreviewRow(ReplyModel):
     """A row as it would be trained on."""
 
     row: int = shows(1, "Counts from 1.")
@@ -141,7 +141,7 @@ class PreviewRow(Reply):
     truncated: bool = shows(False, "Whether the prompt lost its beginning.")
 
 
-class Lengths(Reply):
+class Lengths(ReplyModel):
     """Tokens of prompt and target, over all rows."""
 
     min: int = shows(8, "The shortest row.")
@@ -149,7 +149,7 @@ class Lengths(Reply):
     max: int = shows(60, "The longest row.")
 
 
-class PreviewOfRows(Reply):
+class PreviewOfRows(ReplyModel):
     """What a dry run says of the rows."""
 
     num_train: int = shows(64, "Rows to train on.")
@@ -162,7 +162,7 @@ class Preview(PreviewOfRows, Planned):
     """A dry run: what would be done, and three rows of it."""
 
 
-class JobEventData(Reply):
+class JobEventData(ReplyModel):
     """The data of one event of a job's stream; which fields it has follows from its name."""
 
     at: str = shows("2026-11-22T20:16:04+00:00", "When it happened.")

@@ -27,7 +27,7 @@ from server.api.openapi.constraints import (
     one_of,
     only_with,
 )
-from server.api.schemas import MAX_TOP_TOKENS, OpenBody, Row, StopString, Text
+from server.api.schemas import MAX_TOP_TOKENS, BodyRow, OpenBody, StopString, Text
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -36,7 +36,7 @@ _PROMPTS = "a text, a list of texts, a list of token ids or a list of such lists
 
 
 def _check_prompt(value: Any) -> Any:
-    """Told in one sentence, where a union of types would tell of each of its members."""
+    """One sentence of refusal, where a union of types would report each of its members."""
     if value is None or _is_text(value) or _is_ids(value):
         return value
     AtMost("max_sequences").checked(value)
@@ -132,7 +132,7 @@ class OpenAIBody(OpenBody):
     """What both routes take."""
 
     model: Text = Field(description="The base, or an adapter: NAME, NAME@VERSION or NAME@ALIAS.")
-    row: Row | None = Field(
+    row: BodyRow | None = Field(
         None, description="Columns for the adapter's stored template, in place of a prompt."
     )
     frequency_penalty: float | None = Field(

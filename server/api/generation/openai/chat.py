@@ -10,20 +10,12 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from server.api.error_replies import invalid
+from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.bodies import ChatBody
 from server.api.generation.openai.logprobs import chat_logprobs
 from server.api.generation.openai.messages import render_chat, row_of
 from server.api.generation.openai.model import chosen_model, note_extras
-from server.api.generation.openai.openai_types import (
-    CHAT_EVENTS,
-    ChatChoice,
-    ChatChunk,
-    ChatCompletion,
-    ChatDelta,
-    ChatDeltaChoice,
-    ChatLogprobs,
-    OpenAIFinishReason,
-)
 from server.api.generation.openai.prepared import (
     Output,
     PreparedBatch,
@@ -33,7 +25,6 @@ from server.api.generation.openai.prepared import (
 from server.api.generation.openai.prompts import Given, from_row, require_one
 from server.api.generation.openai.reply import stream, whole
 from server.api.generation.openai.sampling import options_of, samples_of
-from server.api.generation.sampling import invalid
 from server.api.openapi.refusals import GENERATED, refuses
 from server.api.openapi.responses import events
 from server.errors import Contradiction
@@ -48,8 +39,8 @@ router = APIRouter(tags=["generation"])
 @router.post(
     "/v1/chat/completions",
     summary="Continue a conversation, in OpenAI's protocol",
-    response_model=ChatCompletion,
-    responses={200: events(ChatChunk, CHAT_EVENTS, "Every choice.", timed=True)},
+    response_model=shapes.ChatCompletion,
+    responses={200: events(shapes.ChatChunk, shapes.CHAT_EVENTS, "Every choice.", timed=True)},
     openapi_extra=refuses(*GENERATED),
 )
 async def chat_completions(request: Request, services: UseServices, body: ChatBody) -> Response:
@@ -181,32 +172,35 @@ class ChatShape:
     object_name: str = "chat.completion"
     chunk_name: str = "chat.completion.chunk"
 
-    async def choice(self, output: Output, index: int) -> ChatChoice:
+    async def choice(self, output: Output, index: int) -> shapes.ChatChoice:
         """A whole choice."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": output.text, "refusal": None},
             "logprobs": self._logprobs(output.pieces),
-            "finish_reason": cast("OpenAIFinishReason", output.finish_reason),
+            "finish_reason": cast("shapes.OpenAIFinishReason", output.finish_reason),
         }
 
-    async def opening(self, output: Output, index: int) -> ChatDeltaChoice | None:
+    async def opening(self, output: Output, index: int) -> shapes.ChatDeltaChoice | None:
         """Who speaks."""
         return _delta(index, {"role": "assistant", "content": ""}, None, None)
 
-    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> ChatDeltaChoice:
+    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> shapes.ChatDeltaChoice:
         """New text and the tokens it came from."""
         text = "".join(piece.added for piece in pieces)
-        content: ChatDelta = {"content": text} if text else {}
+        content: shapes.ChatDelta = {"content": text} if text else {}
         return _delta(index, content, self._logprobs(pieces), output.finish_reason)
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
+    def _logprobs(self, pieces: Sequence[Piece]) -> shapes.ChatLogprobs | None:
         if self.num_top_logprobs is None:
             return None
         return chat_logprobs(self.tokenizer, pieces, self.num_top_logprobs)
 
 
 def _delta(
-    index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, reason: OpenAIFinishReason | None
-) -> ChatDeltaChoice:
+    index: int,
+    delta: shapes.ChatDelta,
+    logprobs: shapes.ChatLogprobs | None,
+    reason: shapes.OpenAIFinishReason | None,
+) -> shapes.ChatDeltaChoice:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

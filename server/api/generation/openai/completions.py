@@ -8,16 +8,11 @@ from dataclasses import dataclass, replace
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from server.api.error_replies import invalid
+from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.bodies import DEFAULT_MAX_TOKENS, CompletionBody
 from server.api.generation.openai.logprobs import LogprobLists
 from server.api.generation.openai.model import chosen_model, note_extras
-from server.api.generation.openai.openai_types import (
-    COMPLETION_EVENTS,
-    Completion,
-    CompletionChoice,
-    CompletionChunk,
-    OpenAIFinishReason,
-)
 from server.api.generation.openai.prepared import (
     Output,
     PreparedBatch,
@@ -27,7 +22,6 @@ from server.api.generation.openai.prepared import (
 from server.api.generation.openai.prompts import encode_all, from_row, require_one, token_offsets
 from server.api.generation.openai.reply import stream, whole
 from server.api.generation.openai.sampling import options_of, samples_of
-from server.api.generation.sampling import invalid
 from server.api.openapi.refusals import GENERATED, refuses
 from server.api.openapi.responses import events
 from server.generation.generator import Generator, Piece
@@ -39,8 +33,10 @@ router = APIRouter(tags=["generation"])
 @router.post(
     "/v1/completions",
     summary="Complete prompts, in OpenAI's protocol",
-    response_model=Completion,
-    responses={200: events(CompletionChunk, COMPLETION_EVENTS, "Every choice.", timed=True)},
+    response_model=shapes.Completion,
+    responses={
+        200: events(shapes.CompletionChunk, shapes.COMPLETION_EVENTS, "Every choice.", timed=True)
+    },
     openapi_extra=refuses(*GENERATED),
 )
 async def completions(request: Request, services: UseServices, body: CompletionBody) -> Response:
@@ -118,21 +114,21 @@ class CompletionShape:
     object_name: str = "text_completion"
     chunk_name: str = "text_completion"
 
-    async def choice(self, output: Output, index: int) -> CompletionChoice:
+    async def choice(self, output: Output, index: int) -> shapes.CompletionChoice:
         """A whole choice."""
         text, logprobs = await self._echoed(output)
         if logprobs is not None:
             logprobs.add_output(self.generator.tokenizer, output.pieces, len(text))
         return _choice(index, text + output.text, logprobs, output.finish_reason)
 
-    async def opening(self, output: Output, index: int) -> CompletionChoice | None:
+    async def opening(self, output: Output, index: int) -> shapes.CompletionChoice | None:
         """The echoed prompt."""
         if not self.echo:
             return None
         text, logprobs = await self._echoed(output)
         return _choice(index, text, logprobs, None)
 
-    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> CompletionChoice:
+    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> shapes.CompletionChoice:
         """New text and the tokens it came from."""
         logprobs = LogprobLists() if self.with_logprobs else None
         if logprobs is not None:
@@ -158,8 +154,8 @@ class CompletionShape:
 
 
 def _choice(
-    index: int, text: str, logprobs: LogprobLists | None, reason: OpenAIFinishReason | None
-) -> CompletionChoice:
+    index: int, text: str, logprobs: LogprobLists | None, reason: shapes.OpenAIFinishReason | None
+) -> shapes.CompletionChoice:
     return {
         "index": index,
         "text": text,

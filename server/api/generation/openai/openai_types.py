@@ -64,7 +64,7 @@ class CompletionChoice(TypedDict):
 
     index: Annotated[int, shows(0, "Choices of the first prompt come first.")]
     text: Annotated[str, shows(" complaint", "The output; after the prompt, if echo.")]
-    logprobs: Annotated[CompletionLogprobs | None, shows(None, "Where logprobs asked for them.")]
+    logprobs: Annotated[CompletionLogprobs | None, shows(None, "If logprobs requests them.")]
     finish_reason: Annotated[OpenAIFinishReason | None, shows("stop", "Why it ended.")]
 
 
@@ -73,7 +73,7 @@ class Envelope(TypedDict):
 
     id: Annotated[str, shows("cmpl-4f1a…", "Of the reply; every chunk of a stream has the same.")]
     created: Annotated[int, shows(1795376932, "Unix time, seconds.")]
-    model: Annotated[str, shows("complaints", "The name that was asked for.")]
+    model: Annotated[str, shows("complaints", "The name in the request.")]
     system_fingerprint: Annotated[
         str, shows("fp_1a45f6bea123_6e0e5b0c1d22", "The exact weights: base, adapter.")
     ]
@@ -95,7 +95,7 @@ class CompletionChunk(Envelope):
         list[CompletionChoice], shows([], "What is new; none in the chunk with the usage.")
     ]
     usage: NotRequired[
-        Annotated[Usage | None, shows({}, "Where stream_options.include_usage asked for it.")]
+        Annotated[Usage | None, shows({}, "If stream_options.include_usage requests it.")]
     ]
 
 
@@ -125,7 +125,7 @@ class ChatMessage(TypedDict):
 
     role: Annotated[Literal["assistant"], shows("assistant", "Who speaks.")]
     content: Annotated[str, shows("complaint", "The output.")]
-    refusal: Annotated[None, shows(None, "Always null: nothing is refused in words.")]
+    refusal: Annotated[None, shows(None, "Always null.")]
 
 
 class ChatChoice(TypedDict):
@@ -133,7 +133,7 @@ class ChatChoice(TypedDict):
 
     index: Annotated[int, shows(0, "Counts choices from 0.")]
     message: Annotated[ChatMessage, shows({}, "The message.")]
-    logprobs: Annotated[ChatLogprobs | None, shows(None, "Where logprobs asked for them.")]
+    logprobs: Annotated[ChatLogprobs | None, shows(None, "If logprobs requests them.")]
     finish_reason: Annotated[OpenAIFinishReason, shows("stop", "Why it ended.")]
 
 
@@ -159,7 +159,7 @@ class ChatDeltaChoice(TypedDict):
 
     index: Annotated[int, shows(0, "Which choice.")]
     delta: Annotated[ChatDelta, shows({}, "What is new.")]
-    logprobs: Annotated[ChatLogprobs | None, shows(None, "Of the new tokens, where asked for.")]
+    logprobs: Annotated[ChatLogprobs | None, shows(None, "Of the new tokens, if requested.")]
     finish_reason: Annotated[OpenAIFinishReason | None, shows(None, "In a choice's last chunk.")]
 
 
@@ -173,5 +173,5 @@ class ChatChunk(Envelope):
         list[ChatDeltaChoice], shows([], "What is new; none in the chunk with the usage.")
     ]
     usage: NotRequired[
-        Annotated[Usage | None, shows({}, "Where stream_options.include_usage asked for it.")]
+        Annotated[Usage | None, shows({}, "If stream_options.include_usage requests it.")]
     ]

@@ -11,15 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.batch import Batch
 from server.api.generation.openai.bodies import OpenAIBody
-from server.api.generation.openai.openai_types import (
-    ChatChoice,
-    ChatDeltaChoice,
-    CompletionChoice,
-    OpenAIFinishReason,
-    Usage,
-)
 from server.api.generation.openai.prompts import Given
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.errors import Contradiction, RequestInvalid
@@ -27,7 +21,7 @@ from server.generation.generator import FinishReason, Generation, Generator, Opt
 from server.services import Services
 from server.store.registry import AdapterRecord
 
-_REASONS: dict[FinishReason, OpenAIFinishReason] = {
+_REASONS: dict[FinishReason, shapes.OpenAIFinishReason] = {
     "length": "length",
     "eos_token": "stop",
     "stop_sequence": "stop",
@@ -41,13 +35,13 @@ class Output:
         given: its prompt.
         generation: the sequence itself.
         first: the prompt's first sample, which has its log-probabilities where this one has none.
-        prompt_only: nothing was asked for but the prompt (`max_tokens` of 0); what the engine made
+        prompt_only: only the prompt was requested (`max_tokens` of 0); what the engine made
             beside it is left out.
 
     Attributes:
         given: its prompt.
         pieces: its tokens so far, an end-of-sequence token among them.
-        finish_reason: OpenAI's word for how it ended; None while it goes on.
+        finish_reason: OpenAI's name of how it ended; None while it goes on.
     """
 
     def __init__(
@@ -55,7 +49,7 @@ class Output:
     ) -> None:
         self.given = given
         self.pieces: list[Piece] = []
-        self.finish_reason: OpenAIFinishReason | None = None
+        self.finish_reason: shapes.OpenAIFinishReason | None = None
         self._generation = generation
         self._first = first
         self._prompt_only = prompt_only
@@ -85,7 +79,7 @@ class Output:
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
-        """One entry a prompt token, where asked for; known with the first token."""
+        """One entry a prompt token, if requested; known with the first token."""
         return self._generation.prompt_logprobs or self._first.prompt_logprobs or ()
 
 
@@ -104,17 +98,19 @@ class Shape(Protocol):
     def chunk_name(self) -> str:
         """What a chunk of a stream is."""
 
-    async def choice(self, output: Output, index: int) -> CompletionChoice | ChatChoice:
+    async def choice(
+        self, output: Output, index: int
+    ) -> shapes.CompletionChoice | shapes.ChatChoice:
         """A whole choice."""
 
     async def opening(
         self, output: Output, index: int
-    ) -> CompletionChoice | ChatDeltaChoice | None:
+    ) -> shapes.CompletionChoice | shapes.ChatDeltaChoice | None:
         """What a stream sends of a choice before its first token, if anything."""
 
     def delta(
         self, output: Output, index: int, pieces: Sequence[Piece]
-    ) -> CompletionChoice | ChatDeltaChoice:
+    ) -> shapes.CompletionChoice | shapes.ChatDeltaChoice:
         """What the last `pieces` of an output add to its choice."""
 
 
@@ -124,7 +120,7 @@ class PreparedBatch:
 
     Attributes:
         generator: the engine's front.
-        model: the name that was asked for.
+        model: the name in the request.
         fingerprint: names the exact weights that answer.
         prompts: one or more.
         requests: `best_of` for every prompt, in order.
@@ -165,7 +161,7 @@ class PreparedBatch:
         )
 
     def envelope(
-        self, object_name: str, choices: Sequence[CompletionChoice | ChatChoice]
+        self, object_name: str, choices: Sequence[shapes.CompletionChoice | shapes.ChatChoice]
     ) -> dict[str, Any]:
         """What stands around choices."""
         return {
@@ -177,7 +173,7 @@ class PreparedBatch:
             "choices": choices,
         }
 
-    def usage(self, outputs: Sequence[Output]) -> Usage:
+    def usage(self, outputs: Sequence[Output]) -> shapes.Usage:
         """Prompt tokens, each prompt once, and every token that was drawn; virtual tokens are not
         among them."""
         prompt = sum(len(given.prompt.token_ids) for given in self.prompts)

@@ -14,18 +14,12 @@ import structlog
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.error_replies import UNFORESEEN, body_of, describe
+from server.api.error_replies import UNFORESEEN, body_of, describe, invalid
+from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.batch import Batch
 from server.api.generation.openai.bodies import StreamOptions
-from server.api.generation.openai.openai_types import (
-    ChatChoice,
-    ChatDeltaChoice,
-    CompletionChoice,
-    Usage,
-)
 from server.api.generation.openai.prepared import Output, PreparedBatch
 from server.api.middleware.headers import set_headers, timing_headers
-from server.errors import RequestInvalid
 from server.generation.generator import Piece, mean_logprob
 from server.http.event_stream import EventStream, compact, unless_gone
 
@@ -42,7 +36,7 @@ async def whole(request: Request, prepared: PreparedBatch) -> Response:
     batch = prepared.batch()
     outputs = await unless_gone(request.receive, _read_all(prepared, batch))
     set_headers(request, timing_headers(*batch.generations))
-    choices: list[CompletionChoice | ChatChoice] = []
+    choices: list[shapes.CompletionChoice | shapes.ChatChoice] = []
     for start in range(0, len(outputs), prepared.best_of):
         for output in _best(outputs[start : start + prepared.best_of], prepared.n):
             choices.append(await prepared.shape.choice(output, len(choices)))
@@ -75,12 +69,7 @@ async def stream(
 ) -> Response:
     """Every choice as it is made. The first token is awaited before, for a real status."""
     if prepared.best_of > prepared.n:
-        raise RequestInvalid(
-            f"best_of: expected n, which is {prepared.n}, when streaming, came {prepared.best_of}",
-            field="best_of",
-            expected=str(prepared.n),
-            came=str(prepared.best_of),
-        )
+        raise invalid("best_of", f"n, which is {prepared.n}, when streaming", prepared.best_of)
     batch = prepared.batch()
     pieces = batch.pieces()
 
@@ -154,11 +143,11 @@ class _Frames:
             return self._chunk(self._prepared.shape.delta(output, index, pieces))
         return b""
 
-    def _chunk(self, choice: CompletionChoice | ChatDeltaChoice) -> bytes:
+    def _chunk(self, choice: shapes.CompletionChoice | shapes.ChatDeltaChoice) -> bytes:
         tail = f'],"usage":{compact(self._usage())}}}\n\n' if self._always_usage else self._tail
         return f"{self._head}{compact(choice)}{tail}".encode()
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> shapes.Usage:
         return self._prepared.usage([*self._outputs.values()])
 
 

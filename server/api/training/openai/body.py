@@ -65,7 +65,7 @@ class TuningHyperparameters(HyperparameterRequest):
 
 
 class MethodBlock(TrainingOptions):
-    """What may be said about a method: its optimisation, PEFT's fields and those of `/train`."""
+    """Options of a method: its optimisation, PEFT's fields and those of `/train`."""
 
     template: Annotated[str, Field(min_length=1)] | None = Field(
         None,
@@ -191,11 +191,11 @@ class Asked:
             target: the column to answer.
             separator: stands between the two, unless the block says otherwise; None leaves it open.
         """
-        said = self.block.model_dump(exclude={"hyperparameters", "template", "target"})
-        if said["target_separator"] is None:
-            said["target_separator"] = separator
+        fields = self.block.model_dump(exclude={"hyperparameters", "template", "target"})
+        if fields["target_separator"] is None:
+            fields["target_separator"] = separator
         return TrainingRequest(
-            **said,
+            **fields,
             adapter=adapter,
             method=METHOD_TYPES[self.type],
             template=template,
@@ -243,7 +243,7 @@ def _block(choice: MethodChoice) -> MethodBlock:
 
 
 def _hyperparameters(asked: Asked) -> HyperparameterRequest:
-    """Those of the block and those beside it, in the words of `/train`."""
+    """Those of the block and those beside it, by the names of `/train`."""
     field = f"{asked.place}.hyperparameters"
     given = _said(asked.block.hyperparameters)
     for name, value in _said(asked.body.hyperparameters).items():
@@ -261,8 +261,8 @@ def _hyperparameters(asked: Asked) -> HyperparameterRequest:
 def _said(options: TuningHyperparameters | None) -> dict[str, Any]:
     if options is None:
         return {}
-    said = options.model_dump(exclude_none=True)
-    return {name: value for name, value in said.items() if value != "auto"}
+    fields = options.model_dump(exclude_none=True)
+    return {name: value for name, value in fields.items() if value != "auto"}
 
 
 def _agree(field: str, given: dict[str, Any], name: str, value: Any) -> None:

@@ -9,31 +9,21 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-import anyio.to_thread
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 
 from adapters.errors import AdapterExists, JobInvalid, NameInvalid, TemplateInvalid
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query, refuse_stray_adapters
-from server.api.error_replies import quoted
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import note_ignored
-from server.api.openapi.refusals import BODY, JOB, NUMBERS, PLANNED, QUERY, STORED, refuses
+from server.api.openapi.refusals import PLANNED, STORED, refuses
 from server.api.schemas import set_extras
+from server.api.training.openai import replies
 from server.api.training.openai.body import Asked, TuningBody
 from server.api.training.openai.data import TuningData, read_data
-from server.api.training.openai.replies import (
-    CheckpointList,
-    TuningEventList,
-    TuningJob,
-    TuningJobList,
-    event_number,
-    tuning_event,
-    tuning_job,
-    tuning_of,
-)
 from server.errors import (
     Contradiction,
     JobNotFound,
@@ -46,7 +36,6 @@ from server.store.jobs import JobRecord
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-ResultT = TypeVar("ResultT")
 Limit = Annotated[int, Query(ge=1, le=1000, description="How many at most.")]
 
 DEFAULT_PAGE = 20
@@ -57,9 +46,11 @@ _METADATA = re.compile(r"metadata\[([^\]]*)\]")
     "",
     summary="Train an adapter on an uploaded file",
     response_description="The job waits.",
-    openapi_extra=refuses(*QUERY, *BODY, UploadNotFound, *PLANNED),
+    openapi_extra=refuses(UploadNotFound, *PLANNED),
 )
-async def create_job(request: Request, services: UseServices, body: TuningBody) -> TuningJob:
+async def create_job(
+    request: Request, services: UseServices, body: TuningBody
+) -> replies.TuningJob:
     """Checks the data at once, queues the job, and says how it stands.
 
     `fine_tuned_model` is null until the job has succeeded; then it is the adapter's name, which
@@ -72,16 +63,16 @@ async def create_job(request: Request, services: UseServices, body: TuningBody) 
     _require_base(services, body.model)
     asked = Asked(body)
     async with services.planning:
-        record = await _off_loop(lambda: _create(services, asked))
+        record = await run_sync(lambda: _create(services, asked))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return tuning_job(record)
+    return replies.tuning_job(record)
 
 
 @router.get(
     "",
     summary="Training jobs, the newest first",
-    openapi_extra=refuses(*NUMBERS, JobNotFound),
+    openapi_extra=refuses(JobNotFound),
 )
 async def list_jobs(
     request: Request,
@@ -90,47 +81,46 @@ async def list_jobs(
         str | None, Query(description="Only jobs older than the one with this id.")
     ] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> TuningJobList:
+) -> replies.TuningJobList:
     """A page; `metadata[NAME]=VALUE` keeps jobs with these texts, `metadata=null` those without."""
     wanted, none_wanted = _metadata(request)
     jobs = services.need_jobs()
-    found = await _off_loop(
+    found = await run_sync(
         lambda: jobs.list_after(after, limit + 1, wanted, without_metadata=none_wanted)
     )
-    return TuningJobList.of([tuning_job(record) for record in found], limit)
+    return replies.TuningJobList.of([replies.tuning_job(record) for record in found], limit)
 
 
-@router.get("/{job_id}", summary="One training job", openapi_extra=refuses(*JOB))
-async def get_job(request: Request, services: UseServices, job_id: str) -> TuningJob:
+@router.get("/{job_id}", summary="One training job")
+async def get_job(request: Request, services: UseServices, job_id: str) -> replies.TuningJob:
     """`GET /train/{id}` says more of the same job."""
     only_query(request)
     jobs = services.need_jobs()
-    return tuning_job(await _off_loop(lambda: jobs.get(job_id)))
+    return replies.tuning_job(await run_sync(lambda: jobs.get(job_id)))
 
 
 @router.post(
     "/{job_id}/cancel",
     summary="Cancel a training job",
     response_description="The job's state now.",
-    openapi_extra=refuses(*JOB, *STORED),
+    openapi_extra=refuses(*STORED),
 )
-async def cancel_job(request: Request, services: UseServices, job_id: str) -> TuningJob:
+async def cancel_job(request: Request, services: UseServices, job_id: str) -> replies.TuningJob:
     """One that runs is still `running` in the reply, and `cancelled` within seconds.
 
     A job that has ended stays as it is.
     """
     only_query(request)
     jobs = services.need_jobs()
-    record = await _off_loop(lambda: jobs.cancel(job_id))
+    record = await run_sync(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return tuning_job(record)
+    return replies.tuning_job(record)
 
 
 @router.get(
     "/{job_id}/events",
     summary="What happened to a training job, the newest first",
-    openapi_extra=refuses(*JOB, RequestInvalid),
 )
 async def list_events(
     request: Request,
@@ -144,19 +134,20 @@ async def list_events(
         ),
     ] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> TuningEventList:
+) -> replies.TuningEventList:
     """A page; `GET /train/{id}/events` streams the same events as they happen."""
     only_query(request, "after", "limit")
     jobs = services.need_jobs()
     before = None if after is None else _number(job_id, after)
-    found = await _off_loop(lambda: jobs.events_before(job_id, before, limit + 1))
-    return TuningEventList.of([tuning_event(job_id, event) for event in found], limit)
+    found = await run_sync(lambda: jobs.events_before(job_id, before, limit + 1))
+    return replies.TuningEventList.of(
+        [replies.tuning_event(job_id, event) for event in found], limit
+    )
 
 
 @router.get(
     "/{job_id}/checkpoints",
     summary="Always empty: only the end is served",
-    openapi_extra=refuses(*JOB, RequestInvalid),
 )
 async def list_checkpoints(
     request: Request,
@@ -164,12 +155,12 @@ async def list_checkpoints(
     job_id: str,
     after: Annotated[str | None, Query(description="Without effect.")] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> CheckpointList:
+) -> replies.CheckpointList:
     """What a worker saves on its way is for itself to go on from."""
     only_query(request, "after", "limit")
     jobs = services.need_jobs()
-    await _off_loop(lambda: jobs.get(job_id))
-    return CheckpointList.of([], limit)
+    await run_sync(lambda: jobs.get(job_id))
+    return replies.CheckpointList.of([], limit)
 
 
 # --- a new job -------------------------------------------------------------------------------------
@@ -201,7 +192,7 @@ def _create(services: Services, asked: Asked) -> JobRecord:
     data = read_data(services.need_files(), asked, tokenizer, limits)
     with data.told_by_place():
         plan = _plan(services, asked, name, data)
-    return services.need_jobs().create(plan.job, data.rows, tuning_of(asked))
+    return services.need_jobs().create(plan.job, data.rows, replies.tuning_of(asked))
 
 
 def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan:
@@ -235,12 +226,7 @@ def _metadata(request: Request) -> tuple[dict[str, str], bool]:
             wanted[found.group(1)] = value
         elif name == "metadata":
             if value != "null":
-                raise RequestInvalid(
-                    f"metadata: expected metadata[NAME]=VALUE, or metadata=null; came {quoted(value)}",
-                    field="metadata",
-                    expected="metadata[NAME]=VALUE",
-                    came=quoted(value),
-                )
+                raise invalid("metadata", "metadata[NAME]=VALUE, or metadata=null", quoted(value))
             none_wanted = True
         elif name not in ("after", "limit"):
             raise UnknownParameter(
@@ -260,16 +246,9 @@ def _metadata(request: Request) -> tuple[dict[str, str], bool]:
 
 
 def _number(job_id: str, after: str) -> int:
-    number = event_number(job_id, after)
+    number = replies.event_number(job_id, after)
     if number is None:
-        raise RequestInvalid(
-            f"after: expected the id of an event of {job_id}, came {quoted(after)}",
-            field="after",
-            expected="ftevent-JOB-NUMBER",
-            came=quoted(after),
+        raise invalid(
+            "after", f"the id of an event of {job_id} (ftevent-JOB-NUMBER)", quoted(after)
         )
     return number
-
-
-async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
-    return await anyio.to_thread.run_sync(work)

@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from adapters.training.job import TrainingJob
 from adapters.training.recipes import RECIPES
-from server.api.reply_fields import Reply, UnixTime, fixed, shows
+from server.api.reply_fields import ReplyModel, UnixTime, fixed, shows
 from server.api.training.openai.body import SUPERVISED, Asked
 from server.store.job_states import State
 from server.store.jobs import JobEvent, JobRecord
@@ -45,7 +45,7 @@ _BLOCK = (
 _LONG_CONFIG = ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")
 
 
-class Page(Reply, Generic[ItemT]):
+class Page(ReplyModel, Generic[ItemT]):
     """A page of a list in OpenAI's shape."""
 
     object: Literal["list"] = fixed("list", "What this is.")
@@ -63,7 +63,7 @@ class Page(Reply, Generic[ItemT]):
         return cls(data=data, first_id=first, last_id=last, has_more=len(found) > limit)
 
 
-class TuningValues(Reply):
+class TuningValues(ReplyModel):
     """OpenAI's hyperparameters, resolved."""
 
     n_epochs: int | None = shows(3, "Passes over the data; null where max_steps was given.")
@@ -71,7 +71,7 @@ class TuningValues(Reply):
     learning_rate_multiplier: float = shows(1.0, "Times the learning rate of the recipe.")
 
 
-class TuningError(Reply):
+class TuningError(ReplyModel):
     """Why a job failed."""
 
     code: str = shows("training_diverged", "For programs; the README lists them.")
@@ -79,7 +79,7 @@ class TuningError(Reply):
     param: str | None = shows(None, "training_file, where that was at fault.")
 
 
-class TuningJob(Reply):
+class TuningJob(ReplyModel):
     """OpenAI's `fine_tuning.job`."""
 
     object: Literal["fine_tuning.job"] = fixed("fine_tuning.job", "What this is.")
@@ -110,7 +110,7 @@ class TuningJobList(Page[TuningJob]):
     """A page of jobs, the newest first."""
 
 
-class TuningEvent(Reply):
+class TuningEvent(ReplyModel):
     """OpenAI's `fine_tuning.job.event`."""
 
     object: Literal["fine_tuning.job.event"] = fixed("fine_tuning.job.event", "What this is.")
@@ -233,8 +233,8 @@ def tuning_event(job_id: str, event: JobEvent) -> TuningEvent:
 def _message(event: JobEvent) -> str:
     if event.kind == "state":
         return _STATES[event.data["state"]](event.data)
-    tell = _KINDS.get(event.kind)
-    return event.kind if tell is None else tell(event.data)
+    message = _KINDS.get(event.kind)
+    return event.kind if message is None else message(event.data)
 
 
 _STATES: dict[str, Callable[[dict[str, Any]], str]] = {
