@@ -1,4 +1,4 @@
-"""Which adapter a generation request means, or why that cannot be told.
+"""Which adapter a generation request means, or why that is not clear.
 
 The base never answers in silence for an adapter that was meant: whatever looks like an adapter in
 a place where none belongs is refused. Knows names only, not whether they exist.
@@ -17,7 +17,7 @@ from server.errors import Contradiction, UnknownParameter
 # everywhere: on OpenAI's routes it is where an adapter belongs.
 MARKS = ("adapter", "lora", "peft")
 _LOOKS_LIKE_ADAPTER = re.compile("|".join(MARKS), re.IGNORECASE)
-# lorax-client sends every parameter that it knows, these as nulls where nobody asked for them.
+# lorax-client sends every parameter that it knows, these as nulls by default.
 LORAX_FIELDS = ("adapter_source", "merged_adapters")
 # A field may be named with megabytes.
 _MAX_NAME = 200

@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from adapters import errors as library
 from server import errors as ours
+from server.api.reply_fields import ReplyModel, may_show, shows
 from server.engine import errors as engine
 from server.http.event_stream import ClientGone
 from server.http.scope import RefusalReply
@@ -139,7 +140,7 @@ HTTP_CODES: dict[int, str] = {
     415: "wrong_content_type",
 }
 
-# Nobody reads it; the number is the one nginx logs.
+# No client reads it; nginx logs the same number.
 CLIENT_GONE = 499
 
 _OPENAI_TYPES = {
@@ -164,7 +165,7 @@ class ErrorReport:
 
 
 def describe(error: Exception) -> ErrorReport:
-    """Look an error up; one that is in no table is told as unforeseen, without its words."""
+    """Look an error up; one that is in no table is reported as unforeseen, without its message."""
     if isinstance(error, engine.RequestFailed):
         return ErrorReport(FAILED.get(error.code, UNFORESEEN), error.message)
     if isinstance(error, RequestValidationError):
@@ -187,28 +188,69 @@ def describe(error: Exception) -> ErrorReport:
     )
 
 
+class OpenAIError(ReplyModel):
+    """What is wrong, for people and programs."""
+
+    message: str = shows("there is no adapter 'complaints'", "One sentence.")
+    type: str = shows("not_found_error", "OpenAI's coarse category.")
+    param: str | None = shows("model", "The field at fault, if one is.")
+    code: str = shows("adapter_not_found", "Stable; the README lists them.")
+
+
+class OpenAIErrorBody(ReplyModel):
+    """An error under /v1, in OpenAI's shape."""
+
+    error: OpenAIError = shows({}, "The error.")
+
+
+class TgiErrorBody(ReplyModel):
+    """An error of TGI's routes."""
+
+    error: str = shows("there is no adapter 'complaints'", "One sentence.")
+    error_type: str = shows("validation", "TGI's coarse category.")
+
+
+class ErrorBody(TgiErrorBody):
+    """An error of our own routes."""
+
+    code: str = shows("adapter_not_found", "Stable; the README lists them.")
+    field: str | None = may_show("name", "The field, header or parameter at fault.")
+    expected: str | None = may_show("an adapter", "What would have been accepted.")
+    came: str | None = may_show("complaints", "What was found.")
+    row: int | None = may_show(7, "The row of data at fault, counted from 1.")
+
+
+def body_model(path: str) -> type[OpenAIErrorBody | TgiErrorBody]:
+    """The shape that errors of a path have."""
+    if path.startswith("/v1/"):
+        return OpenAIErrorBody
+    return TgiErrorBody if path in TGI_PATHS else ErrorBody
+
+
 def body_of(report: ErrorReport, path: str) -> dict[str, Any]:
     """The reply's body in the shape that clients of this path expect."""
     refusal, message = report.refusal, _sendable(report.message)
-    if path.startswith("/v1/"):
-        kind = _OPENAI_TYPES.get(refusal.status)
-        if kind is None:
-            kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-        error = {
-            "message": message,
-            "type": kind,
-            "param": report.field and _sendable(report.field),
-            "code": refusal.code,
-        }
-        return {"error": error}
-    body: dict[str, Any] = {"error": message, "error_type": refusal.error_type}
-    if path not in TGI_PATHS:
-        body["code"] = refusal.code
-        facts = {"field": report.field, "expected": report.expected, "came": report.came}
-        body |= {name: _sendable(value) for name, value in facts.items() if value is not None}
-        if report.row is not None:
-            body["row"] = report.row
-    return body
+    model = body_model(path)
+    if model is OpenAIErrorBody:
+        kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+        error = OpenAIError(
+            message=message,
+            type=_OPENAI_TYPES.get(refusal.status, kind),
+            param=report.field and _sendable(report.field),
+            code=refusal.code,
+        )
+        return OpenAIErrorBody(error=error).model_dump()
+    if model is TgiErrorBody:
+        return TgiErrorBody(error=message, error_type=refusal.error_type).model_dump()
+    return ErrorBody(
+        error=message,
+        error_type=refusal.error_type,
+        code=refusal.code,
+        field=report.field and _sendable(report.field),
+        expected=report.expected and _sendable(report.expected),
+        came=report.came and _sendable(report.came),
+        row=report.row,
+    ).model_dump()
 
 
 def _sendable(text: str) -> str:
@@ -237,11 +279,11 @@ def install(app: FastAPI) -> None:
             error = _wrong_content_type(request) or error
         return reply_to(error, request.url.path)
 
-    async def nobody(_request: Request, _error: Exception) -> Response:
+    async def no_reply(_request: Request, _error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    app.add_exception_handler(ClientGone, nobody)
-    app.add_exception_handler(ClientDisconnect, nobody)
+    app.add_exception_handler(ClientGone, no_reply)
+    app.add_exception_handler(ClientDisconnect, no_reply)
     for kind in (*TABLE, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
 
@@ -314,6 +356,23 @@ def _place(loc: Iterable[Any]) -> str:
     return ".".join(parts)
 
 
+def invalid(field: str, expected: str, came: object) -> ours.RequestInvalid:
+    """The refusal of one value of a request."""
+    return ours.RequestInvalid(
+        f"{field}: expected {expected}, came {came}", field=field, expected=expected, came=str(came)
+    )
+
+
+def both_given(first: str, second: str) -> ours.Contradiction:
+    """The refusal of two fields of which one may be given."""
+    return ours.Contradiction(
+        f"{first} and {second} are both given; send one of them",
+        field=second,
+        expected=f"{first} or {second}",
+        came="both",
+    )
+
+
 def quoted(value: Any, limit: int = 80) -> str:
     """A value as it may stand in a message: short and plain ASCII."""
     text = ascii(_beginning(value, [limit + 1]))
@@ -321,7 +380,7 @@ def quoted(value: Any, limit: int = 80) -> str:
 
 
 def _beginning(value: Any, left: list[int]) -> Any:
-    """So much of a value that what is said of it is the same: it may be of megabytes.
+    """As much of a value as its quotation needs: it may be of megabytes.
 
     Args:
         value: as JSON has them.

@@ -11,9 +11,31 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from adapters.training.rows import DataLimits
+from server.api.adapter_choice import LORAX_FIELDS
 from server.api.bounds import AtMost
+from server.api.openapi.constraints import (
+    ADAPTERS,
+    CLOSED,
+    NOT_BLANK,
+    NULL,
+    OBJECT,
+    SOME_LIST,
+    SOME_TEXT,
+    TEXT,
+    TYPED,
+    constrained,
+    one_of,
+)
 
 MAX_TOP_TOKENS = 20
+_TGI_EXAMPLE: dict[str, Any] = {
+    "inputs": "Tweet text : Late again. Label :",
+    "parameters": {"max_new_tokens": 8, "details": True, "adapter_id": "complaints"},
+}
+_CLASSIFY_EXAMPLE: dict[str, Any] = {
+    "inputs": ["Tweet text : Late again. Label :", "Tweet text : Lovely! Label :"],
+    "labels": ["complaint", "no complaint"],
+}
 
 
 def _encodable(text: str) -> str:
@@ -32,7 +54,7 @@ StopString = Annotated[
 LabelText = Annotated[Text, StringConstraints(min_length=1, max_length=10_000)]
 RowValue = Text | bool | int | float
 Labels = Annotated[list[LabelText], Field(min_length=1, fail_fast=True), AtMost("max_labels")]
-Row = Annotated[dict[Text, RowValue], Field(max_length=DataLimits.max_columns)]
+BodyRow = Annotated[dict[Text, RowValue], Field(max_length=DataLimits.max_columns)]
 
 
 class OpenBody(BaseModel):
@@ -49,6 +71,26 @@ class ClosedBody(BaseModel):
 
 class GenerateParameters(OpenBody):
     """TGI's `parameters`, and LoRAX's. A null means the same as a field left out."""
+
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            propertyNames={
+                "anyOf": [
+                    {"enum": ["adapter_id", *LORAX_FIELDS]},
+                    {"not": {"pattern": f"{ADAPTERS}|^model$"}},
+                ]
+            },
+            allOf=[
+                {
+                    "properties": {
+                        name: {**NULL, "description": "Null, as LoRAX's client sends it."}
+                        for name in LORAX_FIELDS
+                    }
+                }
+            ],
+            properties={"adapter_id": NOT_BLANK, "grammar": TYPED, "response_format": TYPED},
+        )
+    )
 
     adapter_id: Text | None = Field(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS.")
     best_of: int | None = Field(
@@ -86,7 +128,7 @@ class GenerateParameters(OpenBody):
         None, gt=0, description="Divides logits of tokens in prompt and output; 1 changes nothing."
     )
     response_format: dict[str, Any] | None = Field(
-        None, description="LoRAX's and OpenAI's way to ask for what grammar asks for."
+        None, description="LoRAX's and OpenAI's form of grammar."
     )
     return_full_text: bool | None = Field(None, description="Put the prompt before the output.")
     return_k_alternatives: int | None = Field(
@@ -127,8 +169,16 @@ class GenerateParameters(OpenBody):
 class GenerateBody(OpenBody):
     """Body of `/generate`, `/generate_stream` and `/`: `inputs`, or a `row` for the template."""
 
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            anyOf=one_of(inputs=SOME_TEXT, row=OBJECT),
+            propertyNames={"not": {"pattern": f"{ADAPTERS}|^model$"}},
+            examples=[_TGI_EXAMPLE],
+        )
+    )
+
     inputs: Text | None = Field(None, description="The prompt.")
-    row: Row | None = Field(None, description="Columns for the adapter's stored template.")
+    row: BodyRow | None = Field(None, description="Columns for the adapter's stored template.")
     parameters: GenerateParameters | None = Field(
         None, description="How to generate; all of it may be left out."
     )
@@ -140,14 +190,22 @@ class GenerateBody(OpenBody):
 class ClassifyBody(OpenBody):
     """Body of `/classify`: texts as they are, or rows for the adapter's stored template."""
 
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            **CLOSED,
+            anyOf=one_of(inputs={"type": ["string", "array"]}, row=OBJECT, rows=SOME_LIST),
+            examples=[_CLASSIFY_EXAMPLE],
+        )
+    )
+
     inputs: Annotated[
         Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None,
         AtMost("max_ranked"),
     ] = Field(None, description="A prompt, or a list of them.")
-    row: Row | None = Field(None, description="Columns for the adapter's stored template.")
-    rows: Annotated[list[Row], Field(min_length=1, fail_fast=True), AtMost("max_ranked")] | None = (
-        Field(None, description="Several of them.")
-    )
+    row: BodyRow | None = Field(None, description="Columns for the adapter's stored template.")
+    rows: (
+        Annotated[list[BodyRow], Field(min_length=1, fail_fast=True), AtMost("max_ranked")] | None
+    ) = Field(None, description="Several of them.")
     labels: Labels | None = Field(
         None, description="What to choose from. Left out: the labels stored with the adapter."
     )
@@ -159,6 +217,12 @@ class ClassifyBody(OpenBody):
 
 class TokenizeBody(OpenBody):
     """TGI's `{"inputs"}`, answered with a list, or vLLM's `{"prompt"}`, answered with an object."""
+
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            anyOf=one_of(inputs=TEXT, prompt=TEXT), examples=[{"prompt": "Tweet text"}]
+        )
+    )
 
     inputs: Text | None = Field(
         None, description="A text, as TGI calls it; the answer is a list of tokens."
@@ -172,6 +236,8 @@ class TokenizeBody(OpenBody):
 class DetokenizeBody(OpenBody):
     """vLLM's `{"tokens"}`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [65, 66]}]})
+
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] = Field(
         description="Ids of the vocabulary."
     )
@@ -180,11 +246,15 @@ class DetokenizeBody(OpenBody):
 class RollbackBody(ClosedBody):
     """Body of `POST /adapters/{name}/rollback`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
+
     version: int = Field(ge=1, lt=2**63, description="The version that the bare name is to mean.")
 
 
 class AliasBody(ClosedBody):
     """Body of `PUT /adapters/{name}/aliases/{alias}`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
     version: int = Field(ge=1, lt=2**63, description="The version that gets the name.")
 

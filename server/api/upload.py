@@ -18,7 +18,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from adapters.synced_files import disk_failure_is_told
-from server.api.error_replies import quoted
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import body_too_large
 from server.config.limits import Limits
 from server.errors import RequestInvalid, WrongContentType
@@ -78,12 +78,7 @@ class Upload:
         """
         values = self.fields.get(name, [])
         if len(values) > 1:
-            raise RequestInvalid(
-                f"{name}: expected one form field, came {len(values)}",
-                field=name,
-                expected="one form field",
-                came=str(len(values)),
-            )
+            raise invalid(name, "one form field", len(values))
         return values[0] if values else None
 
 
@@ -232,12 +227,7 @@ class _Sorter:
         self._value += data[start:end]
         limit = self._form.fields[self._name]
         if len(self._value) > limit:
-            raise RequestInvalid(
-                f"{self._name}: more than {limit} bytes",
-                field=self._name,
-                expected=f"at most {limit} bytes",
-                came="more",
-            )
+            raise invalid(self._name, f"at most {limit} bytes", "more")
 
     def _end(self) -> None:
         if self._file is not None:

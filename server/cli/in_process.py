@@ -96,7 +96,7 @@ class DataDirectory(Backend):
     def add(self, source: Source) -> Json:
         """Publish an adapter with all its metadata; an upload has no place for a recipe."""
         from adapters.metadata import AdapterMetadata
-        from server.api.adapters.management import record_json
+        from server.api.adapters.versions import AdapterVersion
 
         services = self._services
         with self._registry.staging_dir() as directory:
@@ -108,14 +108,14 @@ class DataDirectory(Backend):
                 AdapterMetadata(**source.metadata),
                 base_names=(services.base_id, services.settings.base),
             )
-        record = record_json(published.record)
+        record = AdapterVersion.of(published.record).model_dump(mode="json", by_alias=True)
         return {**record, "created": published.created, "ignored_files": [*ignored]}
 
     def jobs(self, offset: int, limit: int) -> list[Json]:
         """Jobs with all their fields, the newest first; as many as there are."""
-        from server.api.training.train import job_json
+        from server.api.training.job_replies import Job
 
-        return [job_json(record) for record in self._jobs.list(offset, limit)]
+        return [Job.of(record).model_dump(mode="json") for record in self._jobs.list(offset, limit)]
 
     def job_events(self, job_id: str, after: int, *, follow: bool) -> Iterator[Json]:
         """As `Backend.job_events`; without `follow` there is no silence to wait for."""

@@ -14,11 +14,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.combine import MAX_ADAPTERS
+from adapters.errors import CombineInvalid
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
-from server.api.adapters.management import version_json
+from server.api.adapters.versions import CombinedVersion, VersionWithRecipe
+from server.api.error_replies import invalid
+from server.api.openapi.constraints import NAME, NOT_BLANK, constrained
+from server.api.openapi.refusals import CHECKPOINT, SERVED, refuses
 from server.api.schemas import Labels, Text
-from server.errors import RequestInvalid
 from server.services import UseServices
 from server.store.combining import combine_stored
 
@@ -39,7 +42,13 @@ class CombineBody(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
-        json_schema_extra={"examples": [_EXAMPLE]},
+        json_schema_extra=constrained(
+            properties={
+                "name": NAME,
+                "labels": {"uniqueItems": True, "items": NOT_BLANK},
+            },
+            examples=[_EXAMPLE],
+        ),
     )
 
     adapters: Annotated[list[Text], Field(min_length=1, max_length=MAX_ADAPTERS)] = Field(
@@ -75,7 +84,14 @@ class CombineBody(BaseModel):
     )
 
 
-@router.post("/combine", status_code=201, summary="Add up adapters of one method")
+@router.post(
+    "/combine",
+    status_code=201,
+    summary="Add up adapters of one method",
+    response_model=CombinedVersion,
+    response_description="The new adapter.",
+    openapi_extra=refuses(*SERVED, CombineInvalid, *CHECKPOINT),
+)
 async def combine_adapters(request: Request, services: UseServices, body: CombineBody) -> Response:
     """The reply is that of an upload; `recipe` of the new adapter says what was added.
 
@@ -110,18 +126,18 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
     )
     record = published.record
     name_adapter(request, services, record)
-    shown = version_json(services, record)
+    version = VersionWithRecipe.of(record, services.client.residency(record.digest))
+    reply = CombinedVersion(**dict(version), ignored_files=[])
     location = {"location": f"/adapters/{record.name}"}
-    return JSONResponse({**shown, "recipe": record.recipe, "ignored_files": []}, 201, location)
+    return JSONResponse(reply.model_dump(by_alias=True), 201, location)
 
 
 def _check_labels(labels: list[str] | None) -> None:
     if labels is None:
         return
     if len(set(labels)) != len(labels) or not all(label.strip() for label in labels):
-        raise RequestInvalid(
-            "labels: expected different texts that are not empty",
-            field="labels",
-            expected="different texts that are not empty",
-            came="an empty or repeated label",
+        raise invalid(
+            "labels",
+            "different texts that are not empty",
+            "an empty or repeated label",
         )

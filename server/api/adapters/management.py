@@ -6,33 +6,49 @@ Thin: the registry decides, off the event loop. These routes refuse what they do
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, cast
 
-import anyio.to_thread
-from fastapi import APIRouter, Query, Request
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.checkpoint.archive import stage_upload
 from adapters.checkpoint.folder import CONFIG_FILE, read_config
-from adapters.errors import AdapterError
+from adapters.errors import (
+    AdapterCorrupt,
+    AdapterError,
+    AdapterNotFound,
+    ArchiveInvalid,
+    NameInvalid,
+    TemplateInvalid,
+    UnsupportedFile,
+)
 from adapters.metadata import AdapterMetadata
 from adapters.template import Template, Tokenization, default_separator
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
-from server.api.error_replies import quoted
+from server.api.adapters import versions as replies
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import set_headers
+from server.api.openapi.constraints import CLOSED, NAME
+from server.api.openapi.refusals import (
+    CHECKPOINT,
+    NAMED,
+    SERVED,
+    STORED,
+    refuses,
+)
+from server.api.openapi.responses import plain
 from server.api.schemas import AliasBody, RollbackBody
 from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.config.settings import MIB
-from server.errors import RequestInvalid
+from server.errors import NotReady, RequestInvalid
 from server.services import Services, UseServices
 from server.store.registry import AdapterRecord, Published, Registry
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
-ResultT = TypeVar("ResultT")
-Residency = Literal["disk", "host", "device"]
+Alias = Annotated[str, Path(json_schema_extra={**NAME, "not": {"pattern": "^[0-9]+$"}})]
 Version = Annotated[
     int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
 ]
@@ -55,8 +71,9 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["name", "files"],
+                    **CLOSED,
                     "properties": {
-                        "name": {"type": "string", "description": "The adapter's name."},
+                        "name": {"type": "string", "description": "The adapter's name.", **NAME},
                         "description": {"type": "string", "description": "Free text."},
                         "template": {
                             "type": "string",
@@ -64,6 +81,7 @@ _FORM = {
                         },
                         "labels": {
                             "type": "string",
+                            "contentMediaType": "application/json",
                             "description": "A JSON list of texts, or the field repeated.",
                         },
                         "target_separator": {
@@ -84,6 +102,7 @@ _FORM = {
                         },
                         "files": {
                             "type": "array",
+                            "minItems": 1,
                             "items": {"type": "string", "format": "binary"},
                             "description": "adapter_config.json and adapter_model.safetensors, or "
                             "one .zip or .tar of them.",
@@ -100,7 +119,21 @@ _FORM = {
 }
 
 
-@router.post("", status_code=201, summary="Upload an adapter in PEFT's format", openapi_extra=_FORM)
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload an adapter in PEFT's format",
+    response_model=replies.UploadedVersion,
+    response_description="A new version.",
+    responses={
+        200: {
+            "model": replies.UploadedVersion,
+            "description": "The newest version has the same content.",
+        }
+    },
+    openapi_extra=_FORM
+    | refuses(NotReady, UnsupportedFile, ArchiveInvalid, TemplateInvalid, *CHECKPOINT),
+)
 async def upload_adapter(request: Request, services: UseServices) -> Response:
     """201 for a new version, 200 where the newest version is just this already."""
     only_query(request)
@@ -116,13 +149,16 @@ async def upload_adapter(request: Request, services: UseServices) -> Response:
         )
         upload = await receive_upload(request, received, form)
         create_only = _create_only(request)
-        published, ignored = await _off_loop(
+        published, ignored = await run_sync(
             lambda: _publish(services, upload, staged, create_only=create_only)
         )
     name_adapter(request, services, published.record)
-    body = {**version_json(services, published.record), "ignored_files": list(ignored)}
+    version = _version(services, published.record)
+    reply = replies.UploadedVersion(**dict(version), ignored_files=list(ignored))
     location = {"location": f"/adapters/{published.record.name}"}
-    return JSONResponse(body, 201 if published.created else 200, location)
+    return JSONResponse(
+        reply.model_dump(by_alias=True), 201 if published.created else 200, location
+    )
 
 
 @router.get("", summary="Every adapter, at its default version")
@@ -131,44 +167,52 @@ async def list_adapters(
     services: UseServices,
     offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-) -> dict[str, Any]:
+) -> replies.AdapterList:
     """By name; `total` says whether there are more."""
     only_query(request, "offset", "limit")
     registry = services.registry
-    records = await _off_loop(lambda: registry.list(offset, limit))
-    total = await _off_loop(registry.count)
-    return {"adapters": [version_json(services, record) for record in records], "total": total}
+    records = await run_sync(lambda: registry.list(offset, limit))
+    total = await run_sync(registry.count)
+    return replies.AdapterList(adapters=[_version(services, one) for one in records], total=total)
 
 
-@router.get("/{name}", summary="One adapter: its versions, config, template and counters")
-async def get_adapter(request: Request, services: UseServices, name: str) -> dict[str, Any]:
-    """What a bare name means now, and every version."""
+@router.get(
+    "/{name}",
+    summary="One adapter: its versions, config, template and counters",
+    openapi_extra=refuses(AdapterNotFound),
+)
+async def get_adapter(request: Request, services: UseServices, name: str) -> replies.AdapterDetails:
+    """The version that a bare name means, and all versions."""
     only_query(request)
     registry = services.registry
-    versions = await _off_loop(lambda: registry.versions(name))
+    versions = await run_sync(lambda: registry.versions(name))
     default = next((record for record in versions if record.is_default), versions[-1])
-    config = await _off_loop(lambda: _config(registry, default))
+    config = await run_sync(lambda: _config(registry, default))
     name_adapter(request, services, default)
-    return {
-        **version_json(services, default),
-        "recipe": default.recipe,
-        "config": config,
-        "counters": {"requests": services.requests_by_adapter[name]},
-        "versions": [
-            {**version_json(services, record), "recipe": record.recipe} for record in versions
-        ],
-    }
+    listed = [replies.VersionWithRecipe.of(one, _residency(services, one)) for one in versions]
+    return replies.AdapterDetails(
+        **dict(listed[versions.index(default)]),
+        config=config,
+        counters=replies.AdapterCounters(requests=services.requests_by_adapter[name]),
+        versions=listed,
+    )
 
 
-@router.get("/{name}/download", summary="PEFT's folder of an adapter as a zip")
+@router.get(
+    "/{name}/download",
+    summary="PEFT's folder of an adapter as a zip",
+    response_class=StreamingResponse,
+    responses={200: plain("application/zip", "A zip of the folder.")},
+    openapi_extra=refuses(*NAMED, AdapterCorrupt),
+)
 async def download_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
 ) -> Response:
     """The version that a bare name means, unless one is given."""
     only_query(request, "version")
     registry = services.registry
-    record = await _off_loop(lambda: registry.resolve(_reference(name, version)))
-    blocks = await _off_loop(lambda: registry.download_zip(record.name, record.version))
+    record = await run_sync(lambda: registry.resolve(_reference(name, version)))
+    blocks = await run_sync(lambda: registry.download_zip(record.name, record.version))
     name_adapter(request, services, record)
     file_name = f"{record.name}-v{record.version}.zip"
     headers = {
@@ -178,70 +222,88 @@ async def download_adapter(
     return StreamingResponse(blocks, media_type="application/zip", headers=headers)
 
 
-@router.delete("/{name}", summary="Delete an adapter, or one version of it")
+@router.delete(
+    "/{name}",
+    summary="Delete an adapter, or one version of it",
+    openapi_extra=refuses(*NAMED, *STORED),
+)
 async def delete_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> dict[str, Any]:
+) -> replies.AdapterDeleted:
     """Every version, unless one is given. Requests that run keep theirs to the end."""
     only_query(request, "version")
     registry = services.registry
-    versions = await _off_loop(lambda: registry.versions(name))
-    unused = await _off_loop(lambda: registry.delete(name, version))
+    versions = await run_sync(lambda: registry.versions(name))
+    unused = await run_sync(lambda: registry.delete(name, version))
     if services.ready:
         for digest in unused:
             services.client.unload(digest)
     gone = [record.version for record in versions if version in (None, record.version)]
     shown_version = "-" if version is None else str(version)
     set_headers(request, {"x-adapter-id": name, "x-adapter-version": shown_version})
-    return {"name": name, "deleted_versions": gone}
+    return replies.AdapterDeleted(name=name, deleted_versions=gone)
 
 
-@router.post("/{name}/preload", status_code=202, summary="Bring an adapter to the device")
+@router.post(
+    "/{name}/preload",
+    status_code=202,
+    summary="Bring an adapter to the device",
+    openapi_extra=refuses(*SERVED),
+)
 async def preload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> dict[str, Any]:
-    """Started, not awaited: `residency` of `GET /adapters/{name}` tells when it is there."""
+) -> replies.AdapterVersion:
+    """Started, not awaited: `residency` of `GET /adapters/{name}` says when it is there."""
     from server.generation.generator import adapter_ref
 
     record = await _servable(request, services, name, version)
     services.client.preload(adapter_ref(record))
-    return version_json(services, record)
+    return _version(services, record)
 
 
-@router.post("/{name}/unload", status_code=202, summary="Let an adapter leave the device")
+@router.post(
+    "/{name}/unload",
+    status_code=202,
+    summary="Take an adapter off the device",
+    openapi_extra=refuses(*SERVED),
+)
 async def unload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
-) -> dict[str, Any]:
-    """Once no sequence uses it. The adapter stays and loads again when it is asked for."""
+) -> replies.AdapterVersion:
+    """Once no sequence uses it. The adapter stays and loads again with the next request for it."""
     record = await _servable(request, services, name, version)
     services.client.unload(record.digest)
-    return version_json(services, record)
+    return _version(services, record)
 
 
-@router.post("/{name}/rollback", summary="Make a bare name mean an older version")
+@router.post(
+    "/{name}/rollback",
+    summary="Make a bare name mean an older version",
+    openapi_extra=refuses(*NAMED, *STORED),
+)
 async def rollback_adapter(
     request: Request, services: UseServices, name: str, body: RollbackBody
-) -> dict[str, Any]:
+) -> replies.AdapterVersion:
     """Until the next new version is published."""
     only_query(request)
-    record = await _off_loop(lambda: services.registry.rollback(name, body.version))
+    record = await run_sync(lambda: services.registry.rollback(name, body.version))
     name_adapter(request, services, record)
-    return version_json(services, record)
+    return _version(services, record)
 
 
-@router.put("/{name}/aliases/{alias}", summary="Name a version of an adapter")
+@router.put(
+    "/{name}/aliases/{alias}",
+    summary="Name a version of an adapter",
+    openapi_extra=refuses(*NAMED, NameInvalid, *STORED),
+)
 async def set_alias(
-    request: Request, services: UseServices, name: str, alias: str, body: AliasBody
-) -> dict[str, Any]:
+    request: Request, services: UseServices, name: str, alias: Alias, body: AliasBody
+) -> replies.AdapterVersion:
     """Set it, or move it to another version."""
     only_query(request)
-    record = await _off_loop(lambda: services.registry.set_alias(name, alias, body.version))
+    record = await run_sync(lambda: services.registry.set_alias(name, alias, body.version))
     name_adapter(request, services, record)
-    return version_json(services, record)
-
-
-async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
-    return await anyio.to_thread.run_sync(work)
+    return _version(services, record)
 
 
 async def _servable(
@@ -249,7 +311,7 @@ async def _servable(
 ) -> AdapterRecord:
     only_query(request, "version")
     services.need_generator()
-    record = await _off_loop(lambda: services.registry.resolve(_reference(name, version)))
+    record = await run_sync(lambda: services.registry.resolve(_reference(name, version)))
     name_adapter(request, services, record)
     return record
 
@@ -265,41 +327,12 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
         return None  # `status` says that the stored bytes are damaged
 
 
-def version_json(services: Services, record: AdapterRecord) -> dict[str, Any]:
-    """A record as JSON, with where it is now."""
-    residency: Residency = "disk"
-    if services.ready:
-        residency = services.client.residency(record.digest)
-    return record_json(record, residency)
+def _version(services: Services, record: AdapterRecord) -> replies.AdapterVersion:
+    return replies.AdapterVersion.of(record, _residency(services, record))
 
 
-def record_json(record: AdapterRecord, residency: Residency = "disk") -> dict[str, Any]:
-    """A record as JSON; also what the command line prints."""
-    return {
-        "name": record.name,
-        "version": record.version,
-        "digest": record.digest,
-        "peft_type": record.peft_type,
-        "num_virtual_tokens": record.num_virtual_tokens,
-        "bytes": record.num_bytes,
-        "status": record.status,
-        "residency": residency,
-        "is_default": record.is_default,
-        "aliases": list(record.aliases),
-        "description": record.description,
-        "template": record.template,
-        "labels": None if record.labels is None else list(record.labels),
-        "target_separator": record.target_separator,
-        "append_eos": record.append_eos,
-        "tokenization": record.tokenization,
-        "source": record.source,
-        "job_id": record.job_id,
-        "metrics": record.metrics,
-        "base_model_name_or_path": record.base_name,
-        "base_digest": record.base_digest,
-        "created_at": record.created_at.isoformat(),
-        "warnings": list(record.warnings),
-    }
+def _residency(services: Services, record: AdapterRecord) -> replies.Residency:
+    return services.client.residency(record.digest) if services.ready else "disk"
 
 
 # --- the upload's form ---------------------------------------------------------------------
@@ -310,12 +343,7 @@ def _publish(
 ) -> tuple[Published, tuple[str, ...]]:
     name = upload.one("name")
     if name is None:
-        raise RequestInvalid(
-            "name: expected a form field with the adapter's name, came none",
-            field="name",
-            expected="a form field",
-            came="nothing",
-        )
+        raise invalid("name", "a form field with the adapter's name", "nothing")
     template = upload.one("template")
     tokenization = upload.one("tokenization")
     if tokenization is None:
@@ -330,12 +358,11 @@ def _publish(
         tokenization=cast("Tokenization", tokenization),  # checked by `publish`
     )
     if not upload.files:
-        raise RequestInvalid(
-            "files: expected adapter_config.json and adapter_model.safetensors, or one archive of "
-            "them, as file parts called files; came none",
-            field="files",
-            expected="file parts called files",
-            came="nothing",
+        raise invalid(
+            "files",
+            "adapter_config.json and adapter_model.safetensors, or one archive of them, as file "
+            "parts called files",
+            "nothing",
         )
     ignored = stage_upload([(file.name, file.path) for file in upload.files], staged)
     published = services.registry.publish(
@@ -354,12 +381,7 @@ def _create_only(request: Request) -> bool:
     if condition is None:
         return False
     if condition.strip() != "*":
-        raise RequestInvalid(
-            f"If-None-Match: expected *, came {quoted(condition)}",
-            field="if-none-match",
-            expected="*",
-            came=quoted(condition),
-        )
+        raise invalid("if-none-match", "*", quoted(condition))
     return True
 
 
@@ -375,12 +397,7 @@ def _flag(upload: Upload, name: str) -> bool | None:
     if value is None:
         return None
     if value not in ("true", "false"):
-        raise RequestInvalid(
-            f"{name}: expected true or false, came {quoted(value)}",
-            field=name,
-            expected="true or false",
-            came=quoted(value),
-        )
+        raise invalid(name, "true or false", quoted(value))
     return value == "true"
 
 
@@ -411,9 +428,4 @@ def _json_list(text: str, most: int) -> list[Any]:
 
 def _labels_invalid(most: int, came: str) -> RequestInvalid:
     expected = f"1 to {most} different texts: a JSON list, or the field repeated"
-    return RequestInvalid(
-        f"labels: expected {expected}; came a list {came}",
-        field="labels",
-        expected=expected,
-        came=f"a list {came}",
-    )
+    return invalid("labels", expected, f"a list {came}")

@@ -19,8 +19,11 @@ from adapters.errors import AdapterExists, AdapterNotFound
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
 from server.api.middleware.headers import note_ignored, set_headers
+from server.api.openapi.constraints import NAME, constrained
+from server.api.openapi.refusals import CHECKPOINT, refuses
+from server.api.openapi.responses import plain
 from server.api.schemas import OpenBody, Text, set_extras
-from server.errors import LoadingDisabled, NotLoaded
+from server.errors import FolderNotFound, LoadingDisabled, NotLoaded, NotReady
 from server.generation.generator import adapter_ref
 from server.services import Services, UseServices
 from server.store.directories import find_folder, is_from, publish_folder, remove_versions
@@ -35,7 +38,10 @@ class LoadBody(OpenBody):
     """vLLM's body of `/v1/load_lora_adapter`."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"lora_name": "refunds", "lora_path": "/srv/runs/refunds"}]}
+        json_schema_extra=constrained(
+            properties={"lora_name": NAME},
+            examples=[{"lora_name": "refunds", "lora_path": "/srv/runs/refunds"}],
+        )
     )
 
     lora_name: Text = Field(min_length=1, description="The adapter's name here.")
@@ -64,6 +70,10 @@ class UnloadBody(OpenBody):
     "/load_lora_adapter",
     response_class=PlainTextResponse,
     summary="Load a PEFT folder of the server, as vLLM does",
+    responses={
+        200: plain("text/plain", "Loaded.", "Success: LoRA adapter 'refunds' added successfully.")
+    },
+    openapi_extra=refuses(NotReady, LoadingDisabled, FolderNotFound, *CHECKPOINT),
 )
 async def load_adapter(
     request: Request, services: UseServices, body: LoadBody
@@ -83,7 +93,13 @@ async def load_adapter(
 @router.post(
     "/unload_lora_adapter",
     response_class=PlainTextResponse,
-    summary="Let go of an adapter that was loaded, as vLLM does",
+    summary="Unload an adapter that was loaded, as vLLM does",
+    responses={
+        200: plain(
+            "text/plain", "Unloaded.", "Success: LoRA adapter 'refunds' removed successfully."
+        )
+    },
+    openapi_extra=refuses(AdapterNotFound, LoadingDisabled, NotLoaded),
 )
 async def unload_adapter(
     request: Request, services: UseServices, body: UnloadBody

@@ -5,15 +5,20 @@ Thin: says which prompts and labels are meant; `server.generation.ranking` does 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.adapter_headers import name_adapter
-from server.api.error_replies import quoted
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import set_headers, timing_headers
+from server.api.openapi.constraints import NOT_BLANK
+from server.api.openapi.refusals import GENERATED, refuses
+from server.api.reply_fields import shows
 from server.api.schemas import ClassifyBody
 from server.errors import Contradiction, RequestInvalid
 from server.generation.generator import Generation, Generator, Prompt
@@ -24,14 +29,41 @@ from server.store.registry import AdapterRecord
 
 router = APIRouter(tags=["generation"])
 
-_ADAPTER = Query(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.")
+_ADAPTER = Query(
+    None,
+    description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.",
+    json_schema_extra=NOT_BLANK,
+)
 _INPUTS = ("inputs", "row", "rows")
 
 
-@router.post("/classify", summary="Rank labels by their likelihood after a prompt")
+class Ranked(TypedDict):
+    """One input's labels."""
+
+    label: Annotated[str, shows("complaint", "The likeliest.")]
+    scores: Annotated[
+        Mapping[str, float],
+        shows({"complaint": 0.9, "no complaint": 0.1}, "Softmax over the labels that were given."),
+    ]
+    logprobs: Annotated[
+        Mapping[str, float],
+        shows(
+            {"complaint": -0.2, "no complaint": -2.4},
+            "Log-likelihood of each, normalised as asked.",
+        ),
+    ]
+
+
+@router.post(
+    "/classify",
+    summary="Rank labels by their likelihood after a prompt",
+    response_model=Ranked | list[Ranked],
+    response_description="The labels of every input.",
+    openapi_extra=refuses(*GENERATED),
+)
 async def classify(
     request: Request, services: UseServices, body: ClassifyBody, adapter: str | None = _ADAPTER
-) -> Any:
+) -> Response:
     """One object for a text or a row, a list of them for a list.
 
     A label's score is the log-likelihood of separator, label and, where the adapter was trained
@@ -84,12 +116,7 @@ def _check_fields(body: ClassifyBody) -> None:
             came=" and ".join(given),
         )
     if not given:
-        raise RequestInvalid(
-            "inputs: expected a text, a list of texts, a row or rows; came none",
-            field="inputs",
-            expected="inputs, row or rows",
-            came="nothing",
-        )
+        raise invalid("inputs", "a text, a list of texts, a row or rows", "nothing")
 
 
 def _check_number(body: ClassifyBody, labels: list[str], most: int) -> None:
@@ -118,12 +145,7 @@ def _labels(body: ClassifyBody, record: AdapterRecord | None) -> list[str]:
             came="nothing",
         )
     if len(set(body.labels)) != len(body.labels):
-        raise RequestInvalid(
-            "labels: expected different texts, came one twice",
-            field="labels",
-            expected="different texts",
-            came=quoted(body.labels),
-        )
+        raise invalid("labels", "different texts", quoted(body.labels))
     return body.labels
 
 
@@ -137,5 +159,5 @@ async def _prompts(
     return await generator.encode_rows(rows, record)
 
 
-def _reply(ranking: Ranking) -> dict[str, Any]:
+def _reply(ranking: Ranking) -> Ranked:
     return {"label": ranking.label, "scores": ranking.scores, "logprobs": ranking.logprobs}

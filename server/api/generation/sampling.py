@@ -6,7 +6,6 @@ import secrets
 from typing import Any, Protocol, TypeVar
 
 from server.engine.request import SamplingParams
-from server.errors import RequestInvalid
 
 ValueT = TypeVar("ValueT")
 
@@ -50,13 +49,6 @@ def sampling_of(fields: SamplingFields, *, do_sample: bool, **others: Any) -> Sa
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
         seed=seed,
         **others,
-    )
-
-
-def invalid(field: str, expected: str, came: object) -> RequestInvalid:
-    """The refusal of one value."""
-    return RequestInvalid(
-        f"{field}: expected {expected}, came {came}", field=field, expected=expected, came=str(came)
     )
 
 

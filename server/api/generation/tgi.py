@@ -6,6 +6,7 @@ Thin: a body becomes `Options`; `generate_reply` does the rest.
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -17,11 +18,15 @@ from server.api.adapter_choice import (
     refuse_stray_adapters,
 )
 from server.api.adapter_headers import name_adapter
-from server.api.generation.sampling import invalid, sampling_of
-from server.api.generation.tgi_reply import Job, stream, whole
+from server.api.error_replies import both_given, invalid
+from server.api.generation.sampling import sampling_of
+from server.api.generation.tgi_reply import PreparedRequest, stream, whole
+from server.api.generation.tgi_types import EXAMPLE_EVENTS, Generated, GenerateFrame
 from server.api.middleware.headers import note_ignored
+from server.api.openapi.constraints import NOT_BLANK
+from server.api.openapi.refusals import GENERATED, refuses
+from server.api.openapi.responses import events
 from server.api.schemas import GenerateBody, GenerateParameters, set_extras
-from server.errors import Contradiction, RequestInvalid
 from server.generation.generator import Generator, Options, Prompt
 from server.generation.grammars import grammar_from
 from server.services import Services, UseServices
@@ -29,21 +34,45 @@ from server.store.registry import AdapterRecord
 
 router = APIRouter(tags=["generation"])
 
-_ADAPTER = Query(None, description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.")
+_ADAPTER = Query(
+    None,
+    description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.",
+    json_schema_extra=NOT_BLANK,
+)
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: events(
+        GenerateFrame,
+        EXAMPLE_EVENTS,
+        "The output; in a stream, a token an event.",
+        timed=True,
+    )
+}
 
 
-@router.post("/generate", summary="Generate, in TGI's protocol")
+@router.post(
+    "/generate",
+    summary="Generate, in TGI's protocol",
+    response_model=Generated,
+    responses=_EVENTS,
+    openapi_extra=refuses(*GENERATED),
+)
 async def generate(
     request: Request, services: UseServices, body: GenerateBody, adapter: str | None = _ADAPTER
 ) -> Response:
     """One output, or a stream where the body says `stream`."""
-    job = await _prepare(request, services, body, adapter, streams=bool(body.stream))
+    prepared = await _prepare(request, services, body, adapter, streams=bool(body.stream))
     if body.stream:
-        return await stream(request, job)
-    return JSONResponse(await whole(request, job))
+        return await stream(request, prepared)
+    return JSONResponse(await whole(request, prepared))
 
 
-@router.post("/generate_stream", summary="Generate as server-sent events, in TGI's protocol")
+@router.post(
+    "/generate_stream",
+    summary="Generate as server-sent events, in TGI's protocol",
+    response_class=Response,
+    responses=_EVENTS,
+    openapi_extra=refuses(*GENERATED),
+)
 async def generate_stream(
     request: Request, services: UseServices, body: GenerateBody, adapter: str | None = _ADAPTER
 ) -> Response:
@@ -51,20 +80,26 @@ async def generate_stream(
     return await stream(request, await _prepare(request, services, body, adapter, streams=True))
 
 
-@router.post("/", summary="As /generate, with the output in a list")
+@router.post(
+    "/",
+    summary="As /generate, with the output in a list",
+    response_model=list[Generated],
+    responses=_EVENTS,
+    openapi_extra=refuses(*GENERATED),
+)
 async def compat_generate(
     request: Request, services: UseServices, body: GenerateBody, adapter: str | None = _ADAPTER
 ) -> Response:
     """Where huggingface_hub's `InferenceClient.text_generation` posts."""
-    job = await _prepare(request, services, body, adapter, streams=bool(body.stream))
+    prepared = await _prepare(request, services, body, adapter, streams=bool(body.stream))
     if body.stream:
-        return await stream(request, job)
-    return JSONResponse([await whole(request, job)])
+        return await stream(request, prepared)
+    return JSONResponse([await whole(request, prepared)])
 
 
 async def _prepare(
     request: Request, services: Services, body: GenerateBody, adapter: str | None, *, streams: bool
-) -> Job:
+) -> PreparedRequest:
     only_query(request, "adapter")
     parameters = body.parameters or GenerateParameters()
     _note_extras(request, body, parameters)
@@ -78,10 +113,10 @@ async def _prepare(
         _check_stream(parameters)
     prompt = await _prompt(generator, body, record)
     # The engine's ids are ours: two requests in flight may carry the same x-request-id.
-    prepared = generator.prepare(prompt, record, options, uuid.uuid4().hex)
+    engine_request = generator.prepare(prompt, record, options, uuid.uuid4().hex)
     if record is not None:
         services.requests_by_adapter[record.name] += 1
-    return Job(generator, prompt, prepared, options, parameters)
+    return PreparedRequest(generator, prompt, engine_request, options, parameters)
 
 
 def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParameters) -> None:
@@ -95,18 +130,12 @@ def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParam
 
 def _check_inputs(body: GenerateBody) -> None:
     if body.inputs is not None and body.row is not None:
-        raise Contradiction(
-            "inputs and row are both given; send one of them",
-            field="row",
-            expected="inputs or row",
-            came="both",
-        )
+        raise both_given("inputs", "row")
     if body.row is None and not body.inputs:
-        raise RequestInvalid(
-            "inputs: expected a text of at least one character (or a row), came none",
-            field="inputs",
-            expected="a text of at least one character",
-            came="nothing" if body.inputs is None else "''",
+        raise invalid(
+            "inputs",
+            "a text of at least one character (or a row)",
+            "nothing" if body.inputs is None else "''",
         )
 
 
@@ -156,7 +185,7 @@ def options_from(parameters: GenerateParameters, max_best_of: int) -> Options:
 
 
 def _samples(parameters: GenerateParameters) -> bool:
-    """Whether to sample: as said, or as TGI does, where something that shapes sampling is given."""
+    """Whether to sample: by do_sample, else as in TGI, where a parameter of sampling is given."""
     if parameters.do_sample is not None:
         return parameters.do_sample
     return (

@@ -1,11 +1,10 @@
-"""The OpenAPI page: what every route answers with, refuses with and looks like.
+"""The OpenAPI page. FastAPI makes it from the routes; this room has what they have in common.
 
-    page        FastAPI's page, completed from the table
-    routes      the table: one entry a route
-    refusals    errors as responses, in the shape that a path has
-    generation, management, training, tuning
-                what replies hold, field by field
+    constraints   what bodies must be beyond the types of their fields
+    responses     streams and plain text, for a route's decorator
+    refusals      errors, for a route's decorator, in the shape that the path has
+    links         from a reply to the requests that it can be used in
+    page          completes FastAPI's page
 
-Routes say what they take; what they answer stands here, beside them and not in their way. Nothing here
-runs when a request is served. A test holds replies of a running server to it.
+Nothing here runs when a request is served. A test holds the replies of a running server to the page.
 """

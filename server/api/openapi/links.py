@@ -87,23 +87,23 @@ LINKS: Mapping[tuple[str, str, int], Mapping[str, Link]] = {
 
 
 def put_in(paths: dict[str, Any]) -> None:
-    """Write the links into a page's paths; of those to a route that the page lacks nothing is said."""
+    """Write the links into a page's paths, but for links to a route that the page lacks."""
     for (method, path, status), links in LINKS.items():
         operation = paths.get(path, {}).get(method.lower())
         if operation is not None:
             operation["responses"][str(status)]["links"] = {
-                name: told for name, link in links.items() if (told := _told(link, paths))
+                name: written for name, link in links.items() if (written := _written(link, paths))
             }
 
 
-def _told(link: Link, paths: dict[str, Any]) -> dict[str, Any] | None:
+def _written(link: Link, paths: dict[str, Any]) -> dict[str, Any] | None:
     method, path = link.target
     target = paths.get(path, {}).get(method.lower())
     if target is None:
         return None
-    told: dict[str, Any] = {"operationId": target["operationId"]}
+    written: dict[str, Any] = {"operationId": target["operationId"]}
     if link.parameters:
-        told["parameters"] = dict(link.parameters)
+        written["parameters"] = dict(link.parameters)
     if link.body is not None:
-        told["requestBody"] = dict(link.body)
-    return told
+        written["requestBody"] = dict(link.body)
+    return written

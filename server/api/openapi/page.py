@@ -1,7 +1,8 @@
-"""FastAPI's OpenAPI page, completed from the table of routes.
+"""FastAPI's OpenAPI page, completed with what all routes have in common.
 
-FastAPI writes what routes take. What they answer, the errors with their codes, the headers and the
-examples are put in here, once, when the page is first asked for.
+FastAPI makes the page from the routes: their bodies, their replies, what their decorators say. Added
+here: errors with their codes, scopes of keys, common headers, examples of replies and links. The page
+is made once, on the first request for it. Knows no route's code.
 """
 
 from __future__ import annotations
@@ -10,32 +11,35 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from server import errors as ours
+from server.api.error_replies import ErrorBody, OpenAIErrorBody, TgiErrorBody
 from server.api.middleware.authentication import asks_for_keys
 from server.api.middleware.route_scopes import ANY_KEY, PUBLIC, rule_of
 from server.api.openapi import links
-from server.api.openapi.bodies import BODIES, PARAMETERS, UNNAMED, merge
-from server.api.openapi.refusals import ERROR_BODIES, Kind, responses
-from server.api.openapi.routes import EVENTS, JSON, ROUTES, Answer, Doc
+from server.api.openapi.refusals import EXTENSION, common, responses
+from server.api.openapi.responses import EVENTS, REFERENCE, event_schema, headers
 from server.api.training.openai.body import MethodBlock
 
-_REFERENCE = "#/components/schemas/{model}"
-# Parts of bodies that stand under a name of the client's choice, where FastAPI does not see them.
-_PARTS: tuple[type[BaseModel], ...] = (MethodBlock,)
+# Errors, and a part of bodies that stands under a name of the client's choice.
+_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+    (OpenAIErrorBody, "serialization"),
+    (TgiErrorBody, "serialization"),
+    (ErrorBody, "serialization"),
+    (MethodBlock, "validation"),
+]
 # FastAPI's own shape of a refusal, which no route answers with.
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
-# What names in paths and pages of lists mean, where a route does not say more.
+# What parameters of many routes mean, where a route does not say more.
 _PARAMETERS = {
     "name": "An adapter's name.",
     "alias": "Another name for one version of it.",
     "job_id": "A training job's id.",
     "file_id": "An uploaded file's id.",
-    "offset": "How many to pass over.",
+    "offset": "How many to skip.",
     "limit": "How many at most.",
 }
-# Two ways to send one key; a server that asks for none takes requests without.
+# Two ways to send one key.
 _KEYS: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "x-api-key": {
@@ -46,21 +50,15 @@ _KEYS: dict[str, Any] = {
     },
 }
 _SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
-_TEXT: dict[str, Any] = {"type": "string"}
 _HEADERS = {
     "x-request-id": "The request's own, or a new one.",
     "x-adapter-id": "The adapter that it was about; the base's name; - for neither.",
     "x-adapter-version": "Its version; of the base, its digest.",
 }
-_TIMING_HEADERS = {
-    "x-queue-time": "Milliseconds until the engine began.",
-    "x-time-to-first-token": "Milliseconds until the first token.",
-    "x-ignored-parameters": "Fields of the body that had no effect, where there are any.",
-}
 
 
 class DocumentedApp(FastAPI):
-    """An app whose OpenAPI page says all there is to know of its routes."""
+    """An app with a complete OpenAPI page."""
 
     def openapi(self) -> dict[str, Any]:
         """The page; made once."""
@@ -70,11 +68,11 @@ class DocumentedApp(FastAPI):
 
 
 def complete(page: dict[str, Any], *, keys_required: bool = False) -> None:
-    """Put the table's entries into a page. Routes that have none are left as they are.
+    """Complete a page in place.
 
     Args:
         page: FastAPI's.
-        keys_required: whether the server asks for keys; else they are optional.
+        keys_required: whether the server requires keys; else they are optional.
     """
     security = _SECURITY if keys_required else [{}, *_SECURITY]
     page["components"]["securitySchemes"] = _KEYS
@@ -82,110 +80,56 @@ def complete(page: dict[str, Any], *, keys_required: bool = False) -> None:
     for name in _NOT_OURS:
         schemas.pop(name, None)
     schemas |= _schemas()
-    for name, more in BODIES.items():
-        merge(schemas[name], more)
     for path, operations in page["paths"].items():
         for method, operation in operations.items():
-            doc = ROUTES.get((method.upper(), path))
-            if doc is not None:
-                _complete_operation(method.upper(), path, operation, doc, schemas)
-                _say_who(method.upper(), path, operation, doc, security)
+            _complete_operation(operation, schemas)
+            _add_refusals(method.upper(), path, operation, security)
     links.put_in(page["paths"])
 
 
-def models() -> list[type[BaseModel]]:
-    """Every model of a reply that the table names."""
-    answers = [answer for doc in ROUTES.values() for answer in doc.answers.values()]
-    named = [model for answer in answers for model in (answer.model, answer.frame)]
-    return list(dict.fromkeys(model for model in (*named, *ERROR_BODIES) if model is not None))
-
-
 def _schemas() -> dict[str, Any]:
-    """Schemas of the replies by name, those of their parts included."""
-    _, found = models_json_schema(
-        [(model, "validation") for model in (*models(), *_PARTS)], ref_template=_REFERENCE
-    )
+    """Schemas by name of the models that FastAPI does not see."""
+    _, found = models_json_schema(_MODELS, ref_template=REFERENCE)
     schemas: dict[str, Any] = found["$defs"]
     return schemas
 
 
-def _complete_operation(
-    method: str, path: str, operation: dict[str, Any], doc: Doc, schemas: dict[str, Any]
-) -> None:
+def _complete_operation(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
     for parameter in operation.get("parameters", []):
-        name = parameter["name"]
-        said = doc.parameters.get(name) or parameter.get("description") or _PARAMETERS.get(name)
-        if said is not None:
-            parameter["description"] = said
-        merge(parameter["schema"], PARAMETERS.get((method, path, name), {}))
-    for kind, body in operation.get("requestBody", {}).get("content", {}).items():
-        merge(body["schema"], UNNAMED.get((method, path, kind), {}))
-    if doc.example is not None:
-        operation["requestBody"]["content"][JSON]["example"] = doc.example
-    answers = {
-        str(status): _response(answer, doc, schemas) for status, answer in doc.answers.items()
+        if description := _PARAMETERS.get(parameter["name"]):
+            parameter.setdefault("description", description)
+    # FastAPI adds its own refusal.
+    operation["responses"] = {
+        status: response for status, response in operation["responses"].items() if int(status) < 400
     }
-    operation["responses"] = answers
+    for response in operation["responses"].values():
+        response["headers"] = headers(_HEADERS) | response.get("headers", {})
+        for kind, content in response.get("content", {}).items():
+            if kind == EVENTS:
+                content["schema"] = event_schema(_hoisted(content["schema"], schemas))
+            elif "example" not in content and content["schema"].get("format") != "binary":
+                content["example"] = example_of(content["schema"], schemas)
 
 
-def _say_who(
-    method: str,
-    path: str,
-    operation: dict[str, Any],
-    doc: Doc,
-    security: list[dict[str, list[str]]],
+def _hoisted(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """Put a schema and its definitions among the components; returns a reference to it."""
+    schemas |= schema.pop("$defs", {})
+    schemas[schema["title"]] = schema
+    return {"$ref": REFERENCE.format(model=schema["title"])}
+
+
+def _add_refusals(
+    method: str, path: str, operation: dict[str, Any], security: list[dict[str, list[str]]]
 ) -> None:
-    """Which keys a route takes, and everything that it refuses."""
+    """Say which keys a route accepts, and everything that it refuses."""
     rule = rule_of(method, path)
-    at_the_door: tuple[Kind, ...] = ()
+    kinds = common(operation, rule) + operation.pop(EXTENSION, [])
+    operation["responses"] |= responses(path, kinds)
     if rule != PUBLIC:
-        at_the_door = (ours.KeyRequired, ours.RateLimited)
         operation["security"] = security
     if rule not in (None, PUBLIC, ANY_KEY):
         scopes = " or ".join(f"`{scope}`" for scope in sorted(rule))
-        operation["description"] += f"\n\nWhere keys are asked for: one with the scope {scopes}."
-        at_the_door += (ours.ScopeMissing,)
-    kinds = (*at_the_door, *doc.refused, "internal_error")
-    operation["responses"] |= responses(path, kinds)
-
-
-def _response(answer: Answer, doc: Doc, schemas: dict[str, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    if answer.model is not None:
-        reference = {"$ref": _REFERENCE.format(model=answer.model.__name__)}
-        content[JSON] = {"schema": reference, "example": example_of(reference, schemas)}
-    if answer.frame is not None:
-        reference = {"$ref": _REFERENCE.format(model=answer.frame.__name__)}
-        content[EVENTS] = {"schema": _event(reference), "example": answer.example}
-    if answer.media is not None:
-        kind = _TEXT if answer.media == "text/plain" else {**_TEXT, "format": "binary"}
-        content[answer.media] = {"schema": kind}
-        if answer.example is not None:
-            content[answer.media]["example"] = answer.example
-    headers = {**_HEADERS, **(_TIMING_HEADERS if doc.timed else {})}
-    response: dict[str, Any] = {
-        "description": answer.description,
-        "headers": {name: {"description": said, "schema": _TEXT} for name, said in headers.items()},
-    }
-    return {**response, "content": content} if content else response
-
-
-def _event(data: dict[str, Any]) -> dict[str, Any]:
-    """One event of a stream. OpenAPI 3.1 has no word for events; this is how 3.2 describes one."""
-    read = {"contentMediaType": JSON, "contentSchema": data}
-    return {
-        "type": "object",
-        "required": ["data"],
-        "properties": {
-            "data": {
-                **_TEXT,
-                "description": "JSON; of OpenAI's routes the last one is [DONE].",
-                "anyOf": [{"const": "[DONE]"}, read],
-            },
-            "event": {**_TEXT, "description": "What happened, where the events have names."},
-            "id": {**_TEXT, "description": "Of the event, where a client may go on from it."},
-        },
-    }
+        operation["description"] += f"\n\nWhere keys are required: one with the scope {scopes}."
 
 
 def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
-"""Errors as documented responses: the statuses, codes and bodies that the one table of errors gives.
+"""Errors as documented responses: statuses, codes and bodies from the one table of errors.
 
-Knows no route: a route lists kinds of errors, by their class, or by the code that the engine gives a
-request that it could not finish.
+A route's decorator lists what the route refuses: classes of errors, or codes that the engine gives to
+a request that it could not finish. Kinds that come together have a name here. Knows no route.
 """
 
 from __future__ import annotations
@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from adapters import errors as library
+from server import errors as ours
 from server.api.error_replies import (
     FAILED,
     TABLE,
-    TGI_PATHS,
     UNFORESEEN,
     ErrorReport,
     Refusal,
+    body_model,
     body_of,
 )
-from server.api.openapi.fields import Reply, may_show, shows
+from server.api.middleware.route_scopes import ANY_KEY, PUBLIC, Rule
+from server.api.openapi.responses import REFERENCE, headers
+from server.engine import errors as engine
 
 Kind = type[Exception] | str
+Kinds = tuple[Kind, ...]
 
-# What the engine's codes mean, and the code of what nobody foresaw.
+_BY_NAME = {kind.__name__: kind for kind in TABLE}
+# Where an operation carries its kinds until the page is completed.
+EXTENSION = "x-refuses"
+# What the engine's codes mean, and the code of an error that is in no table.
 _SENTENCES = {
     "adapter_corrupt": "The stored bytes no longer match their digest.",
     "adapter_not_loaded": "The adapter could not be brought to the device.",
@@ -31,64 +39,102 @@ _SENTENCES = {
     "non_finite": "The logits of this request are no finite numbers.",
     "aborted": "The engine ended the request early.",
     "engine_error": "The engine failed.",
-    "internal_error": "Nobody foresaw it; the server's log has it under the request id.",
+    "internal_error": "An unexpected error; the server's log has it under the request id.",
 }
 
+# What a route refuses that checks its query, has query parameters or a body, or such a name in its path.
+_QUERY = ("UnknownParameter", "Contradiction")
+_VALUE = ("RequestInvalid",)
+_BODY = (*_VALUE, "RequestTimeout", "BodyTooLarge", "WrongContentType")
+_IN_PATH = {"job_id": "JobNotFound", "file_id": "UploadNotFound"}
 
-class OpenAIError(Reply):
-    """What is wrong, for people and programs."""
+NAMED: Kinds = (
+    library.AdapterNotFound,
+    library.VersionNotFound,
+    library.StorageUnavailable,
+)
+STORED: Kinds = (library.StorageFull, library.StorageUnavailable)
+SERVED: Kinds = (*NAMED, library.AdapterCorrupt, ours.NotReady)
+GENERATED: Kinds = (
+    *SERVED,
+    library.BaseMismatch,
+    library.TemplateInvalid,
+    ours.TooLong,
+    ours.QuotaExceeded,
+    engine.EngineOverloaded,
+    engine.AdapterOverloaded,
+    engine.EngineUnavailable,
+    *FAILED,
+)
+CHECKPOINT: Kinds = (
+    library.ConfigInvalid,
+    library.MethodUnsupported,
+    library.TensorMismatch,
+    library.TargetNotFound,
+    library.NonFinite,
+    library.HeaderInvalid,
+    library.FileSetInvalid,
+    library.CheckpointTooLarge,
+    library.BaseMismatch,
+    library.NameInvalid,
+    library.AdapterExists,
+    *STORED,
+)
+PLANNED: Kinds = (
+    library.JobInvalid,
+    library.DataInvalid,
+    library.TemplateInvalid,
+    library.ConfigInvalid,
+    library.NameInvalid,
+    library.AdapterExists,
+    ours.TooManyJobs,
+    ours.NotReady,
+    *STORED,
+)
 
-    message: str = shows("there is no adapter 'complaints'", "One sentence.")
-    type: str = shows("not_found_error", "OpenAI's coarse word.")
-    param: str | None = shows("model", "The field at fault, if one is.")
-    code: str = shows("adapter_not_found", "Stable; the README lists them.")
+
+def refuses(*kinds: Kind) -> dict[str, Any]:
+    """What a route refuses, for `openapi_extra` of its decorator.
+
+    Args:
+        kinds: besides those that `common` finds.
+    """
+    return {EXTENSION: [kind if isinstance(kind, str) else kind.__name__ for kind in kinds]}
 
 
-class OpenAIErrorBody(Reply):
-    """An error under /v1, in OpenAI's shape."""
+def common(operation: dict[str, Any], rule: Rule | None) -> list[str]:
+    """What an operation refuses on account of its keys, its parameters and its body.
 
-    error: OpenAIError = shows({}, "The error.")
-
-
-class TgiErrorBody(Reply):
-    """An error of TGI's routes."""
-
-    error: str = shows("there is no adapter 'complaints'", "One sentence.")
-    error_type: str = shows("validation", "TGI's coarse word.")
-
-
-class ErrorBody(TgiErrorBody):
-    """An error of our own routes."""
-
-    code: str = shows("adapter_not_found", "Stable; the README lists them.")
-    field: str | None = may_show("name", "The field, header or parameter at fault.")
-    expected: str | None = may_show("an adapter", "What would have been taken.")
-    came: str | None = may_show("complaints", "What was found.")
-    row: int | None = may_show(7, "The row of data at fault, counted from 1.")
+    Args:
+        operation: on FastAPI's page.
+        rule: which keys may use it.
+    """
+    parameters = operation.get("parameters", [])
+    kinds: list[str] = []
+    if rule != PUBLIC:
+        kinds += ["KeyRequired", "RateLimited", *_QUERY]
+    if rule not in (None, PUBLIC, ANY_KEY):
+        kinds.append("ScopeMissing")
+    if any(one["in"] == "query" for one in parameters):
+        kinds += _VALUE
+    if "requestBody" in operation:
+        kinds += _BODY
+    kinds += [_IN_PATH[one["name"]] for one in parameters if one["name"] in _IN_PATH]
+    return [*kinds, "internal_error"]
 
 
-ERROR_BODIES: tuple[type[Reply], ...] = (OpenAIErrorBody, TgiErrorBody, ErrorBody)
-
-
-def body_model(path: str) -> type[Reply]:
-    """The shape that errors of a path have."""
-    if path.startswith("/v1/"):
-        return OpenAIErrorBody
-    return TgiErrorBody if path in TGI_PATHS else ErrorBody
-
-
-def responses(path: str, kinds: Iterable[Kind]) -> dict[str, Any]:
+def responses(path: str, kinds: Iterable[str]) -> dict[str, Any]:
     """Documented responses by status, each with every code and an example body.
 
     Args:
-        path: where the route is.
-        kinds: what it refuses.
+        path: of the route; errors have the shape of their path.
+        kinds: names of classes of errors, or the engine's codes.
     """
     by_status: dict[int, dict[str, tuple[Refusal, str]]] = {}
     for kind in kinds:
-        refusal, sentence = _looked_up(kind)
+        refusal, sentence = _described(kind)
         by_status.setdefault(refusal.status, {}).setdefault(refusal.code, (refusal, sentence))
-    schema = {"$ref": f"#/components/schemas/{body_model(path).__name__}"}
+    schema = {"$ref": REFERENCE.format(model=body_model(path).__name__)}
     return {
         str(status): {
             "description": " ".join(f"`{code}`: {said}" for code, (_, said) in codes.items()),
@@ -107,14 +153,14 @@ def responses(path: str, kinds: Iterable[Kind]) -> dict[str, Any]:
     }
 
 
-def _looked_up(kind: Kind) -> tuple[Refusal, str]:
-    if isinstance(kind, str):
+def _described(kind: str) -> tuple[Refusal, str]:
+    if kind in _SENTENCES:
         return FAILED.get(kind, UNFORESEEN), _SENTENCES[kind]
-    return TABLE[kind], (kind.__doc__ or "").partition("\n")[0]
+    error = _BY_NAME[kind]
+    return TABLE[error], (error.__doc__ or "").partition("\n")[0]
 
 
 def _retry_header(status: int) -> dict[str, Any]:
     if status not in (429, 503):
         return {}
-    told = {"description": "Seconds to wait, where that is known.", "schema": {"type": "integer"}}
-    return {"headers": {"Retry-After": told}}
+    return {"headers": headers({"Retry-After": "Seconds to wait, where that is known."}, "integer")}

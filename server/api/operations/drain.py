@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.adapter_choice import only_query
 from server.api.error_replies import reply_to
+from server.api.reply_fields import ReplyModel, shows
 from server.config.settings import is_loopback
 from server.errors import NotReady, ScopeMissing
 from server.services import Services, UseServices
 
 router = APIRouter(tags=["operations"])
 MAX_SECONDS = 3600
-# Asking after the server is no work of it; events of a job would be waited for until it ends.
+# Checks of the server are no work; a drain would wait for a job's events until the job ends.
 _UNCOUNTED = frozenset({"/livez", "/readyz", "/health", "/metrics", "/drain"})
 _WORK = frozenset({"POST", "PUT"})
 
@@ -45,7 +46,17 @@ class DrainGate:
             await self._app(scope, receive, send)
 
 
-@router.post("/drain", summary="Take no new work, and wait until what runs has ended")
+class DrainStatus(ReplyModel):
+    """The progress of a drain."""
+
+    status: Literal["draining", "drained", "ready"] = shows("drained", "ready: no drain.")
+    running: int = shows(0, "Requests that still run.")
+
+
+@router.post(
+    "/drain",
+    summary="Take no new work, and wait until what runs has ended",
+)
 async def drain(
     request: Request,
     services: UseServices,
@@ -53,7 +64,7 @@ async def drain(
         int | None,
         Query(ge=0, le=MAX_SECONDS, description="How long to wait; left out, shutdown_seconds."),
     ] = None,
-) -> dict[str, Any]:
+) -> DrainStatus:
     """For a preStop hook. `/readyz` is 503 from now on; the process goes on.
 
     `status` is `drained` once nothing runs, else `draining`.
@@ -67,7 +78,7 @@ async def drain(
 
 
 @router.delete("/drain", summary="Take work again")
-async def undrain(request: Request, services: UseServices) -> dict[str, Any]:
+async def undrain(request: Request, services: UseServices) -> DrainStatus:
     """Ends what `POST /drain` began; a signal is not taken back."""
     only_query(request)
     _require_operator(request, services)
@@ -76,7 +87,7 @@ async def undrain(request: Request, services: UseServices) -> dict[str, Any]:
 
 
 def _require_operator(request: Request, services: Services) -> None:
-    """Where no keys are asked for, whoever reaches the server could stop it: only this machine may."""
+    """Without keys anyone who reaches the server could drain it, so only loopback clients may."""
     if services.keys is not None or request.client is None:
         return
     if not is_loopback(request.client.host):
@@ -86,7 +97,8 @@ def _require_operator(request: Request, services: Services) -> None:
         )
 
 
-def _status(services: Services) -> dict[str, Any]:
+def _status(services: Services) -> DrainStatus:
     draining = services.draining
+    status: Literal["draining", "drained", "ready"]
     status = "ready" if not draining.active else "draining" if draining.running else "drained"
-    return {"status": status, "running": draining.running}
+    return DrainStatus(status=status, running=draining.running)

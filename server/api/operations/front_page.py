@@ -81,6 +81,6 @@ def _state(services: Services) -> str:
 
 
 def _wants_html(accept: str) -> bool:
-    """Whether HTML is asked for by name, as browsers do; `*/*` does not."""
+    """Whether HTML is accepted by name, as browsers do; `*/*` does not."""
     kinds = (part.partition(";")[0].strip().lower() for part in accept.split(","))
     return "text/html" in kinds

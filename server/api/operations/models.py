@@ -3,104 +3,193 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 
 from adapters.method import AdapterMethod
 from adapters.training.job import METHOD_NAMES
 from adapters.training.recipes import RECIPES
 from server.api.adapter_choice import only_query
 from server.api.generation.openai.model import chosen_model
+from server.api.openapi.constraints import NOT_BLANK
+from server.api.openapi.refusals import SERVED, refuses
+from server.api.reply_fields import ReplyModel, UnixTime, fixed, may_show, shows
 from server.api.schemas import MAX_TOP_TOKENS
+from server.errors import NotReady
 from server.services import Services, UseServices
 from server.store.registry import AdapterRecord
 
 router = APIRouter(tags=["models"])
 
 _PAGE = 1000
+Name = Annotated[
+    str,
+    Path(
+        description="The base, or an adapter: NAME, NAME@VERSION or NAME@ALIAS.",
+        json_schema_extra=NOT_BLANK,
+    ),
+]
+_DIGEST = "6e0e5b0c1d22a7f0…"
 
 
-@router.get("/v1/models", summary="The base first, then every adapter")
-async def list_models(request: Request, services: UseServices) -> dict[str, Any]:
+class Model(ReplyModel):
+    """The base or an adapter, as OpenAI's model with our fields."""
+
+    id: str = shows("complaints", "What `model` may say.")
+    object: Literal["model"] = fixed("model", "What this is.")
+    created: UnixTime = shows(1795376932, "Unix time, seconds.")
+    owned_by: str = fixed("graftwork", "Always graftwork.")
+    root: str = shows("SmolLM2-135M-Instruct", "The base.")
+    parent: str | None = shows("SmolLM2-135M-Instruct", "The base; null for the base itself.")
+    max_model_len: int = shows(8192, "Tokens that prompt and output may have together.")
+    peft_type: str | None = may_show("PREFIX_TUNING", "Of an adapter: its method.")
+    version: int | None = may_show(1, "Of an adapter: what its name means now.")
+    digest: str = shows(_DIGEST, "Of the weights.")
+    status: str | None = may_show("ok", "Of an adapter: ok or corrupt.")
+    residency: str = shows("device", "Where it is now.")
+    notes: list[str] | None = may_show([], "Of the base: facts about its weights.")
+
+
+class ModelList(ReplyModel):
+    """Everything that `model` may say."""
+
+    object: Literal["list"] = fixed("list", "What this is.")
+    data: list[Model] = shows([], "The base first.")
+
+
+class BaseInfo(ReplyModel):
+    """The base's dimensions."""
+
+    model_type: str = shows("llama", "transformers' name of the architecture.")
+    digest: str = shows("1a45f6bea123…", "Of its weights.")
+    notes: list[str] = fixed([], "Facts about them.")
+    num_layers: int = shows(30, "Layers.")
+    hidden_size: int = shows(576, "Width.")
+    vocab_size: int = shows(49152, "Tokens of the vocabulary.")
+    max_positions: int = shows(8192, "Positions.")
+
+
+class EngineInfo(ReplyModel):
+    """How busy the engine is."""
+
+    num_running: int = shows(0, "Sequences in the batch.")
+    num_waiting: int = shows(0, "Sequences that wait.")
+    kv_blocks_used: int = shows(0, "Blocks of keys and values in use.")
+    kv_blocks_total: int = shows(1024, "Blocks there are.")
+
+
+class Info(ReplyModel):
+    """TGI's fields, then ours."""
+
+    model_id: str = shows("SmolLM2-135M-Instruct", "The base's name.")
+    model_sha: str = shows("1a45f6bea123…", "Its revision, or its digest.")
+    model_dtype: str = shows("bfloat16", "Number format of the weights.")
+    model_device_type: str = shows("cpu", "Where it runs.")
+    model_pipeline_tag: str = fixed("text-generation", "Always text-generation.")
+    max_concurrent_requests: int = shows(1088, "Running and waiting ones.")
+    max_best_of: int = shows(8, "Samples of one request.")
+    max_stop_sequences: int = shows(16, "Stop strings of one request.")
+    max_top_n_tokens: int = shows(20, "Likeliest tokens that a request may report.")
+    max_input_tokens: int = shows(8191, "Tokens of a prompt.")
+    max_total_tokens: int = shows(8192, "Tokens of prompt and output.")
+    max_batch_total_tokens: int = shows(512, "Tokens of one step.")
+    router: str = fixed("graftwork", "Always graftwork.")
+    version: str = shows("0.1.0", "Of the server.")
+    base: BaseInfo = shows({}, "The base.")
+    engine: EngineInfo = shows({}, "The engine.")
+
+
+class MethodInfo(ReplyModel):
+    """A method of making adapters."""
+
+    name: str = shows("ia3", "What `method` may say.")
+    aliases: list[str] = shows([], "What it may say as well.")
+    peft_type: str = shows("IA3", "PEFT's name.")
+    config: dict[str, Any] = shows({"properties": {}}, "PEFT's fields as a JSON Schema.")
+    training: dict[str, Any] = shows({"hyperparameters": {}}, "The recipe: what is left out.")
+
+
+class Methods(ReplyModel):
+    """Every method."""
+
+    methods: list[MethodInfo] = shows([], "One entry each.")
+
+
+@router.get(
+    "/v1/models",
+    summary="The base first, then every adapter",
+    openapi_extra=refuses(NotReady),
+)
+async def list_models(request: Request, services: UseServices) -> ModelList:
     """OpenAI's list; adapters carry their base in `parent`."""
     only_query(request)
     services.need_generator()
     records = await anyio.to_thread.run_sync(lambda: _all_records(services))
-    return {
-        "object": "list",
-        "data": [_base_model(services), *(_adapter_model(services, one) for one in records)],
-    }
+    adapters = [_adapter_model(services, one) for one in records]
+    return ModelList(data=[_base_model(services), *adapters])
 
 
-@router.get("/v1/models/{name:path}", summary="One of them")
-async def retrieve_model(request: Request, services: UseServices, name: str) -> dict[str, Any]:
+@router.get("/v1/models/{name:path}", summary="One of them", openapi_extra=refuses(*SERVED))
+async def retrieve_model(request: Request, services: UseServices, name: Name) -> Model:
     """The base by its id, or an adapter: NAME, NAME@VERSION or NAME@ALIAS."""
     only_query(request)
     record = await chosen_model(request, services, name)
     return _base_model(services) if record is None else _adapter_model(services, record)
 
 
-@router.get("/info", summary="The base, the limits and the version, in TGI's shape")
-async def info(request: Request, services: UseServices) -> dict[str, Any]:
+@router.get(
+    "/info",
+    summary="The base, the limits and the version, in TGI's shape",
+    openapi_extra=refuses(NotReady),
+)
+async def info(request: Request, services: UseServices) -> Info:
     """TGI's fields first, then ours."""
     only_query(request)
     generator = services.need_generator()
     base, settings, stats = services.client.base, services.settings, services.client.stats
-    return {
-        "model_id": services.base_id,
-        "model_sha": settings.revision or base.digest,
-        "model_dtype": base.dtype,
-        "model_device_type": settings.device.split(":")[0],
-        "model_pipeline_tag": "text-generation",
-        "max_concurrent_requests": settings.max_running + settings.max_queued,
-        "max_best_of": settings.max_best_of,
-        "max_stop_sequences": settings.max_stops,
-        "max_top_n_tokens": MAX_TOP_TOKENS,
-        "max_input_tokens": generator.max_prompt_tokens,
-        "max_total_tokens": generator.max_sequence_tokens,
-        "max_batch_total_tokens": settings.max_step_tokens,
-        "router": "graftwork",
-        "version": version("graftwork"),
-        "base": {
-            "model_type": base.model_type,
-            "digest": base.digest,
-            "notes": list(services.base_notes),
-            "num_layers": base.num_layers,
-            "hidden_size": base.hidden_size,
-            "vocab_size": base.vocab_size,
-            "max_positions": base.max_positions,
-        },
-        "engine": {
-            "num_running": stats.num_running,
-            "num_waiting": stats.num_waiting,
-            "kv_blocks_used": stats.kv_blocks_used,
-            "kv_blocks_total": stats.kv_blocks_total,
-        },
-    }
+    return Info(
+        model_id=services.base_id,
+        model_sha=settings.revision or base.digest,
+        model_dtype=base.dtype,
+        model_device_type=settings.device.split(":")[0],
+        max_concurrent_requests=settings.max_running + settings.max_queued,
+        max_best_of=settings.max_best_of,
+        max_stop_sequences=settings.max_stops,
+        max_top_n_tokens=MAX_TOP_TOKENS,
+        max_input_tokens=generator.max_prompt_tokens,
+        max_total_tokens=generator.max_sequence_tokens,
+        max_batch_total_tokens=settings.max_step_tokens,
+        version=version("graftwork"),
+        base=BaseInfo.model_validate(base).model_copy(update={"notes": list(services.base_notes)}),
+        engine=EngineInfo.model_validate(stats),
+    )
 
 
-@router.get("/methods", summary="Every method with its config fields and how it is trained")
-async def methods(request: Request) -> dict[str, Any]:
+@router.get(
+    "/methods",
+    summary="Every method with its config fields and how it is trained",
+)
+async def methods(request: Request) -> Methods:
     """PEFT's field names and defaults as a JSON schema a method; `training` is its recipe.
 
     `POST /train` takes what is left out from the recipe, and then from the schema's defaults.
     """
     only_query(request)
     table = await anyio.to_thread.run_sync(_method_table)
-    return {
-        "methods": [
-            {
-                "name": method.name,
-                "aliases": _aliases(method.name, peft_type),
-                "peft_type": peft_type,
-                "config": method.config_class.model_json_schema(),
-                "training": RECIPES[peft_type].model_dump(mode="json"),
-            }
+    return Methods(
+        methods=[
+            MethodInfo(
+                name=method.name,
+                aliases=_aliases(method.name, peft_type),
+                peft_type=peft_type,
+                config=method.config_class.model_json_schema(),
+                training=RECIPES[peft_type].model_dump(mode="json"),
+            )
             for peft_type, method in table.items()
         ]
-    }
+    )
 
 
 def _method_table() -> dict[str, AdapterMethod[Any]]:
@@ -122,34 +211,29 @@ def _all_records(services: Services) -> list[AdapterRecord]:
     return records
 
 
-def _base_model(services: Services) -> dict[str, Any]:
-    base = services.client.base
-    return {
-        "id": services.base_id,
-        "object": "model",
-        "created": int(services.started_at),
-        "owned_by": "graftwork",
-        "root": services.base_id,
-        "parent": None,
-        "max_model_len": services.need_generator().max_sequence_tokens,
-        "digest": base.digest,
-        "residency": "device",
-        "notes": list(services.base_notes),
-    }
+def _base_model(services: Services) -> Model:
+    return Model(
+        id=services.base_id,
+        created=int(services.started_at),
+        root=services.base_id,
+        parent=None,
+        max_model_len=services.need_generator().max_sequence_tokens,
+        digest=services.client.base.digest,
+        residency="device",
+        notes=list(services.base_notes),
+    )
 
 
-def _adapter_model(services: Services, record: AdapterRecord) -> dict[str, Any]:
-    return {
-        "id": record.name,
-        "object": "model",
-        "created": int(record.created_at.timestamp()),
-        "owned_by": "graftwork",
-        "root": services.base_id,
-        "parent": services.base_id,
-        "max_model_len": services.need_generator().max_sequence_tokens,
-        "peft_type": record.peft_type,
-        "version": record.version,
-        "digest": record.digest,
-        "status": record.status,
-        "residency": services.client.residency(record.digest),
-    }
+def _adapter_model(services: Services, record: AdapterRecord) -> Model:
+    return Model(
+        id=record.name,
+        created=record.created_at,
+        root=services.base_id,
+        parent=services.base_id,
+        max_model_len=services.need_generator().max_sequence_tokens,
+        peft_type=record.peft_type,
+        version=record.version,
+        digest=record.digest,
+        status=record.status,
+        residency=services.client.residency(record.digest),
+    )

@@ -1,4 +1,4 @@
-"""`GET /metrics`: the server's books as Prometheus' text. Knows no generation."""
+"""`GET /metrics`: the server's counters as Prometheus' text. Knows no generation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.adapter_choice import only_query
+from server.api.openapi.responses import plain
 from server.services import Services, UseServices
 from server.telemetry.exposition import encode
 from server.telemetry.metrics import Now
@@ -20,7 +21,13 @@ router = APIRouter(tags=["operations"])
     "/metrics",
     summary="Counters and histograms, in Prometheus' text format",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {}}}},
+    responses={
+        200: plain(
+            "text/plain",
+            "Every metric.",
+            'vllm:num_requests_running{engine="0",model_name="base"} 0.0\n',
+        )
+    },
 )
 async def metrics(request: Request, services: UseServices) -> Response:
     """vLLM's names where the meaning is the same, ours begin with `graftwork_`.
@@ -37,7 +44,7 @@ async def metrics(request: Request, services: UseServices) -> Response:
 
 
 def _look(services: Services) -> Now:
-    """What is asked for only now; reads the database."""
+    """The values that are read for each scrape; reads the database."""
     base = getattr(services.client, "base", None)  # unknown until the engine has started
     return Now(
         base_id=services.base_id,

@@ -12,17 +12,21 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-import anyio.to_thread
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from adapters.errors import UnsupportedFile
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query
 from server.api.error_replies import quoted
+from server.api.openapi.refusals import PLANNED, STORED, refuses
+from server.api.openapi.responses import events, plain
+from server.api.training import job_replies
 from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
-from server.errors import JobNotFound, RequestInvalid
+from server.errors import JobActive, JobNotFound, RequestInvalid
 from server.http.event_stream import EventStream, named_event, ping
 from server.services import Services, UseServices
 from server.store.job_states import FINISHED
@@ -30,18 +34,25 @@ from server.store.jobs import JobEvent, JobRecord, JobStore
 
 router = APIRouter(prefix="/train", tags=["training"])
 
-ResultT = TypeVar("ResultT")
 
 POLL_SECONDS = 0.25
 PING_SECONDS = 15.0
 _EVENTS_AT_ONCE = 500
 _MAX_LOG_BYTES = 4 * 1024 * 1024
 _JOB_ID = re.compile(r"job-[0-9a-f]{24}")
-# What a list of jobs leaves out: a config with a context in it is long.
-_LONG = frozenset({"config", "init_text", "init_token_ids", "label_names"})
 
 
-@router.post("", status_code=202, summary="Train an adapter", openapi_extra=OPENAPI_BODY)
+@router.post(
+    "",
+    status_code=202,
+    summary="Train an adapter",
+    response_model=job_replies.Job,
+    response_description="The job waits.",
+    responses={
+        200: {"model": job_replies.Preview, "description": "A dry run: nothing was stored."}
+    },
+    openapi_extra=OPENAPI_BODY | refuses(UnsupportedFile, *PLANNED),
+)
 async def train(
     request: Request,
     services: UseServices,
@@ -57,12 +68,13 @@ async def train(
         received = await receive_job(request, directory, services.settings)
         async with services.planning:
             work = partial(_plan, services, jobs, received, store=not dry_run)
-            plan, record = await _off_loop(work)
+            plan, record = await run_sync(work)
     if record is None:
-        return JSONResponse(_preview(plan))
+        return JSONResponse(_preview(plan).model_dump(mode="json"))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return JSONResponse(job_json(record), 202, {"location": f"/train/{record.id}"})
+    location = {"location": f"/train/{record.id}"}
+    return JSONResponse(job_replies.Job.of(record).model_dump(mode="json"), 202, location)
 
 
 @router.get("", summary="Training jobs, the newest first")
@@ -71,25 +83,26 @@ async def list_jobs(
     services: UseServices,
     offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> dict[str, Any]:
+) -> job_replies.JobList:
     """Without the longer fields; `total` says whether there are more."""
     only_query(request, "offset", "limit")
     jobs = services.need_jobs()
-    records = await _off_loop(lambda: jobs.list(offset, limit))
-    total = await _off_loop(jobs.count)
-    listed = [
-        {key: value for key, value in job_json(record).items() if key not in _LONG}
-        for record in records
-    ]
-    return {"jobs": listed, "total": total}
+    records = await run_sync(lambda: jobs.list(offset, limit))
+    total = await run_sync(jobs.count)
+    return job_replies.JobList(
+        jobs=[job_replies.ListedJob.of(record) for record in records], total=total
+    )
 
 
-@router.get("/{job_id}", summary="One job: state, progress, metrics, error, and what it does")
-async def get_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+@router.get(
+    "/{job_id}",
+    summary="One job: state, progress, metrics, error, and what it does",
+)
+async def get_job(request: Request, services: UseServices, job_id: str) -> job_replies.Job:
     """`progress` is the last step's event."""
     only_query(request)
     jobs, job_id = services.need_jobs(), _known_id(job_id)
-    return job_json(await _off_loop(lambda: jobs.get(job_id)))
+    return job_replies.Job.of(await run_sync(lambda: jobs.get(job_id)))
 
 
 @router.get(
@@ -97,8 +110,12 @@ async def get_job(request: Request, services: UseServices, job_id: str) -> dict[
     summary="What happens to a job, as server-sent events",
     response_class=Response,
     responses={
-        200: {"description": "Events.", "content": {"text/event-stream": {}}},
-        204: {"description": "The job has ended, and its last event was had."},
+        200: events(
+            job_replies.JobEventData,
+            job_replies.EXAMPLE_EVENTS,
+            "Past and new events, to the job's end.",
+        ),
+        204: {"description": "The job has ended, and the client has its last event."},
     },
 )
 async def job_events(
@@ -116,18 +133,23 @@ async def job_events(
     """
     only_query(request, "after")
     jobs, job_id = services.need_jobs(), _known_id(job_id)
-    record = await _off_loop(lambda: jobs.get(job_id))
+    record = await run_sync(lambda: jobs.get(job_id))
     resumed = _last_event_id(request)
     start = resumed if resumed is not None else after or 0
     over = resumed is not None and record.state in FINISHED
     # EventSource comes back whenever a stream ends, until it hears 204.
-    if over and not await _off_loop(lambda: jobs.events(job_id, start, 1)):
+    if over and not await run_sync(lambda: jobs.events(job_id, start, 1)):
         return Response(status_code=204)
     frames = event_frames(jobs, job_id, start, stopping=services.stopping)
     return EventStream(frames, lambda: None)
 
 
-@router.get("/{job_id}/log", summary="A job's log", response_class=PlainTextResponse)
+@router.get(
+    "/{job_id}/log",
+    summary="A job's log",
+    response_class=PlainTextResponse,
+    responses={200: plain("text/plain", "What its workers printed.", "claimed …")},
+)
 async def job_log(
     request: Request,
     services: UseServices,
@@ -139,50 +161,42 @@ async def job_log(
     """Empty before the job has begun; of a very long one the end."""
     only_query(request, "tail")
     jobs, job_id = services.need_jobs(), _known_id(job_id)
-    await _off_loop(lambda: jobs.get(job_id))
-    return PlainTextResponse(await _off_loop(lambda: _log(jobs.directory(job_id), tail)))
+    await run_sync(lambda: jobs.get(job_id))
+    return PlainTextResponse(await run_sync(lambda: _log(jobs.directory(job_id), tail)))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job")
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a job",
+    response_model=job_replies.Job,
+    response_description="It has ended.",
+    responses={202: {"model": job_replies.Job, "description": "It runs, and is about to stop."}},
+    openapi_extra=refuses(*STORED),
+)
 async def cancel_job(request: Request, services: UseServices, job_id: str) -> Response:
     """202 where it still runs and is about to stop, 200 where it has ended."""
     only_query(request)
     jobs, job_id = services.need_jobs(), _known_id(job_id)
-    record = await _off_loop(lambda: jobs.cancel(job_id))
+    record = await run_sync(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return JSONResponse(job_json(record), 200 if record.state in FINISHED else 202)
+    status = 200 if record.state in FINISHED else 202
+    return JSONResponse(job_replies.Job.of(record).model_dump(mode="json"), status)
 
 
-@router.delete("/{job_id}", summary="Delete a job that has ended, with its rows and log")
-async def delete_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+@router.delete(
+    "/{job_id}",
+    summary="Delete a job that has ended, with its rows and log",
+    openapi_extra=refuses(JobActive),
+)
+async def delete_job(
+    request: Request, services: UseServices, job_id: str
+) -> job_replies.JobDeleted:
     """The adapter that came of it stays."""
     only_query(request)
     jobs, job_id = services.need_jobs(), _known_id(job_id)
-    await _off_loop(lambda: jobs.delete(job_id))
-    return {"id": job_id, "deleted": True}
-
-
-def job_json(record: JobRecord) -> dict[str, Any]:
-    """A record as JSON: what it is asked to do, and how it stands."""
-    return {
-        "id": record.id,
-        "state": record.state,
-        **record.job.model_dump(mode="json"),
-        "adapter_version": record.adapter_version,
-        "progress": record.progress,
-        "metrics": record.metrics,
-        "error": record.error,
-        "cancel_requested": record.cancel_requested,
-        "attempts": record.attempts,
-        "created_at": record.created_at.isoformat(),
-        "started_at": None if record.started_at is None else record.started_at.isoformat(),
-        "finished_at": None if record.finished_at is None else record.finished_at.isoformat(),
-    }
-
-
-async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
-    return await anyio.to_thread.run_sync(work)
+    await run_sync(lambda: jobs.delete(job_id))
+    return job_replies.JobDeleted(id=job_id)
 
 
 def _known_id(job_id: str) -> str:
@@ -218,14 +232,14 @@ def _plan(
     return plan, jobs.create(plan.job, plan.examples) if store else None
 
 
-def _preview(plan: Plan) -> dict[str, Any]:
-    return {
-        **plan.job.model_dump(mode="json"),
-        "num_train": len(plan.examples.train),
-        "num_held_out": len(plan.examples.held_out),
-        "lengths": plan.lengths,
-        "preview": plan.preview,
-    }
+def _preview(plan: Plan) -> job_replies.Preview:
+    return job_replies.Preview(
+        **plan.job.model_dump(),
+        num_train=len(plan.examples.train),
+        num_held_out=len(plan.examples.held_out),
+        lengths=plan.lengths,
+        preview=plan.preview,
+    )
 
 
 # --- events and log ------------------------------------------------------------------------
@@ -267,8 +281,8 @@ async def event_frames(
     while not stopping():
         # The state first: what is read after it ended is all there will be.
         try:
-            ended = await _off_loop(lambda: jobs.get(job_id).state in FINISHED)
-            found = await _off_loop(partial(jobs.events, job_id, last, _EVENTS_AT_ONCE))
+            ended = await run_sync(lambda: jobs.get(job_id).state in FINISHED)
+            found = await run_sync(partial(jobs.events, job_id, last, _EVENTS_AT_ONCE))
         except JobNotFound:
             return  # deleted meanwhile
         for event in found:

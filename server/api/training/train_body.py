@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
 from adapters.errors import UnsupportedFile
@@ -22,6 +22,15 @@ from adapters.training.rows import Kind, Row, check_rows, kind_of, read_rows
 from server.api.error_replies import describe_validation, quoted
 from server.api.middleware.headers import body_too_large
 from server.api.middleware.value_count import ValueCount
+from server.api.openapi.constraints import (
+    CLOSED,
+    NAME,
+    SOME_LIST,
+    Schema,
+    constrained,
+    not_both,
+    only_with,
+)
 from server.api.upload import Form, Upload, UploadedFile, receive_upload
 from server.config.settings import MIB, Settings
 from server.errors import Contradiction, RequestInvalid, WrongContentType
@@ -42,8 +51,52 @@ _KINDS: dict[str, Kind] = {
 }
 
 
+_ROW: Schema = {
+    "type": "object",
+    "minProperties": 1,
+    "propertyNames": {"minLength": 1},
+    "additionalProperties": {"type": ["string", "boolean", "integer", "number"]},
+}
+_EXAMPLE = {
+    "adapter": "mine",
+    "method": "ia3",
+    "template": "Tweet text : {text} Label :",
+    "target": "label",
+    "rows": [
+        {"text": "Late again.", "label": "complaint"},
+        {"text": "Lovely!", "label": "no complaint"},
+    ],
+    "hyperparameters": {"epochs": 1},
+}
+
+
 class TrainBody(TrainingRequest):
     """A job and its rows, as JSON."""
+
+    model_config = ConfigDict(
+        json_schema_extra=constrained(
+            required=["adapter", "method", "template", "target", "rows"],
+            properties={
+                "adapter": NAME,
+                "rows": {"anyOf": [{**SOME_LIST, "items": _ROW}]},
+                "label_names": {"minProperties": 1},
+                "hyperparameters": {"anyOf": not_both("epochs", "max_steps")},
+            },
+            allOf=[
+                only_with(
+                    {"method": {"const": "cpt"}},
+                    "context_examples",
+                    "context_seed",
+                    "train_on_context",
+                ),
+                only_with(
+                    {"method": {"enum": ["prefix_tuning", "p_tuning_v2", "prompt_tuning"]}},
+                    "init_text",
+                ),
+            ],
+            example=_EXAMPLE,
+        )
+    )
 
     rows: list[dict[str, str | bool | int | float]] | None = Field(
         None, description="The data, column by column; left out where a file part has it."
@@ -214,9 +267,11 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
         return [_inlined(part, definitions) for part in schema]
     if not isinstance(schema, dict):
         return schema
+    definition: dict[str, Any] = {}
     if "$ref" in schema:
-        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {key: _inlined(part, definitions) for key, part in schema.items() if key != "$defs"}
+        definition = _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    own = {key: part for key, part in schema.items() if key not in ("$defs", "$ref")}
+    return definition | {key: _inlined(part, definitions) for key, part in own.items()}
 
 
 def _schema(model: type[TrainingRequest]) -> dict[str, Any]:
@@ -234,8 +289,13 @@ OPENAPI_BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["job", "data"],
+                    **CLOSED,
                     "properties": {
-                        "job": {"type": "string", "description": "The same JSON, without rows."},
+                        "job": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "description": "The same JSON, without rows.",
+                        },
                         "data": {
                             "type": "string",
                             "format": "binary",

@@ -3,7 +3,7 @@
     completions, chat   the two routes: a body becomes prompts, outputs become their JSON
     schemas             what a body may say
     model               which adapter is meant
-    sampling            a body's words as the engine's options
+    sampling            a body's fields as the engine's options
     prompts, messages   strings, token ids, rows and conversations as prompts
     batch               every sequence of one request, side by side in the engine
     job                 a checked request, its sequences and its usage

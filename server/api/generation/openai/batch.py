@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from server.engine.request import GenerationRequest
 from server.generation.generator import Generation, Generator, Options, Piece
 
-# How often a full queue is asked again.
+# Between attempts to enter a full queue.
 _RETRY_SECONDS = 0.05
 
 

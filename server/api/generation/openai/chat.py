@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.generation.openai.job import Job, Output, check_stream_options, make_job
+from server.api.error_replies import invalid
+from server.api.generation.openai import openai_types as shapes
+from server.api.generation.openai.bodies import ChatBody
 from server.api.generation.openai.logprobs import chat_logprobs
 from server.api.generation.openai.messages import render_chat, row_of
 from server.api.generation.openai.model import chosen_model, note_extras
+from server.api.generation.openai.prepared import (
+    Output,
+    PreparedBatch,
+    check_stream_options,
+    prepare_batch,
+)
 from server.api.generation.openai.prompts import Given, from_row, require_one
 from server.api.generation.openai.reply import stream, whole
 from server.api.generation.openai.sampling import options_of, samples_of
-from server.api.generation.openai.schemas import ChatBody
-from server.api.generation.sampling import invalid
+from server.api.openapi.refusals import GENERATED, refuses
+from server.api.openapi.responses import events
 from server.errors import Contradiction
 from server.generation.generator import Generator, Piece
 from server.services import Services, UseServices
@@ -28,20 +36,26 @@ from server.text.tokenizer import TextTokenizer
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions", summary="Continue a conversation, in OpenAI's protocol")
+@router.post(
+    "/v1/chat/completions",
+    summary="Continue a conversation, in OpenAI's protocol",
+    response_model=shapes.ChatCompletion,
+    responses={200: events(shapes.ChatChunk, shapes.CHAT_EVENTS, "Every choice.", timed=True)},
+    openapi_extra=refuses(*GENERATED),
+)
 async def chat_completions(request: Request, services: UseServices, body: ChatBody) -> Response:
     """The assistant's next message, or `n` of them; a stream where the body says `stream`.
 
     The prompt is made by the base's chat template. An adapter that was stored with a template of
     its own gets that one: a single user message fills its column.
     """
-    job = await _prepare(request, services, body)
+    prepared = await _prepare(request, services, body)
     if body.stream:
-        return await stream(request, job, body.stream_options)
-    return await whole(request, job)
+        return await stream(request, prepared, body.stream_options)
+    return await whole(request, prepared)
 
 
-async def _prepare(request: Request, services: Services, body: ChatBody) -> Job:
+async def _prepare(request: Request, services: Services, body: ChatBody) -> PreparedBatch:
     note_extras(request, body)
     _check(body)
     generator = services.need_generator()
@@ -59,7 +73,7 @@ async def _prepare(request: Request, services: Services, body: ChatBody) -> Job:
     samples = samples_of(body.n, None, services.settings.max_best_of)
     given = await _prompt(generator, body, record)
     shape = ChatShape(generator.tokenizer, num_top if with_logprobs else None)
-    return make_job(
+    return prepare_batch(
         services,
         generator,
         record,
@@ -158,32 +172,35 @@ class ChatShape:
     object_name: str = "chat.completion"
     chunk_name: str = "chat.completion.chunk"
 
-    async def choice(self, output: Output, index: int) -> dict[str, Any]:
+    async def choice(self, output: Output, index: int) -> shapes.ChatChoice:
         """A whole choice."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": output.text, "refusal": None},
             "logprobs": self._logprobs(output.pieces),
-            "finish_reason": output.finish_reason,
+            "finish_reason": cast("shapes.OpenAIFinishReason", output.finish_reason),
         }
 
-    async def opening(self, output: Output, index: int) -> dict[str, Any] | None:
+    async def opening(self, output: Output, index: int) -> shapes.ChatDeltaChoice | None:
         """Who speaks."""
         return _delta(index, {"role": "assistant", "content": ""}, None, None)
 
-    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> shapes.ChatDeltaChoice:
         """New text and the tokens it came from."""
         text = "".join(piece.added for piece in pieces)
-        content = {"content": text} if text else {}
+        content: shapes.ChatDelta = {"content": text} if text else {}
         return _delta(index, content, self._logprobs(pieces), output.finish_reason)
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: Sequence[Piece]) -> shapes.ChatLogprobs | None:
         if self.num_top_logprobs is None:
             return None
         return chat_logprobs(self.tokenizer, pieces, self.num_top_logprobs)
 
 
 def _delta(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, reason: str | None
-) -> dict[str, Any]:
+    index: int,
+    delta: shapes.ChatDelta,
+    logprobs: shapes.ChatLogprobs | None,
+    reason: shapes.OpenAIFinishReason | None,
+) -> shapes.ChatDeltaChoice:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.generation.openai.job import Job, Output, check_stream_options, make_job
-from server.api.generation.openai.logprobs import CompletionLogprobs
+from server.api.error_replies import invalid
+from server.api.generation.openai import openai_types as shapes
+from server.api.generation.openai.bodies import DEFAULT_MAX_TOKENS, CompletionBody
+from server.api.generation.openai.logprobs import LogprobLists
 from server.api.generation.openai.model import chosen_model, note_extras
+from server.api.generation.openai.prepared import (
+    Output,
+    PreparedBatch,
+    check_stream_options,
+    prepare_batch,
+)
 from server.api.generation.openai.prompts import encode_all, from_row, require_one, token_offsets
 from server.api.generation.openai.reply import stream, whole
 from server.api.generation.openai.sampling import options_of, samples_of
-from server.api.generation.openai.schemas import DEFAULT_MAX_TOKENS, CompletionBody
-from server.api.generation.sampling import invalid
+from server.api.openapi.refusals import GENERATED, refuses
+from server.api.openapi.responses import events
 from server.generation.generator import Generator, Piece
 from server.services import Services, UseServices
 
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/completions", summary="Complete prompts, in OpenAI's protocol")
+@router.post(
+    "/v1/completions",
+    summary="Complete prompts, in OpenAI's protocol",
+    response_model=shapes.Completion,
+    responses={
+        200: events(shapes.CompletionChunk, shapes.COMPLETION_EVENTS, "Every choice.", timed=True)
+    },
+    openapi_extra=refuses(*GENERATED),
+)
 async def completions(request: Request, services: UseServices, body: CompletionBody) -> Response:
     """A choice, or `n` of them, for every prompt; a stream where the body says `stream`."""
-    job = await _prepare(request, services, body)
+    prepared = await _prepare(request, services, body)
     if body.stream:
-        return await stream(request, job, body.stream_options)
-    return await whole(request, job)
+        return await stream(request, prepared, body.stream_options)
+    return await whole(request, prepared)
 
 
-async def _prepare(request: Request, services: Services, body: CompletionBody) -> Job:
+async def _prepare(request: Request, services: Services, body: CompletionBody) -> PreparedBatch:
     note_extras(request, body)
     _check(body)
     generator = services.need_generator()
@@ -58,7 +73,7 @@ async def _prepare(request: Request, services: Services, body: CompletionBody) -
         prompts = await encode_all(
             generator, body.prompt, lambda number: generator.check_length(number, record, options)
         )
-    return make_job(
+    return prepare_batch(
         services,
         generator,
         record,
@@ -99,32 +114,32 @@ class CompletionShape:
     object_name: str = "text_completion"
     chunk_name: str = "text_completion"
 
-    async def choice(self, output: Output, index: int) -> dict[str, Any]:
+    async def choice(self, output: Output, index: int) -> shapes.CompletionChoice:
         """A whole choice."""
         text, logprobs = await self._echoed(output)
         if logprobs is not None:
             logprobs.add_output(self.generator.tokenizer, output.pieces, len(text))
         return _choice(index, text + output.text, logprobs, output.finish_reason)
 
-    async def opening(self, output: Output, index: int) -> dict[str, Any] | None:
+    async def opening(self, output: Output, index: int) -> shapes.CompletionChoice | None:
         """The echoed prompt."""
         if not self.echo:
             return None
         text, logprobs = await self._echoed(output)
         return _choice(index, text, logprobs, None)
 
-    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> shapes.CompletionChoice:
         """New text and the tokens it came from."""
-        logprobs = CompletionLogprobs() if self.with_logprobs else None
+        logprobs = LogprobLists() if self.with_logprobs else None
         if logprobs is not None:
             start = len(output.given.prompt.text) if self.echo else 0
             logprobs.add_output(self.generator.tokenizer, pieces, start)
         text = "".join(piece.added for piece in pieces)
         return _choice(index, text, logprobs, output.finish_reason)
 
-    async def _echoed(self, output: Output) -> tuple[str, CompletionLogprobs | None]:
+    async def _echoed(self, output: Output) -> tuple[str, LogprobLists | None]:
         given = output.given
-        logprobs = CompletionLogprobs() if self.with_logprobs else None
+        logprobs = LogprobLists() if self.with_logprobs else None
         if not self.echo:
             return "", logprobs
         if logprobs is not None:
@@ -139,8 +154,8 @@ class CompletionShape:
 
 
 def _choice(
-    index: int, text: str, logprobs: CompletionLogprobs | None, reason: str | None
-) -> dict[str, Any]:
+    index: int, text: str, logprobs: LogprobLists | None, reason: shapes.OpenAIFinishReason | None
+) -> shapes.CompletionChoice:
     return {
         "index": index,
         "text": text,

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from server.api.generation.openai.openai_types import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    NamedLogprob,
+)
 from server.engine.request import TokenLogprob
 from server.generation.generator import Piece
 from server.text.tokenizer import TextTokenizer
@@ -20,7 +24,7 @@ _LEAST = -9999.0
 
 
 @dataclass
-class CompletionLogprobs:
+class LogprobLists:
     """Log-probabilities of a completion, or of a part of it in a stream.
 
     Every list has one entry a token: of the echoed prompt, then of the output.
@@ -47,7 +51,7 @@ class CompletionLogprobs:
         for piece in pieces:
             self._add(tokenizer, piece.token_id, piece.logprob, start + piece.offset)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> CompletionLogprobs:
         """The object that stands under `logprobs`."""
         return {
             "tokens": self.tokens,
@@ -73,9 +77,7 @@ class CompletionLogprobs:
         self.top_logprobs.append(top)
 
 
-def chat_logprobs(
-    tokenizer: TextTokenizer, pieces: Iterable[Piece], num_top: int
-) -> dict[str, Any]:
+def chat_logprobs(tokenizer: TextTokenizer, pieces: Iterable[Piece], num_top: int) -> ChatLogprobs:
     """The object that stands under a chat choice's `logprobs`."""
     return {
         "content": [
@@ -99,7 +101,7 @@ def token_name(tokenizer: TextTokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _named(tokenizer: TextTokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _named(tokenizer: TextTokenizer, token_id: int, logprob: float) -> NamedLogprob:
     return {
         "token": token_name(tokenizer, token_id),
         "logprob": _finite(logprob),

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adapters.template import Template
-from server.api.error_replies import quoted
-from server.api.generation.openai.schemas import Message, TextPart
-from server.api.generation.sampling import invalid
-from server.api.schemas import Row
+from server.api.error_replies import invalid, quoted
+from server.api.generation.openai.bodies import Message, TextPart
+from server.api.schemas import BodyRow
 from server.errors import RequestInvalid
 from server.store.registry import AdapterRecord
 from server.text.chat import ConversationRefused
@@ -61,7 +60,7 @@ def render_chat(
         ) from error
 
 
-def row_of(messages: Sequence[Message], record: AdapterRecord) -> Row:
+def row_of(messages: Sequence[Message], record: AdapterRecord) -> BodyRow:
     """The row for an adapter's own template of one column: what the one user message says.
 
     Raises:

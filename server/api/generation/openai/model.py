@@ -8,7 +8,7 @@ from adapters.errors import AdapterNotFound, NameInvalid, VersionNotFound
 from server.api.adapter_choice import only_query, refuse_stray_adapters
 from server.api.adapter_headers import name_adapter
 from server.api.error_replies import quoted
-from server.api.generation.openai.schemas import OpenAIBody
+from server.api.generation.openai.bodies import OpenAIBody
 from server.api.middleware.headers import note_ignored
 from server.api.schemas import set_extras
 from server.errors import Contradiction

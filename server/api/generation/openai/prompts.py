@@ -13,10 +13,8 @@ from typing import Any, Literal
 
 import anyio.to_thread
 
-from server.api.error_replies import quoted
-from server.api.generation.sampling import invalid
-from server.api.schemas import Row
-from server.errors import Contradiction
+from server.api.error_replies import both_given, invalid, quoted
+from server.api.schemas import BodyRow
 from server.generation.generator import Generator, Prompt
 from server.store.registry import AdapterRecord
 from server.text.detokenizer import IncrementalDetokenizer
@@ -40,7 +38,7 @@ class Given:
 
 
 def require_one(
-    prompt: object, row: Row | None, field: str, expected: str = "a prompt, or a row"
+    prompt: object, row: BodyRow | None, field: str, expected: str = "a prompt, or a row"
 ) -> None:
     """Refuse a request with both a prompt and a row, or with neither.
 
@@ -49,12 +47,7 @@ def require_one(
         RequestInvalid: neither.
     """
     if prompt is not None and row is not None:
-        raise Contradiction(
-            f"{field} and row are both given; send one of them",
-            field="row",
-            expected=f"{field} or row",
-            came="both",
-        )
+        raise both_given(field, "row")
     if prompt is None and row is None:
         raise invalid(field, expected, "nothing")
 
@@ -87,7 +80,7 @@ async def encode_all(
     return given
 
 
-async def from_row(generator: Generator, row: Row, adapter: AdapterRecord | None) -> Given:
+async def from_row(generator: Generator, row: BodyRow, adapter: AdapterRecord | None) -> Given:
     """The prompt that the adapter's stored template makes of a row.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A job's reply: whole, or a stream.
+"""The reply to a prepared request: whole, or a stream.
 
 Frames are `data: ` lines that end with LF LF, and the last is `[DONE]`; a stream that breaks off
 ends with a frame that holds the error instead. Knows neither route.
@@ -14,12 +14,12 @@ import structlog
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.error_replies import UNFORESEEN, body_of, describe
+from server.api.error_replies import UNFORESEEN, body_of, describe, invalid
+from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.batch import Batch
-from server.api.generation.openai.job import Job, Output
-from server.api.generation.openai.schemas import StreamOptions
+from server.api.generation.openai.bodies import StreamOptions
+from server.api.generation.openai.prepared import Output, PreparedBatch
 from server.api.middleware.headers import set_headers, timing_headers
-from server.errors import RequestInvalid
 from server.generation.generator import Piece, mean_logprob
 from server.http.event_stream import EventStream, compact, unless_gone
 
@@ -31,27 +31,27 @@ DONE = b"data: [DONE]\n\n"
 # --- whole replies -------------------------------------------------------------------------
 
 
-async def whole(request: Request, job: Job) -> Response:
+async def whole(request: Request, prepared: PreparedBatch) -> Response:
     """Every choice at once."""
-    batch = job.batch()
-    outputs = await unless_gone(request.receive, _read_all(job, batch))
+    batch = prepared.batch()
+    outputs = await unless_gone(request.receive, _read_all(prepared, batch))
     set_headers(request, timing_headers(*batch.generations))
-    choices: list[dict[str, Any]] = []
-    for start in range(0, len(outputs), job.best_of):
-        for output in _best(outputs[start : start + job.best_of], job.n):
-            choices.append(await job.shape.choice(output, len(choices)))
-    body = job.envelope(job.shape.object_name, choices)
-    return JSONResponse({**body, "usage": job.usage(outputs)})
+    choices: list[shapes.CompletionChoice | shapes.ChatChoice] = []
+    for start in range(0, len(outputs), prepared.best_of):
+        for output in _best(outputs[start : start + prepared.best_of], prepared.n):
+            choices.append(await prepared.shape.choice(output, len(choices)))
+    body = prepared.envelope(prepared.shape.object_name, choices)
+    return JSONResponse({**body, "usage": prepared.usage(outputs)})
 
 
-async def _read_all(job: Job, batch: Batch) -> list[Output]:
+async def _read_all(prepared: PreparedBatch, batch: Batch) -> list[Output]:
     outputs: dict[int, Output] = {}
     async with aclosing(batch.pieces()) as pieces:
         async for index, piece in pieces:
             if index not in outputs:
-                outputs[index] = job.output(batch, index)
+                outputs[index] = prepared.output(batch, index)
             outputs[index].take(piece)
-    return [outputs[index] for index in range(len(job.requests))]
+    return [outputs[index] for index in range(len(prepared.requests))]
 
 
 def _best(samples: list[Output], count: int) -> list[Output]:
@@ -64,16 +64,13 @@ def _best(samples: list[Output], count: int) -> list[Output]:
 # --- streams -------------------------------------------------------------------------------
 
 
-async def stream(request: Request, job: Job, options: StreamOptions | None) -> Response:
+async def stream(
+    request: Request, prepared: PreparedBatch, options: StreamOptions | None
+) -> Response:
     """Every choice as it is made. The first token is awaited before, for a real status."""
-    if job.best_of > job.n:
-        raise RequestInvalid(
-            f"best_of: expected n, which is {job.n}, when streaming, came {job.best_of}",
-            field="best_of",
-            expected=str(job.n),
-            came=str(job.best_of),
-        )
-    batch = job.batch()
+    if prepared.best_of > prepared.n:
+        raise invalid("best_of", f"n, which is {prepared.n}, when streaming", prepared.best_of)
+    batch = prepared.batch()
     pieces = batch.pieces()
 
     async def read_first() -> tuple[int, Piece]:
@@ -85,20 +82,20 @@ async def stream(request: Request, job: Job, options: StreamOptions | None) -> R
         batch.abort()
         raise
     set_headers(request, timing_headers(*batch.generations))
-    frames = _Frames(job, batch, options or StreamOptions())
+    frames = _Frames(prepared, batch, options or StreamOptions())
     return EventStream(frames.all(request, first, pieces), batch.abort)
 
 
 class _Frames:
     """The frames of one stream."""
 
-    def __init__(self, job: Job, batch: Batch, options: StreamOptions) -> None:
-        self._job = job
+    def __init__(self, prepared: PreparedBatch, batch: Batch, options: StreamOptions) -> None:
+        self._prepared = prepared
         self._batch = batch
         self._outputs: dict[int, Output] = {}
         self._with_usage = bool(options.include_usage)
         self._always_usage = self._with_usage and bool(options.continuous_usage_stats)
-        self._envelope = job.envelope(job.shape.chunk_name, [])
+        self._envelope = prepared.envelope(prepared.shape.chunk_name, [])
         # What every chunk begins and ends with is written once: most of a chunk is that.
         self._head = "data: " + compact(self._envelope).removesuffix("]}")
         self._tail = '],"usage":null}\n\n' if self._with_usage else "]}\n\n"
@@ -132,8 +129,8 @@ class _Frames:
 
     async def _of_new(self, index: int, piece: Piece) -> list[bytes]:
         """What an output's first token adds: there may be something to say before it."""
-        output = self._outputs[index] = self._job.output(self._batch, index)
-        opening = await self._job.shape.opening(output, index)
+        output = self._outputs[index] = self._prepared.output(self._batch, index)
+        opening = await self._prepared.shape.opening(output, index)
         before = [] if opening is None else [self._chunk(opening)]
         frame = self._of(index, piece)
         return [*before, frame] if frame else before
@@ -142,16 +139,16 @@ class _Frames:
         output = self._outputs[index]
         pieces = output.take(piece)
         # Nothing is sent for a token that only begins a character, unless it is of use by itself.
-        if piece.added or piece.finish_reason is not None or self._job.logprobs:
-            return self._chunk(self._job.shape.delta(output, index, pieces))
+        if piece.added or piece.finish_reason is not None or self._prepared.logprobs:
+            return self._chunk(self._prepared.shape.delta(output, index, pieces))
         return b""
 
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
+    def _chunk(self, choice: shapes.CompletionChoice | shapes.ChatDeltaChoice) -> bytes:
         tail = f'],"usage":{compact(self._usage())}}}\n\n' if self._always_usage else self._tail
         return f"{self._head}{compact(choice)}{tail}".encode()
 
-    def _usage(self) -> dict[str, Any]:
-        return self._job.usage([*self._outputs.values()])
+    def _usage(self) -> shapes.Usage:
+        return self._prepared.usage([*self._outputs.values()])
 
 
 def _frame(data: dict[str, Any]) -> bytes:

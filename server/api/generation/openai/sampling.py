@@ -5,9 +5,9 @@ Knows no prompt, no adapter and no reply.
 
 from __future__ import annotations
 
-from server.api.error_replies import quoted
-from server.api.generation.openai.schemas import OpenAIBody
-from server.api.generation.sampling import invalid, sampling_of
+from server.api.error_replies import invalid, quoted
+from server.api.generation.openai.bodies import OpenAIBody
+from server.api.generation.sampling import sampling_of
 from server.errors import Contradiction
 from server.generation.generator import Options
 from server.generation.grammars import grammar_from

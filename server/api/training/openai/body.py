@@ -19,6 +19,15 @@ from adapters.training.job import (
 )
 from adapters.training.recipes import RECIPES
 from server.api.error_replies import describe_validation, quoted
+from server.api.openapi.constraints import (
+    NAME,
+    NO_STRAY_ADAPTERS,
+    NULL,
+    Schema,
+    constrained,
+    not_both,
+    nullable,
+)
 from server.api.schemas import Text
 from server.errors import Contradiction, RequestInvalid
 
@@ -42,6 +51,8 @@ MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
 class TuningHyperparameters(HyperparameterRequest):
     """OpenAI's three, and those of `/train`; "auto" is the same as left out."""
 
+    model_config = ConfigDict(json_schema_extra=constrained(anyOf=not_both("epochs", "max_steps")))
+
     n_epochs: Auto | Epochs | None = Field(
         None, description="Passes over the data; the recipe's if left out."
     )
@@ -54,7 +65,7 @@ class TuningHyperparameters(HyperparameterRequest):
 
 
 class MethodBlock(TrainingOptions):
-    """What may be said about a method: its optimisation, PEFT's fields and those of `/train`."""
+    """Options of a method: its optimisation, PEFT's fields and those of `/train`."""
 
     template: Annotated[str, Field(min_length=1)] | None = Field(
         None,
@@ -66,13 +77,31 @@ class MethodBlock(TrainingOptions):
     hyperparameters: TuningHyperparameters | None = Field(None, description="The optimisation.")
 
 
+_BLOCK = nullable({"$ref": "#/components/schemas/MethodBlock"})
+
+
+def _only_of_its_type(name: str) -> Schema:
+    """A method's block is left out, or null, unless its name is the type."""
+    chosen: Schema = {"properties": {"type": {"const": name}}}
+    if name != SUPERVISED:
+        chosen["required"] = ["type"]
+    return {"anyOf": [chosen, {"properties": {name: NULL}}]}
+
+
 class MethodChoice(BaseModel):
     """OpenAI's `method`: a type, and under the type's own name what there is to say about it."""
 
     model_config = ConfigDict(
         extra="allow",
         strict=True,
-        json_schema_extra={"additionalProperties": {"$ref": "#/components/schemas/MethodBlock"}},
+        json_schema_extra=constrained(
+            properties={
+                "type": {"enum": list(METHOD_TYPES)},
+                **{name: {**_BLOCK, "description": f"Options of {name}."} for name in METHOD_TYPES},
+            },
+            additionalProperties=NULL,
+            allOf=[_only_of_its_type(name) for name in METHOD_TYPES],
+        ),
     )
 
     type: Text = Field(
@@ -88,8 +117,10 @@ class TuningBody(BaseModel):
         extra="allow",
         strict=True,
         allow_inf_nan=False,
-        json_schema_extra={
-            "example": {
+        json_schema_extra=constrained(
+            **NO_STRAY_ADAPTERS,
+            properties={"suffix": NAME},
+            example={
                 "model": "SmolLM2-135M-Instruct",
                 "training_file": "file-0123456789abcdef01234567",
                 "suffix": "complaints",
@@ -97,8 +128,8 @@ class TuningBody(BaseModel):
                     "type": "ia3",
                     "ia3": {"hyperparameters": {"n_epochs": 3, "learning_rate_multiplier": 1.0}},
                 },
-            }
-        },
+            },
+        ),
     )
 
     model: Text = Field(description="The base; adapters are not trained further.")
@@ -160,11 +191,11 @@ class Asked:
             target: the column to answer.
             separator: stands between the two, unless the block says otherwise; None leaves it open.
         """
-        said = self.block.model_dump(exclude={"hyperparameters", "template", "target"})
-        if said["target_separator"] is None:
-            said["target_separator"] = separator
+        fields = self.block.model_dump(exclude={"hyperparameters", "template", "target"})
+        if fields["target_separator"] is None:
+            fields["target_separator"] = separator
         return TrainingRequest(
-            **said,
+            **fields,
             adapter=adapter,
             method=METHOD_TYPES[self.type],
             template=template,
@@ -212,7 +243,7 @@ def _block(choice: MethodChoice) -> MethodBlock:
 
 
 def _hyperparameters(asked: Asked) -> HyperparameterRequest:
-    """Those of the block and those beside it, in the words of `/train`."""
+    """Those of the block and those beside it, by the names of `/train`."""
     field = f"{asked.place}.hyperparameters"
     given = _said(asked.block.hyperparameters)
     for name, value in _said(asked.body.hyperparameters).items():
@@ -230,8 +261,8 @@ def _hyperparameters(asked: Asked) -> HyperparameterRequest:
 def _said(options: TuningHyperparameters | None) -> dict[str, Any]:
     if options is None:
         return {}
-    said = options.model_dump(exclude_none=True)
-    return {name: value for name, value in said.items() if value != "auto"}
+    fields = options.model_dump(exclude_none=True)
+    return {name: value for name, value in fields.items() if value != "auto"}
 
 
 def _agree(field: str, given: dict[str, Any], name: str, value: Any) -> None:

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from adapters.errors import DataInvalid
 from server.api.error_replies import describe_validation, quoted
+from server.api.generation.openai.bodies import Message
 from server.api.generation.openai.messages import render_chat, text_of
-from server.api.generation.openai.schemas import Message
 from server.errors import RequestInvalid
 from server.text.tokenizer import TextTokenizer
 

@@ -77,7 +77,7 @@ class TuningData:
 
 
 @dataclass(frozen=True)
-class _File:
+class _TuningFile:
     """One file as rows; `places` has as many."""
 
     form: Literal["chat", "completion", "plain"]
@@ -136,7 +136,7 @@ class _Reader:
         self._tokenizer = tokenizer
         self._limits = limits
 
-    def read(self, field: FileField, file_id: str) -> _File:
+    def read(self, field: FileField, file_id: str) -> _TuningFile:
         with _told_by_field(field):
             path = self._files.path(file_id)
             kind = kind_of(self._files.get(file_id).filename) or "jsonl"
@@ -180,15 +180,15 @@ class _Reader:
             came="none",
         )
 
-    def _plain(self, field: FileField, path: Path, kind: Kind) -> _File:
+    def _plain(self, field: FileField, path: Path, kind: Kind) -> _TuningFile:
         rows = read_rows(path, kind, self._limits)
-        return _File("plain", rows, [f"{field}, row {n}" for n in range(1, len(rows) + 1)])
+        return _TuningFile("plain", rows, [f"{field}, row {n}" for n in range(1, len(rows) + 1)])
 
-    def _completions(self, field: FileField, path: Path, kind: Kind) -> _File:
+    def _completions(self, field: FileField, path: Path, kind: Kind) -> _TuningFile:
         plain = self._plain(field, path, kind)
-        return _File("completion", plain.rows, plain.places)
+        return _TuningFile("completion", plain.rows, plain.places)
 
-    def _chat(self, field: FileField, path: Path) -> _File:
+    def _chat(self, field: FileField, path: Path) -> _TuningFile:
         for name in _NOT_WITH_CHAT:
             if name in self._asked.block.model_fields_set:
                 raise Contradiction(
@@ -216,7 +216,7 @@ class _Reader:
 
         try:
             # One at a time: a long conversation makes many prompts, and the limits count them.
-            return _File("chat", check_rows(rows(), self._limits), places)
+            return _TuningFile("chat", check_rows(rows(), self._limits), places)
         except DataInvalid as error:
             _tell_place(error, places, field)
             raise

@@ -6,26 +6,30 @@ seen when a job names them. Thin: the store decides, off the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import anyio.to_thread
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 
 from server.api.adapter_choice import only_query
-from server.api.error_replies import quoted
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import body_too_large
+from server.api.openapi.constraints import CLOSED
+from server.api.openapi.refusals import STORED, refuses
+from server.api.openapi.responses import plain
+from server.api.reply_fields import ReplyModel, UnixTime, fixed, shows
+from server.api.training.openai.replies import Page
 from server.api.upload import Form, Upload, UploadedFile, receive_upload, small_fields
 from server.config.settings import MIB
-from server.errors import RequestInvalid, UploadNotFound
+from server.errors import FilesFull, UploadNotFound
 from server.services import Services, UseServices
-from server.store.files import FileRecord
 
 router = APIRouter(prefix="/v1/files", tags=["fine-tuning"])
 
-ResultT = TypeVar("ResultT")
 
 PURPOSE = "fine-tune"
 MAX_PAGE = 10_000
@@ -34,6 +38,7 @@ _CURL = "-F purpose=fine-tune -F file=@rows.jsonl"
 # The form around the file: its fields, headers and boundaries.
 _FORM_BYTES = MIB
 _CHUNK = 1 << 18
+_ID = "file-0123456789abcdef01234567"
 _FORM = {
     "requestBody": {
         "required": True,
@@ -42,6 +47,7 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    **CLOSED,
                     "properties": {
                         "file": {
                             "type": "string",
@@ -62,8 +68,41 @@ _FORM = {
 }
 
 
-@router.post("", summary="Upload a file to train on", openapi_extra=_FORM)
-async def create_file(request: Request, services: UseServices) -> dict[str, Any]:
+class FileObject(ReplyModel):
+    """OpenAI's `file`."""
+
+    id: str = shows(_ID, "The file.")
+    object: Literal["file"] = fixed("file", "What this is.")
+    num_bytes: int = Field(
+        serialization_alias="bytes", description="How long it is.", examples=[10240]
+    )
+    created_at: UnixTime = shows(1795376932, "Unix time, seconds.")
+    expires_at: None = fixed(None, "Always null: files are kept until they are deleted.")
+    filename: str = shows("rows.jsonl", "As the client called it.")
+    purpose: str = shows("fine-tune", "What it is for.")
+    status: str = fixed("processed", "Always processed; a job checks the lines.")
+    status_details: None = fixed(None, "Always null.")
+
+
+class FileList(Page[FileObject]):
+    """A page of files."""
+
+
+class FileDeleted(ReplyModel):
+    """A file that is gone."""
+
+    id: str = shows(_ID, "The file.")
+    object: Literal["file"] = fixed("file", "What this was.")
+    deleted: bool = fixed(True, "Always true.")
+
+
+@router.post(
+    "",
+    summary="Upload a file to train on",
+    response_description="The file is stored.",
+    openapi_extra=_FORM | refuses(FilesFull, *STORED),
+)
+async def create_file(request: Request, services: UseServices) -> FileObject:
     """Keeps the bytes as they are; lines are checked when a job names the file."""
     only_query(request)
     files = services.need_files()
@@ -80,11 +119,11 @@ async def create_file(request: Request, services: UseServices) -> dict[str, Any]
         upload = await receive_upload(request, received, form)
         purpose, file = _purpose(upload), _one_file(upload)
         _check_size(file.path, services)
-        record = await _off_loop(lambda: files.add(file.path, file.name or "upload", purpose))
-    return file_json(record)
+        record = await run_sync(lambda: files.add(file.path, file.name or "upload", purpose))
+    return FileObject.model_validate(record)
 
 
-@router.get("", summary="Uploaded files")
+@router.get("", summary="Uploaded files", openapi_extra=refuses(UploadNotFound))
 async def list_files(
     request: Request,
     services: UseServices,
@@ -98,39 +137,37 @@ async def list_files(
     order: Annotated[
         Literal["asc", "desc"], Query(description="desc: the newest first; asc: the oldest.")
     ] = "desc",
-) -> dict[str, Any]:
-    """A page; `has_more` says whether there is another, which `after` with `last_id` asks for."""
+) -> FileList:
+    """A page; `has_more` says whether there is another; `after` with `last_id` requests it."""
     only_query(request, "after", "limit", "purpose", "order")
     files = services.need_files()
     newest_first = order == "desc"
-    found = await _off_loop(
+    found = await run_sync(
         lambda: files.list(after, limit + 1, purpose=purpose, newest_first=newest_first)
     )
-    return page([file_json(record) for record in found], limit)
+    return FileList.of([FileObject.model_validate(record) for record in found], limit)
 
 
 @router.get("/{file_id}", summary="One uploaded file")
-async def get_file(request: Request, services: UseServices, file_id: str) -> dict[str, Any]:
-    """What is known of it, without its bytes."""
+async def get_file(request: Request, services: UseServices, file_id: str) -> FileObject:
+    """Its name, size and purpose, without its bytes."""
     only_query(request)
     files = services.need_files()
-    return file_json(await _off_loop(lambda: files.get(file_id)))
+    return FileObject.model_validate(await run_sync(lambda: files.get(file_id)))
 
 
 @router.get(
     "/{file_id}/content",
     summary="The bytes of an uploaded file",
     response_class=StreamingResponse,
-    responses={
-        200: {"description": "The file as it came.", "content": {"application/octet-stream": {}}}
-    },
+    responses={200: plain("application/octet-stream", "The bytes as they came.")},
 )
 async def get_content(request: Request, services: UseServices, file_id: str) -> StreamingResponse:
     """As they came, whatever they are."""
     only_query(request)
     files = services.need_files()
-    record = await _off_loop(lambda: files.get(file_id))
-    chunks = await _off_loop(lambda: _opened(files.path(file_id)))
+    record = await run_sync(lambda: files.get(file_id))
+    chunks = await run_sync(lambda: _opened(files.path(file_id)))
     headers = {
         "content-length": str(record.num_bytes),
         "content-disposition": "attachment",
@@ -139,40 +176,17 @@ async def get_content(request: Request, services: UseServices, file_id: str) -> 
     return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
 
-@router.delete("/{file_id}", summary="Delete an uploaded file")
-async def delete_file(request: Request, services: UseServices, file_id: str) -> dict[str, Any]:
+@router.delete(
+    "/{file_id}",
+    summary="Delete an uploaded file",
+    openapi_extra=refuses(*STORED),
+)
+async def delete_file(request: Request, services: UseServices, file_id: str) -> FileDeleted:
     """Jobs that were made of it go on: each has its own rows."""
     only_query(request)
     files = services.need_files()
-    await _off_loop(lambda: files.delete(file_id))
-    return {"id": file_id, "object": "file", "deleted": True}
-
-
-def file_json(record: FileRecord) -> dict[str, Any]:
-    """A file in OpenAI's words."""
-    return {
-        "id": record.id,
-        "object": "file",
-        "bytes": record.num_bytes,
-        "created_at": int(record.created_at.timestamp()),
-        "expires_at": None,
-        "filename": record.filename,
-        "purpose": record.purpose,
-        "status": "processed",
-        "status_details": None,
-    }
-
-
-def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A list in OpenAI's shape, of up to `limit` + 1 objects that were found."""
-    shown_ = found[:limit]
-    return {
-        "object": "list",
-        "data": shown_,
-        "first_id": shown_[0]["id"] if shown_ else None,
-        "last_id": shown_[-1]["id"] if shown_ else None,
-        "has_more": len(found) > limit,
-    }
+    await run_sync(lambda: files.delete(file_id))
+    return FileDeleted(id=file_id)
 
 
 # --- the form ----------------------------------------------------------------------------------
@@ -181,41 +195,28 @@ def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
 def _purpose(upload: Upload) -> str:
     for name in _EXPIRY:
         if upload.one(name) is not None:
-            raise RequestInvalid(
-                "expires_after: files are kept until they are deleted; leave it out",
-                field="expires_after",
-                expected="the field left out",
-                came=quoted(upload.one(name)),
+            raise invalid(
+                "expires_after",
+                "the field left out: files are kept until they are deleted",
+                quoted(upload.one(name)),
             )
     purpose = upload.one("purpose")
     if purpose != PURPOSE:
         came = "nothing" if purpose is None else quoted(purpose)
-        raise RequestInvalid(
-            f"purpose: expected {PURPOSE!r}, the one thing that files are for here; came {came}",
-            field="purpose",
-            expected=PURPOSE,
-            came=came,
-        )
+        raise invalid("purpose", f"{PURPOSE!r}, the only purpose of files here", came)
     return purpose
 
 
 def _one_file(upload: Upload) -> UploadedFile:
     if len(upload.files) != 1:
-        raise RequestInvalid(
-            f"file: expected one file part, came {len(upload.files)} (curl: {_CURL})",
-            field="file",
-            expected="one file part",
-            came=str(len(upload.files)),
-        )
+        raise invalid("file", f"one file part (curl: {_CURL})", len(upload.files))
     return upload.files[0]
 
 
 def _check_size(path: Path, services: Services) -> None:
     num_bytes, most = path.stat().st_size, services.settings.max_data_mib * MIB
     if num_bytes == 0:
-        raise RequestInvalid(
-            "file: it is empty", field="file", expected="at least one line", came="0 bytes"
-        )
+        raise invalid("file", "at least one line", "0 bytes")
     if num_bytes > most:
         raise body_too_large(most)
 
@@ -233,7 +234,3 @@ def _opened(path: Path) -> Iterator[bytes]:
                 yield chunk
 
     return chunks()
-
-
-async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
-    return await anyio.to_thread.run_sync(work)

@@ -1,4 +1,4 @@
-"""`/v1/fine_tuning/jobs`: ask for training, follow it, cancel it, in OpenAI's words.
+"""`/v1/fine_tuning/jobs`: ask for training, follow it, cancel it, in OpenAI's protocol.
 
 Thin: the files become rows, the body becomes a request as `/train` takes it, and the same plan, table
 of jobs and supervisor do the rest. Jobs that `/train` made are listed too. Blocking work runs off the
@@ -9,37 +9,48 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-import anyio.to_thread
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 
 from adapters.errors import AdapterExists, JobInvalid, NameInvalid, TemplateInvalid
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query, refuse_stray_adapters
-from server.api.error_replies import quoted
+from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import note_ignored
+from server.api.openapi.refusals import PLANNED, STORED, refuses
 from server.api.schemas import set_extras
+from server.api.training.openai import replies
 from server.api.training.openai.body import Asked, TuningBody
 from server.api.training.openai.data import TuningData, read_data
-from server.api.training.openai.files import page
-from server.api.training.openai.replies import event_number, event_object, job_object, tuning_of
-from server.errors import Contradiction, RequestInvalid, UnknownParameter
+from server.errors import (
+    Contradiction,
+    JobNotFound,
+    RequestInvalid,
+    UnknownParameter,
+    UploadNotFound,
+)
 from server.services import Services, UseServices
 from server.store.jobs import JobRecord
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-ResultT = TypeVar("ResultT")
 Limit = Annotated[int, Query(ge=1, le=1000, description="How many at most.")]
 
 DEFAULT_PAGE = 20
 _METADATA = re.compile(r"metadata\[([^\]]*)\]")
 
 
-@router.post("", summary="Train an adapter on an uploaded file")
-async def create_job(request: Request, services: UseServices, body: TuningBody) -> dict[str, Any]:
+@router.post(
+    "",
+    summary="Train an adapter on an uploaded file",
+    response_description="The job waits.",
+    openapi_extra=refuses(UploadNotFound, *PLANNED),
+)
+async def create_job(
+    request: Request, services: UseServices, body: TuningBody
+) -> replies.TuningJob:
     """Checks the data at once, queues the job, and says how it stands.
 
     `fine_tuned_model` is null until the job has succeeded; then it is the adapter's name, which
@@ -52,13 +63,17 @@ async def create_job(request: Request, services: UseServices, body: TuningBody) 
     _require_base(services, body.model)
     asked = Asked(body)
     async with services.planning:
-        record = await _off_loop(lambda: _create(services, asked))
+        record = await run_sync(lambda: _create(services, asked))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return job_object(record)
+    return replies.tuning_job(record)
 
 
-@router.get("", summary="Training jobs, the newest first")
+@router.get(
+    "",
+    summary="Training jobs, the newest first",
+    openapi_extra=refuses(JobNotFound),
+)
 async def list_jobs(
     request: Request,
     services: UseServices,
@@ -66,69 +81,86 @@ async def list_jobs(
         str | None, Query(description="Only jobs older than the one with this id.")
     ] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> dict[str, Any]:
+) -> replies.TuningJobList:
     """A page; `metadata[NAME]=VALUE` keeps jobs with these texts, `metadata=null` those without."""
     wanted, none_wanted = _metadata(request)
     jobs = services.need_jobs()
-    found = await _off_loop(
+    found = await run_sync(
         lambda: jobs.list_after(after, limit + 1, wanted, without_metadata=none_wanted)
     )
-    return page([job_object(record) for record in found], limit)
+    return replies.TuningJobList.of([replies.tuning_job(record) for record in found], limit)
 
 
 @router.get("/{job_id}", summary="One training job")
-async def get_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+async def get_job(request: Request, services: UseServices, job_id: str) -> replies.TuningJob:
     """`GET /train/{id}` says more of the same job."""
     only_query(request)
     jobs = services.need_jobs()
-    return job_object(await _off_loop(lambda: jobs.get(job_id)))
+    return replies.tuning_job(await run_sync(lambda: jobs.get(job_id)))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a training job")
-async def cancel_job(request: Request, services: UseServices, job_id: str) -> dict[str, Any]:
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a training job",
+    response_description="The job's state now.",
+    openapi_extra=refuses(*STORED),
+)
+async def cancel_job(request: Request, services: UseServices, job_id: str) -> replies.TuningJob:
     """One that runs is still `running` in the reply, and `cancelled` within seconds.
 
     A job that has ended stays as it is.
     """
     only_query(request)
     jobs = services.need_jobs()
-    record = await _off_loop(lambda: jobs.cancel(job_id))
+    record = await run_sync(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
-    return job_object(record)
+    return replies.tuning_job(record)
 
 
-@router.get("/{job_id}/events", summary="What happened to a training job, the newest first")
+@router.get(
+    "/{job_id}/events",
+    summary="What happened to a training job, the newest first",
+)
 async def list_events(
     request: Request,
     services: UseServices,
     job_id: str,
     after: Annotated[
-        str | None, Query(description="Only events older than the one with this id.")
+        str | None,
+        Query(
+            description="Only events older than the one with this id.",
+            json_schema_extra={"pattern": "^(ftevent-job-[0-9a-f]{24}-)?[0-9]{1,18}$"},
+        ),
     ] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> dict[str, Any]:
+) -> replies.TuningEventList:
     """A page; `GET /train/{id}/events` streams the same events as they happen."""
     only_query(request, "after", "limit")
     jobs = services.need_jobs()
     before = None if after is None else _number(job_id, after)
-    found = await _off_loop(lambda: jobs.events_before(job_id, before, limit + 1))
-    return page([event_object(job_id, event) for event in found], limit)
+    found = await run_sync(lambda: jobs.events_before(job_id, before, limit + 1))
+    return replies.TuningEventList.of(
+        [replies.tuning_event(job_id, event) for event in found], limit
+    )
 
 
-@router.get("/{job_id}/checkpoints", summary="Always empty: only the end is served")
+@router.get(
+    "/{job_id}/checkpoints",
+    summary="Always empty: only the end is served",
+)
 async def list_checkpoints(
     request: Request,
     services: UseServices,
     job_id: str,
     after: Annotated[str | None, Query(description="Without effect.")] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> dict[str, Any]:
+) -> replies.CheckpointList:
     """What a worker saves on its way is for itself to go on from."""
     only_query(request, "after", "limit")
     jobs = services.need_jobs()
-    await _off_loop(lambda: jobs.get(job_id))
-    return page([], limit)
+    await run_sync(lambda: jobs.get(job_id))
+    return replies.CheckpointList.of([], limit)
 
 
 # --- a new job -------------------------------------------------------------------------------------
@@ -160,7 +192,7 @@ def _create(services: Services, asked: Asked) -> JobRecord:
     data = read_data(services.need_files(), asked, tokenizer, limits)
     with data.told_by_place():
         plan = _plan(services, asked, name, data)
-    return services.need_jobs().create(plan.job, plan.examples, tuning_of(asked))
+    return services.need_jobs().create(plan.job, plan.examples, replies.tuning_of(asked))
 
 
 def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan:
@@ -194,12 +226,7 @@ def _metadata(request: Request) -> tuple[dict[str, str], bool]:
             wanted[found.group(1)] = value
         elif name == "metadata":
             if value != "null":
-                raise RequestInvalid(
-                    f"metadata: expected metadata[NAME]=VALUE, or metadata=null; came {quoted(value)}",
-                    field="metadata",
-                    expected="metadata[NAME]=VALUE",
-                    came=quoted(value),
-                )
+                raise invalid("metadata", "metadata[NAME]=VALUE, or metadata=null", quoted(value))
             none_wanted = True
         elif name not in ("after", "limit"):
             raise UnknownParameter(
@@ -219,16 +246,9 @@ def _metadata(request: Request) -> tuple[dict[str, str], bool]:
 
 
 def _number(job_id: str, after: str) -> int:
-    number = event_number(job_id, after)
+    number = replies.event_number(job_id, after)
     if number is None:
-        raise RequestInvalid(
-            f"after: expected the id of an event of {job_id}, came {quoted(after)}",
-            field="after",
-            expected="ftevent-JOB-NUMBER",
-            came=quoted(after),
+        raise invalid(
+            "after", f"the id of an event of {job_id} (ftevent-JOB-NUMBER)", quoted(after)
         )
     return number
-
-
-async def _off_loop(work: Callable[[], ResultT]) -> ResultT:
-    return await anyio.to_thread.run_sync(work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.api.generation.openai.schemas import ChatBody, CompletionBody
+from server.api.generation.openai.bodies import ChatBody, CompletionBody
 from tests.server.api.generation.openai.conftest import ADAPTERS, BASE, post
 
 JSON = st.recursive(

@@ -1,4 +1,4 @@
-"""A checked request of either route: its prompts, its sequences, and how its choices are written.
+"""A request of either route that is ready to run: its prompts, its sequences, how its choices are written.
 
 What a choice looks like is the route's `Shape`. Knows no HTTP.
 """
@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.batch import Batch
+from server.api.generation.openai.bodies import OpenAIBody
 from server.api.generation.openai.prompts import Given
-from server.api.generation.openai.schemas import OpenAIBody
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.errors import Contradiction, RequestInvalid
 from server.generation.generator import FinishReason, Generation, Generator, Options, Piece
 from server.services import Services
 from server.store.registry import AdapterRecord
 
-_REASONS: dict[FinishReason, str] = {
+_REASONS: dict[FinishReason, shapes.OpenAIFinishReason] = {
     "length": "length",
     "eos_token": "stop",
     "stop_sequence": "stop",
@@ -34,13 +35,13 @@ class Output:
         given: its prompt.
         generation: the sequence itself.
         first: the prompt's first sample, which has its log-probabilities where this one has none.
-        prompt_only: nothing was asked for but the prompt (`max_tokens` of 0); what the engine made
+        prompt_only: only the prompt was requested (`max_tokens` of 0); what the engine made
             beside it is left out.
 
     Attributes:
         given: its prompt.
         pieces: its tokens so far, an end-of-sequence token among them.
-        finish_reason: OpenAI's word for how it ended; None while it goes on.
+        finish_reason: OpenAI's name of how it ended; None while it goes on.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Output:
     ) -> None:
         self.given = given
         self.pieces: list[Piece] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: shapes.OpenAIFinishReason | None = None
         self._generation = generation
         self._first = first
         self._prompt_only = prompt_only
@@ -78,7 +79,7 @@ class Output:
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
-        """One entry a prompt token, where asked for; known with the first token."""
+        """One entry a prompt token, if requested; known with the first token."""
         return self._generation.prompt_logprobs or self._first.prompt_logprobs or ()
 
 
@@ -97,23 +98,29 @@ class Shape(Protocol):
     def chunk_name(self) -> str:
         """What a chunk of a stream is."""
 
-    async def choice(self, output: Output, index: int) -> dict[str, Any]:
+    async def choice(
+        self, output: Output, index: int
+    ) -> shapes.CompletionChoice | shapes.ChatChoice:
         """A whole choice."""
 
-    async def opening(self, output: Output, index: int) -> dict[str, Any] | None:
-        """What a stream says of a choice before its first token, if anything."""
+    async def opening(
+        self, output: Output, index: int
+    ) -> shapes.CompletionChoice | shapes.ChatDeltaChoice | None:
+        """What a stream sends of a choice before its first token, if anything."""
 
-    def delta(self, output: Output, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def delta(
+        self, output: Output, index: int, pieces: Sequence[Piece]
+    ) -> shapes.CompletionChoice | shapes.ChatDeltaChoice:
         """What the last `pieces` of an output add to its choice."""
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedBatch:
     """A request that has passed every check that needs no engine.
 
     Attributes:
         generator: the engine's front.
-        model: the name that was asked for.
+        model: the name in the request.
         fingerprint: names the exact weights that answer.
         prompts: one or more.
         requests: `best_of` for every prompt, in order.
@@ -153,7 +160,9 @@ class Job:
             self.prompts[place], batch.generations[index], first, prompt_only=self.prompt_only
         )
 
-    def envelope(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def envelope(
+        self, object_name: str, choices: Sequence[shapes.CompletionChoice | shapes.ChatChoice]
+    ) -> dict[str, Any]:
         """What stands around choices."""
         return {
             "id": f"{self.shape.id_prefix}{self.id}",
@@ -164,7 +173,7 @@ class Job:
             "choices": choices,
         }
 
-    def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
+    def usage(self, outputs: Sequence[Output]) -> shapes.Usage:
         """Prompt tokens, each prompt once, and every token that was drawn; virtual tokens are not
         among them."""
         prompt = sum(len(given.prompt.token_ids) for given in self.prompts)
@@ -179,7 +188,7 @@ class Job:
         }
 
 
-def make_job(
+def prepare_batch(
     services: Services,
     generator: Generator,
     record: AdapterRecord | None,
@@ -192,7 +201,7 @@ def make_job(
     streamed: bool = False,
     prompt_only: bool = False,
     logprobs: bool = False,
-) -> Job:
+) -> PreparedBatch:
     """Prepare every sequence.
 
     Sample i of a prompt draws with `seed + i`, so that each can be had again alone.
@@ -219,7 +228,7 @@ def make_job(
         requests += [_sample(first, index, alone=streamed) for index in range(best_of)]
     if record is not None:
         services.requests_by_adapter[record.name] += 1
-    return Job(
+    return PreparedBatch(
         generator=generator,
         model=model,
         fingerprint=f"fp_{services.client.base.digest[:12]}"

@@ -12,7 +12,22 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
 from server.api.bounds import AtMost
-from server.api.schemas import MAX_TOP_TOKENS, OpenBody, Row, StopString, Text
+from server.api.openapi.constraints import (
+    CLOSED,
+    NO_STRAY_ADAPTERS,
+    NOT_BLANK,
+    NULL,
+    OBJECT,
+    SOME_LIST,
+    SOME_TEXT,
+    TYPED,
+    constrained,
+    either,
+    nullable,
+    one_of,
+    only_with,
+)
+from server.api.schemas import MAX_TOP_TOKENS, BodyRow, OpenBody, StopString, Text
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -21,7 +36,7 @@ _PROMPTS = "a text, a list of texts, a list of token ids or a list of such lists
 
 
 def _check_prompt(value: Any) -> Any:
-    """Told in one sentence, where a union of types would tell of each of its members."""
+    """One sentence of refusal, where a union of types would report each of its members."""
     if value is None or _is_text(value) or _is_ids(value):
         return value
     AtMost("max_sequences").checked(value)
@@ -70,6 +85,38 @@ _Stops = Annotated[
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+_STOP = {"type": "string", "minLength": 1, "maxLength": 1000}
+_IDS = {**SOME_LIST, "items": {"type": "integer", "minimum": 0}}
+_OBJECT_OR_NULL = {"type": ["object", "null"]}
+_NOT_SET = {"enum": [False, None]}
+# What the types of these fields cannot say.
+_FIELDS: dict[str, Any] = {
+    "model": NOT_BLANK,
+    "stop": nullable(_STOP, {"type": "array", "maxItems": 16, "items": nullable(_STOP)}),
+    "logit_bias": {"propertyNames": {"pattern": "^[0-9]{1,9}$"}},
+    "guided_choice": nullable({**SOME_LIST, "items": SOME_TEXT, "maxItems": 1000}),
+    "guided_json": nullable(OBJECT, {**SOME_TEXT, "contentMediaType": "application/json"}),
+    "guided_regex": nullable({**SOME_TEXT, "format": "regex", "maxLength": 4096}),
+    "response_format": {**_OBJECT_OR_NULL, **TYPED},
+    "structured_outputs": {
+        **_OBJECT_OR_NULL,
+        **CLOSED,
+        "minProperties": 1,
+        "properties": {
+            "json": {"description": "A JSON Schema, or the text of one."},
+            "json_object": {"type": ["boolean", "null"], "description": "Any object."},
+            "regex": {"type": ["string", "null"], "description": "What the output matches."},
+            "choice": {"type": ["array", "null"], "description": "Texts, one of which it is."},
+        },
+    },
+}
+_STREAM_OPTIONS = only_with({"stream": {"const": True}}, "stream_options")
+_NO_TOOLS = either(
+    {"tool_choice": {"const": "none"}},
+    {"tool_choice": {"enum": ["auto", None]}, "tools": {"maxItems": 0}},
+)
+
+
 class StreamOptions(OpenBody):
     """What a stream carries besides the output."""
 
@@ -85,7 +132,7 @@ class OpenAIBody(OpenBody):
     """What both routes take."""
 
     model: Text = Field(description="The base, or an adapter: NAME, NAME@VERSION or NAME@ALIAS.")
-    row: Row | None = Field(
+    row: BodyRow | None = Field(
         None, description="Columns for the adapter's stored template, in place of a prompt."
     )
     frequency_penalty: float | None = Field(
@@ -152,15 +199,28 @@ class CompletionBody(OpenAIBody):
     """Body of `/v1/completions`."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
+        json_schema_extra=constrained(
+            **NO_STRAY_ADAPTERS,
+            properties={
+                **_FIELDS,
+                "prompt": nullable(
+                    SOME_TEXT, {**SOME_LIST, "items": SOME_TEXT}, _IDS, {**SOME_LIST, "items": _IDS}
+                ),
+                "suffix": NULL,
+            },
+            allOf=[
+                {"anyOf": one_of(prompt={"type": ["string", "array"]}, row=OBJECT)},
+                either({"echo": {"const": True}}, {"max_tokens": {"minimum": 1}}),
+                _STREAM_OPTIONS,
+            ],
+            examples=[
                 {
                     "model": "complaints",
                     "prompt": "Tweet text : Late again. Label :",
                     "max_tokens": 8,
                 }
-            ]
-        }
+            ],
+        )
     )
 
     prompt: _Prompt = Field(None, description=f"{_PROMPTS[0].upper()}{_PROMPTS[1:]}.")
@@ -226,11 +286,25 @@ class ChatBody(OpenAIBody):
     """Body of `/v1/chat/completions`."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
+        json_schema_extra=constrained(
+            **NO_STRAY_ADAPTERS,
+            properties={**_FIELDS, "chat_template": NULL},
+            allOf=[
+                {"anyOf": one_of(messages=SOME_LIST, row=OBJECT)},
+                either({"logprobs": {"const": True}}, {"top_logprobs": {"enum": [0, None]}}),
+                {
+                    "anyOf": [
+                        {"properties": {"continue_final_message": _NOT_SET}},
+                        {"properties": {"add_generation_prompt": _NOT_SET}},
+                    ]
+                },
+                _NO_TOOLS,
+                _STREAM_OPTIONS,
+            ],
+            examples=[
                 {"model": "complaints", "messages": [{"role": "user", "content": "Late again."}]}
-            ]
-        }
+            ],
+        )
     )
 
     messages: Annotated[list[Message], Field(fail_fast=True), AtMost("max_messages")] | None = (

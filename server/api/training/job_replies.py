@@ -1,16 +1,23 @@
-"""Replies of `/train`. Documentation only; the job's own fields are `TrainingJob`'s."""
+"""Replies and events of `/train`. Knows no route."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from adapters.training.job import HyperparameterRequest, Hyperparameters
-from server.api.openapi.fields import Reply, may_show, shows
+from server.api.reply_fields import Moment, ReplyModel, fixed, may_show, shows
 from server.store.job_states import State
+from server.store.jobs import JobRecord
 
 _JOB = "job-a1ab28fe4d34fda420b6c479"
+EXAMPLE_EVENTS = (
+    'id: 3\nevent: step\ndata: {"step": 1, "max_steps": 30, "epoch": 1, "loss": 1.9, '
+    '"learning_rate": 0.0, "tokens_per_second": 540.0, "seconds_left": 12.5, '
+    '"at": "2026-11-22T20:16:04+00:00"}\n\n'
+)
 
 
 def _describe(schema: dict[str, Any]) -> None:
@@ -24,20 +31,24 @@ class Resolved(Hyperparameters):
     model_config = ConfigDict(json_schema_extra=_describe)
 
 
-class Planned(Reply):
+class Planned(ReplyModel):
     """What will be done, with nothing left open."""
 
     adapter: str = shows("mine", "The name under which it will be served.")
     method: str = shows("ia3", "The method.")
     peft_type: str = shows("IA3", "PEFT's name of it.")
+    config: dict[str, Any] = shows({"peft_type": "IA3"}, "The complete adapter_config.json.")
     template: str = shows("Tweet text : {text} Label :", "Makes prompts of rows.")
     target: str = shows("label", "The column to answer.")
     labels: list[str] | None = shows(["complaint", "no complaint"], "All that may be answered.")
+    label_names: dict[str, str] | None = shows(None, "Labels by the target's values.")
     target_separator: str = shows(" ", "Stands between prompt and target.")
     append_eos: bool = shows(True, "Whether targets end with the end of sequence.")
     tokenization: str = shows("boundary", "Where white space at the template's end goes.")
     max_length: int = shows(2048, "Tokens of prompt, target and end of sequence.")
     on_too_long: str = shows("error", "What is done with a longer row.")
+    init_text: str | None = shows(None, "What a prefix or a prompt starts from.")
+    init_token_ids: list[int] | None = shows(None, "The same as ids.")
     context_examples: int | None = shows(None, "CPT: examples in the context.")
     context_seed: int | None = shows(None, "CPT: which ones.")
     train_on_context: bool | None = shows(None, "CPT: whether they are trained on as well.")
@@ -54,55 +65,69 @@ class Planned(Reply):
     trainable_params: int = shows(57600, "Numbers that are trained.")
 
 
-class _Long(Reply):
-    config: dict[str, Any] = shows({"peft_type": "IA3"}, "The complete adapter_config.json.")
-    label_names: dict[str, str] | None = shows(None, "Values of the target in words.")
-    init_text: str | None = shows(None, "What a prefix or a prompt starts from.")
-    init_token_ids: list[int] | None = shows(None, "The same as ids.")
-
-
-class JobError(Reply):
+class JobError(ReplyModel):
     """Why a job failed."""
 
     code: str = shows("training_diverged", "For programs; the README lists them.")
     message: str = shows("the loss of step 3 is nan", "For people.")
 
 
-class ListedJob(Planned):
-    """A job: what it does and how it stands."""
+class JobIdentity(ReplyModel):
+    """Which job it is, and its state."""
 
     id: str = shows(_JOB, "The job.")
     state: State = shows("running", "How it stands.")
+
+
+class JobProgress(ReplyModel):
+    """What a job has done so far."""
+
     adapter_version: int | None = shows(None, "The version that came of it.")
     progress: dict[str, Any] = shows({"step": 3, "loss": 0.4}, "The newest step; empty before it.")
     metrics: dict[str, Any] | None = shows(None, "What was measured, once it has succeeded.")
     error: JobError | None = shows(None, "Why it failed.")
-    cancel_requested: bool = shows(False, "Whether somebody wants it to end.")
+    cancel_requested: bool = shows(False, "Whether its cancellation was requested.")
     attempts: int = shows(1, "Workers that had it since its last checkpoint.")
-    created_at: str = shows("2026-11-22T20:15:58+00:00", "When it was asked for.")
-    started_at: str | None = shows("2026-11-22T20:16:01+00:00", "When a worker first had it.")
-    finished_at: str | None = shows(None, "When it ended.")
+    created_at: Moment = shows("2026-11-22T20:15:58+00:00", "When it was requested.")
+    started_at: Moment | None = shows("2026-11-22T20:16:01+00:00", "When a worker first had it.")
+    finished_at: Moment | None = shows(None, "When it ended.")
 
 
-class Job(_Long, ListedJob):
-    """A job with its longer fields."""
+class Job(JobProgress, Planned, JobIdentity):
+    """A job: what it does and how it stands."""
+
+    @classmethod
+    def of(cls, record: JobRecord) -> Self:
+        """A record of the jobs table."""
+        parts = (JobIdentity.model_validate(record), JobProgress.model_validate(record))
+        known = {name: value for part in parts for name, value in part}
+        return cls(**known, **record.job.model_dump())
 
 
-class JobList(Reply):
+class ListedJob(Job):
+    """A job without its longer fields: a config with a context in it is long."""
+
+    config: SkipJsonSchema[dict[str, Any]] = Field(exclude=True)
+    label_names: SkipJsonSchema[dict[str, str] | None] = Field(exclude=True)
+    init_text: SkipJsonSchema[str | None] = Field(exclude=True)
+    init_token_ids: SkipJsonSchema[list[int] | None] = Field(exclude=True)
+
+
+class JobList(ReplyModel):
     """Jobs."""
 
     jobs: list[ListedJob] = shows([], "The newest first, without the longer fields.")
     total: int = shows(1, "How many there are in all.")
 
 
-class JobDeleted(Reply):
+class JobDeleted(ReplyModel):
     """A job that is gone."""
 
     id: str = shows(_JOB, "The job.")
-    deleted: bool = shows(True, "Always true.")
+    deleted: bool = fixed(True, "Always true.")
 
 
-class PreviewRow(Reply):
+class PreviewRow(ReplyModel):
     """A row as it would be trained on."""
 
     row: int = shows(1, "Counts from 1.")
@@ -116,7 +141,7 @@ class PreviewRow(Reply):
     truncated: bool = shows(False, "Whether the prompt lost its beginning.")
 
 
-class Lengths(Reply):
+class Lengths(ReplyModel):
     """Tokens of prompt and target, over all rows."""
 
     min: int = shows(8, "The shortest row.")
@@ -124,8 +149,8 @@ class Lengths(Reply):
     max: int = shows(60, "The longest row.")
 
 
-class Preview(_Long, Planned):
-    """A dry run: what would be done, and three rows of it."""
+class PreviewOfRows(ReplyModel):
+    """What a dry run says of the rows."""
 
     num_train: int = shows(64, "Rows to train on.")
     num_held_out: int = shows(16, "Rows held out.")
@@ -133,7 +158,11 @@ class Preview(_Long, Planned):
     preview: list[PreviewRow] = shows([], "The first rows of training.")
 
 
-class JobEvent(Reply):
+class Preview(PreviewOfRows, Planned):
+    """A dry run: what would be done, and three rows of it."""
+
+
+class JobEventData(ReplyModel):
     """The data of one event of a job's stream; which fields it has follows from its name."""
 
     at: str = shows("2026-11-22T20:16:04+00:00", "When it happened.")
