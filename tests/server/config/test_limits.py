@@ -181,7 +181,7 @@ ABOVE: list[tuple[str, Send, int, str, str]] = [
         form(description="a" * 1025),
         422,
         "invalid",
-        "description: more than 1024 bytes",
+        "description: expected at most 1024 bytes, came more",
     ),
     (
         "max_upload_mib",
