@@ -29,7 +29,7 @@ def full_disk_is_storage_full(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def disk_failure_is_told(what: str) -> Iterator[None]:
+def disk_failure_is_storage_error(what: str) -> Iterator[None]:
     """Raise a full disk as StorageFull and any other OSError on our own files as StorageUnavailable."""
     try:
         with full_disk_is_storage_full(what):

@@ -229,7 +229,7 @@ class _Run:
         del self._facts["losses"][: -self._plan.steps_per_epoch]
         per_second, seconds_left = self._clock.after(self._step, num_tokens)
         rate = learning_rate(self._step - 1, self._plan.max_steps, self._options)
-        self._tell(
+        self._emit(
             "step",
             step=self._step,
             max_steps=self._plan.max_steps,
@@ -251,7 +251,7 @@ class _Run:
             "epoch": self._plan.epoch_of(self._step - 1),
             **self._evaluate(),
         }
-        self._tell("evaluation", **result)
+        self._emit("evaluation", **result)
         evaluations = self._facts["evaluations"]
         if self._options.early_stopping_patience is not None:
             if all(_goodness(result) > _goodness(earlier) for earlier in evaluations):
@@ -293,7 +293,7 @@ class _Run:
         }
         state = load(self._state_dir) if self._state_dir else None
         if state is None:
-            self._tell("started", **facts)
+            self._emit("started", **facts)
             return
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -303,7 +303,7 @@ class _Run:
         self._step, self._best = state.step, state.best
         self._facts |= state.facts
         self._clock.begin(self._step)
-        self._tell("resumed", step=self._step, **facts)
+        self._emit("resumed", step=self._step, **facts)
 
     def _stop_if_asked(self) -> None:
         # Inside a step or an evaluation: nothing is saved, and the run resumes from the last
@@ -323,7 +323,7 @@ class _Run:
             facts=self._facts,
         )
         save(self._state_dir, state)
-        self._tell("checkpoint", step=self._step)
+        self._emit("checkpoint", step=self._step)
 
     def _trained(self) -> Trained:
         if self._best:
@@ -357,7 +357,7 @@ class _Run:
             loss = mean_loss(self._base, self.trainable.virtual(), rows)
         self._check_finite(loss, "the trained adapter")
 
-    def _tell(self, kind: EventKind, **data: Any) -> None:
+    def _emit(self, kind: EventKind, **data: Any) -> None:
         self._on_event(TrainingEvent(kind, data))
 
 

@@ -105,10 +105,13 @@ def make_plan(
     settings = _settings(request, num_validation_rows, prompts)
     rendered = _rendered(settings, rows, encoder)
     adapter = _adapter(settings, rendered, base, base_name)
-    _check_size(adapter, max_virtual_tokens)
-    init_token_ids = _init_ids(settings, rendered, adapter.num_virtual_tokens, base)
-    max_length = _max_length(request, base, adapter.num_virtual_tokens)
-    trainable_params = _bounded(adapter.method.num_trainable(adapter.config, base))
+    count = adapter.num_virtual_tokens
+    if max_virtual_tokens is not None:
+        _at_most(max_virtual_tokens, count, "config.num_virtual_tokens", "too many virtual tokens")
+    init_token_ids = _init_ids(settings, rendered, count, base)
+    max_length = _max_length(request, base, count)
+    trainable_params = adapter.method.num_trainable(adapter.config, base)
+    _at_most(MAX_TRAINABLE_PARAMS, trainable_params, "config", "it has too many numbers to train")
     train, context = rendered.train, rendered.context
     if context.train_on_context is False:
         train = without_context(train, context)
@@ -204,15 +207,15 @@ def _labels(request: TrainingRequest) -> list[str] | None:
         raise wrong("labels", f"{twice[:_SHOWN]!r} is given twice", "different labels", repr(twice))
     if names is None:
         return labels
-    words = list(dict.fromkeys(names.values()))
-    if not words:
+    named = list(dict.fromkeys(names.values()))
+    if not named:
         raise wrong("label_names", "it is empty", "a name for every value", "{}")
     if labels is None:
-        return words if len(words) > 1 else None
-    for word in words:
-        if word not in labels:
-            listed = ", ".join(repr(label[:_SHOWN]) for label in labels[:10])
-            came = repr(word[:_SHOWN])
+        return named if len(named) > 1 else None
+    for label in named:
+        if label not in labels:
+            listed = ", ".join(repr(one[:_SHOWN]) for one in labels[:10])
+            came = repr(label[:_SHOWN])
             raise wrong("label_names", "a name is no label", f"one of {listed}", came)
     return labels
 
@@ -328,13 +331,6 @@ def _adapter(
     )
 
 
-def _check_size(adapter: _Adapter, max_virtual_tokens: int | None) -> None:
-    count = adapter.num_virtual_tokens
-    if max_virtual_tokens is not None and count > max_virtual_tokens:
-        expected = f"at most {max_virtual_tokens}"
-        raise wrong("config.num_virtual_tokens", "too many virtual tokens", expected, str(count))
-
-
 def _long_enough(settings: _Settings, request: TrainingRequest, num_train: int) -> Hyperparameters:
     """Raise the epochs to reach the recipe's `min_steps` if the request does not set a duration."""
     given, options = request.hyperparameters, settings.hyperparameters
@@ -416,26 +412,15 @@ def _max_length(request: TrainingRequest, base: BaseModelSpec, num_virtual_token
     room = base.max_positions - num_virtual_tokens
     if request.max_length is None:
         return min(DEFAULT_MAX_LENGTH, room)
-    if request.max_length > room:
-        raise wrong(
-            "max_length",
-            f"the base has {base.max_positions} positions, {num_virtual_tokens} of them for virtual "
-            "tokens",
-            f"at most {room}",
-            str(request.max_length),
-        )
-    return request.max_length
+    fault = f"the base has {base.max_positions} positions, {num_virtual_tokens} of them for virtual tokens"
+    return _at_most(room, request.max_length, "max_length", fault)
 
 
-def _bounded(trainable_params: int) -> int:
-    if trainable_params > MAX_TRAINABLE_PARAMS:
-        raise wrong(
-            "config",
-            "it has too many numbers to train",
-            f"at most {MAX_TRAINABLE_PARAMS}",
-            str(trainable_params),
-        )
-    return trainable_params
+def _at_most(most: int, value: int, field: str, fault: str) -> int:
+    """The value, unless it is over its bound."""
+    if value > most:
+        raise wrong(field, fault, f"at most {most}", str(value))
+    return value
 
 
 # --- what a dry run shows --------------------------------------------------------------------

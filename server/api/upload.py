@@ -17,7 +17,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from adapters.synced_files import disk_failure_is_told
+from adapters.synced_files import disk_failure_is_storage_error
 from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import body_too_large
 from server.config.limits import Limits
@@ -166,7 +166,7 @@ class _Sorter:
     def write(self, chunk: bytes) -> None:
         """Parse one more chunk."""
         try:
-            with disk_failure_is_told("the upload"):
+            with disk_failure_is_storage_error("the upload"):
                 self._parser.write(chunk)
         except FormParserError as error:
             raise _broken(str(error)) from error

@@ -14,10 +14,10 @@ EXIT_STOPPED = 75
 EXIT_LEASE_LOST = 76
 EXIT_ORPHANED = 77
 EXITS = {
-    EXIT_DISK_FULL: "the disk is full, and so the jobs table took no word of it",
-    EXIT_STOPPED: "it was asked to leave and wrote a checkpoint",
+    EXIT_DISK_FULL: "the disk is full, so the outcome could not be written to the jobs table",
+    EXIT_STOPPED: "it was stopped and wrote a checkpoint",
     EXIT_LEASE_LOST: "another worker has the job",
-    EXIT_ORPHANED: "its parent is gone",
+    EXIT_ORPHANED: "its parent process ended",
 }
 
 

@@ -154,7 +154,7 @@ class EventWriter:
     ) -> None:
         self._write = write
         self._seconds = seconds
-        self._told_at = -seconds
+        self._written_at = -seconds
         self._held: TrainingEvent | None = None
 
     def __call__(self, event: TrainingEvent) -> None:
@@ -165,7 +165,7 @@ class EventWriter:
             self._write(event.kind, event.data)
             return
         self._held = event
-        if time.monotonic() - self._told_at >= self._seconds:
+        if time.monotonic() - self._written_at >= self._seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -173,5 +173,5 @@ class EventWriter:
         if self._held is None:
             return
         held, self._held = self._held, None
-        self._told_at = time.monotonic()
+        self._written_at = time.monotonic()
         self._write(held.kind, held.data)

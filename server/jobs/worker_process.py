@@ -51,7 +51,7 @@ class WorkerProcess:
         with contextlib.suppress(BrokenPipeError):  # it exited at once: `poll` reports it
             _stream(self._process.stdin).write(config.to_json().encode() + b"\n")
             _stream(self._process.stdin).flush()
-        self._pump = threading.Thread(target=self._keep_words, args=(log,), daemon=True)
+        self._pump = threading.Thread(target=self._copy_output, args=(log,), daemon=True)
         self._pump.start()
 
     def poll(self) -> int | None:
@@ -73,7 +73,7 @@ class WorkerProcess:
             _stream(self._process.stdin).close()
         self._pump.join(_PUMP_SECONDS)
 
-    def _keep_words(self, log: Path) -> None:
+    def _copy_output(self, log: Path) -> None:
         pipe = _stream(self._process.stdout)
         with pipe:
             try:

@@ -175,7 +175,7 @@ class Registry:
             try:
                 with self._database.write() as session:
                     rows.check_free(session, name, create_only)
-                    with synced_files.disk_failure_is_told("the adapter"):
+                    with synced_files.disk_failure_is_storage_error("the adapter"):
                         placed = self._blobs.place(staged, checked.digest)
                     version, created = rows.insert(session, name, checked, metadata, all_warnings)
                     # Read before the commit: afterwards it may be deleted at any moment.

@@ -38,7 +38,7 @@ class StagingArea:
             StorageFull: the disk is full.
             StorageUnavailable: the folder cannot be created.
         """
-        with synced_files.disk_failure_is_told("a folder in staging"):
+        with synced_files.disk_failure_is_storage_error("a folder in staging"):
             directory, lock = self._make()
         try:
             yield directory

@@ -1,7 +1,7 @@
-"""`/train`: ask for training jobs, follow them, cancel and delete them.
+"""`/train`: create, follow, cancel and delete training jobs.
 
-Thin: a plan is made of the request before anything is stored, so that what cannot be trained is
-refused at once; the jobs table and the supervisor do the rest. Blocking work runs off the event loop.
+A request is planned before anything is stored, so a job that cannot be trained is refused at once. The jobs
+table and the supervisor do the rest. Blocking work runs off the event loop.
 """
 
 from __future__ import annotations
@@ -200,10 +200,10 @@ async def delete_job(
 
 
 def _known_id(job_id: str) -> str:
-    """The id, if it can be one at all: it becomes the name of a folder.
+    """The id. It becomes the name of a folder.
 
     Raises:
-        JobNotFound: it cannot be one.
+        JobNotFound: not a valid job id.
     """
     if not _JOB_ID.fullmatch(job_id):
         raise JobNotFound(
@@ -267,14 +267,14 @@ async def event_frames(
     ping_seconds: float = PING_SECONDS,
     stopping: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[bytes, None]:
-    """Every event after an id, then what comes, until the job has ended or is deleted.
+    """All events after an id, and new ones, until the job has ended or is deleted.
 
     Args:
-        jobs: where the events are; asked again and again.
+        jobs: polled for events.
         job_id: the job.
         after: the last event that the client has; 0 for none.
-        ping_seconds: a comment is sent after so long a silence.
-        stopping: whether to end early; the client goes on at the next server.
+        ping_seconds: a comment is sent after this long without an event.
+        stopping: whether to end early; the client reconnects to the next server.
     """
     last = after
     silent_since = time.monotonic()

@@ -1,7 +1,7 @@
 """The body of `POST /train`: JSON with its rows, or a form with a job and a file of rows.
 
-Takes a body apart, within limits, and says what is wrong with it. What a job may ask for stands in
-`adapters.training.job`, what rows may hold in `adapters.training.rows`.
+Parses the body within limits. `adapters.training.job` defines the fields of a job, `adapters.training.rows`
+those of rows.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class TrainBody(TrainingRequest):
 
 @dataclass(frozen=True)
 class Received:
-    """A body that is syntactically right.
+    """A body that parsed.
 
     Attributes:
         request: the job.
@@ -117,18 +117,18 @@ class Received:
 
 
 async def receive_job(request: Request, directory: Path, settings: Settings) -> Received:
-    """Take in the body of a request for training.
+    """Read the body of a training request.
 
     Args:
         request: its body is unread.
-        directory: an empty folder, where a file of rows is kept for as long as it is read.
+        directory: an empty folder for a file of rows.
         settings: limits.
 
     Raises:
         WrongContentType: neither JSON nor a form.
-        BodyTooLarge: more bytes than the limit, noticed while they arrive.
-        RequestInvalid: a field is unknown, missing, or not what it must be.
-        Contradiction: rows in the body and in a file.
+        BodyTooLarge: more bytes than the limit, checked while they arrive.
+        RequestInvalid: a field is unknown, missing or invalid.
+        Contradiction: rows both in the body and in a file.
         UnsupportedFile: a file that is neither JSON lines nor CSV.
     """
     content_type = request.headers.get("content-type", "")
