@@ -194,7 +194,7 @@ class OpenAIError(ReplyModel):
     message: str = shows("there is no adapter 'complaints'", "One sentence.")
     type: str = shows("not_found_error", "OpenAI's coarse category.")
     param: str | None = shows("model", "The field at fault, if one is.")
-    code: str = shows("adapter_not_found", "Stable; the README lists them.")
+    code: str = shows("adapter_not_found", "Stable; the documentation lists them.")
 
 
 class OpenAIErrorBody(ReplyModel):
@@ -213,7 +213,7 @@ class TgiErrorBody(ReplyModel):
 class ErrorBody(TgiErrorBody):
     """An error of our own routes."""
 
-    code: str = shows("adapter_not_found", "Stable; the README lists them.")
+    code: str = shows("adapter_not_found", "Stable; the documentation lists them.")
     field: str | None = may_show("name", "The field, header or parameter at fault.")
     expected: str | None = may_show("an adapter", "What would have been accepted.")
     came: str | None = may_show("complaints", "What was found.")

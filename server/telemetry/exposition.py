@@ -1,6 +1,6 @@
 """The table of all metrics, and the encoding of samples in the Prometheus text format.
 
-The table is authoritative: a sample with an unknown name raises, and a test checks the README against it.
+The table is authoritative: a sample with an unknown name raises, and the documentation is made from it.
 Metrics with the prefix `vllm:` have the names, buckets and labels of vLLM's V1 engine and the same
 meaning. Independent of the source of the numbers.
 """

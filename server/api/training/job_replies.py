@@ -68,7 +68,7 @@ class Planned(ReplyModel):
 class JobError(ReplyModel):
     """Why a job failed."""
 
-    code: str = shows("training_diverged", "For programs; the README lists them.")
+    code: str = shows("training_diverged", "For programs; the documentation lists them.")
     message: str = shows("the loss of step 3 is nan", "For people.")
 
 

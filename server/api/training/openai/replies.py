@@ -74,7 +74,7 @@ class TuningValues(ReplyModel):
 class TuningError(ReplyModel):
     """Why a job failed."""
 
-    code: str = shows("training_diverged", "For programs; the README lists them.")
+    code: str = shows("training_diverged", "For programs; the documentation lists them.")
     message: str = shows("the loss of step 3 is nan", "For people.")
     param: str | None = shows(None, "training_file, where that was at fault.")
 
