@@ -16,6 +16,8 @@ from typing import Literal
 from adapters.errors import TemplateInvalid
 
 Value = str | int | float | bool
+# Columns of one row of data.
+Row = dict[str, Value]
 Tokenization = Literal["boundary", "as_written"]
 
 # In this order: an escape, a column, or a brace that is neither.

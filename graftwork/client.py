@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from server.cli.backend import Backend, Prompt, Source
+from server.cli.backend import AdapterFiles, Backend, GenerationInput
 from server.cli.http_client import RemoteServer, ServerRefused
 from server.store.job_states import FINISHED
 
@@ -140,7 +140,7 @@ class Client:
             path: where it is on this machine.
             metadata: what to store with it, such as `template`, `labels` and `description`.
         """
-        return self._backend.add(Source(Path(path), name, metadata))
+        return self._backend.add(AdapterFiles(Path(path), name, metadata))
 
     def remove_adapter(self, name: str, version: int | None = None) -> Json:
         """Remove a version, or all of them."""
@@ -203,5 +203,5 @@ class Client:
         return job
 
 
-def _prompt(prompt: Input) -> Prompt:
-    return Prompt(prompt) if isinstance(prompt, str) else Prompt(row=dict(prompt))
+def _prompt(prompt: Input) -> GenerationInput:
+    return GenerationInput(prompt) if isinstance(prompt, str) else GenerationInput(row=dict(prompt))

@@ -18,7 +18,7 @@ from typing import Any
 
 from adapters.base_model import BaseModelSpec
 from adapters.method import AdapterMethod, PeftConfig
-from adapters.template import default_separator
+from adapters.template import Row, default_separator
 from adapters.training import method_config
 from adapters.training.batches import Steps
 from adapters.training.encoding import Encoder
@@ -33,7 +33,6 @@ from adapters.training.job import (
 from adapters.training.method_config import Start, wrong
 from adapters.training.recipes import RECIPES, Recipe
 from adapters.training.rendering import Renderer, RowFormat
-from adapters.training.rows import Row
 from adapters.training.selection import (
     ContextSettings,
     alternating,

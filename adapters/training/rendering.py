@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from adapters.errors import DataInvalid, JobInvalid, TemplateInvalid
-from adapters.template import DEFAULT_SEPARATOR, Filled, Template, Tokenization, text_of
+from adapters.template import DEFAULT_SEPARATOR, Filled, Row, Template, Tokenization, text_of
 from adapters.training.encoding import Encoder
 from adapters.training.job import Prompts
-from adapters.training.rows import Row
 
 # CPT's token types; 0 is a token that the tokenizer added to the text.
 ADDED, TEMPLATE_BEFORE, INPUT, TEMPLATE_AFTER, LABEL = 0, 1, 2, 3, 4

@@ -17,9 +17,8 @@ from typing import Any, BinaryIO, Literal
 from adapters.checkpoint.limits import MIB
 from adapters.errors import DataInvalid
 from adapters.strict_json import StrictJsonError, parse_object
-from adapters.template import Value
+from adapters.template import Row
 
-Row = dict[str, Value]
 Kind = Literal["jsonl", "csv"]
 
 _BOM = b"\xef\xbb\xbf"

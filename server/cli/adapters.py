@@ -32,7 +32,7 @@ from server.cli.render import (
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from server.cli.backend import Backend, Source
+    from server.cli.backend import AdapterFiles, Backend
 
 adapters_app = typer.Typer(
     help="Look at adapters, add and remove them: in a data directory, or in a running server.",
@@ -259,10 +259,10 @@ def _move(
 # --- add --------------------------------------------------------------------------------------
 
 
-def _source(path: Path, name: str | None, given: Mapping[str, Any]) -> Source:
+def _source(path: Path, name: str | None, given: Mapping[str, Any]) -> AdapterFiles:
     from adapters.template import Template
     from adapters.training.provenance import read_provenance
-    from server.cli.backend import Source
+    from server.cli.backend import AdapterFiles
 
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "expected a folder that PEFT saved", str(path))
@@ -273,7 +273,7 @@ def _source(path: Path, name: str | None, given: Mapping[str, Any]) -> Source:
         dropped = Template.parse(given["template"]).dropped
         metadata |= {"target_separator": dropped} if dropped else {}
     own = path.resolve().name if path.is_dir() else path.name.split(".")[0]
-    return Source(path, name or own, {**metadata, **given})
+    return AdapterFiles(path, name or own, {**metadata, **given})
 
 
 def _added(

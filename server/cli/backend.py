@@ -27,8 +27,8 @@ from server.store.job_files import no_job
 from server.store.job_states import FINISHED
 
 if TYPE_CHECKING:
+    from adapters.template import Row
     from adapters.training.job import TrainingRequest
-    from adapters.training.rows import Row
 
 Json: TypeAlias = dict[str, Any]
 
@@ -52,7 +52,7 @@ _FORM_FIELDS = (
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterFiles:
     """An adapter on this machine that is to be added.
 
     Attributes:
@@ -67,7 +67,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class GenerationInput:
     """One input: a text as it is, or a row for the adapter's own template."""
 
     text: str | None = None
@@ -146,7 +146,7 @@ class Backend:
                 return {**shown, **one, "config": config}
         raise VersionNotFound(f"adapter {name!r} has no version or alias {which!r}")
 
-    def add(self, source: Source) -> Json:
+    def add(self, source: AdapterFiles) -> Json:
         """Upload an adapter; its record, with `created` and `ignored_files`.
 
         Raises:
@@ -299,7 +299,7 @@ class Backend:
     # --- generation ------------------------------------------------------------------------------
 
     def answers(
-        self, adapter: str | None, prompts: Sequence[Prompt], parameters: Mapping[str, Any]
+        self, adapter: str | None, prompts: Sequence[GenerationInput], parameters: Mapping[str, Any]
     ) -> Iterator[Answer]:
         """Generate from all prompts together; the outputs in their order.
 
@@ -309,7 +309,7 @@ class Backend:
             parameters: those of `POST /generate`, such as {"max_new_tokens": 8}.
         """
 
-        def answer(prompt: Prompt) -> Answer:
+        def answer(prompt: GenerationInput) -> Answer:
             body = {**prompt.body(), "parameters": {**parameters, "details": True}}
             reply = self.server.post("/generate", body, adapter=adapter)
             text, details = reply["generated_text"], reply["details"]
@@ -324,7 +324,7 @@ class Backend:
                 raise
 
     def pieces(
-        self, adapter: str | None, prompt: Prompt, parameters: Mapping[str, Any]
+        self, adapter: str | None, prompt: GenerationInput, parameters: Mapping[str, Any]
     ) -> Iterator[str]:
         """Generate one text, piece by piece; arguments as `answers`."""
         body = {**prompt.body(), "parameters": {**parameters, "details": True}}

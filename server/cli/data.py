@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from adapters.errors import DataInvalid
-from adapters.template import text_of
-from adapters.training.rows import Row, kind_of, read_rows
+from adapters.template import Row, text_of
+from adapters.training.rows import kind_of, read_rows
 from server.cli.render import fail
 
 Data = Annotated[Path, typer.Option("--data", help="Rows: a .jsonl or a .csv file.")]

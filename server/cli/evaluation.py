@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import DataInvalid, JobInvalid, TemplateInvalid
-from adapters.template import Template, Tokenization, text_of
+from adapters.template import Row, Template, Tokenization, text_of
 from adapters.training.encoding import Encoder
 from adapters.training.examples import Example, Examples, fit
 from adapters.training.job import OnTooLong
 from adapters.training.ranking import Scores, score
 from adapters.training.rendering import LABEL, Renderer, RowFormat
-from adapters.training.rows import Row
 
 if TYPE_CHECKING:
     from server.cli.http_client import RemoteServer

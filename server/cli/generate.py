@@ -25,7 +25,7 @@ from server.cli.render import errors_as_lines, fail, print_json
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from server.cli.backend import Backend, Prompt
+    from server.cli.backend import Backend, GenerationInput
 
 # Parameters of /generate that say what else a reply holds, or whose it is.
 _OF_THE_REPLY = frozenset(
@@ -137,21 +137,21 @@ def generate(
                 typer.echo(answer.text)
 
 
-def _prompts(texts: list[str] | None, row: dict[str, str] | None) -> list[Prompt]:
-    from server.cli.backend import Prompt
+def _prompts(texts: list[str] | None, row: dict[str, str] | None) -> list[GenerationInput]:
+    from server.cli.backend import GenerationInput
 
     if texts and row is not None:
         raise fail("--prompt and --row are both given; choose one of them")
     if row is not None:
-        return [Prompt(row=row)]
+        return [GenerationInput(row=row)]
     if not texts and not sys.stdin.isatty():
         texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not texts:
         raise fail("expected --prompt, --row or lines on standard input; came none")
-    return [Prompt(text) for text in texts]
+    return [GenerationInput(text) for text in texts]
 
 
-def _shown(prompt: Prompt) -> dict[str, Any]:
+def _shown(prompt: GenerationInput) -> dict[str, Any]:
     return {"prompt": prompt.text} if prompt.row is None else {"row": prompt.row}
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterError, RegistryError
 from server.cli.asgi_transport import ASGITransport
-from server.cli.backend import Answer, Backend, Json, Prompt, Source, stage
+from server.cli.backend import AdapterFiles, Answer, Backend, GenerationInput, Json, stage
 from server.cli.http_client import RemoteServer
 from server.config.settings import Settings
 
@@ -93,7 +93,7 @@ class DataDirectory(Backend):
             shown["config"] = self._config(shown["digest"])
         return shown
 
-    def add(self, source: Source) -> Json:
+    def add(self, source: AdapterFiles) -> Json:
         """Publish an adapter with all its metadata; an upload has no place for a recipe."""
         from adapters.metadata import AdapterMetadata
         from server.api.adapters.versions import AdapterVersion
@@ -178,13 +178,13 @@ class PrivateEngine(Backend):
             self._opened = opened.pop_all()
 
     def answers(
-        self, adapter: str | None, prompts: Sequence[Prompt], parameters: Mapping[str, Any]
+        self, adapter: str | None, prompts: Sequence[GenerationInput], parameters: Mapping[str, Any]
     ) -> Iterator[Answer]:
         """As `Backend.answers`, with the one adapter."""
         return super().answers(self._adapter, prompts, parameters)
 
     def pieces(
-        self, adapter: str | None, prompt: Prompt, parameters: Mapping[str, Any]
+        self, adapter: str | None, prompt: GenerationInput, parameters: Mapping[str, Any]
     ) -> Iterator[str]:
         """As `Backend.pieces`, with the one adapter."""
         return super().pieces(self._adapter, prompt, parameters)

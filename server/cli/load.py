@@ -68,7 +68,7 @@ class LoadPlan:
 
 
 @dataclass
-class Outcome:
+class SentRequest:
     """How one request went.
 
     Attributes:
@@ -170,7 +170,7 @@ async def load(plan: LoadPlan) -> LoadReport:
     return report(plan, outcomes, seconds)
 
 
-def report(plan: LoadPlan, outcomes: Sequence[Outcome], seconds: float) -> LoadReport:
+def report(plan: LoadPlan, outcomes: Sequence[SentRequest], seconds: float) -> LoadReport:
     """Add outcomes up."""
     by_adapter = [
         _figures(plan, [one for one in outcomes if one.adapter == adapter], seconds, adapter)
@@ -204,8 +204,8 @@ async def _refused_at_all(client: httpx.AsyncClient) -> ServerRefused | None:
 
 async def _closed_loop(
     client: httpx.AsyncClient, plan: LoadPlan, prompts: Sequence[str]
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+) -> list[SentRequest]:
+    outcomes: list[SentRequest] = []
     waiting = iter(enumerate(prompts))
 
     async def one_after_another() -> None:
@@ -219,15 +219,15 @@ async def _closed_loop(
 
 async def _open_loop(
     client: httpx.AsyncClient, plan: LoadPlan, prompts: Sequence[str], rate: float
-) -> list[Outcome]:
+) -> list[SentRequest]:
     arrivals = random.Random(plan.seed + 1)  # noqa: S311 - arrivals, not secrets
     room = asyncio.Semaphore(plan.concurrency or len(prompts) or 1)
 
-    async def one(number: int, prompt: str) -> Outcome:
+    async def one(number: int, prompt: str) -> SentRequest:
         async with room:
             return await _send(client, plan, plan.adapters[number % len(plan.adapters)], prompt)
 
-    tasks: list[asyncio.Task[Outcome]] = []
+    tasks: list[asyncio.Task[SentRequest]] = []
     due = time.monotonic()
     for number, prompt in enumerate(prompts):
         # From due time to due time: what one send took late does not slow the rest.
@@ -239,7 +239,7 @@ async def _open_loop(
 
 async def _send(
     client: httpx.AsyncClient, plan: LoadPlan, adapter: str | None, prompt: str
-) -> Outcome:
+) -> SentRequest:
     parameters = {
         "max_new_tokens": plan.max_new_tokens,
         "truncate": plan.prompt_tokens,
@@ -248,7 +248,7 @@ async def _send(
         "details": True,
     }
     query = {} if adapter is None else {"adapter": adapter}
-    outcome = Outcome(adapter, sent_at=time.monotonic())
+    outcome = SentRequest(adapter, sent_at=time.monotonic())
     try:
         async with client.stream(
             "POST",
@@ -267,7 +267,7 @@ async def _send(
     return outcome
 
 
-async def _read(reply: httpx.Response, outcome: Outcome) -> None:
+async def _read(reply: httpx.Response, outcome: SentRequest) -> None:
     """Note when each frame came. Only the last is parsed: the load must not slow what it measures."""
     rest = last = b""
     async for block in reply.aiter_raw():
@@ -294,7 +294,7 @@ def _prompt(plan: LoadPlan, source: random.Random) -> str:
 
 
 def _figures(
-    plan: LoadPlan, outcomes: Sequence[Outcome], seconds: float, adapter: str | None
+    plan: LoadPlan, outcomes: Sequence[SentRequest], seconds: float, adapter: str | None
 ) -> Figures:
     done = [one for one in outcomes if one.error is None]
     output_tokens = sum(one.num_tokens or 0 for one in done)

@@ -24,12 +24,12 @@ from typing import Any
 
 from adapters import synced_files
 from adapters.errors import TrainingError
+from adapters.template import Row
 from adapters.training.batches import Steps
 from adapters.training.job import TrainingJob
 from adapters.training.loop import Trained, TrainingEvent, train
 from adapters.training.plan import Plan
 from adapters.training.provenance import Provenance
-from adapters.training.rows import Row
 from server.base.load import LoadedBase
 
 CHECKPOINT_SECONDS = 20.0

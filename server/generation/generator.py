@@ -11,18 +11,18 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeVar
 
 import anyio
 import anyio.to_thread
 import structlog
 
 from adapters.errors import AdapterCorrupt, BaseMismatch
-from adapters.template import Template, Value
+from adapters.template import Row, Template
 from server.config.limits import Limits
 from server.engine.client import (
     AdapterOverloaded,
@@ -52,7 +52,6 @@ log = structlog.get_logger(__name__)
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 ResultT = TypeVar("ResultT")
-Row: TypeAlias = Mapping[str, Value]
 
 DEFAULT_MAX_NEW_TOKENS = 64
 # Longer texts are tokenised off the event loop: a megabyte takes about a second.

@@ -57,7 +57,7 @@ class Now:
     build: tuple[str, ...]
 
 
-class AdapterCounters:
+class AdapterMetrics:
     """Counters of one adapter, of the base, or of all others together."""
 
     __slots__ = (
@@ -122,8 +122,8 @@ class Metrics:
 
     def __init__(self, max_adapters: int = 32) -> None:
         self._totals = _Totals()
-        self._base: Series[AdapterCounters] = Series(AdapterCounters())
-        self._adapters = TopAdapters(max_adapters, AdapterCounters)
+        self._base: Series[AdapterMetrics] = Series(AdapterMetrics())
+        self._adapters = TopAdapters(max_adapters, AdapterMetrics)
         # By name, None is the base; only nonzero entries are stored.
         self._waiting: Counter[str | None] = Counter()
         self._in_flight: Counter[str | None] = Counter()
@@ -273,7 +273,7 @@ class _Observer:
     def __init__(
         self,
         metrics: Metrics,
-        series: Series[AdapterCounters],
+        series: Series[AdapterMetrics],
         name: str | None,
         num_prompt_tokens: int,
     ) -> None:
@@ -334,7 +334,7 @@ def _less(counts: Counter[str | None], name: str | None) -> None:
         del counts[name]
 
 
-def _samples_of(label: str, counters: AdapterCounters) -> Iterator[Sample]:
+def _samples_of(label: str, counters: AdapterMetrics) -> Iterator[Sample]:
     yield Sample("graftwork_adapter_requests_total", (label,), counters.requests)
     yield Sample("graftwork_adapter_prompt_tokens_total", (label,), counters.prompt_tokens)
     yield Sample("graftwork_adapter_generation_tokens_total", (label,), counters.generation_tokens)

@@ -17,8 +17,9 @@ from starlette.requests import Request
 
 from adapters.errors import UnsupportedFile
 from adapters.strict_json import StrictJsonError, parse_object
+from adapters.template import Row
 from adapters.training.job import TrainingRequest
-from adapters.training.rows import Kind, Row, check_rows, kind_of, read_rows
+from adapters.training.rows import Kind, check_rows, kind_of, read_rows
 from server.api.error_replies import describe_validation, quoted
 from server.api.middleware.headers import body_too_large
 from server.api.middleware.value_count import ValueCount

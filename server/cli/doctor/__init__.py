@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from server.cli.doctor import environment
-from server.cli.doctor.finding import Finding, Status, guarded
+from server.cli.doctor.finding import Finding, Severity, guarded
 
 if TYPE_CHECKING:
     from server.config.settings import Settings
 
-__all__ = ["Finding", "Status", "check_installation", "examine", "read_settings"]
+__all__ = ["Finding", "Severity", "check_installation", "examine", "read_settings"]
 
 
 def check_installation() -> Iterator[list[Finding]]:

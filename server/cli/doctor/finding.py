@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "warning", "fail"]
+Severity = Literal["ok", "warning", "fail"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Finding:
     """
 
     check: str
-    status: Status
+    status: Severity
     message: str
     hint: str | None = None
 

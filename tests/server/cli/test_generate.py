@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import AdapterError
-from server.cli.backend import Backend, Prompt
+from server.cli.backend import Backend, GenerationInput
 from server.cli.found_adapters import find_adapters
 from server.cli.http_client import RemoteServer, ServerRefused
 from server.cli.in_process import PrivateEngine
@@ -76,9 +76,9 @@ def test_both_places_say_what_the_route_says(server, offline, online):
 @pytest.mark.parametrize(
     "prompt",
     [
-        Prompt(row={"Tweet text": "my parcel never came </s>"}),
-        Prompt(text="my parcel never came </s>"),
-        Prompt(text="Übergrößen 🙂"),
+        GenerationInput(row={"Tweet text": "my parcel never came </s>"}),
+        GenerationInput(text="my parcel never came </s>"),
+        GenerationInput(text="Übergrößen 🙂"),
     ],
 )
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_both_places_give_the_same(places, prompt, parameters):
 
 
 def test_stop_strings_end_both(places):
-    prompt = Prompt(text="the tweet")
+    prompt = GenerationInput(text="the tweet")
     for place in places:
         (free,) = place.answers("complaints", [prompt], {"max_new_tokens": 12})
         stop = free.text[3:5]
@@ -114,15 +114,17 @@ def test_stop_strings_end_both(places):
 
 def test_outputs_without_a_seed_differ(places):
     for place in places:
-        answers = place.answers("complaints", [Prompt(text="the tweet")] * 4, {"temperature": 5.0})
+        answers = place.answers(
+            "complaints", [GenerationInput(text="the tweet")] * 4, {"temperature": 5.0}
+        )
         assert len({(answer.text, answer.seed) for answer in answers}) == 4
 
 
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        (Prompt(row={"a": "b"}), "missing: 'Tweet text'; unknown: 'a'"),
-        (Prompt(text="word " * 600), "at most 512 fit in all"),
+        (GenerationInput(row={"a": "b"}), "missing: 'Tweet text'; unknown: 'a'"),
+        (GenerationInput(text="word " * 600), "at most 512 fit in all"),
     ],
 )
 def test_both_places_refuse_with_the_same_words(places, prompt, said):
@@ -155,7 +157,10 @@ def test_lines_of_standard_input_are_prompts(online):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["-p", "x", "--temperature", "-1"], "temperature: Input should be greater than 0"),
+        (
+            ["-p", "x", "--temperature", "-1"],
+            "temperature: GenerationInput should be greater than 0",
+        ),
         (["-p", "x", "--parameters", '{"lora": 1}'], "none that says how to choose tokens"),
         (
             ["-p", "x", "--parameters", '{"return_full_text": true}'],

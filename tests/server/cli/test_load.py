@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.cli.http_client import ServerRefused
-from server.cli.load import LoadPlan, Outcome, report, run_load
+from server.cli.load import LoadPlan, SentRequest, report, run_load
 from tests.clients.counted import Counted
 from tests.server.cli.runner import refusal, run
 from tests.server.cli.test_http_client import something
@@ -72,9 +72,9 @@ def test_no_more_are_in_flight_than_may(server, plan):
 
 def test_percentiles_of_a_load_with_known_times():
     outcomes = [
-        Outcome("a", sent_at=0.0, token_at=[0.1, 0.2, 0.4], num_tokens=3, ended_at=0.5),
-        Outcome("a", sent_at=1.0, token_at=[1.3, 1.4, 1.6], num_tokens=3, ended_at=1.6),
-        Outcome("b", sent_at=1.0, token_at=[1.3], ended_at=1.9, error="broken"),
+        SentRequest("a", sent_at=0.0, token_at=[0.1, 0.2, 0.4], num_tokens=3, ended_at=0.5),
+        SentRequest("a", sent_at=1.0, token_at=[1.3, 1.4, 1.6], num_tokens=3, ended_at=1.6),
+        SentRequest("b", sent_at=1.0, token_at=[1.3], ended_at=1.9, error="broken"),
     ]
     made = report(replace(PLAN, adapters=("a", "b")), outcomes, 2.0)
     a, b = made.by_adapter

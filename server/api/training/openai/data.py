@@ -18,16 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from adapters.errors import DataInvalid
+from adapters.template import Row
 from adapters.training.job import Prompts
-from adapters.training.rows import (
-    DataLimits,
-    Kind,
-    Row,
-    check_rows,
-    kind_of,
-    read_objects,
-    read_rows,
-)
+from adapters.training.rows import DataLimits, Kind, check_rows, kind_of, read_objects, read_rows
 from server.api.error_replies import quoted
 from server.api.training.openai.body import Asked
 from server.api.training.openai.conversations import MESSAGES, turns
