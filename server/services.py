@@ -1,7 +1,7 @@
-"""What one running server is made of, and how routes get at it.
+"""The parts of one running server, and how routes get them.
 
-`Services` is filled in by `server.app`; while the engine is still loading, everything that needs
-it is refused with `NotReady`. Knows no route.
+`server.app` fills in `Services`; while the engine is loading, what needs it is refused with `NotReady`.
+Independent of routes.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class Services:
     """One running server.
 
     Attributes:
-        settings: what it was started with.
+        settings: its settings.
         base_id: the base's name; no adapter can have it.
         registry: the adapters.
         engine: started or starting; None in an application that needs none.
         base: the base's dimensions where no engine is started; else None, the engine knows them.
-        base_notes: sentences about the base's weights, for whoever lists it.
+        base_notes: sentences about the base's weights, for `GET /v1/models`.
         generator: None until the engine is ready.
-        failure: why the engine did not start, once that is known.
+        failure: why the engine did not start; None if it did, or has not tried yet.
         started_at: Unix time, seconds.
-        tracing: where spans go; None where nobody asked for them.
-        requests_by_adapter: generations asked of each name since the start; a name whose last version
-            was deleted begins anew.
-        jobs: the training jobs; None in a server that has no table of them.
-        files: the files that were uploaded to train on; None likewise.
-        keys: the API keys; None in a server that asks for none.
-        supervisor: what runs them here; None where `graftwork worker` does.
+        tracing: where spans go; None if tracing is off.
+        requests_by_adapter: generations by adapter since the start; deleting the last version of a
+            name resets its count.
+        jobs: the training jobs; None in an application without them.
+        files: the uploaded training files; None in an application without them.
+        keys: the API keys; None if none are required.
+        supervisor: runs training jobs here; None if only `graftwork worker` does.
         draining: whether new work is refused, and what runs.
         planning: held while a job is planned: one at a time, since each may hold a whole file.
     """
@@ -99,14 +99,14 @@ class Services:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """What is counted here."""
+        """The counters of this server."""
         from server.telemetry.metrics import Metrics
 
         return Metrics(self.settings.metrics_adapters)
 
     @cached_property
     def quotas(self) -> Quotas:
-        """What each key has used."""
+        """The usage of each key."""
         from server.generation.quotas import Quotas
 
         return Quotas()
@@ -124,18 +124,18 @@ class Services:
 
     @property
     def ready(self) -> bool:
-        """Whether a generation would be taken now."""
+        """Whether a generation would be accepted now."""
         return self.generator is not None and self.client.alive
 
     def stopping(self) -> bool:
-        """Whether the server is about to go; streams without an end of their own end then."""
+        """Whether the server is stopping; open-ended streams end then."""
         return self.draining.stopping
 
     def need_generator(self) -> Generator:
         """The generator.
 
         Raises:
-            NotReady: the engine is still loading, or is gone.
+            NotReady: the engine is loading, or is down.
         """
         if self.generator is None or not self.client.alive:
             reason = self.failure or (
@@ -163,7 +163,7 @@ class Services:
         """The training jobs.
 
         Raises:
-            NotReady: this server has no table of them.
+            NotReady: this application has none.
         """
         return _there(self.jobs, "training jobs")
 
@@ -171,15 +171,15 @@ class Services:
         """The API keys.
 
         Raises:
-            NotReady: this server has no table of them.
+            NotReady: this application has none.
         """
         return _there(self.keys, "keys")
 
     def need_files(self) -> FileStore:
-        """The files that were uploaded to train on.
+        """The uploaded training files.
 
         Raises:
-            NotReady: this server has no table of them.
+            NotReady: this application has none.
         """
         return _there(self.files, "files")
 

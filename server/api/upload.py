@@ -35,7 +35,7 @@ class Form:
         files: name of the file parts.
         max_bytes: of the whole body.
         max_parts: fields and files together.
-        example: curl's options that fill it in, for whoever sent something else.
+        example: curl's options that fill it in, for the error on another content type.
     """
 
     fields: Mapping[str, int]
@@ -132,7 +132,7 @@ def _boundary(request: Request, form: Form) -> bytes:
 
 
 class _Sorter:
-    """Feeds the parser and keeps what it finds; every method may run in another thread."""
+    """Feeds the parser and collects its results; every method may run in another thread."""
 
     def __init__(self, boundary: bytes, directory: Path, form: Form) -> None:
         self._upload = Upload()

@@ -1,8 +1,8 @@
 """Every setting of the server: the only place that reads the environment. (OpenTelemetry's own
 variables are read by its library; `server.telemetry.tracing` checks whether they are set.)
 
-Each can be given as an environment variable, `GRAFTWORK_` and its name in capitals, or as an
-option of `graftwork serve`, which wins. Independent of what the settings are for.
+Each can be given as an environment variable, `GRAFTWORK_` and its name in capitals; the most used also as
+an option of `graftwork serve`, which wins. Independent of what the settings are for.
 """
 
 from __future__ import annotations

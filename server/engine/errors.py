@@ -51,7 +51,7 @@ class AdapterOverloaded(EngineOverloaded):
     def __init__(self, adapter: str | None, number: int, retry_after_seconds: int) -> None:
         whose = "the base" if adapter is None else f"the adapter {adapter!r}"
         super().__init__(
-            retry_after_seconds, f"{number} requests for {whose} run or wait, as many as may"
+            retry_after_seconds, f"{number} requests for {whose} run or wait, which is the limit"
         )
 
 

@@ -2,7 +2,7 @@
 
 Sequences of one adapter see the same keys first. Those of a KV head are packed once for all of them, and
 the queries of all go through the products together; `decode_kernel` then counts what comes out as one key
-more. What a row gets is the same in any company: a row alone is taken the same way.
+more. What a row gets is the same in any batch: a row alone is taken the same way.
 
 32 rows over 1,024 shared keys took 28 ms a step in the decode kernel, which reads them once a row.
 

@@ -34,7 +34,7 @@ base counts as one. The rules hold within that adapter. While a sequence is pree
 adapter is served, so that it ends and gives back its blocks.
 
 A prompt's chunks end at multiples of `prefill_chunk` from the start of its own tokens. A step's token
-budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any company. What
+budget defers a chunk but never cuts it, so that the arithmetic of a row is the same in any batch. What
 is left once everybody has a chunk goes to further chunks of the same prompts, the oldest first: the runner
 computes each as if it had come alone. While a sequence decodes only prompts of WHOLE_CHUNKS get them.
 """

@@ -1,7 +1,7 @@
 """Server-sent events, and clients that disconnect.
 
 Frames end with LF LF. A disconnect cancels the request's work at once, whether the reply is a stream or
-not: its row in the engine is free at the next step. Independent of routes.
+not: its row in the engine is free within two steps. Independent of routes.
 """
 
 from __future__ import annotations

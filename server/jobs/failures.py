@@ -39,8 +39,8 @@ CODES: dict[type[library.AdapterError], str] = {
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 # torch, safetensors and the C++ runtime raise generic errors, distinguished by these phrases.
-_MEMORY_WORDS = ("allocate memory", "out of memory", "not enough memory", "bad_alloc")
-_DISK_WORDS = ("no space left on device", "disk quota exceeded", "disk is full")
+_MEMORY_TERMS = ("allocate memory", "out of memory", "not enough memory", "bad_alloc")
+_DISK_TERMS = ("no space left on device", "disk quota exceeded", "disk is full")
 
 
 def describe(error: BaseException) -> dict[str, str]:
@@ -77,7 +77,7 @@ def _is_full_disk(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno in _FULL_DISK
-    return _says(error, _DISK_WORDS)
+    return _mentions(error, _DISK_TERMS)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -85,12 +85,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return _says(error, _MEMORY_WORDS)
+    return _mentions(error, _MEMORY_TERMS)
 
 
-def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+def _mentions(error: BaseException, terms: tuple[str, ...]) -> bool:
     # A refusal's message may quote the user's data.
     if isinstance(error, library.AdapterError):
         return False
     text = str(error).lower()
-    return any(word in text for word in words)
+    return any(term in text for term in terms)

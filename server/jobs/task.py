@@ -119,23 +119,23 @@ def _fail(store: JobStore, claim: Claim, error: dict[str, str]) -> int:
 
 @contextmanager
 def _stop_after_step() -> Iterator[Callable[[], bool]]:
-    """While the block runs, SIGTERM asks training to stop; raises Stopped at its end if it did not.
+    """While the block runs, SIGTERM requests a stop of training; then raises Stopped at its end.
 
     Before the block, SIGTERM ends the process at once: nothing would be lost. After the block it is
     ignored: publishing and writing the final state are short and must both complete.
     """
-    asked = False
+    requested = False
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+    def request(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
 
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGTERM, request)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if asked:
+    if requested:
         raise Stopped
 
 

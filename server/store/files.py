@@ -234,7 +234,7 @@ class FileStore:
         count = session.scalar(select(func.count()).select_from(FileRow)) or 0
         if count >= self._max_files:
             raise FilesFull(
-                f"{count} files are kept already, as many as may; delete some first",
+                f"{count} files are stored, which is the limit; delete some first",
                 field="file",
                 expected=f"fewer than {self._max_files} files",
                 came=str(count),
@@ -242,8 +242,8 @@ class FileStore:
         taken = session.scalar(select(func.sum(FileRow.num_bytes))) or 0
         if taken + num_bytes > self._max_bytes:
             raise FilesFull(
-                f"the files that are kept have {taken} bytes, this one has {num_bytes}, and "
-                f"{self._max_bytes} may be kept in all; delete some first",
+                f"the stored files have {taken} bytes, this one has {num_bytes}, and the limit for all is "
+                f"{self._max_bytes}; delete some first",
                 field="file",
                 expected=f"at most {self._max_bytes} bytes in all",
                 came=str(taken + num_bytes),

@@ -506,7 +506,7 @@ class JobStore:
         queued = select(func.count()).select_from(JobRow).where(JobRow.state == "queued")
         if (session.scalar(queued) or 0) >= self._max_queued:
             raise TooManyJobs(
-                f"{self._max_queued} training jobs wait already, as many as may; try again later",
+                f"{self._max_queued} training jobs wait, which is the limit; try again later",
                 expected=f"fewer than {self._max_queued} waiting jobs",
             )
 

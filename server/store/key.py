@@ -25,7 +25,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 _ID_BYTES, _SECRET_BYTES = 6, 32
 _TEXT = re.compile(r"gw-([0-9a-f]{12})-[0-9a-f]{64}")
 # Compared with if no key has the id, so that this takes as long as a wrong secret.
-_NOBODYS = bytes(hashlib.sha256().digest_size)
+_NO_DIGEST = bytes(hashlib.sha256().digest_size)
 
 
 @dataclass(frozen=True)
@@ -93,5 +93,5 @@ def digest_of(text: str) -> bytes:
 
 def is_text_of(text: str, key: Key | None) -> bool:
     """Whether a text is this key's; constant-time comparison."""
-    kept = _NOBODYS if key is None else key.digest
+    kept = _NO_DIGEST if key is None else key.digest
     return hmac.compare_digest(digest_of(text), kept) and key is not None

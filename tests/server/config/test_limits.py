@@ -481,7 +481,7 @@ def test_one_adapter_does_not_take_the_queue(narrow):
         assert [one.result().status_code for one in waiting] == [200] * 5
     assert (full.status_code, told(full)[0]) == (429, "adapter_overloaded")
     assert told(full)[1] == (
-        "2 requests for the adapter 'first' run or wait, as many as may; try again in 2 s"
+        "2 requests for the adapter 'first' run or wait, which is the limit; try again in 2 s"
     )
     assert full.headers["retry-after"] == "2"
     assert (fuller.status_code, told(fuller)[0]) == (429, "overloaded")

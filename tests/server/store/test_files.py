@@ -59,7 +59,7 @@ def test_the_number_and_the_bytes_of_files_are_limited(
     assert (caught.value.expected, caught.value.came) == ("at most 100 bytes in all", "101")
     add(store, tmp_path, b"x" * 40)
     last = add(store, tmp_path, b"")
-    with pytest.raises(FilesFull, match="3 files are kept already"):
+    with pytest.raises(FilesFull, match="3 files are stored"):
         add(store, tmp_path, b"")
     assert len(on_disk(root)) == 3
     store.delete(last.id)
