@@ -17,6 +17,7 @@ from adapters.combine import MAX_ADAPTERS
 from adapters.errors import CombineInvalid
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
+from server.api.adapters.management import residency_of
 from server.api.adapters.versions import CombinedVersion, VersionWithRecipe
 from server.api.error_replies import invalid
 from server.api.openapi.constraints import NAME, NOT_BLANK, constrained
@@ -126,7 +127,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
     )
     record = published.record
     name_adapter(request, services, record)
-    version = VersionWithRecipe.of(record, services.client.residency(record.digest))
+    version = VersionWithRecipe.of(record, residency_of(services, record))
     reply = CombinedVersion(**dict(version), ignored_files=[])
     location = {"location": f"/adapters/{record.name}"}
     return JSONResponse(reply.model_dump(by_alias=True), 201, location)

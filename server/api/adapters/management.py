@@ -189,7 +189,7 @@ async def get_adapter(request: Request, services: UseServices, name: str) -> rep
     default = next((record for record in versions if record.is_default), versions[-1])
     config = await run_sync(lambda: _config(registry, default))
     name_adapter(request, services, default)
-    listed = [replies.VersionWithRecipe.of(one, _residency(services, one)) for one in versions]
+    listed = [replies.VersionWithRecipe.of(one, residency_of(services, one)) for one in versions]
     return replies.AdapterDetails(
         **dict(listed[versions.index(default)]),
         config=config,
@@ -328,10 +328,11 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
 
 
 def _version(services: Services, record: AdapterRecord) -> replies.AdapterVersion:
-    return replies.AdapterVersion.of(record, _residency(services, record))
+    return replies.AdapterVersion.of(record, residency_of(services, record))
 
 
-def _residency(services: Services, record: AdapterRecord) -> replies.Residency:
+def residency_of(services: Services, record: AdapterRecord) -> replies.Residency:
+    """Where an adapter is now; "disk" while no engine is ready."""
     return services.client.residency(record.digest) if services.ready else "disk"
 
 
