@@ -40,7 +40,7 @@ class EngineOverloaded(EngineError):
 
 
 class AdapterOverloaded(EngineOverloaded):
-    """As many requests for one adapter run or wait as may; others are taken.
+    """The limit of requests for one adapter is reached; requests for others are accepted.
 
     Args:
         adapter: its name; None is the base.
