@@ -159,7 +159,7 @@ def test_lines_of_standard_input_are_prompts(online):
     [
         (
             ["-p", "x", "--temperature", "-1"],
-            "temperature: GenerationInput should be greater than 0",
+            "temperature: Input should be greater than 0",
         ),
         (["-p", "x", "--parameters", '{"lora": 1}'], "none that says how to choose tokens"),
         (
