@@ -540,7 +540,8 @@ def test_a_fold_happens_once_across_evictions_and_restarts(refs, solo, start, fo
     counts, on_step = count_folds(engine)
     check(run(engine, load, on_step), solo)
     engine.close()
-    assert engine.scheduler.slots.num_evictions > len(soft)
+    # How many there are depends on when loads finish: on a busy machine, one of each.
+    assert engine.scheduler.slots.num_evictions >= len(soft)
     assert counts == dict.fromkeys(soft, 1)
     files = {path.name: path.stat().st_mtime_ns for path in folds.iterdir()}
     assert len(files) == len(soft)
