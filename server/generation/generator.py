@@ -8,7 +8,6 @@ when the name is resolved; replacing or deleting it later does not affect runnin
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -42,7 +41,7 @@ from server.engine.request import (
 from server.errors import RequestInvalid, TooLong
 from server.generation.adapter_lookup import Lookups
 from server.generation.observers import Ended, GenerationObserver, Observer
-from server.store.caller import UNRESTRICTED, Caller
+from server.store.caller import Caller, PerCaller
 from server.store.registry import AdapterRecord, Registry
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.stop import StopStrings
@@ -254,7 +253,7 @@ class Generation:
         return Piece(event.token_id, name, added, offset, True, event.logprob, self.finish_reason)
 
 
-class Generator:
+class Generator(PerCaller):
     """Turns prompts into generations on one engine.
 
     Args:
@@ -292,13 +291,6 @@ class Generator:
             registry.data_version,
         )
         self._observers = tuple(observers)
-        self._caller = UNRESTRICTED
-
-    def seen_by(self, caller: Caller) -> Generator:
-        """This generator on behalf of a caller; both share all but the caller."""
-        view = copy.copy(self)
-        view._caller = caller
-        return view
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -8,7 +8,9 @@ request on a server without authentication.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Self
 
 from server.store.key import Key
 
@@ -40,3 +42,15 @@ class Caller:
 
 
 UNRESTRICTED = Caller()
+
+
+class PerCaller:
+    """What callers see differently: a store, or what works with one. Unrestricted until `seen_by`."""
+
+    _caller: Caller = UNRESTRICTED
+
+    def seen_by(self, caller: Caller) -> Self:
+        """The same as a caller sees it; both share everything else."""
+        view = copy.copy(self)
+        view._caller = caller
+        return view

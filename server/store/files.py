@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import copy
 import re
 import secrets
 import time
@@ -28,7 +27,7 @@ from sqlalchemy.orm import Session
 from adapters import synced_files
 from adapters.errors import AdapterError
 from server.errors import FilesFull, UploadNotFound
-from server.store.caller import UNRESTRICTED, Caller
+from server.store.caller import PerCaller
 from server.store.database import Database
 from server.store.tables import FileRow
 
@@ -58,7 +57,7 @@ class FileRecord:
     created_at: datetime
 
 
-class FileStore:
+class FileStore(PerCaller):
     """All uploaded files of one data directory. Safe between threads and processes.
 
     Args:
@@ -83,7 +82,6 @@ class FileStore:
         self._max_files = max_files
         self._max_bytes = max_bytes
         self._clock = clock
-        self._caller = UNRESTRICTED
         self._files = root / "files"
         self._files.mkdir(parents=True, exist_ok=True)
         self._database = Database(root / "registry.db")
@@ -91,12 +89,6 @@ class FileStore:
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
-
-    def seen_by(self, caller: Caller) -> FileStore:
-        """This store as a caller sees it; both share the database."""
-        view = copy.copy(self)
-        view._caller = caller
-        return view
 
     # --- in ---------------------------------------------------------------------------
 

@@ -25,7 +25,6 @@ commit. Independent of HTTP, tensors, and the way workers are started.
 from __future__ import annotations
 
 import builtins
-import copy
 import json
 import secrets
 import time
@@ -45,7 +44,7 @@ from adapters.errors import AdapterError
 from adapters.training.examples import Examples
 from adapters.training.job import TrainingJob
 from server.errors import JobActive, LeaseLost, TooManyJobs
-from server.store.caller import UNRESTRICTED, Caller
+from server.store.caller import PerCaller
 from server.store.database import Database
 from server.store.job_files import JobFiles, no_job
 from server.store.job_states import FINISHED, TRANSITIONS, State, check_transition
@@ -124,7 +123,7 @@ class JobSweep:
     staging_removed: int
 
 
-class JobStore:
+class JobStore(PerCaller):
     """All training jobs of one data directory.
 
     Args:
@@ -152,19 +151,12 @@ class JobStore:
         self._max_attempts = max_attempts
         self._max_events = max_events
         self._clock = clock
-        self._caller = UNRESTRICTED
         self._files = JobFiles(root)
         self._database = Database(root / "registry.db")
 
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
-
-    def seen_by(self, caller: Caller) -> JobStore:
-        """This store as a caller sees it; both share the database."""
-        view = copy.copy(self)
-        view._caller = caller
-        return view
 
     # --- in ---------------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ Threads and processes may share one root: every write holds SQLite's write lock 
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -51,7 +50,7 @@ from adapters.metadata import AdapterMetadata, Source
 from server.store import adapter_rows as rows
 from server.store.adapter_rows import AdapterRecord
 from server.store.blobs import BlobStore
-from server.store.caller import UNRESTRICTED, Caller
+from server.store.caller import PerCaller
 from server.store.database import Database
 from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
@@ -80,7 +79,7 @@ class SweepReport:
     staging_removed: int
 
 
-class Registry:
+class Registry(PerCaller):
     """All adapters under one root.
 
     Args:
@@ -101,7 +100,6 @@ class Registry:
         limits: CheckpointLimits = DEFAULT_LIMITS,
     ) -> None:
         self._limits = limits
-        self._caller = UNRESTRICTED
         self._reserved = frozenset(name.casefold() for name in reserved)
         # Lowering a limit must not invalidate stored adapters.
         self._blobs = BlobStore(root, DEFAULT_LIMITS)
@@ -114,12 +112,6 @@ class Registry:
     def data_version(self) -> int | None:
         """See `Database.version`."""
         return self._database.version()
-
-    def seen_by(self, caller: Caller) -> Registry:
-        """This registry as a caller sees it; both share the database."""
-        view = copy.copy(self)
-        view._caller = caller
-        return view
 
     # --- in ---------------------------------------------------------------------------
 
