@@ -69,14 +69,16 @@ class Lookups(Generic[FoundT]):
         """Return what the name stands for now, for this caller, or raise why there is nothing."""
         key = (name, caller.adapters)
         version = self._version()
-        if version is None or version != self._cached_version or len(self._cached) >= _MAX_CACHED:
-            self._cached = {}
+        if version is None or version != self._cached_version:
+            self._cached.clear()
             self._cached_version = version
         elif key in self._cached:
             return self._cached[key]
         found = await self._shared_read(key, caller)
         # Read after `version` was seen: it is current for as long as the version is.
         if version is not None and version == self._cached_version:
+            if len(self._cached) >= _MAX_CACHED:
+                self._cached.clear()
             self._cached[key] = found
         return found
 
