@@ -368,7 +368,9 @@ def _train_here(
     base, tokenizer = _load(settings)
     plan = make_plan(request, rows.rows, tokenizer, base.spec, base_name=name)
     if partial is None:
-        _print_plan(_shown(plan), as_json=outcome.as_json)
+        from server.api.training.job_replies import Preview
+
+        _print_plan(Preview.of(plan).model_dump(mode="json"), as_json=outcome.as_json)
         return
     began = time.monotonic()
     partial.begin(plan.job, rows.rows)
@@ -500,17 +502,6 @@ def _print_result(result: dict[str, Any]) -> None:
         print_line(f"written to {folder}; serve it with: graftwork adapters add {folder}")
     if (one := result["registered"]) is not None:
         print_line(f"registered as {one['name']}@{one['version']} ({one['digest'][:12]})")
-
-
-def _shown(plan: Plan) -> dict[str, Any]:
-    """A plan as `POST /train?dry_run=true` shows it."""
-    return {
-        **plan.job.model_dump(mode="json"),
-        "num_train": len(plan.examples.train),
-        "num_held_out": len(plan.examples.held_out),
-        "lengths": plan.lengths,
-        "preview": plan.preview,
-    }
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
@@ -11,6 +11,9 @@ from adapters.training.job import HyperparameterRequest, Hyperparameters
 from server.api.reply_fields import Moment, ReplyModel, fixed, may_show, shows
 from server.store.job_states import State
 from server.store.jobs import JobRecord
+
+if TYPE_CHECKING:
+    from adapters.training.plan import Plan
 
 _JOB = "job-a1ab28fe4d34fda420b6c479"
 EXAMPLE_EVENTS = (
@@ -160,6 +163,17 @@ class PreviewOfRows(ReplyModel):
 
 class Preview(PreviewOfRows, Planned):
     """A dry run: what would be done, and three rows of it."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> Self:
+        """A plan, and its first rows."""
+        return cls(
+            **plan.job.model_dump(),
+            num_train=len(plan.examples.train),
+            num_held_out=len(plan.examples.held_out),
+            lengths=plan.lengths,
+            preview=plan.preview,
+        )
 
 
 class JobEventData(ReplyModel):

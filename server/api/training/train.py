@@ -70,7 +70,7 @@ async def train(
             work = partial(_plan, services, jobs, received, store=not dry_run)
             plan, record = await run_sync(work)
     if record is None:
-        return JSONResponse(_preview(plan).model_dump(mode="json"))
+        return JSONResponse(job_replies.Preview.of(plan).model_dump(mode="json"))
     if services.supervisor is not None:
         services.supervisor.wake()
     location = {"location": f"/train/{record.id}"}
@@ -230,16 +230,6 @@ def _plan(
         max_virtual_tokens=services.settings.max_virtual_tokens,
     )
     return plan, jobs.create(plan.job, plan.examples) if store else None
-
-
-def _preview(plan: Plan) -> job_replies.Preview:
-    return job_replies.Preview(
-        **plan.job.model_dump(),
-        num_train=len(plan.examples.train),
-        num_held_out=len(plan.examples.held_out),
-        lengths=plan.lengths,
-        preview=plan.preview,
-    )
 
 
 # --- events and log ------------------------------------------------------------------------
