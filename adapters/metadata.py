@@ -17,6 +17,16 @@ from adapters.template import Tokenization
 
 Source = Literal["uploaded", "trained", "combined", "loaded", "watched"]
 
+# The fields that whoever adds an adapter may set; the others are recorded.
+SETTABLE_FIELDS = (
+    "description",
+    "template",
+    "labels",
+    "target_separator",
+    "append_eos",
+    "tokenization",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMetadata:

@@ -40,15 +40,6 @@ _AGAIN_SECONDS = 0.5
 # A server sends the events it has at once, and then looks four times a second: after so long a silence
 # there are no more yet.
 _QUIET_SECONDS = 1.5
-# Fields of an upload's form, out of the metadata that a folder may bring along.
-_FORM_FIELDS = (
-    "description",
-    "template",
-    "labels",
-    "target_separator",
-    "append_eos",
-    "tokenization",
-)
 
 
 @dataclass(frozen=True)
@@ -383,8 +374,10 @@ def _is_segment(name: str) -> bool:
 
 
 def _form(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata as form fields: texts as they are, the others as JSON."""
-    given = {name: metadata[name] for name in _FORM_FIELDS if metadata.get(name) is not None}
+    """Metadata as an upload's form fields: texts as they are, the others as JSON."""
+    from adapters.metadata import SETTABLE_FIELDS
+
+    given = {name: metadata[name] for name in SETTABLE_FIELDS if metadata.get(name) is not None}
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in given.items()

@@ -42,8 +42,7 @@ def combine_stored(
         weights: one per adapter.
         name: an unused name.
         combination_type: see `adapters.combine`.
-        given: fields of `AdapterMetadata` that the caller sets: description, template, labels,
-            tokenization, target_separator, append_eos. None leaves a field to the adapters.
+        given: `SETTABLE_FIELDS` of the metadata; None leaves a field to the adapters.
         base_names: see `Registry.publish`.
 
     Raises:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.combine import MAX_ADAPTERS
 from adapters.errors import CombineInvalid
+from adapters.metadata import SETTABLE_FIELDS
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
 from server.api.adapters.management import residency_of
@@ -102,16 +103,7 @@ async def combine_adapters(request: Request, services: UseServices, body: Combin
     only_query(request)
     base = services.need_base()
     _check_labels(body.labels)
-    given = body.model_dump(
-        include={
-            "description",
-            "template",
-            "labels",
-            "target_separator",
-            "append_eos",
-            "tokenization",
-        }
-    )
+    given = body.model_dump(include=set(SETTABLE_FIELDS))
     published = await anyio.to_thread.run_sync(
         functools.partial(
             combine_stored,

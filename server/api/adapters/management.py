@@ -23,7 +23,7 @@ from adapters.errors import (
     TemplateInvalid,
     UnsupportedFile,
 )
-from adapters.metadata import AdapterMetadata
+from adapters.metadata import SETTABLE_FIELDS, AdapterMetadata
 from adapters.template import Template, Tokenization, default_separator
 from server.api.adapter_choice import only_query
 from server.api.adapter_headers import name_adapter
@@ -53,15 +53,7 @@ Version = Annotated[
     int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
 ]
 
-FORM_FIELDS = (
-    "name",
-    "description",
-    "template",
-    "labels",
-    "target_separator",
-    "append_eos",
-    "tokenization",
-)
+FORM_FIELDS = ("name", *SETTABLE_FIELDS)
 _CURL = "-F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors"
 _FORM = {
     "requestBody": {
