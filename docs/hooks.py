@@ -31,6 +31,7 @@ from adapters.methods import METHODS  # noqa: E402
 from adapters.training.recipes import RECIPES  # noqa: E402
 from server.api import error_replies  # noqa: E402
 from server.api.middleware.route_scopes import ACCESS  # noqa: E402
+from server.api.openapi.refusals import MEANINGS  # noqa: E402
 from server.app import create_app  # noqa: E402
 from server.cli.main import app as command_line  # noqa: E402
 from server.config.limits import Limits  # noqa: E402
@@ -83,26 +84,21 @@ ABOVE_LIMIT: Mapping[str, str] = {
     "max_files_mib": "413 `files_full`",
 }
 
-# Codes that no error class explains: the engine's failures, the framework's refusals, bases of the trees.
+# Codes that no error class explains: the framework's refusals, bases of the trees.
 _MEANINGS: Mapping[str, str] = {
-    "aborted": "The server stopped before the request ended.",
     "adapter_invalid": "The adapter cannot be used here; the message says why.",
-    "adapter_not_loaded": "The adapter's stored bytes could not be made ready for the engine.",
     "bad_request": "The request cannot be read as HTTP or as JSON.",
-    "disk_full": "The disk is full; nothing was published.",
-    "engine_error": "The engine failed while it computed the request.",
-    "grammar_invalid": "The grammar cannot be compiled exactly, or not within its bounds.",
-    "internal_error": "An unforeseen error; the server's log has it under the request id.",
     "method_not_allowed": "The path exists, with other methods; `Allow` lists them.",
-    "out_of_memory": "The training process ran out of memory; nothing was published.",
     "refused": "The request cannot be answered; the message says why.",
     "registry_refused": "The store of adapters cannot do this; the message says why.",
     "route_not_found": "No such path.",
-    "worker_lost": "The training process died three times without a new checkpoint.",
 }
-# The same code for one request's numbers instead of an upload's.
-_MEANINGS_BY_STATUS: Mapping[tuple[int, str], str] = {
-    (424, "non_finite"): "The logits of this one request are not finite.",
+# Failures of a training job that no error class explains.
+_JOB_MEANINGS: Mapping[str, str] = {
+    "disk_full": "The disk is full; nothing was published.",
+    "internal_error": "An unforeseen error; the job's log has it.",
+    "out_of_memory": "The training process ran out of memory; nothing was published.",
+    "worker_lost": "The training process died three times without a new checkpoint.",
 }
 
 # Routes that the OpenAPI page leaves out.
@@ -184,13 +180,15 @@ def error_meanings() -> dict[tuple[int, str], str]:
         for kind, refusal in error_replies.TABLE.items()
         if refusal is not error_replies.UNFORESEEN
     ]
-    refusals += [(one.status, one.code, "") for one in error_replies.FAILED.values()]
+    refusals += [
+        (one.status, one.code, MEANINGS[one.code]) for one in error_replies.FAILED.values()
+    ]
     refusals += [(status, code, "") for status, code in error_replies.HTTP_CODES.items()]
-    refusals.append((error_replies.UNFORESEEN.status, error_replies.UNFORESEEN.code, ""))
+    unforeseen = error_replies.UNFORESEEN
+    refusals.append((unforeseen.status, unforeseen.code, MEANINGS[unforeseen.code]))
     found: dict[tuple[int, str], str] = {}
     for status, code, meaning in refusals:
-        written = _MEANINGS_BY_STATUS.get((status, code)) or _MEANINGS.get(code)
-        found[status, code] = found.get((status, code)) or written or meaning
+        found.setdefault((status, code), _MEANINGS.get(code, meaning))
     return found
 
 
@@ -204,7 +202,7 @@ def job_meanings() -> dict[str, str]:
     """Code -> meaning, of every failure of a training job."""
     meanings = {code: _sentence(kind.__doc__) for kind, code in failures.CODES.items()}
     meanings |= {code: "" for code in failures.OTHER_CODES}
-    return {code: _MEANINGS.get(code, meaning) for code, meaning in meanings.items()}
+    return {code: _JOB_MEANINGS.get(code, meaning) for code, meaning in meanings.items()}
 
 
 def routes() -> str:

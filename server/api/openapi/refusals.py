@@ -30,8 +30,9 @@ Kinds = tuple[Kind, ...]
 _BY_NAME = {kind.__name__: kind for kind in TABLE}
 # Where an operation carries its kinds until the page is completed.
 EXTENSION = "x-refuses"
-# What the engine's codes mean, and the code of an error that is in no table.
-_SENTENCES = {
+# What the engine's codes mean, and the code of an error that is in no table. The documentation takes
+# them from here.
+MEANINGS = {
     "adapter_corrupt": "The stored bytes no longer match their digest.",
     "adapter_not_loaded": "The adapter could not be brought to the device.",
     "too_long": "More tokens than the base or the engine can hold.",
@@ -154,8 +155,8 @@ def responses(path: str, kinds: Iterable[str]) -> dict[str, Any]:
 
 
 def _described(kind: str) -> tuple[Refusal, str]:
-    if kind in _SENTENCES:
-        return FAILED.get(kind, UNFORESEEN), _SENTENCES[kind]
+    if kind in MEANINGS:
+        return FAILED.get(kind, UNFORESEEN), MEANINGS[kind]
     error = _BY_NAME[kind]
     return TABLE[error], (error.__doc__ or "").partition("\n")[0]
 
