@@ -10,8 +10,9 @@ that its commands use, since importing the others takes longer than most command
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from server.config.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from server.cli.found_adapters import FoundAdapter
     from server.services import Services
@@ -76,8 +78,12 @@ class DataDirectory(Backend):
                 from server.base.load import describe_base
 
                 self._services.base = describe_base(settings.base, revision=settings.revision)
-            app = _application(self._services, *_routers(combines=reads_base, jobs=jobs))
-            super().__init__(RemoteServer(_URL, transport=ASGITransport(app)))
+
+            def make() -> FastAPI:
+                return _application(self._services, *_routers(combines=reads_base, jobs=jobs))
+
+            transport = ASGITransport(_on_first_request(make))
+            super().__init__(RemoteServer(_URL, transport=transport))
             self._opened = opened.pop_all()
 
     def close(self) -> None:
@@ -221,6 +227,16 @@ def _publish(registry: Registry, found: FoundAdapter, services: Services) -> str
         stage(found.directory, directory)
         registry.publish(_ONLY, directory, services.need_base(), metadata)
     return _ONLY
+
+
+def _on_first_request(make: Callable[[], ASGIApp]) -> ASGIApp:
+    """An application that is made for its first request: commands that send none start without it."""
+    made = cache(make)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await made()(scope, receive, send)
+
+    return app
 
 
 def _application(services: Services, *routers: APIRouter) -> FastAPI:
