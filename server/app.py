@@ -31,13 +31,14 @@ from server.api.operations import docs_page, drain, front_page, health, models, 
 from server.api.training import train
 from server.api.training.openai import files as tuning_files
 from server.api.training.openai import jobs as tuning_jobs
+from server.config.base_name import base_name
 from server.config.settings import KIB, MIB, Settings
 from server.engine.client import EngineClient
 from server.engine.process_memory import give_back_free_memory
 from server.generation.generator import Generator
 from server.generation.observers import Observer
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
-from server.services import Services, base_name
+from server.services import Services
 from server.store.data_dir import sweep_folds
 from server.store.directories import AdapterDirectory
 from server.store.files import FileStore

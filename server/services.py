@@ -12,12 +12,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
 
-from server.base.convert import read_manifest
 from server.config.settings import Settings
 from server.draining import Draining
 from server.errors import NotReady
@@ -188,12 +186,6 @@ def _there(table: TableT | None, what: str) -> TableT:
     if table is None:
         raise NotReady(f"not ready: this server has no table of {what}")
     return table
-
-
-def base_name(settings: Settings) -> str:
-    """The base's name for clients; known before the engine is up, since it is reserved."""
-    manifest = read_manifest(Path(settings.base)) or {}
-    return settings.base_name or str(manifest.get("name") or settings.base_id)
 
 
 async def get_services(request: Request) -> Services:

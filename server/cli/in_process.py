@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from adapters.base_model import BaseModelSpec
     from server.cli.found_adapters import FoundAdapter
     from server.services import Services
     from server.store.jobs import JobStore
@@ -59,7 +60,7 @@ class DataDirectory(Backend):
         reads_base: bool = False,
         jobs: bool = False,
     ) -> None:
-        from server.services import Services, base_name
+        from server.config.base_name import base_name
         from server.store.jobs import JobStore
         from server.store.registry import Registry
 
@@ -68,16 +69,17 @@ class DataDirectory(Backend):
         else:
             _require_data_dir(settings.data_dir)
         with ExitStack() as opened:
-            name = base_name(settings)
-            self._registry: Registry = Registry(settings.data_dir, reserved=(name,))
+            self._settings = settings
+            self._base_id = base_name(settings)
+            self._registry: Registry = Registry(settings.data_dir, reserved=(self._base_id,))
             opened.callback(self._registry.close)
             self._jobs: JobStore = JobStore(settings.data_dir)
             opened.callback(self._jobs.close)
-            self._services = Services(settings, name, self._registry, None, jobs=self._jobs)
+            self._base: BaseModelSpec | None = None
             if reads_base:
                 from server.base.load import describe_base
 
-                self._services.base = describe_base(settings.base, revision=settings.revision)
+                self._base = describe_base(settings.base, revision=settings.revision)
 
             def make() -> FastAPI:
                 return _application(self._services, *_routers(combines=reads_base, jobs=jobs))
@@ -85,6 +87,14 @@ class DataDirectory(Backend):
             transport = ASGITransport(_on_first_request(make))
             super().__init__(RemoteServer(_URL, transport=transport))
             self._opened = opened.pop_all()
+
+    @cached_property
+    def _services(self) -> Services:
+        from server.services import Services
+
+        return Services(
+            self._settings, self._base_id, self._registry, None, base=self._base, jobs=self._jobs
+        )
 
     def close(self) -> None:
         """Close the databases."""

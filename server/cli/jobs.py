@@ -67,9 +67,9 @@ def worker(settings: Settings) -> None:
 
 
 def _supervise(settings: Settings) -> None:
+    from server.config.base_name import base_name
     from server.jobs.supervisor import Supervisor
     from server.logs import configure
-    from server.services import base_name
     from server.store.jobs import JobStore
     from server.store.registry import Registry
 

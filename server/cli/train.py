@@ -356,7 +356,7 @@ def _train_here(
 ) -> None:
     from adapters.training.plan import make_plan
     from server.cli.local_training import PartialRun
-    from server.services import base_name
+    from server.config.base_name import base_name
 
     prepare_base(settings)
     name = base_name(settings)
@@ -461,7 +461,7 @@ def _deliver(
 def _publish(
     provenance: Provenance, trained: Trained, base: LoadedBase, settings: Settings, name: str
 ) -> dict[str, Any]:
-    from server.services import base_name
+    from server.config.base_name import base_name
     from server.store.registry import Registry
 
     reserved = base_name(settings)
