@@ -88,6 +88,17 @@ class IA3Config(PeftConfig):
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
+    def check_as_peft(self) -> None:
+        """Each feedforward name must be a target's, word for word. Source: peft/tuners/ia3/config.py."""
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if not (isinstance(targets, list) and isinstance(feedforward, list)):
+            return
+        if stray := sorted(set(feedforward) - set(targets)):
+            raise ValueError(
+                f"feedforward_modules must be a subset of target_modules ({some_of(targets)}), but "
+                f"names {some_of(stray)}"
+            )
+
 
 # --- which modules ---------------------------------------------------------------------------
 
