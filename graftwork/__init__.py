@@ -35,9 +35,14 @@ if TYPE_CHECKING:
         method_of,
     )
     from graftwork.client import Client, JobFailed, ServerRefused
-    from server.engine.offline import GenerationFailed
     from server.engine.offline import OfflineEngine as Engine
-    from server.engine.request import SamplingParams
+    from server.engine.python_calls import (
+        EngineError,
+        GenerationFailed,
+        InvalidCall,
+        UnknownAdapter,
+    )
+    from server.engine.request import Grammar, SamplingParams
 
 # Public name -> its module, and its name there where it is another.
 _HOMES: dict[str, tuple[str, str | None]] = {
@@ -45,8 +50,11 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "CPTConfig": ("adapters", None),
     "Client": ("graftwork.client", None),
     "Engine": ("server.engine.offline", "OfflineEngine"),
-    "GenerationFailed": ("server.engine.offline", None),
+    "EngineError": ("server.engine.python_calls", None),
+    "GenerationFailed": ("server.engine.python_calls", None),
+    "Grammar": ("server.engine.request", None),
     "IA3Config": ("adapters", None),
+    "InvalidCall": ("server.engine.python_calls", None),
     "JobFailed": ("graftwork.client", None),
     "PeftConfig": ("adapters", None),
     "PeftType": ("adapters", None),
@@ -57,6 +65,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "PromptTuningInit": ("adapters", None),
     "SamplingParams": ("server.engine.request", None),
     "TaskType": ("adapters", None),
+    "UnknownAdapter": ("server.engine.python_calls", None),
     "ServerRefused": ("graftwork.client", None),
     "method_of": ("adapters", None),
 }
@@ -66,8 +75,11 @@ __all__ = [
     "CPTConfig",
     "Client",
     "Engine",
+    "EngineError",
     "GenerationFailed",
+    "Grammar",
     "IA3Config",
+    "InvalidCall",
     "JobFailed",
     "PeftConfig",
     "PeftType",
@@ -79,6 +91,7 @@ __all__ = [
     "SamplingParams",
     "ServerRefused",
     "TaskType",
+    "UnknownAdapter",
     "method_of",
 ]
 
