@@ -10,13 +10,35 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from adapters.errors import MethodUnsupported, NonFinite, TensorMismatch
-from adapters.method import PeftConfig, TensorInfo
+from adapters.method import PeftConfig, TensorInfo, as_json, letters, nearest
 
 if TYPE_CHECKING:
     import torch
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 SERVED_TASK = "CAUSAL_LM"
+# Source: peft/utils/peft_types.py, `TaskType`.
+TASKS = (
+    "CAUSAL_LM",
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+# What people write for a task: letters and digits -> PEFT's name.
+_TASK_ALIASES = {
+    "causal": "CAUSAL_LM",
+    "causallanguagemodeling": "CAUSAL_LM",
+    "causallanguagemodelling": "CAUSAL_LM",
+    "clm": "CAUSAL_LM",
+    "lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "sequenceclassification": "SEQ_CLS",
+    "textclassification": "SEQ_CLS",
+    "textgeneration": "CAUSAL_LM",
+    "tokenclassification": "TOKEN_CLS",
+}
 NAMES_SHOWN = 3
 CHARACTERS_SHOWN = 120
 
@@ -30,6 +52,8 @@ def check_task_type(config: PeftConfig) -> None:
     task = config.task_type
     if task is None or task == SERVED_TASK:
         return
+    if task not in TASKS:
+        raise _no_task(task)
     if task == "SEQ_2_SEQ_LM":
         reason = "it was trained on an encoder-decoder, and only decoder-only bases are served"
     else:
@@ -39,6 +63,18 @@ def check_task_type(config: PeftConfig) -> None:
         field="task_type",
         expected=SERVED_TASK,
         came=quoted(task),
+    )
+
+
+def _no_task(task: str) -> MethodUnsupported:
+    name = task.rpartition("TaskType.")[2]
+    meant = _TASK_ALIASES.get(letters(name[:60])) or nearest(name, TASKS)
+    hint = f"did you mean {meant}?" if meant else f"expected {SERVED_TASK!r}"
+    return MethodUnsupported(
+        f"task_type {as_json(task)} is no task of PEFT, which does not load it either; {hint}",
+        field="task_type",
+        expected=SERVED_TASK,
+        came=as_json(task),
     )
 
 

@@ -31,6 +31,7 @@ import safetensors
 
 from adapters import synced_files
 from adapters.base_model import BaseModelSpec
+from adapters.checkpoint.config import ReadConfig, read_peft_config
 from adapters.checkpoint.limits import DEFAULT_LIMITS, CheckpointLimits
 from adapters.errors import (
     AdapterCorrupt,
@@ -42,7 +43,7 @@ from adapters.errors import (
     TensorMismatch,
     UnsupportedFile,
 )
-from adapters.method import AdapterFacts, AdapterMethod, PeftConfig, TensorInfo, parse_config
+from adapters.method import AdapterFacts, AdapterMethod, PeftConfig, TensorInfo
 from adapters.parts import ServingForm
 from adapters.strict_json import StrictJsonError, parse_object
 
@@ -224,7 +225,9 @@ def check_checkpoint(
         CheckpointError: one of its kinds, see `adapters.errors`.
     """
     check_file_set(directory)
-    raw, method, config, facts = _check_without_values(directory, base, limits)
+    raw, method, read, facts = _check_without_values(directory, base, limits)
+    config = read.config
+    config.check_peft_loads()
     if facts.num_virtual_tokens > limits.virtual_tokens:
         raise CheckpointTooLarge(
             f"the adapter has {facts.num_virtual_tokens} virtual tokens, at most "
@@ -245,7 +248,7 @@ def check_checkpoint(
         digest=checkpoint_digest(raw, tensors, limits),
         num_bytes=sum((directory / name).stat().st_size for name in FILES),
         base_name=config.base_model_name_or_path,
-        warnings=facts.warnings,
+        warnings=(*read.warnings, *facts.warnings),
     )
 
 
@@ -275,25 +278,25 @@ def load_serving_form(
             raise AdapterCorrupt(
                 "the stored adapter no longer matches its digest", field="digest", expected=digest
             )
-        _, method, config, _ = _check_without_values(directory, base, limits)
+        _, method, read, _ = _check_without_values(directory, base, limits)
         tensors = load_tensors(path, read_header(path, limits))
     except (FileNotFoundError, FileSetInvalid, HeaderInvalid, ConfigInvalid) as error:
         raise AdapterCorrupt(f"the stored adapter cannot be read: {error}") from error
-    form = method.serving_form(config, tensors, base)
+    form = method.serving_form(read.config, tensors, base)
     form.check(base)
     return form
 
 
 def _check_without_values(
     directory: Path, base: BaseModelSpec, limits: CheckpointLimits
-) -> tuple[dict[str, Any], AdapterMethod[Any], PeftConfig, AdapterFacts]:
+) -> tuple[dict[str, Any], AdapterMethod[Any], ReadConfig, AdapterFacts]:
     raw = read_config(directory / CONFIG_FILE, limits)
     from adapters.methods import method_of
 
     method = method_of(raw)
-    config = parse_config(method.config_class, raw)
-    facts = method.check(config, read_header(directory / TENSORS_FILE, limits), base)
-    return raw, method, config, facts
+    read = read_peft_config(method, raw)
+    facts = method.check(read.config, read_header(directory / TENSORS_FILE, limits), base)
+    return raw, method, read, facts
 
 
 # --- the file set -------------------------------------------------------------------------

@@ -80,6 +80,11 @@ class IA3Config(PeftConfig):
         init_ia3_weights: start from ones; False starts from random numbers.
     """
 
+    only_training: ClassVar[frozenset[str]] = PeftConfig.only_training | {
+        "fan_in_fan_out",
+        "init_ia3_weights",
+    }
+
     peft_type: Literal["IA3"] = "IA3"
     target_modules: Names = None
     exclude_modules: Names = None
@@ -87,6 +92,27 @@ class IA3Config(PeftConfig):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+
+    def check_peft_loads(self) -> None:
+        """PEFT takes feedforward names that are among the targets, word for word, and no others.
+
+        Raises:
+            ConfigInvalid: another feedforward name.
+        """
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if not isinstance(targets, list) or not isinstance(feedforward, list):
+            return
+        missing = sorted(frozenset(feedforward) - frozenset(targets))
+        if missing:
+            raise ConfigInvalid(
+                f"feedforward_modules holds {some_of(missing)}, which target_modules "
+                f"({some_of(sorted(targets))}) does not: PEFT does not load such a config; expected names "
+                "of target_modules, word for word, such as those of them whose tensors have the shape "
+                "(1, n), or [] if there are none",
+                field="feedforward_modules",
+                expected="a subset of target_modules",
+                came=some_of(missing),
+            )
 
 
 # --- which modules ---------------------------------------------------------------------------
@@ -448,6 +474,10 @@ class IA3:
     name: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
     config_class: ClassVar[type[PeftConfig]] = IA3Config
+
+    def stale(self, config: IA3Config, base: BaseModelSpec) -> tuple[str, ...]:
+        """None: an IA3 config has no dimensions."""
+        return ()
 
     def check(
         self, config: IA3Config, tensors: Mapping[str, TensorInfo], base: BaseModelSpec

@@ -27,6 +27,7 @@ from tests.adapters.methods import oracle
 LLAMA = oracle.spec_of(oracle.llama())
 GPT2 = oracle.spec_of(oracle.gpt2())
 BLOOM = oracle.spec_of(oracle.bloom())
+QWEN2 = dataclasses.replace(LLAMA, kv_width="ratio")
 PREFIX_WIDTH = 2 * 2 * 16
 
 RAW: dict[str, dict[str, Any]] = {
@@ -195,10 +196,6 @@ def test_ia3_config_of_an_early_release_passes() -> None:
         ({"task_type": "SEQ_2_SEQ_LM"}, MethodUnsupported, "trained on an encoder-decoder"),
         ({"task_type": "SEQ_CLS"}, MethodUnsupported, "output head of its own"),
         ({"modules_to_save": ["lm_head"]}, MethodUnsupported, r"modules_to_save \('lm_head'\)"),
-        ({"num_transformer_submodules": 2}, MethodUnsupported, "belongs to encoder-decoders"),
-        ({"num_layers": 3}, TensorMismatch, "num_layers is 3, but this base needs 2"),
-        ({"token_dim": 31}, TensorMismatch, "token_dim is 31"),
-        ({"num_attention_heads": 8}, TensorMismatch, "num_attention_heads is 8"),
     ],
 )
 def test_virtual_token_refusals(
@@ -214,13 +211,53 @@ def test_virtual_token_refusals(
     assert caught.value.came
 
 
+# What PEFT reads of a config's dimensions, by method and base. The tensors are those of the base.
+@pytest.mark.parametrize(
+    ("peft_type", "base", "fields", "words"),
+    [
+        ("PREFIX_TUNING", LLAMA, {"num_layers": 3}, "num_layers is 3, but this base needs 2"),
+        ("PREFIX_TUNING", GPT2, {"token_dim": 31}, "token_dim is 31, but this base needs 32"),
+        ("PREFIX_TUNING", GPT2, {"num_attention_heads": 8}, "this base needs 4"),
+        ("PREFIX_TUNING", QWEN2, {"num_attention_heads": 4}, "takes the one divided by the other"),
+        (
+            "PREFIX_TUNING",
+            QWEN2,
+            {"token_dim": None},
+            r"token_dim is 32 \(the base's, as it is unset",
+        ),
+        ("PREFIX_TUNING", QWEN2, {"num_attention_heads": 0}, "16 and 2, 32 and 4, or both null"),
+        ("P_TUNING", LLAMA, {"token_dim": 31}, "token_dim is 31, but this base needs 32"),
+        ("PROMPT_TUNING", LLAMA, {"token_dim": 31}, "the tensors fit, but PEFT"),
+    ],
+)
+def test_dimensions_that_peft_uses_are_the_bases(
+    peft_type: str, base: Any, fields: dict[str, Any], words: str
+) -> None:
+    heads = {"num_attention_heads": base.num_kv_heads, "token_dim": base.num_kv_heads * 8}
+    given = heads if peft_type == "PREFIX_TUNING" else {}
+    width = 4 * base.num_kv_heads * 8 if peft_type == "PREFIX_TUNING" else 32
+    assert check(raw_of(peft_type, **given), rows(width), base).warnings == ()
+    raw = raw_of(peft_type, **{**given, **fields})
+    with pytest.raises(TensorMismatch, match=words):
+        check(raw, rows(width), base)
+    with pytest.raises(TensorMismatch, match=words.replace("the tensors fit, but PEFT", "leave")):
+        METHODS[peft_type].complete_config(oracle.parse(raw), base)
+
+
+@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
+def test_rows_for_an_encoder_and_a_decoder_are_refused(peft_type: str) -> None:
+    raw = raw_of(peft_type, num_transformer_submodules=2)
+    with pytest.raises(MethodUnsupported, match="belongs to encoder-decoders"):
+        check(raw, rows(WIDTHS[peft_type]))
+
+
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
 @pytest.mark.parametrize(
     ("count", "words"),
     [
         (0, "num_virtual_tokens is 0"),
         (-1, "num_virtual_tokens is -1"),
-        (None, "num_virtual_tokens is None"),
+        (None, "num_virtual_tokens is unset"),
         (64, "at most 63"),
         (20_000_000, "the base has 64 positions"),
     ],
@@ -268,7 +305,7 @@ def test_tensors_must_bind(peft_type: str, change: Any, words: str) -> None:
 
 def test_a_prefix_for_all_query_heads_does_not_fit_grouped_queries() -> None:
     raw = raw_of("PREFIX_TUNING", token_dim=32, num_attention_heads=4)
-    with pytest.raises(TensorMismatch, match="token_dim is 32, but this base needs 16"):
+    with pytest.raises(TensorMismatch, match=r"shape \(5, 128\), expected \(5, 64\)"):
         check(raw, rows(128))
 
 
