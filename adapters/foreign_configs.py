@@ -6,8 +6,9 @@ sentences out: independent of methods, files and errors.
 
 from __future__ import annotations
 
+import codecs
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 HOW_TO_SAVE = (
@@ -128,8 +129,51 @@ def what_it_is(raw: Mapping[str, Any]) -> str | None:
     return None
 
 
-def what_the_json_lacks(text: str) -> str | None:
-    """Why a text that should be JSON is none, as a thing to do; None if it is not plain."""
+# Files that lie beside other programs' weights -> what they are. Compared in lower case.
+_FILES: tuple[tuple[str, str], ...] = (
+    ("pytorch_adapter.bin", "pytorch_adapter.bin is AdapterHub's, which is no PEFT checkpoint"),
+    (
+        "pytorch_model_head.bin",
+        "pytorch_model_head.bin is AdapterHub's, which is no PEFT checkpoint",
+    ),
+    ("adapters.safetensors", "adapters.safetensors is MLX's (mlx-lm), which is no PEFT checkpoint"),
+    ("adapters.npz", "adapters.npz is MLX's (mlx-lm), which is no PEFT checkpoint"),
+    (
+        "prefix_model_config.json",
+        "prefix_model_config.json is PaddleNLP's, which is no PEFT checkpoint",
+    ),
+    ("lora_config.json", "lora_config.json is PaddleNLP's, which is no PEFT checkpoint"),
+    ("model.safetensors.index.json", "these are a whole model's weights, not an adapter's"),
+    ("pytorch_model.bin.index.json", "these are a whole model's weights, not an adapter's"),
+    ("model.safetensors", "model.safetensors is a whole model's, not an adapter's"),
+    ("pytorch_model.bin", "pytorch_model.bin is a whole model's, or of ChatGLM's P-Tuning v2"),
+)
+
+
+def what_they_are(names: Iterable[str]) -> str | None:
+    """What files without a PEFT checkpoint among them are; None if unknown.
+
+    Args:
+        names: file names, with or without folders.
+    """
+    last = {name.rpartition("/")[2].lower() for name in names}
+    for name, sentence in _FILES:
+        if name in last:
+            return f"{sentence}; {HOW_TO_SAVE}"
+    if any(name.endswith(".gguf") for name in last):
+        return "a .gguf is llama.cpp's; send the files that it was converted from"
+    if any(name.startswith("adapter_model-0") for name in last):
+        return "the weights are in several shards; save them in one file (max_shard_size)"
+    return None
+
+
+def what_the_json_lacks(data: bytes) -> str | None:
+    """What to do about a file that should be JSON and is none; None if it is not plain."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 old.json > adapter_config.json"
+    if data.startswith(b"PK\x03\x04"):
+        return "it is a zip archive; send that alone, and it is unpacked"
+    text = data.decode("utf-8", "replace")
     start = text.lstrip()
     head = start[:4096]
     if not start:

@@ -13,6 +13,7 @@ registry and HTTP.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import safetensors
 
-from adapters import synced_files
+from adapters import foreign_configs, synced_files
 from adapters.base_model import BaseModelSpec
 from adapters.checkpoint.config import ReadConfig, read_peft_config
 from adapters.checkpoint.limits import DEFAULT_LIMITS, CheckpointLimits
@@ -132,17 +133,20 @@ def read_header(path: Path, limits: CheckpointLimits = DEFAULT_LIMITS) -> dict[s
 def read_config(path: Path, limits: CheckpointLimits = DEFAULT_LIMITS) -> dict[str, Any]:
     """Read `adapter_config.json` as a plain object; the method validates its fields.
 
+    A byte order mark of UTF-8 is skipped.
+
     Raises:
         CheckpointTooLarge: over `limits.config_bytes`.
         ConfigInvalid: see `adapters.strict_json.parse_object`.
     """
     with _open_regular(path, limits.config_bytes) as (file, size):
-        data = file.read(size)
+        data = file.read(size).removeprefix(codecs.BOM_UTF8)
     try:
         return parse_object(data, limits.config_depth)
     except StrictJsonError as error:
+        hint = foreign_configs.what_the_json_lacks(data)
         raise ConfigInvalid(
-            f"{path.name} cannot be read: {error}",
+            f"{path.name} cannot be read: {error}{'; ' if hint else ''}{hint or ''}",
             field=path.name,
             expected="one JSON object in UTF-8",
             came=str(error),
@@ -318,13 +322,15 @@ def wrong_files(names: Iterable[str]) -> UnsupportedFile | FileSetInvalid:
     """The refusal for a set of file names that is not exactly a checkpoint's."""
     names = sorted(names)
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
+    known = foreign_configs.what_they_are(names)
     if pickles and TENSORS_FILE not in names:
         # A trainer leaves optimizer.pt and training_args.bin beside the weights.
         named = [name for name in pickles if Path(name).stem == "adapter_model"]
-        return pickle_refused((named or pickles)[0])
+        if named or known is None:
+            return pickle_refused((named or pickles)[0])
     came = ", ".join(shorten(name) for name in names[:12]) or "nothing"
     return FileSetInvalid(
-        f"expected {CONFIG_FILE} and {TENSORS_FILE}; came: {came}",
+        f"expected {CONFIG_FILE} and {TENSORS_FILE}; came: {came}{'; ' if known else ''}{known or ''}",
         field="files",
         expected=f"{CONFIG_FILE}, {TENSORS_FILE}",
         came=came,

@@ -16,12 +16,14 @@ import torch
 from pydantic import BeforeValidator
 from torch import nn
 
+from adapters import key_names
 from adapters.base_model import BaseModelSpec, LinearSpec
 from adapters.checks import (
     check_dtypes,
     check_modules_to_save,
     check_task_type,
     quoted,
+    sharded,
     some_of,
     to_float32,
 )
@@ -32,6 +34,7 @@ from adapters.trainable import FrozenBase, VirtualTargets
 
 PREFIX = "base_model.model."
 SUFFIX = ".ia3_l"
+ADAPTER_NAME = ".default"
 ALL_LINEAR = "all-linear"
 LONGEST_COMPARED = 200
 
@@ -376,18 +379,60 @@ def bind_paths(tensors: Mapping[str, TensorInfo], base: BaseModelSpec) -> dict[s
         )
     paths: dict[str, str] = {}
     for name in tensors:
-        if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
-            raise TensorMismatch(
-                f"tensor {quoted(name)} binds to nothing, expected {PREFIX}<module path>{SUFFIX}",
-                field=name,
-                expected=f"{PREFIX}<module path>{SUFFIX}",
-                came=quoted(name),
-            )
-        path = name[len(PREFIX) : -len(SUFFIX)]
+        path = _path(name)
+        if path is None:
+            raise _binds_to_nothing(name, tensors, base)
         if path not in base.linear_modules:
-            raise _target_not_found(path, base)
+            wrapped = key_names.renaming(tensors, lambda one: _path(one) in base.linear_modules)
+            raise _target_not_found(path, base) if wrapped is None else _unbound(name, wrapped)
         paths[name] = path
+    if len(set(paths.values())) < len(paths):
+        raise _twice(paths)
     return paths
+
+
+def plain_name(name: str) -> str:
+    """A vector's name as `save_pretrained` writes it.
+
+    PEFT also loads names as its model's own state_dict has them, with the adapter's name at the end.
+    """
+    return name.removesuffix(ADAPTER_NAME) if name.endswith(SUFFIX + ADAPTER_NAME) else name
+
+
+def _path(name: str) -> str | None:
+    """The module path in a tensor name; None if it is not an IA3 vector's."""
+    name = plain_name(name)
+    if name.startswith(PREFIX) and name.endswith(SUFFIX):
+        return name[len(PREFIX) : -len(SUFFIX)]
+    return None
+
+
+def _binds_to_nothing(
+    name: str, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+) -> TensorMismatch:
+    hint = key_names.explain(tensors, lambda one: _path(one) in base.linear_modules)
+    return _unbound(name, hint or f"expected {PREFIX}<module path>{SUFFIX}")
+
+
+def _unbound(name: str, hint: str) -> TensorMismatch:
+    return TensorMismatch(
+        f"tensor {quoted(name)} binds to nothing; {hint}",
+        field=name,
+        expected=f"{PREFIX}<module path>{SUFFIX}",
+        came=quoted(name),
+    )
+
+
+def _twice(paths: Mapping[str, str]) -> TensorMismatch:
+    bound = list(paths.values())
+    path = next(path for path in bound if bound.count(path) > 1)
+    return TensorMismatch(
+        f"the checkpoint scales {quoted(path)} twice, with and without {ADAPTER_NAME!r} at the end of the "
+        "name; expected one tensor for each module",
+        field=PREFIX + path + SUFFIX,
+        expected="one tensor for each module",
+        came="two",
+    )
 
 
 def _listed_feedforward(config: IA3Config) -> frozenset[str] | None:
@@ -404,7 +449,7 @@ def _is_feedforward(
     if info.shape not in (output, feedforward):
         raise TensorMismatch(
             f"tensor {name!r} has shape {info.shape}, expected {output} to scale the output of "
-            f"{path!r} or {feedforward} to scale its input",
+            f"{path!r} or {feedforward} to scale its input{sharded(info)}",
             field=name,
             expected=f"{output} or {feedforward}",
             came=str(info.shape),
