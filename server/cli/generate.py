@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from server.cli.data import merged_options, pairs_from
 from server.cli.options import (
     AsJson,
+    as_option,
     connect,
     prepare_base,
     takes_settings,
@@ -157,16 +158,17 @@ def _shown(prompt: GenerationInput) -> dict[str, Any]:
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
     """Exit with a sentence where the parameters are none of TGI's that choose tokens."""
-    from server.api.error_replies import describe_validation
+    from adapters.field_errors import explain, unknown_name
     from server.api.schemas import GenerateParameters
 
     for name in parameters:
         if name not in GenerateParameters.model_fields or name in _OF_THE_REPLY:
-            raise fail(f"--parameters: {name!r} is none that says how to choose tokens")
+            known = [one for one in GenerateParameters.model_fields if one not in _OF_THE_REPLY]
+            raise fail(f"--parameters: {unknown_name(name, known, 'parameter')}")
     try:
         GenerateParameters.model_validate(parameters)
     except ValidationError as error:
-        raise fail(describe_validation(error.errors(include_url=False)).message) from error
+        raise fail(explain(error.errors(), GenerateParameters, as_option).message) from error
 
 
 def _opened(settings: Settings, adapter: str | None) -> Backend:

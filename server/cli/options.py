@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from pydantic import ValidationError
 
+from adapters.field_errors import explain
 from server.cli.render import errors_as_lines, fail
 from server.config.settings import DEFAULT_BASE, Settings
 
@@ -96,11 +97,15 @@ def settings_from(**given: Any) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise fail(
-            f"--{name.replace('_', '-')} (GRAFTWORK_{name.upper()}): {first['msg']}; "
-            f"came: {first['input']!r}"
-        ) from error
+        found = explain([first])
+        name, variable = str(first["loc"][0]), f"GRAFTWORK_{str(first['loc'][0]).upper()}"
+        place = f"--{name.replace('_', '-')}" if name in given else variable
+        raise fail(f"{place}: expected {found.expected}, came {found.came}") from error
+
+
+def as_option(field: str) -> str:
+    """What a field of a request is called on the command line: its own option."""
+    return f"--{field.rpartition('.')[2].replace('_', '-')}"
 
 
 def _resolved(url: str | None = None, data_dir: Path | None = None, **given: Any) -> Settings:

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from adapters.errors import TrainingDiverged
+from adapters.field_errors import explain
 from adapters.template import Tokenization
 from adapters.training.job import (
-    HyperparameterRequest,
     IfExists,
     MethodName,
     OnTooLong,
@@ -44,6 +44,7 @@ from server.cli.data import (
 from server.cli.options import (
     AsJson,
     Description,
+    as_option,
     connect,
     prepare_base,
     takes_settings,
@@ -258,12 +259,9 @@ def train(
 
 def _request(**fields: Any) -> TrainingRequest:
     try:
-        options = HyperparameterRequest.model_validate(fields.pop("hyperparameters"))
-        return TrainingRequest.model_validate({**fields, "hyperparameters": options})
+        return TrainingRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise fail(f"{where}: {first['msg']}; came: {ascii(first['input'])[:80]}") from error
+        raise fail(explain(error.errors(), TrainingRequest, as_option).message) from error
 
 
 def _check_local(outcome: _Outcome) -> PartialRun | None:

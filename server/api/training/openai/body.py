@@ -229,10 +229,10 @@ def _block(choice: MethodChoice) -> MethodBlock:
     try:
         return MethodBlock.model_validate(given.get(choice.type, {}))
     except ValidationError as error:
-        report = describe_validation(error.errors(include_url=False))
+        report = describe_validation(error.errors(include_url=False), MethodBlock)
         field = f"method.{choice.type}" + (f".{report.field}" if report.field else "")
         raise RequestInvalid(
-            f"method.{choice.type}.{report.message}",
+            f"method.{choice.type}: {report.message}",
             field=field,
             expected=report.expected,
             came=report.came,
