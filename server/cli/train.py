@@ -21,10 +21,11 @@ from adapters.errors import TrainingDiverged
 from adapters.field_errors import explain
 from adapters.template import Tokenization
 from adapters.training.job import (
+    METHOD_NAMES,
     IfExists,
-    MethodName,
     OnTooLong,
     TrainingRequest,
+    method_name,
 )
 from server.cli.data import (
     AppendEos,
@@ -79,6 +80,13 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(train)
 
 
+def _method(text: str) -> str:
+    name: str = method_name(text)
+    if name not in METHOD_NAMES:
+        raise typer.BadParameter(f"expected {', '.join(METHOD_NAMES)}; came {text!r}")
+    return name
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """Where the result goes, and how it is printed.
@@ -101,7 +109,15 @@ class _Outcome:
 @takes_settings("url", "base", "revision", "base_name", "data_dir", "dtype", "device", "threads")
 def train(
     *,
-    method: Annotated[MethodName, typer.Option("--method", help="How the adapter works.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            parser=_method,
+            help=f"How the adapter works: {', '.join(METHOD_NAMES)}.",
+        ),
+    ],
     data: Data,
     out_dir: Annotated[
         Path | None,
