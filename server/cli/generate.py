@@ -76,8 +76,11 @@ def generate(
         float | None,
         typer.Option("--temperature", help="Sample. Left out, with top-k and top-p: greedy."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Of so many tokens.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="Keep the likeliest tokens of this probability together."),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of what is sampled.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="A text that ends the output; repeatable.")
@@ -102,6 +105,7 @@ def generate(
     adapters from the data directory or from PEFT folders. With --json an object
     a line, in the order of the prompts.
 
+    \b
     graftwork generate -a complaints --row 'text=My parcel never came.'
     graftwork generate -a complaints -p 'Tweet text : Lovely! Label :' --stream
     """

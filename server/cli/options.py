@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from server.cli.backend import Backend
 
 
-Description = Annotated[str | None, typer.Option("--description")]
+Description = Annotated[
+    str | None, typer.Option("--description", help="Free text, stored with the adapter.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 _SHORT = {"base": "-b", "data_dir": "-d", "port": "-p"}
@@ -81,14 +83,18 @@ def _parameter(name: str) -> inspect.Parameter:
         flag = f"{flag}/--no-{flag[2:]}"
     option = typer.Option(
         *(flag, _SHORT[name]) if name in _SHORT else (flag,),
-        help=f"{field.description} [dim]GRAFTWORK_{name.upper()}[/dim]",
-        show_default=False if field.default is None else str(field.default),
+        help=f"{field.description} [{_default(field.default)}GRAFTWORK_{name.upper()}]",
+        show_default=False,
     )
     kind: Any = _TYPES.get(name, field.annotation)
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _default(value: object) -> str:
+    return "" if value in (None, ()) else f"default: {value}; "
 
 
 def settings_from(**given: Any) -> Settings:

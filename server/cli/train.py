@@ -22,6 +22,7 @@ from adapters.field_errors import explain
 from adapters.template import Tokenization
 from adapters.training.job import (
     METHOD_NAMES,
+    HyperparameterRequest,
     IfExists,
     OnTooLong,
     TrainingRequest,
@@ -87,6 +88,12 @@ def _method(text: str) -> str:
     return name
 
 
+def _hyperparameter(flag: str, *others: str) -> Any:
+    """The option of a field of `HyperparameterRequest`."""
+    field = HyperparameterRequest.model_fields[flag[2:].replace("-", "_")]
+    return typer.Option(flag, *others, help=f"{field.description} [default: the recipe's]")
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """Where the result goes, and how it is printed.
@@ -142,11 +149,11 @@ def train(
         str | None,
         typer.Option("--config", metavar="JSON", help="PEFT's fields of the method, as an object."),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr", "--learning-rate")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs")] = None,
-    max_steps: Annotated[int | None, typer.Option("--max-steps")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size")] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    learning_rate: Annotated[float | None, _hyperparameter("--learning-rate", "--lr")] = None,
+    epochs: Annotated[int | None, _hyperparameter("--epochs")] = None,
+    max_steps: Annotated[int | None, _hyperparameter("--max-steps")] = None,
+    batch_size: Annotated[int | None, _hyperparameter("--batch-size")] = None,
+    seed: Annotated[int | None, _hyperparameter("--seed")] = None,
     validation_split: Annotated[
         float | None, typer.Option("--validation-split", help="Share of the rows held out.")
     ] = None,
@@ -218,6 +225,7 @@ def train(
     Ctrl-C writes a checkpoint into DIR.partial, and the same command with
     --resume goes on from there.
 
+    \b
     graftwork train --method ia3 --data rows.jsonl --target label --out mine \\
       --template 'Tweet text : {text} Label :' --labels 'complaint,no complaint'
     """
