@@ -66,6 +66,9 @@ async def classify(
 ) -> Response:
     """One object for a text or a row, a list of them for a list.
 
+    A text fills the adapter's template where that has one column, unless it stands in the template's
+    words already, or `raw` is true; a template of several columns takes `row`.
+
     A label's score is the log-likelihood of separator, label and, where the adapter was trained
     with one, the end-of-sequence token. `scores` is the softmax over the labels given.
     """
@@ -117,6 +120,13 @@ def _check_fields(body: ClassifyBody) -> None:
         )
     if not given:
         raise invalid("inputs", "a text, a list of texts, a row or rows", "nothing")
+    if body.raw and body.inputs is None:
+        raise Contradiction(
+            f"raw is given with {given[0]}, which the adapter's template renders; send raw with inputs",
+            field="raw",
+            expected="inputs",
+            came=given[0],
+        )
 
 
 def _check_number(body: ClassifyBody, labels: list[str], most: int) -> None:
@@ -154,7 +164,9 @@ async def _prompts(
 ) -> list[Prompt]:
     if body.inputs is not None:
         texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-        return await generator.encode_all(texts)
+        if body.raw:
+            return await generator.encode_all(texts)
+        return await generator.encode_inputs(texts, record)
     rows = body.rows if body.rows is not None else [body.row or {}]
     return await generator.encode_rows(rows, record)
 
