@@ -15,7 +15,8 @@ from typing_extensions import TypedDict
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.adapter_headers import name_adapter
 from server.api.error_replies import invalid, quoted
-from server.api.middleware.headers import set_headers, timing_headers
+from server.api.middleware.headers import set_headers
+from server.api.middleware.work import note_work, timing_headers
 from server.api.openapi.constraints import NOT_BLANK
 from server.api.openapi.refusals import GENERATED, refuses
 from server.api.reply_fields import shows
@@ -82,8 +83,14 @@ async def classify(
     prompts = await _prompts(generator, body, record)
     targets = await encode_labels(generator, labels, record)
     if record is not None:
-        services.requests_by_adapter[record.name] += len(prompts)
+        services.adapter_use.count(record.name, labels_ranked=len(prompts) * len(targets))
     begun: list[Generation] = []
+    note_work(
+        request,
+        sum(len(prompt.token_ids) for prompt in prompts),
+        begun,
+        labels_ranked=len(prompts) * len(targets),
+    )
     work = rank(
         generator,
         prompts,
