@@ -131,6 +131,7 @@ FAILED: dict[str, Refusal] = {
     "non_finite": Refusal(424, "non_finite", "generation"),
     "aborted": Refusal(503, "aborted", "incomplete_generation"),
     "engine_error": Refusal(500, "engine_error", "generation"),
+    "engine_unavailable": Refusal(503, "engine_unavailable", "unavailable"),
 }
 
 # Refusals that the framework makes before any of our code runs.
@@ -169,7 +170,8 @@ class ErrorReport:
 def describe(error: Exception) -> ErrorReport:
     """Look an error up; one that is in no table is reported as unforeseen, without its message."""
     if isinstance(error, engine.RequestFailed):
-        return ErrorReport(FAILED.get(error.code, UNFORESEEN), error.message)
+        refusal = FAILED.get(error.code, UNFORESEEN)
+        return ErrorReport(refusal, error.message, headers=_retry_headers(error))
     if isinstance(error, RequestValidationError):
         return describe_validation(error.errors())
     if isinstance(error, HTTPException):
@@ -304,6 +306,10 @@ def _retry_headers(error: Exception) -> dict[str, str]:
         return {"retry-after": "5", "connection": "close"}
     if isinstance(error, ours.TooManyJobs):
         return {"retry-after": "30"}
+    if isinstance(error, engine.RequestFailed):
+        # The engine is started again, or another server takes over.
+        passes = FAILED.get(error.code, UNFORESEEN).status == 503
+        return {"retry-after": "5"} if passes else {}
     if isinstance(error, (ours.NotReady, engine.EngineUnavailable, library.StorageUnavailable)):
         return {"retry-after": "5"}
     return {}
