@@ -28,6 +28,7 @@ from adapters import errors as library
 from adapters.field_errors import explain
 from adapters.field_errors import quoted as quoted  # the routes' refusals use it from here
 from server import errors as ours
+from server.api.content_type import is_json
 from server.api.reply_fields import ReplyModel, may_show, shows
 from server.engine import errors as engine
 from server.http.event_stream import ClientGone
@@ -107,6 +108,8 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.FolderNotFound: Refusal(404, "folder_not_found"),
     ours.NotLoaded: Refusal(400, "not_loaded"),
     ours.KeyRequired: Refusal(401, "key_required", "authentication"),
+    ours.HostRefused: Refusal(403, "host_refused", "authentication"),
+    ours.OriginRefused: Refusal(403, "origin_refused", "authentication"),
     ours.ScopeMissing: Refusal(403, "scope_missing", "authentication"),
     ours.RateLimited: Refusal(429, "rate_limited", "overloaded"),
     ours.QuotaExceeded: Refusal(429, "quota_exceeded", "overloaded"),
@@ -387,9 +390,10 @@ def both_given(first: str, second: str) -> ours.Contradiction:
 
 def _wrong_content_type(request: Request) -> ours.WrongContentType | None:
     came = request.headers.get("content-type", "")
-    if request.method not in ("POST", "PUT") or "json" in came.lower():
+    if request.method not in ("POST", "PUT") or is_json(came):
         return None
-    if request.headers.get("content-length", "") in ("", "0"):
+    length = request.headers.get("content-length", "")
+    if length in ("", "0") and "transfer-encoding" not in request.headers:
         return None
     return ours.WrongContentType(
         f"the body's content-type is {came or 'not given'!r}; send application/json",
