@@ -15,6 +15,7 @@ from torch import nn
 
 from adapters.base_model import BaseModelSpec
 from adapters.checks import to_float32
+from adapters.errors import TensorMismatch
 from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
 from adapters.methods.soft_prompt import (
     ROWS,
@@ -23,7 +24,9 @@ from adapters.methods.soft_prompt import (
     complete,
     export_rows,
     in_training,
+    only,
     required,
+    stale_dimensions,
 )
 from adapters.methods.trainable_rows import TrainableRows, count_parameters
 from adapters.parts import KVPrefix
@@ -41,6 +44,12 @@ class PrefixTuningConfig(PromptLearningConfig):
         encoder_hidden_size: width of the projection's hidden layer; `token_dim` if unset.
         prefix_projection: train the rows through a two-layer network.
     """
+
+    only_training: ClassVar[frozenset[str]] = PromptLearningConfig.only_training | {
+        "init_weights",
+        "encoder_hidden_size",
+        "prefix_projection",
+    }
 
     peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
     init_weights: Literal["zero"] | None = None
@@ -165,12 +174,62 @@ def _dimensions(base: BaseModelSpec) -> dict[str, int]:
     }
 
 
+def _read(config: PrefixTuningConfig, base: BaseModelSpec) -> frozenset[str]:
+    """The dimensions in a config that PEFT uses as they are given.
+
+    With grouped queries PEFT computes `token_dim` and `num_attention_heads` again, from the base alone
+    or, where the base's config has no `head_dim`, from their ratio.
+
+    Raises:
+        TensorMismatch: the ratio is not the width of the base's heads.
+    """
+    if base.kv_width == "given":
+        return frozenset(_dimensions(base))
+    if base.kv_width == "ratio":
+        _check_ratio(config, base)
+    return frozenset({"num_layers"})
+
+
+def _check_ratio(config: PrefixTuningConfig, base: BaseModelSpec) -> None:
+    heads = config.num_attention_heads
+    heads = base.num_attention_heads if heads is None else heads
+    token_dim = config.token_dim
+    token_dim = base.num_attention_heads * base.head_dim if token_dim is None else token_dim
+    if heads > 0 and token_dim // heads == base.head_dim:
+        return
+    reduced, full = base.num_kv_heads, base.num_attention_heads
+    expected = (
+        f"{reduced * base.head_dim} and {reduced}, {full * base.head_dim} and {full}, or both null"
+    )
+    raise TensorMismatch(
+        f"token_dim is {_shown(config.token_dim, token_dim)} and num_attention_heads "
+        f"{_shown(config.num_attention_heads, heads)}: PEFT takes the one divided by the other for the "
+        f"width of a head, which is {base.head_dim} in this base; expected {expected}",
+        field="token_dim",
+        expected=expected,
+        came=f"{token_dim} and {heads}",
+    )
+
+
+def _shown(given: int | None, used: int) -> str:
+    return str(used) if given is not None else f"{used} (the base's, as it is unset)"
+
+
 class PrefixTuning:
     """`AdapterMethod` of prefix tuning."""
 
     name: ClassVar[str] = "prefix_tuning"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     config_class: ClassVar[type[PeftConfig]] = PrefixTuningConfig
+
+    def stale(self, config: PrefixTuningConfig, base: BaseModelSpec) -> tuple[str, ...]:
+        """See `AdapterMethod.stale`: with grouped queries PEFT computes heads and width again."""
+        every = _dimensions(base)
+        return stale_dimensions(
+            config,
+            only(every, every.keys() - _read(config, base)),
+            "PEFT computes it again from the base's key/value heads",
+        )
 
     def check(
         self, config: PrefixTuningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
@@ -180,9 +239,10 @@ class PrefixTuning:
             config,
             tensors,
             base,
-            dimensions=_dimensions(base),
+            dimensions=only(_dimensions(base), _read(config, base)),
             width=base.num_layers * 2 * base.num_kv_heads * base.head_dim,
             why="layers * 2 * key/value heads * head dim of the base",
+            warnings=self.stale(config, base),
         )
 
     def serving_form(
@@ -206,7 +266,7 @@ class PrefixTuning:
         self, config: PrefixTuningConfig, base: BaseModelSpec
     ) -> PrefixTuningConfig:
         """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
-        full = complete(config, base, _dimensions(base))
+        full = complete(config, base, _dimensions(base), _read(config, base))
         hidden = full.encoder_hidden_size or full.token_dim
         return full.model_copy(update={"encoder_hidden_size": hidden})
 

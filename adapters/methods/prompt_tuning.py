@@ -47,6 +47,14 @@ class PromptTuningConfig(PromptLearningConfig):
         tokenizer_kwargs: for loading it; only with TEXT.
     """
 
+    only_training: ClassVar[frozenset[str]] = PromptLearningConfig.only_training | {
+        "num_layers",
+        "num_attention_heads",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_name_or_path",
+    }
+
     peft_type: Literal["PROMPT_TUNING"] = "PROMPT_TUNING"
     prompt_tuning_init: Annotated[PromptTuningInit, Field(strict=False)] = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
@@ -141,7 +149,7 @@ class PromptTuning(EmbeddingRowsMethod):
         self, config: PromptTuningConfig, base: BaseModelSpec
     ) -> PromptTuningConfig:
         """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
-        return complete(config, base, embedding_dimensions(base))
+        return complete(config, base, embedding_dimensions(base), self.read)
 
     def num_trainable(self, config: PromptTuningConfig, base: BaseModelSpec) -> int:
         """n * d."""

@@ -216,7 +216,8 @@ class FailedEvent:
     """A request that ends without more tokens.
 
     `code` is one of "adapter_corrupt", "adapter_not_loaded", "too_long", "grammar_invalid",
-    "non_finite", "aborted", "engine_error"; `message` is for a person.
+    "non_finite", "aborted", "engine_error", or "engine_unavailable" where the client reports for a
+    process that ended; `message` is for a person.
     """
 
     request_id: str

@@ -141,7 +141,7 @@ def test_rows_are_computed_without_dropout() -> None:
 
 
 def test_a_dimension_that_is_unset_is_named() -> None:
-    with pytest.raises(ConfigInvalid, match="token_dim is None"):
+    with pytest.raises(ConfigInvalid, match="token_dim is unset"):
         PrefixEncoder(PrefixTuningConfig(num_virtual_tokens=4, num_layers=2))
 
 
@@ -318,9 +318,8 @@ def test_with_context_trains_on_what_peft_trains_on(with_types: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"cpt_mask": [1]}, "cpt_token_ids has 8 entries, cpt_mask says 1"),
-        ({"cpt_tokens_type_mask": [1] * 9}, "cpt_tokens_type_mask says 9"),
-        ({"num_virtual_tokens": 3}, "num_virtual_tokens says 3"),
+        ({"cpt_mask": [1]}, "cpt_token_ids has 8 entries and cpt_mask has 1"),
+        ({"cpt_tokens_type_mask": [1] * 9}, "cpt_tokens_type_mask has 9"),
         ({"cpt_token_ids": [-1]}, "cpt_token_ids.0"),
         ({"opt_projection_epsilon": -0.1}, "opt_projection_epsilon"),
         ({"opt_weighted_loss_type": "linear"}, "opt_weighted_loss_type"),

@@ -185,7 +185,7 @@ async def test_a_process_that_dies_fails_its_requests(base, blobs):
     for reader in readers:
         with pytest.raises(RequestFailed) as caught:
             await asyncio.wait_for(reader, 10)
-        assert caught.value.code == "engine_error"
+        assert caught.value.code == "engine_unavailable"
     await until(lambda: not client.alive)
     with pytest.raises(EngineUnavailable):
         client.submit(long_requests(1)[0])
@@ -224,7 +224,7 @@ async def test_a_pipe_that_is_gone_is_a_dead_engine_though_the_process_lives(bas
             pipe.shutdown(socket.SHUT_RDWR)
         with pytest.raises(RequestFailed) as caught:
             await asyncio.wait_for(reader, 10)
-        assert caught.value.code == "engine_error"
+        assert caught.value.code == "engine_unavailable"
         assert client._engine.process.is_alive()
         assert not client.alive
         with pytest.raises(EngineUnavailable):
