@@ -6,7 +6,6 @@ rules. Independent of the fields of a config, of methods and of checkpoints.
 
 from __future__ import annotations
 
-import difflib
 import enum
 import importlib
 import json
@@ -17,6 +16,7 @@ from typing import Any, NoReturn, Self
 from pydantic import BaseModel, ValidationError
 from pydantic._internal._model_construction import ModelMetaclass
 
+from adapters.field_errors import close_to, explain
 from adapters.peft_types import TaskType
 
 CONFIG_FILE = "adapter_config.json"
@@ -42,7 +42,8 @@ class ConfigMeta(ModelMetaclass):
         try:
             config = super().__call__(**{name: plain(value) for name, value in given.items()})
         except ValidationError as error:
-            raise ValueError(_sentence(cls.__name__, error)) from error
+            found = explain(error.errors(include_url=False), cls)
+            raise ValueError(f"{cls.__name__}: {found.message}") from error
         config.check_as_peft()
         return config
 
@@ -58,8 +59,8 @@ def _named(
         if name in given:
             raise TypeError(f"{owner} got multiple values for argument {name!r}")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}"
+            near = close_to(name, fields)
+            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(fields)}"
             raise TypeError(f"{owner} got an unexpected keyword argument {name!r}; {hint}")
         given[name] = value
     return given
@@ -83,14 +84,6 @@ def task_type(value: Any) -> str | None:
 def plain(value: Any) -> Any:
     """The text of another library's enumeration member, such as `peft.PeftType.IA3`."""
     return value.value if isinstance(value, enum.Enum) else value
-
-
-def _sentence(owner: str, error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    reason = str(first.get("ctx", {}).get("error", first["msg"]))
-    if not first["loc"]:
-        return f"{owner}: {reason}"
-    return f"{owner}: {first['loc'][0]} is {first['input']!r:.80}: {reason}"
 
 
 class PythonConfig(BaseModel, metaclass=ConfigMeta):

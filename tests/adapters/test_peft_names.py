@@ -122,6 +122,7 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("PrefixTuningConfig", (), {"num_virtual_token": 20}, "did you mean 'num_virtual_tokens'"),
     ("PrefixTuningConfig", ("CAUSAL_LM",), {"task_type": "CAUSAL_LM"}, "multiple values"),
     ("PrefixTuningConfig", (None,) * 30, {}, "takes at most 16 arguments, 30 were given"),
+    ("PrefixTuningConfig", (), {"pre_seq_len": 20}, "did you mean 'num_virtual_tokens'"),
     ("PromptTuningConfig", (), TEXT, "TEXT needs tokenizer_name_or_path"),
     (
         "PromptTuningConfig",
@@ -135,13 +136,13 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
         "IA3Config",
         (),
         {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]},
-        "must be a subset of target_modules .'k_proj'., but names 'down_proj'",
+        "feedforward_modules holds 'down_proj', which target_modules .'k_proj'. does not",
     ),
     (
         "IA3Config",
         (),
         {"target_modules": ["down_proj"], "feedforward_modules": ["mlp.down_proj"]},
-        "subset",
+        "holds .mlp.down_proj.",
     ),
     ("CPTConfig", (), {"cpt_token_ids": [1]}, "only supports task_type='CAUSAL_LM', came None"),
     ("CPTConfig", ("SEQ_CLS",), {}, "only supports"),
@@ -218,6 +219,11 @@ def test_folders_and_types_that_do_not_load(tmp_path):
         adapters.PeftConfig.from_pretrained("someone/adapter")
     with pytest.raises(MethodUnsupported, match="LoRA adapters are not served"):
         adapters.PeftConfig.from_peft_type(peft_type=peft.PeftType.LORA, r=8)
+    with pytest.warns(UserWarning, match="ignored, as PEFT ignores them: new_flag .true."):
+        newer = adapters.IA3Config.from_peft_type(peft_type="IA3", new_flag=True)
+    assert newer == adapters.IA3Config()
+    with pytest.raises(ValueError, match="num_virtual_tokens: expected a whole number, came '3'"):
+        adapters.PrefixTuningConfig(num_virtual_tokens="3")
     config = adapters.IA3Config.from_peft_type(target_modules=["k"])
     assert config == adapters.IA3Config(target_modules=["k"])
     with pytest.raises(ValueError, match="only supports task_type"):
