@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import inspect
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ import graftwork
 from adapters.errors import MethodUnsupported
 from adapters.peft_names import absent_names
 from tests.adapters.methods import oracle
+from tests.documentation import ROOT
 from tests.server.http_server import byte_level_tokenizer
 
 CONFIGS = (
@@ -76,6 +78,16 @@ def test_the_enumerations_have_pefts_members():
         ours, theirs = getattr(adapters, name), getattr(peft, name)
         assert {one.name: one.value for one in ours} == {one.name: one.value for one in theirs}
         assert all(one == one.value for one in ours)
+
+
+def test_the_manuals_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "extend" / "peft-names.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {})
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    missing = {name for name in adapters.__all__ if f"`{name}`" not in text}
+    assert missing == {"IA3Linear", "METHODS", "method_of"}  # not PEFT's
 
 
 # --- calls -----------------------------------------------------------------------------------
