@@ -123,6 +123,8 @@ _INSTEAD = {
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": _TARGETS,
     "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": _TARGETS,
 }
+# PEFT's modules, which hold what the package holds.
+_MODULES = ("auto", "config", "mapping", "peft_model", "tuners", "utils")
 _OTHER_HEADS = (
     "FeatureExtraction",
     "QuestionAnswering",
@@ -168,7 +170,11 @@ def absent_names() -> dict[str, str]:
         "Install the two in separate environments"
         for name in _ADAPTERHUB
     }
-    return {**methods, **lora, **hub, **heads, **_INSTEAD}
+    modules = {
+        name: f"PEFT's module {name} has no counterpart: import the name from adapters itself"
+        for name in _MODULES
+    }
+    return {**methods, **lora, **hub, **heads, **modules, **_INSTEAD}
 
 
 def check_absent(name: str) -> None:

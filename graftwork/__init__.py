@@ -15,6 +15,7 @@ folders at its top. Editors and mypy then see every file twice and take its clas
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from adapters.peft_names import check_absent
@@ -97,6 +98,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("graftwork")
     if name not in _HOMES:
         check_absent(name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

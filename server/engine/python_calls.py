@@ -111,6 +111,11 @@ def _pair(number: int, item: Any, adapter: str | None, known: Collection[str]) -
     if _is_prompt(item):
         return adapter, item
     if not (isinstance(item, tuple | list) and len(item) == 2 and _is_prompt(item[1])):
+        if isinstance(item, Mapping) and "role" in item:
+            raise InvalidCall(
+                f"prompt {number} is a message of a chat: make a text of them with "
+                "engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+            )
         raise InvalidCall(
             f"prompt {number} is {_kind(item)}, expected a text, token ids, or (adapter, prompt) with "
             "None for the base"

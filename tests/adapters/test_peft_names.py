@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import doctest
 import inspect
+import pickle
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -71,6 +75,9 @@ def test_the_table_of_absent_names_holds_no_name_that_is_here():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = adapters.nothing
     assert {*adapters.__all__} <= {*dir(adapters)}
+    assert adapters.__version__ == graftwork.__version__
+    with pytest.raises(ImportError, match="import the name from adapters itself"):
+        _ = adapters.tuners
 
 
 def test_the_enumerations_have_pefts_members():
@@ -124,7 +131,9 @@ GOOD: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("IA3Config", (), {"target_modules": "all-linear", "feedforward_modules": ["down"]}),
     ("IA3Config", (), {"target_modules": ["k"], "feedforward_modules": ".*down"}),
     ("IA3Config", (), {"feedforward_modules": ["down"]}),
+    ("IA3Config", (), {"feedforward_modules": None, "fan_in_fan_out": True}),
     ("CPTConfig", ("CAUSAL_LM",), {}),
+    ("CPTConfig", ("CAUSAL_LM",), {"opt_projection_epsilon": 1, "tokenizer_name_or_path": "a"}),
     ("CPTConfig", (), {"task_type": "CAUSAL_LM", "cpt_token_ids": [1, 2], "cpt_mask": [1, 1]}),
 ]
 BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
@@ -194,6 +203,32 @@ def test_calls_that_peft_refuses(name, args, kwargs, words):
     assert isinstance(ours.value, TypeError) == isinstance(theirs.value, TypeError)
     ours.match(words)
     assert "validation error" not in str(ours.value)
+
+
+def test_values_as_notebooks_have_them():
+    ids = [3, 4]
+    for given in (tuple(ids), np.array(ids), torch.tensor(ids)):
+        assert adapters.CPTConfig("CAUSAL_LM", cpt_token_ids=given).cpt_token_ids == ids
+    assert adapters.IA3Config(target_modules=("k", "v")).target_modules == ["k", "v"]
+    assert adapters.PrefixTuningConfig(num_virtual_tokens=np.int64(3)).num_virtual_tokens == 3
+    base = adapters.PeftConfig(base_model_name_or_path=Path("some") / "base")
+    assert base.base_model_name_or_path == "some/base"
+    left_out = adapters.PromptEncoderConfig(encoder_dropout=None, inference_mode=None)
+    assert left_out == adapters.PromptEncoderConfig()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_copied_and_listed_as_dataclasses_are(name):
+    ours, theirs = (getattr(library, name)("CAUSAL_LM") for library in (adapters, peft))
+    assert dataclasses.is_dataclass(ours)
+    assert dataclasses.asdict(ours) == ours.to_dict()
+    for change in (dataclasses.replace, lambda one, **to: one.model_copy(update=to)):
+        assert change(ours, revision="b").revision == "b"
+    assert [one.name for one in dataclasses.fields(ours)] == list(dataclasses.asdict(theirs))
+    for same in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert same == ours
+    with pytest.raises(ValueError, match="invalid task type"):
+        dataclasses.replace(ours, task_type="CAUSAL")
 
 
 def test_fields_are_set_as_attributes():

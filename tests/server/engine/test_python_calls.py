@@ -94,6 +94,7 @@ def test_a_length_that_is_left_out_is_at_most_what_fits(engine):
         ),
         ([TEXT, 5], {}, InvalidCall, "prompt 1 is of the type int, expected a text, token ids, or"),
         ([{"prompt": TEXT}], {}, InvalidCall, "prompt 0 is of the type dict"),
+        ([{"role": "user", "content": "hi"}], {}, InvalidCall, "a message of a chat: make a text"),
         ({"one": TEXT}, {}, InvalidCall, "prompts is of the type dict, expected a text, or a list"),
         (None, {}, InvalidCall, "prompts is None"),
         ([""], {}, InvalidCall, "prompt 0 has no tokens"),
