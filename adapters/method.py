@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import ConfigInvalid
 from adapters.parts import ServingForm
+from adapters.python_config import PythonConfig
 from adapters.trainable import FrozenBase, Trainable
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class AdapterFacts:
     warnings: tuple[str, ...] = ()
 
 
-class PeftConfig(BaseModel):
+class PeftConfig(PythonConfig):
     """Fields that every method's `adapter_config.json` has, with PEFT's names and defaults.
 
     Source: peft/config.py, `PeftConfigMixin` and `PeftConfig`.
@@ -90,6 +91,11 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """True."""
+        return True
 
     def check_peft_loads(self) -> None:
         """PEFT applies virtual tokens by task: without one it answers with the base alone.

@@ -46,8 +46,8 @@ Bound = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 class CPTConfig(PromptLearningConfig):
     """PEFT's config of CPT. Source: peft/tuners/cpt/config.py.
 
-    `num_virtual_tokens` is always the number of context tokens, `num_transformer_submodules` 1. PEFT
-    itself takes only `task_type="CAUSAL_LM"`, so set it on configs that PEFT must load.
+    `num_virtual_tokens` is always the number of context tokens, `num_transformer_submodules` 1. A call
+    needs `task_type="CAUSAL_LM"`, as in PEFT.
 
     Attributes:
         cpt_token_ids: tokens of the context; [0] if unset.
@@ -103,6 +103,13 @@ class CPTConfig(PromptLearningConfig):
         self.num_virtual_tokens = count
         self.num_transformer_submodules = 1
         return self
+
+    def check_as_peft(self) -> None:
+        """PEFT's class refuses every other task. Source: peft/tuners/cpt/config.py."""
+        if self.task_type != "CAUSAL_LM":
+            raise ValueError(
+                f"CPTConfig only supports task_type='CAUSAL_LM', came {self.task_type!r}"
+            )
 
     def token_ids(self) -> list[int]:
         """The context's tokens, (n,)."""

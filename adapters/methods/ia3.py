@@ -96,6 +96,13 @@ class IA3Config(PeftConfig):
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
+    def check_as_peft(self) -> None:
+        """PEFT's class refuses what PEFT would not load. Source: peft/tuners/ia3/config.py."""
+        try:
+            self.check_peft_loads()
+        except ConfigInvalid as error:
+            raise ValueError(str(error)) from error
+
     def check_peft_loads(self) -> None:
         """PEFT takes feedforward names that are among the targets, word for word, and no others.
 

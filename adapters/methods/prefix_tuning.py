@@ -8,7 +8,7 @@ files and the engine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -117,6 +117,53 @@ def join_rows(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Keys and values, each (L, H_kv, n, D), as rows (n, L * 2 * H_kv * D); inverts `split_rows`."""
     by_kind = torch.stack((keys, values))  # (2, L, H_kv, n, D)
     return by_kind.permute(3, 1, 0, 2, 4).flatten(1)
+
+
+def prompt_embeddings_from_past_key_values(
+    past_key_values: Any, *, num_virtual_tokens: int
+) -> torch.Tensor:
+    """The first n keys and values of a cache as the rows that a prefix saves, (n, L * 2 * H_kv * D).
+
+    Source: peft/tuners/cartridge/utils.py.
+
+    Args:
+        past_key_values: transformers' cache, or keys and values by layer, each (1, H_kv, T, D).
+        num_virtual_tokens: n, at most T.
+
+    Raises:
+        ValueError: no layer, more than one sequence, fewer than n positions, or layers that differ.
+        TypeError: another kind of object.
+    """
+    layers = _layers_of(past_key_values)
+    if not layers:
+        raise ValueError("past_key_values hold no layer, expected those of a model's pass")
+    shapes = {tuple(part.shape) for layer in layers for part in layer}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"keys and values differ in shape: {sorted(shapes)}; expected one for all layers"
+        )
+    (shape,) = shapes
+    if len(shape) != 4 or shape[0] != 1:
+        raise ValueError(f"keys have shape {shape}, expected (1, heads, positions, head size)")
+    if shape[2] < num_virtual_tokens:
+        raise ValueError(
+            f"expected at least {num_virtual_tokens} cached positions, came {shape[2]}"
+        )
+    keys, values = (
+        torch.stack([layer[part][0, :, :num_virtual_tokens] for layer in layers]) for part in (0, 1)
+    )
+    return join_rows(keys, values)
+
+
+def _layers_of(past_key_values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Key and value of every layer; transformers' cache yields them, with more behind."""
+    try:
+        return [(layer[0], layer[1]) for layer in past_key_values]
+    except (TypeError, IndexError) as error:
+        raise TypeError(
+            f"past_key_values are {type(past_key_values).__name__}, expected a cache of transformers, or "
+            "a key and a value for each layer"
+        ) from error
 
 
 def _dimensions(base: BaseModelSpec) -> dict[str, int]:

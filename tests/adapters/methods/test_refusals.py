@@ -563,10 +563,9 @@ def test_ia3_completed_config_is_one_that_peft_takes() -> None:
         assert {name: tuple(value.shape) for name, value in saved.items()} == {
             name: info.shape for name, info in ia3_infos(LLAMA, config).items()
         }
+    stray = {"target_modules": ["q_proj"], "feedforward_modules": ["down_proj"]}
     with pytest.raises(ConfigInvalid, match="not among the targets"):
-        IA3_METHOD.complete_config(
-            IA3Config(target_modules=["q_proj"], feedforward_modules=["down_proj"]), LLAMA
-        )
+        IA3_METHOD.complete_config(parse_config(IA3Config, stray), LLAMA)
 
 
 def test_sets_are_taken_and_stored_in_order() -> None:
