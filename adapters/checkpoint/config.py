@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from adapters.checkpoint.other_fields import FORK_FIELDS, OTHER_PEFT_FIELDS
+from adapters.checkpoint.field_names import FORK_FIELDS, PEFT_FIELDS
 from adapters.errors import ConfigInvalid
 from adapters.method import (
     LONGEST_SHOWN,
@@ -221,7 +221,7 @@ def _in_the_numbers(name: str) -> str | None:
     """Why an unknown field that is set may take part in the computation; None if it does not."""
     if name in FORK_FIELDS:
         return f"{FORK_FIELDS[name]} computes with it"
-    if name in OTHER_PEFT_FIELDS or name in _HARMLESS:
+    if name in PEFT_FIELDS or name in _HARMLESS:
         return None
     words = {word.lower() for word in _WORD.findall(name)}
     return "its name is that of a part of the computation" if words & _IN_THE_NUMBERS else None
