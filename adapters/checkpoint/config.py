@@ -17,11 +17,11 @@ from pydantic import ValidationError
 from adapters.checkpoint.field_names import FORK_FIELDS, PEFT_FIELDS
 from adapters.errors import ConfigInvalid
 from adapters.method import (
-    LONGEST_SHOWN,
     AdapterMethod,
     PeftConfig,
     as_json,
     config_refused,
+    printable,
     without_nulls,
 )
 
@@ -202,8 +202,7 @@ def shown_fields(fields: Mapping[str, Any]) -> str:
 
 def shown_field(name: str, value: object) -> str:
     """An untrusted field and its value, for a message."""
-    printable = "".join(char if char.isprintable() else "?" for char in name[:LONGEST_SHOWN])
-    return f"{printable} ({as_json(value)})"
+    return f"{printable(name)} ({as_json(value)})"
 
 
 def _may_change_numbers(name: str, value: object, reason: str, peft_type: str) -> ConfigInvalid:
@@ -211,7 +210,7 @@ def _may_change_numbers(name: str, value: object, reason: str, peft_type: str) -
         f"adapter_config.json: {shown_field(name, value)} is no field of {peft_type} in PEFT, and "
         f"{reason}, so the adapter's output here might not be that of the program that trained it; "
         "expected null, or the field left out if it had no effect",
-        field=name[:LONGEST_SHOWN],
+        field=printable(name),
         expected="null, or the field left out",
         came=as_json(value),
     )
