@@ -215,6 +215,7 @@ async def start_engine(services: Services) -> Generator:
     """
     tokenizer = await _read_beside(services.client.start(), services.settings)
     services.base_notes = services.client.notes
+    services.registry.limit_virtual_tokens(services.client.max_virtual_tokens)
     observers: list[Observer] = [services.metrics, services.quotas]
     if services.tracing is not None:
         observers.append(services.tracing)

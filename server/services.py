@@ -121,6 +121,12 @@ class Services:
         return self.engine
 
     @property
+    def max_virtual_tokens(self) -> int:
+        """Virtual tokens that a new adapter may have: the setting, or less where the engine has no room."""
+        most = self.settings.max_virtual_tokens
+        return most if self.generator is None else min(most, self.client.max_virtual_tokens)
+
+    @property
     def ready(self) -> bool:
         """Whether a generation would be accepted now."""
         return self.generator is not None and self.client.alive

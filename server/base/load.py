@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -270,10 +271,17 @@ def _config(directory: Path) -> PretrainedConfig:
         raw: dict[str, Any]
         raw, _ = PretrainedConfig.get_config_dict(directory, local_files_only=True)
         kind = raw.get("model_type")
+        if not isinstance(kind, str):
+            raise BaseUnsupported(
+                f"{directory}: {CONFIG_FILE} names no model_type, expected that of a model of "
+                'transformers, such as "llama"',
+                field="model_type",
+                came="none",
+            )
         if kind not in CONFIG_MAPPING:
             raise BaseUnsupported(
-                f"model type {kind!r} is unknown to transformers; code that comes with a "
-                "checkpoint is never run",
+                f"model type {kind!r} is unknown to transformers {transformers.__version__}; code that "
+                "comes with a checkpoint is never run",
                 field="model_type",
                 came=str(kind),
             )

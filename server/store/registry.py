@@ -30,7 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import delete, func, select
@@ -108,6 +108,12 @@ class Registry(PerCaller):
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
+
+    def limit_virtual_tokens(self, most: int) -> None:
+        """Accept no new adapter of more virtual tokens than the engine has memory for."""
+        if most < self._limits.virtual_tokens:
+            words = "fit into the engine's memory for keys and values, so no request could use it"
+            self._limits = replace(self._limits, virtual_tokens=most, virtual_tokens_words=words)
 
     def data_version(self) -> int | None:
         """See `Database.version`."""

@@ -227,7 +227,7 @@ def _plan(
         services.need_generator().tokenizer,
         services.client.base,
         base_name=services.base_id,
-        max_virtual_tokens=services.settings.max_virtual_tokens,
+        max_virtual_tokens=services.max_virtual_tokens,
     )
     return plan, jobs.create(plan.job, plan.examples) if store else None
 

@@ -205,7 +205,7 @@ def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan
             base_name=services.base_id,
             num_validation_rows=data.num_validation_rows,
             prompts=data.prompts,
-            max_virtual_tokens=services.settings.max_virtual_tokens,
+            max_virtual_tokens=services.max_virtual_tokens,
         )
     except (JobInvalid, TemplateInvalid) as error:
         # Their fields are those of /train, which stand in the method's block here.
