@@ -162,7 +162,8 @@ def test_refusals_are_one_line(folders, where, place, words, said):
 
 def test_names_with_brackets_are_told_as_they_came(folders, where):
     told = refusal("adapters", "add", folders / "one", "--name", "Bad[red]", *where)
-    assert "'Bad[red]' is not an adapter name: expected [a-z0-9]" in told
+    assert "'Bad[red]' cannot be an adapter's name: expected 1 to 63 lower-case letters" in told
+    assert told.endswith("try 'bad-red'")
 
 
 def test_one_name_for_several_folders_is_refused(folders, where):
