@@ -98,7 +98,7 @@ _JOB_MEANINGS: Mapping[str, str] = {
     "disk_full": "The disk is full; nothing was published.",
     "internal_error": "An unforeseen error; the job's log has it.",
     "out_of_memory": "The training process ran out of memory; nothing was published.",
-    "worker_lost": "The training process died three times without a new checkpoint.",
+    "worker_lost": "The training process died three times, or its server ten times, without a checkpoint.",
 }
 
 # Routes that the OpenAPI page leaves out.

@@ -28,6 +28,7 @@ from adapters import errors as library
 from adapters.field_errors import explain
 from adapters.field_errors import quoted as quoted  # the routes' refusals use it from here
 from server import errors as ours
+from server.api.content_type import is_json
 from server.api.reply_fields import ReplyModel, may_show, shows
 from server.engine import errors as engine
 from server.http.event_stream import ClientGone
@@ -107,6 +108,8 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.FolderNotFound: Refusal(404, "folder_not_found"),
     ours.NotLoaded: Refusal(400, "not_loaded"),
     ours.KeyRequired: Refusal(401, "key_required", "authentication"),
+    ours.HostRefused: Refusal(403, "host_refused", "authentication"),
+    ours.OriginRefused: Refusal(403, "origin_refused", "authentication"),
     ours.ScopeMissing: Refusal(403, "scope_missing", "authentication"),
     ours.RateLimited: Refusal(429, "rate_limited", "overloaded"),
     ours.QuotaExceeded: Refusal(429, "quota_exceeded", "overloaded"),
@@ -131,6 +134,7 @@ FAILED: dict[str, Refusal] = {
     "non_finite": Refusal(424, "non_finite", "generation"),
     "aborted": Refusal(503, "aborted", "incomplete_generation"),
     "engine_error": Refusal(500, "engine_error", "generation"),
+    "engine_unavailable": Refusal(503, "engine_unavailable", "unavailable"),
 }
 
 # Refusals that the framework makes before any of our code runs.
@@ -169,7 +173,8 @@ class ErrorReport:
 def describe(error: Exception) -> ErrorReport:
     """Look an error up; one that is in no table is reported as unforeseen, without its message."""
     if isinstance(error, engine.RequestFailed):
-        return ErrorReport(FAILED.get(error.code, UNFORESEEN), error.message)
+        refusal = FAILED.get(error.code, UNFORESEEN)
+        return ErrorReport(refusal, error.message, headers=_retry_headers(error))
     if isinstance(error, RequestValidationError):
         return describe_validation(error.errors())
     if isinstance(error, HTTPException):
@@ -304,6 +309,10 @@ def _retry_headers(error: Exception) -> dict[str, str]:
         return {"retry-after": "5", "connection": "close"}
     if isinstance(error, ours.TooManyJobs):
         return {"retry-after": "30"}
+    if isinstance(error, engine.RequestFailed):
+        # The engine is started again, or another server takes over.
+        passes = FAILED.get(error.code, UNFORESEEN).status == 503
+        return {"retry-after": "5"} if passes else {}
     if isinstance(error, (ours.NotReady, engine.EngineUnavailable, library.StorageUnavailable)):
         return {"retry-after": "5"}
     return {}
@@ -381,9 +390,10 @@ def both_given(first: str, second: str) -> ours.Contradiction:
 
 def _wrong_content_type(request: Request) -> ours.WrongContentType | None:
     came = request.headers.get("content-type", "")
-    if request.method not in ("POST", "PUT") or "json" in came.lower():
+    if request.method not in ("POST", "PUT") or is_json(came):
         return None
-    if request.headers.get("content-length", "") in ("", "0"):
+    length = request.headers.get("content-length", "")
+    if length in ("", "0") and "transfer-encoding" not in request.headers:
         return None
     return ours.WrongContentType(
         f"the body's content-type is {came or 'not given'!r}; send application/json",

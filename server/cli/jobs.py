@@ -123,7 +123,8 @@ def list_jobs(
     table = Table("id", "state", "adapter", "method", "step", "created")
     for job in jobs:
         created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
-        cells = (job["id"], job["state"], job["adapter"], job["method"], _step(job), created)
+        state = "interrupted" if job.get("interrupted") else job["state"]
+        cells = (job["id"], state, job["adapter"], job["method"], _step(job), created)
         table.add_row(*(Text(one) for one in cells))
     print_table(table)
 

@@ -80,6 +80,9 @@ def test_a_full_queue_says_when_to_come_back():
 def test_failed_requests_go_by_their_code():
     assert describe(engine.RequestFailed("adapter_corrupt", "m")).refusal.status == 424
     assert describe(engine.RequestFailed("new", "m")).refusal.status == 500
+    lost = reply_to(engine.RequestFailed("engine_unavailable", "m"), "/classify")
+    assert (lost.status_code, lost.headers["retry-after"]) == (503, "5")
+    assert "retry-after" not in reply_to(engine.RequestFailed("engine_error", "m"), "/").headers
 
 
 def test_an_unforeseen_error_keeps_its_words_to_itself():

@@ -124,7 +124,7 @@ def test_outputs_without_a_seed_differ(places):
     ("prompt", "said"),
     [
         (GenerationInput(row={"a": "b"}), "missing: 'Tweet text'; unknown: 'a'"),
-        (GenerationInput(text="word " * 600), "at most 512 fit in all"),
+        (GenerationInput(text="word " * 600), "at most 513 fit in all"),
     ],
 )
 def test_both_places_refuse_with_the_same_words(places, prompt, said):
