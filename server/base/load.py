@@ -160,7 +160,9 @@ def check_config(config: PretrainedConfig) -> None:
             encodings that depend on the rest of the batch.
     """
     kind = config.model_type
-    check_architecture("the base", config.to_dict())
+    facts = ("is_encoder_decoder", "is_decoder")
+    read = {name: getattr(config, name, False) for name in facts}
+    check_architecture("the base", {"model_type": kind, **read})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BaseUnsupported(
             f"{kind} has no causal language-modelling class in transformers",
