@@ -80,8 +80,10 @@ _ENCODERS = frozenset(
 _EXPECTED = "a decoder-only language model, such as a Llama, Qwen, Mistral or GPT-2"
 
 
-def check_base(path_or_id: str | Path, revision: str | None) -> Path | None:
-    """Look at the files of a base.
+def check_base(
+    path_or_id: str | Path, revision: str | None, *, needs_tokenizer: bool = True
+) -> Path | None:
+    """Look at the files of a base; a tokenizer is needed wherever texts are.
 
     Returns:
         Its directory; None for a hub id, whose files may not be here yet.
@@ -94,7 +96,8 @@ def check_base(path_or_id: str | Path, revision: str | None) -> Path | None:
         return None
     check_files(directory)
     check_architecture(directory, read_config(directory))
-    check_tokenizer(directory)
+    if needs_tokenizer:
+        check_tokenizer(directory)
     return directory
 
 

@@ -138,6 +138,7 @@ class DataDirectory(Backend):
         if follow:
             yield from super().job_events(job_id, after, follow=True)
             return
+        job_id = self._jobs.find(job_id)
         while found := self._jobs.events(job_id, after):
             for event in found:
                 shown = {"id": event.id, "kind": event.kind, "data": event.data}

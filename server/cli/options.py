@@ -150,7 +150,7 @@ def open_backend(
 
             with errors_as_lines():
                 require_data_dir(settings.data_dir)
-        prepare_base(settings)
+        prepare_base(settings, needs_tokenizer=False)
     with errors_as_lines(), _opened(settings, create, reads_base, jobs) as backend:
         yield backend
 
@@ -189,7 +189,7 @@ def api_key(settings: Settings) -> str | None:
     return None if settings.api_key is None else settings.api_key.get_secret_value()
 
 
-def check_base(settings: Settings) -> None:
+def check_base(settings: Settings, *, needs_tokenizer: bool = True) -> None:
     """Refuse a base whose files show that it cannot be served; the default one may not be there yet."""
     if settings.is_default_base:
         return
@@ -197,14 +197,14 @@ def check_base(settings: Settings) -> None:
     from server.base.check import check_base as check
 
     try:
-        check(settings.base, settings.revision)
+        check(settings.base, settings.revision, needs_tokenizer=needs_tokenizer)
     except BaseUnsupported as error:
         raise fail(f"--base: {error.message}") from error
 
 
-def prepare_base(settings: Settings) -> None:
+def prepare_base(settings: Settings, *, needs_tokenizer: bool = True) -> None:
     """Check the base; make the default one if the settings name it and it is not there yet."""
-    check_base(settings)
+    check_base(settings, needs_tokenizer=needs_tokenizer)
     if not settings.is_default_base:
         return
     from server.base.convert import TargetTaken, prepare_default_base

@@ -182,7 +182,7 @@ def test_a_folder_of_folders_adds_them_all(folders, where, place, tmp_path):
     (home / "three").rename(home / "checkpoint-10")
     added = run("adapters", "add", home, *where)
     assert added.exit_code == 0, added.output
-    assert [line.split()[0] for line in added.stdout.splitlines()] == ["zwei-grossen@1", "one@1"]
+    assert [line.split("@")[0] for line in added.stdout.splitlines()] == ["zwei-grossen", "one"]
     assert "found 2 adapters: zwei-grossen and one" in added.stderr
     assert run_json("adapters", "show", "zwei-grossen", *place)["description"] == "Zwei Größen"
     # A file of one means its folder.
