@@ -260,9 +260,9 @@ class Backend:
         job: Json = self.server.post(f"{_job_path(job_id)}/cancel")
         return job
 
-    def remove_job(self, job_id: str) -> None:
-        """Remove a job that has ended, with its rows and log."""
-        self.server.delete(_job_path(job_id))
+    def remove_job(self, job_id: str) -> str:
+        """Remove a job that has ended, with its rows and log; its id."""
+        return str(self.server.delete(_job_path(job_id))["id"])
 
     def job_log(self, job_id: str, tail: int | None) -> str:
         """Output of the job's worker, or the last lines of it."""

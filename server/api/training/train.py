@@ -1,4 +1,5 @@
-"""`/train`: create, follow, cancel and delete training jobs.
+"""`/train`: create, follow, cancel and delete training jobs. Where an id stands, an adapter's name means
+its newest job.
 
 A request is planned before anything is stored, so a job that cannot be trained is refused at once. The jobs
 table and the supervisor do the rest. Blocking work runs off the event loop.
@@ -39,7 +40,6 @@ POLL_SECONDS = 0.25
 PING_SECONDS = 15.0
 _EVENTS_AT_ONCE = 500
 _MAX_LOG_BYTES = 4 * 1024 * 1024
-_JOB_ID = re.compile(r"job-[0-9a-f]{24}")
 
 
 @router.post(
@@ -101,7 +101,8 @@ async def list_jobs(
 async def get_job(request: Request, services: UseServices, job_id: str) -> job_replies.Job:
     """`progress` is the last step's event."""
     only_query(request)
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     return job_replies.Job.of(await run_sync(lambda: jobs.get(job_id)))
 
 
@@ -132,7 +133,8 @@ async def job_events(
     JSON. A client that reconnects after the last event of a job gets 204, and so stops.
     """
     only_query(request, "after")
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     record = await run_sync(lambda: jobs.get(job_id))
     resumed = _last_event_id(request)
     start = resumed if resumed is not None else after or 0
@@ -160,7 +162,8 @@ async def job_log(
 ) -> Response:
     """Empty before the job has begun; of a very long one the end."""
     only_query(request, "tail")
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     await run_sync(lambda: jobs.get(job_id))
     return PlainTextResponse(await run_sync(lambda: _log(jobs.directory(job_id), tail)))
 
@@ -176,7 +179,8 @@ async def job_log(
 async def cancel_job(request: Request, services: UseServices, job_id: str) -> Response:
     """202 where it still runs and is about to stop, 200 where it has ended."""
     only_query(request)
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     record = await run_sync(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
@@ -194,22 +198,19 @@ async def delete_job(
 ) -> job_replies.JobDeleted:
     """The adapter that came of it stays."""
     only_query(request)
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     await run_sync(lambda: jobs.delete(job_id))
     return job_replies.JobDeleted(id=job_id)
 
 
-def _known_id(job_id: str) -> str:
-    """The id. It becomes the name of a folder.
+async def _found_id(jobs: JobStore, reference: str) -> str:
+    """The id of a job, which an adapter's name means too: its newest one.
 
     Raises:
-        JobNotFound: not a valid job id.
+        JobNotFound: neither.
     """
-    if not _JOB_ID.fullmatch(job_id):
-        raise JobNotFound(
-            f"there is no training job {quoted(job_id)}", field="id", came=quoted(job_id)
-        )
-    return job_id
+    return await run_sync(lambda: jobs.find(reference))
 
 
 # --- a new job -----------------------------------------------------------------------------
