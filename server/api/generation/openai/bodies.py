@@ -178,7 +178,11 @@ class OpenAIBody(OpenBody):
         None, description="vLLM's object with json, json_object, regex or choice."
     )
     temperature: float | None = Field(
-        None, ge=0, le=2, description="0 takes the likeliest token; 1 if left out."
+        None,
+        ge=0,
+        le=2,
+        description="0 takes the likeliest token. Left out: the adapter's default_temperature, which "
+        "is 0 if it has labels; else 1.",
     )
     top_k: int | None = Field(None, ge=-1, description="vLLM's; 0 and -1 keep every token.")
     top_p: float | None = Field(

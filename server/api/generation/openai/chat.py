@@ -69,6 +69,7 @@ async def _prepare(request: Request, services: Services, body: ChatBody) -> Prep
         num_logprobs=num_top if with_logprobs else None,
         prompt_field="messages" if body.row is None else "row",
         vocab_size=generator.vocab_size,
+        adapter=record,
     )
     samples = samples_of(body.n, None, services.settings.max_best_of)
     given = await _prompt(generator, body, record)
