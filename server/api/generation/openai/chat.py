@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -135,7 +134,7 @@ async def _prompt(generator: Generator, body: ChatBody, record: AdapterRecord | 
         _check_own_template(body)
         return await from_row(generator, row_of(messages, templated), templated)
     goes_on = bool(body.continue_final_message)
-    text = await anyio.to_thread.run_sync(
+    text = await generator.run_aside(
         lambda: render_chat(
             generator.tokenizer,
             messages,
