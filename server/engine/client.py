@@ -124,7 +124,7 @@ class EngineClient:
         base: dimensions of the base, once started.
         base_name: what the base calls itself.
         notes: remarks on its weights.
-        max_sequence_tokens: virtual, prompt and new tokens of one sequence together.
+        max_sequence_tokens: positions that one sequence may take, see `request.positions_taken`.
         stats: the engine's latest counts.
         num_restarts: times that the process was replaced.
         lost: whether the process has ended and will not be replaced: only a new server helps.

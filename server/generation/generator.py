@@ -297,7 +297,7 @@ class Generator(PerCaller):
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Maximum total of virtual, prompt and output tokens."""
+        """Positions that virtual, prompt and output tokens may take; the last new one takes none."""
         return self._client.max_sequence_tokens
 
     async def resolve(self, name: str | None) -> AdapterRecord | None:
@@ -568,8 +568,8 @@ class Generator(PerCaller):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Maximum prompt tokens, with room for one new token."""
-        room = self.max_sequence_tokens - 1
+        """Maximum prompt tokens; the one new token that follows takes no position."""
+        room = self.max_sequence_tokens
         most = self._limits.max_prompt_tokens
         return room if most is None else min(room, most)
 
@@ -601,7 +601,8 @@ class Generator(PerCaller):
 
     def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
         asked = options.max_new_tokens
-        room = self.max_sequence_tokens - virtual - prompt
+        # Of new tokens; the last one takes no position, see `positions_taken`.
+        room = self.max_sequence_tokens + 1 - virtual - prompt
         wanted = 1 if asked is None else asked
         if wanted > room:
             taken = f"{prompt} prompt tokens + {wanted} new tokens"
@@ -609,9 +610,9 @@ class Generator(PerCaller):
                 taken += f" + {virtual} virtual tokens of the adapter"
             raise TooLong(
                 f"{options.prompt_field} and {options.length_field} take {taken}, "
-                f"at most {self.max_sequence_tokens} fit in all",
+                f"at most {self.max_sequence_tokens + 1} fit in all",
                 field=options.prompt_field if room < 1 else options.length_field,
-                expected=f"at most {self.max_sequence_tokens} tokens in all",
+                expected=f"at most {self.max_sequence_tokens + 1} tokens in all",
                 came=str(prompt + wanted + virtual),
             )
         if asked is not None:

@@ -25,6 +25,17 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_IGNORED = 1_000
 _MAX_NAME = 64
 _STATE = "reply_headers"
+# Headers that a web page of an allowed origin may read, besides those that browsers show anyway.
+PAGE_HEADERS = (
+    "location",
+    "retry-after",
+    "x-adapter-id",
+    "x-adapter-version",
+    "x-ignored-parameters",
+    "x-queue-time",
+    "x-request-id",
+    "x-time-to-first-token",
+)
 
 
 class ReplyHeaders:

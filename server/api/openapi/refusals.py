@@ -112,7 +112,7 @@ def common(operation: dict[str, Any], rule: Rule | None) -> list[str]:
         rule: which keys may use it.
     """
     parameters = operation.get("parameters", [])
-    kinds: list[str] = []
+    kinds: list[str] = ["HostRefused"]
     if rule != PUBLIC:
         kinds += ["KeyRequired", "RateLimited", *_QUERY]
     if rule not in (None, PUBLIC, ANY_KEY):

@@ -155,11 +155,11 @@ async def test_a_full_queue_is_said_and_nothing_of_it_stays(client):
 async def test_a_request_that_fails_fails_alone(client, blobs, adapters):
     good = client.submit(request("good", prompt_ids(5), adapters["ia3"], 30))
     missing = client.submit(request("missing", prompt_ids(5), AdapterRef("0" * 64, 7, False)))
-    too_long = client.submit(request("long", prompt_ids(500), max_new_tokens=13))
+    too_long = client.submit(request("long", prompt_ids(500), max_new_tokens=14))
     with pytest.raises(RequestFailed) as caught:
         await collect(missing)
     assert caught.value.code == "adapter_corrupt"
-    with pytest.raises(RequestFailed, match="make 513, the base takes 512") as caught:
+    with pytest.raises(RequestFailed, match="make 514; the base has 512 positions") as caught:
         await collect(too_long)
     assert caught.value.code == "too_long"
     assert len(await collect(good)) == 30
