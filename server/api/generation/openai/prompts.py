@@ -28,11 +28,12 @@ class Given:
 
     Attributes:
         prompt: text and ids.
-        kind: "text" (a string), "ids", or "row" (rendered by the adapter's template).
+        kind: "text" (a string), "ids", "row" (rendered by the adapter's template) or "chat" (by the
+            base's chat template).
     """
 
     prompt: Prompt
-    kind: Literal["text", "ids", "row"]
+    kind: Literal["text", "ids", "row", "chat"]
 
 
 def require_one(
