@@ -77,7 +77,7 @@ _Prompt = Annotated[
         json_schema_input_type=str | list[str] | list[int] | list[list[int]] | None,
     ),
 ]
-_Stops = Annotated[
+Stops = Annotated[
     list[StopString] | None,
     AtMost("max_stops"),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str | None] | None),
@@ -167,7 +167,7 @@ class OpenAIBody(OpenBody):
         lt=2**63,
         description="Of the draws; sample i of a prompt draws with seed + i. Left out, one is drawn.",
     )
-    stop: _Stops = Field(None, description="Texts that end the output; they are not part of it.")
+    stop: Stops = Field(None, description="Texts that end the output; they are not part of it.")
     stream: bool | None = Field(
         None, description="Answer as server-sent events; false if left out."
     )

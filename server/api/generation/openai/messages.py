@@ -70,9 +70,7 @@ def render_chat(
         ) from error
 
 
-def row_of(
-    messages: Sequence[Message], record: AdapterRecord, field: str = "messages"
-) -> BodyRow:
+def row_of(messages: Sequence[Message], record: AdapterRecord, field: str = "messages") -> BodyRow:
     """The row for an adapter's own template of one column: what the one user message says.
 
     Args:
