@@ -104,6 +104,9 @@ _JOB_MEANINGS: Mapping[str, str] = {
 
 # Routes that the OpenAPI page leaves out.
 _UNLISTED: Mapping[tuple[str, str], str] = {
+    ("GET", "/v1/responses/{response_id}"): "Refused: responses are not stored",
+    ("DELETE", "/v1/responses/{response_id}"): "Refused: responses are not stored",
+    ("POST", "/v1/embeddings"): "Refused, with the kind of base that makes embeddings",
     ("GET", "/"): "A page for browsers: what is served, with links (others get 405)",
     ("GET", "/docs"): "The OpenAPI page, without internet",
     ("GET", "/docs/{file}"): "Scripts and styles of that page",

@@ -6,7 +6,6 @@ Independent of routes.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from fastapi import Depends, Request
 from server.config.settings import Settings
 from server.draining import Draining
 from server.errors import NotReady
+from server.generation.fair_threads import FairThreads
 from server.store.caller import UNRESTRICTED, Caller
 from server.telemetry.adapter_use import UseByAdapter
 
@@ -60,7 +60,7 @@ class Services:
         keys: the API keys; None if none are required.
         supervisor: runs training jobs here; None if only `graftwork worker` does.
         draining: whether new work is refused, and what runs.
-        planning: held while a job is planned: one at a time, since each may hold a whole file.
+        planning: where jobs are planned: one at a time, since each may hold a whole file.
     """
 
     settings: Settings
@@ -79,7 +79,7 @@ class Services:
     keys: KeyRing | None = None
     supervisor: Supervisor | None = None
     draining: Draining = field(default_factory=Draining)
-    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    planning: FairThreads = field(default_factory=lambda: FairThreads(1))
 
     def seen_by(self, caller: Caller) -> Services:
         """These services with the stores and the generator as a caller sees them."""

@@ -357,7 +357,7 @@ class Settings(Limits, _OwnSettings):
             revision=self.revision,
             dtype=self.train_dtype or self.dtype,
             device=self.device,
-            threads=self.train_threads or max(1, _num_cores() // 2),
+            threads=self.train_threads or max(1, num_cores() // 2),
             nice=self.train_nice,
             memory_bytes=None if limit is None else limit * MIB,
         )
@@ -371,7 +371,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use, if the system reports it; else those of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

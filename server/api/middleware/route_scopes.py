@@ -49,6 +49,10 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/detokenize"): _GENERATE,
     ("POST", "/v1/completions"): _GENERATE,
     ("POST", "/v1/chat/completions"): _GENERATE,
+    ("POST", "/v1/responses"): _GENERATE,
+    ("GET", "/v1/responses/{response_id}"): _GENERATE,
+    ("DELETE", "/v1/responses/{response_id}"): _GENERATE,
+    ("POST", "/v1/embeddings"): _GENERATE,
     # adapters
     ("GET", "/adapters"): _READ,
     ("GET", "/adapters/{name}"): _READ,

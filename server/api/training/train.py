@@ -66,9 +66,8 @@ async def train(
     jobs = services.need_jobs()
     with services.registry.staging_dir() as directory:
         received = await receive_job(request, directory, services.settings)
-        async with services.planning:
-            work = partial(_plan, services, jobs, received, store=not dry_run)
-            plan, record = await run_sync(work)
+        work = partial(_plan, services, jobs, received, store=not dry_run)
+        plan, record = await services.planning.run(request.state.caller, work)
     if record is None:
         return JSONResponse(job_replies.Preview.of(plan).model_dump(mode="json"))
     if services.supervisor is not None:

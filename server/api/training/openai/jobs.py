@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from functools import partial
 from typing import Annotated
 
 from anyio.to_thread import run_sync
@@ -62,8 +63,8 @@ async def create_job(
     services.need_generator()
     _require_base(services, body.model)
     asked = Asked(body)
-    async with services.planning:
-        record = await run_sync(lambda: _create(services, asked))
+    work = partial(_create, services, asked)
+    record = await services.planning.run(request.state.caller, work)
     if services.supervisor is not None:
         services.supervisor.wake()
     return replies.tuning_job(record)
