@@ -288,10 +288,8 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
         for fold in (services.settings.data_dir / "folds").glob(f"{digest}-*"):
             fold.unlink(missing_ok=True)
         services.client.drop(digest)
-    if services.requests_by_adapter:
-        counted = tuple(services.requests_by_adapter)
-        for name in await anyio.to_thread.run_sync(registry.gone, counted):
-            del services.requests_by_adapter[name]
+    if counted := services.adapter_use.names():
+        services.adapter_use.forget(await anyio.to_thread.run_sync(registry.gone, counted))
     return removed
 
 

@@ -21,7 +21,7 @@ from adapters.template import Row
 from adapters.training.job import TrainingRequest
 from adapters.training.rows import Kind, check_rows, kind_of, read_rows
 from server.api.content_type import is_json, media_type
-from server.api.error_replies import describe_validation, quoted
+from server.api.error_replies import quoted, refuse_invalid
 from server.api.middleware.headers import body_too_large
 from server.api.middleware.value_count import ValueCount
 from server.api.openapi.constraints import (
@@ -211,10 +211,7 @@ def _validated(raw: dict[str, Any]) -> TrainingRequest:
     try:
         return TrainingRequest.model_validate(raw)
     except ValidationError as error:
-        report = describe_validation(error.errors(include_url=False))
-        raise RequestInvalid(
-            report.message, field=report.field, expected=report.expected, came=report.came
-        ) from error
+        raise refuse_invalid(error, TrainingRequest) from error
 
 
 def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:

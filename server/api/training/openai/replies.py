@@ -218,7 +218,7 @@ def tuning_event(job_id: str, event: JobEvent) -> TuningEvent:
     level: Literal["info", "warn", "error"] = "info"
     if state == "failed":
         level = "error"
-    elif state == "cancelled" or event.kind == "worker_lost":
+    elif state == "cancelled" or event.kind in ("worker_lost", "interrupted"):
         level = "warn"
     return TuningEvent(
         id=event_id(job_id, event.id),
@@ -255,5 +255,6 @@ _KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "evaluation": lambda data: f"Step {data['step']}: validation loss={data['loss']:.4f}",
     "checkpoint": lambda data: f"A checkpoint was written after step {data['step']}",
+    "interrupted": lambda _data: "The server that trained the job ended; it goes on first of all",
     "worker_lost": lambda data: "The worker was lost; another one goes on",
 }
