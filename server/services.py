@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from server.generation.quotas import Quotas
     from server.jobs.supervisor import Supervisor
     from server.store.files import FileStore
+    from server.store.job_feed import JobFeed
     from server.store.jobs import JobStore
     from server.store.key_ring import KeyRing
     from server.store.registry import Registry
@@ -85,7 +86,11 @@ class Services:
         """These services with the stores and the generator as a caller sees them."""
         if caller == UNRESTRICTED:
             return self
-        _ = (self.metrics, self.quotas)  # made before the copy: all callers share them
+        _ = (
+            self.metrics,
+            self.quotas,
+            self.job_feed,
+        )  # made before the copy: all callers share them
         view = copy.copy(self)
         view.registry = self.registry.seen_by(caller)
         view.generator = self.generator and self.generator.seen_by(caller)
@@ -93,7 +98,7 @@ class Services:
         view.files = self.files and self.files.seen_by(caller)
         return view
 
-    # These two are imported on first use: commands that need neither start faster.
+    # These are imported on first use: commands that need neither start faster.
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -108,6 +113,13 @@ class Services:
         from server.generation.quotas import Quotas
 
         return Quotas()
+
+    @cached_property
+    def job_feed(self) -> JobFeed:
+        """The news of jobs, for those who follow them."""
+        from server.store.job_feed import JobFeed
+
+        return JobFeed()
 
     @property
     def client(self) -> EngineClient:

@@ -7,7 +7,6 @@ table and the supervisor do the rest. Blocking work runs off the event loop.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -30,15 +29,14 @@ from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
 from server.errors import JobActive, JobNotFound, RequestInvalid
 from server.http.event_stream import EventStream, named_event, ping
 from server.services import Services, UseServices
+from server.store.job_feed import JobFeed
 from server.store.job_states import FINISHED
 from server.store.jobs import JobEvent, JobRecord, JobStore
 
 router = APIRouter(prefix="/train", tags=["training"])
 
 
-POLL_SECONDS = 0.25
 PING_SECONDS = 15.0
-_EVENTS_AT_ONCE = 500
 _MAX_LOG_BYTES = 4 * 1024 * 1024
 
 
@@ -141,7 +139,7 @@ async def job_events(
     # EventSource comes back whenever a stream ends, until it hears 204.
     if over and not await run_sync(lambda: jobs.events(job_id, start, 1)):
         return Response(status_code=204)
-    frames = event_frames(jobs, job_id, start, stopping=services.stopping)
+    frames = event_frames(services.job_feed, jobs, job_id, start, stopping=services.stopping)
     return EventStream(frames, lambda: None)
 
 
@@ -250,6 +248,7 @@ def _last_event_id(request: Request) -> int | None:
 
 
 async def event_frames(
+    feed: JobFeed,
     jobs: JobStore,
     job_id: str,
     after: int,
@@ -260,7 +259,8 @@ async def event_frames(
     """All events after an id, and new ones, until the job has ended or is deleted.
 
     Args:
-        jobs: polled for events.
+        feed: polled for events.
+        jobs: with the job.
         job_id: the job.
         after: the last event that the client has; 0 for none.
         ping_seconds: a comment is sent after this long without an event.
@@ -268,25 +268,20 @@ async def event_frames(
     """
     last = after
     silent_since = time.monotonic()
+    news = await feed.now(jobs, job_id, last)
     while not stopping():
-        # The state first: what is read after it ended is all there will be.
-        try:
-            ended = await run_sync(lambda: jobs.get(job_id).state in FINISHED)
-            found = await run_sync(partial(jobs.events, job_id, last, _EVENTS_AT_ONCE))
-        except JobNotFound:
-            return  # deleted meanwhile
-        for event in found:
+        for event in news.events:
             yield _frame(event)
             last = event.id
-        if found:
-            silent_since = time.monotonic()
-        elif ended:
+        if news.ended:
             return
-        else:
-            if time.monotonic() - silent_since >= ping_seconds:
-                yield ping()
-                silent_since = time.monotonic()
-            await asyncio.sleep(POLL_SECONDS)
+        if news.events:
+            silent_since = time.monotonic()
+        elif time.monotonic() - silent_since >= ping_seconds:
+            yield ping()
+            silent_since = time.monotonic()
+        read = feed.now if news.more else feed.later
+        news = await read(jobs, job_id, last)
 
 
 def _frame(event: JobEvent) -> bytes:
