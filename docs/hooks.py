@@ -80,6 +80,11 @@ ABOVE_LIMIT: Mapping[str, str] = {
     "max_data_mib": "413 `body_too_large`; 422 `data_invalid`",
     "max_data_rows": "422 `data_invalid`",
     "max_queued_jobs": "429 `too_many_jobs`",
+    "max_queued_jobs_per_owner": "429 `too_many_jobs`",
+    "max_queued_jobs_mib": "429 `too_many_jobs`",
+    "max_queued_jobs_mib_per_owner": "429 `too_many_jobs`",
+    "max_files_per_owner": "413 `files_full`",
+    "max_files_mib_per_owner": "413 `files_full`",
     "max_files": "413 `files_full`",
     "max_files_mib": "413 `files_full`",
 }

@@ -168,12 +168,18 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
     if report.corrupt:
         log.warning("adapters_corrupt", digests=report.corrupt)
     sweep_folds(settings.data_dir, registry)
-    jobs = JobStore(settings.data_dir, max_queued=settings.max_queued_jobs)
+    jobs = JobStore(
+        settings.data_dir, queue=settings.queue_limits(), retention=settings.retention()
+    )
     jobs.sweep()
+    jobs.prune()
+    own_mib = settings.max_files_mib_per_owner
     files = FileStore(
         settings.data_dir,
         max_files=settings.max_files,
         max_bytes=settings.max_files_mib * MIB,
+        max_files_per_owner=settings.max_files_per_owner,
+        max_bytes_per_owner=None if own_mib is None else own_mib * MIB,
     )
     files.sweep()
     supervisor = Supervisor(
@@ -348,6 +354,8 @@ async def _collect_for_ever(services: Services, seconds: float) -> None:
         await asyncio.sleep(seconds)
         try:
             removed = await collect_garbage(services)
+            if services.jobs is not None:
+                await anyio.to_thread.run_sync(services.jobs.prune)
         except Exception:
             log.exception("collect_garbage_failed")
             continue
