@@ -71,6 +71,7 @@ ABOVE_LIMIT: Mapping[str, str] = {
     "max_sequences": "422 `invalid`",
     "max_ranked": "422 `invalid`",
     "max_labels": "422 `invalid`",
+    "max_aliases": "422 `too_many_aliases`",
     "max_messages": "422 `invalid`",
     "max_stops": "422 `invalid`",
     "max_stop_characters": "422 `invalid`",

@@ -163,6 +163,7 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
         settings.data_dir,
         reserved=(base_id,),
         limits=settings.checkpoint_limits(),
+        max_aliases=settings.max_aliases,
     )
     report = registry.sweep(deep=False)
     if report.corrupt:
@@ -208,7 +209,7 @@ async def start_engine(services: Services) -> Generator:
     """
     tokenizer = await _read_beside(services.client.start(), services.settings)
     services.base_notes = services.client.notes
-    observers: list[Observer] = [services.metrics, services.quotas]
+    observers: list[Observer] = [services.metrics, services.quotas, services.placements]
     if services.tracing is not None:
         observers.append(services.tracing)
     return Generator(
@@ -281,6 +282,7 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
         for fold in (services.settings.data_dir / "folds").glob(f"{digest}-*"):
             fold.unlink(missing_ok=True)
         services.client.drop(digest)
+        services.placements.drop(digest)
     if services.requests_by_adapter:
         counted = tuple(services.requests_by_adapter)
         for name in await anyio.to_thread.run_sync(registry.gone, counted):

@@ -71,6 +71,7 @@ class Limits(BaseModel):
         10_000, description="Maximum inputs times labels of one request to /classify."
     )
     max_labels: Count = Field(1000, description="Maximum labels of a request or an adapter.")
+    max_aliases: Count = Field(100, description="Maximum aliases of one adapter.")
     max_messages: Count = Field(
         10_000, description="Maximum messages of a conversation, and parts of a message."
     )

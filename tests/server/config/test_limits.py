@@ -38,6 +38,7 @@ LOW = {
     "max_sequences": 4,
     "max_ranked": 6,
     "max_labels": 3,
+    "max_aliases": 1,
     "max_messages": 3,
     "max_stops": 2,
     "max_stop_characters": 5,
@@ -62,12 +63,17 @@ def low(tiny_base, tmp_path_factory) -> Iterator[ServerClient]:
     settings = make_settings(tiny_base, home / "data", train_workers=0, **LOW)
     with running_server(settings) as client:
         assert upload(client, save_prefix_adapter(home / "own"), "own").status_code == 201
+        assert alias("first")(client).status_code == 200
         yield client
 
 
 def complete(**changes: Any) -> Send:
     body = {"model": "tiny-base", "prompt": "a", "max_tokens": 1, **changes}
     return lambda client: client.post("/v1/completions", json=body)
+
+
+def alias(name: str) -> Send:
+    return lambda client: client.put(f"/adapters/own/aliases/{name}", json={"version": 1})
 
 
 def classify(**changes: Any) -> Send:
@@ -284,6 +290,13 @@ ABOVE: list[tuple[str, Send, int, str, str]] = [
         "labels: expected 1 to 3 different texts",
     ),
     (
+        "max_aliases",
+        alias("second"),
+        422,
+        "too_many_aliases",
+        "'own' has 1 aliases, and the limit is 1; remove or move one of them",
+    ),
+    (
         "max_messages",
         chat(4),
         422,
@@ -346,6 +359,7 @@ WITHIN: list[tuple[str, Send]] = [
     ("max_ranked", classify(inputs=["a"] * 3)),
     ("max_labels", classify(inputs="a", labels=["x", "y", "z"])),
     ("max_labels", form(labels='["x", "y", "z"]')),
+    ("max_aliases", alias("first")),  # moved
     ("max_messages", chat(3)),
     ("max_messages", chat(1, parts=3)),
     ("max_stops", complete(stop=["x", "y"])),

@@ -14,7 +14,7 @@ from server.errors import FilesFull, UploadNotFound
 from server.store.files import FileRecord, FileStore
 from tests.full_disk import run_on_a_small_disk
 from tests.server.jobs.clock import Clock
-from tests.server.store.test_jobs import caller
+from tests.server.store.callers import caller
 
 
 @pytest.fixture

@@ -24,15 +24,14 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.errors import RegistryError, StorageFull, TrainingError
 from server import errors
-from server.store.caller import Caller
 from server.store.job_limits import QueueLimits, Retention
 from server.store.job_states import FINISHED
 from server.store.jobs import MAX_INTERRUPTIONS, Claim, JobStore
-from server.store.key import Key
 from server.store.registry import Registry
 from tests.full_disk import run_on_a_small_disk
 from tests.server.jobs.clock import Clock
 from tests.server.jobs.examples import EXAMPLES, a_job, many
+from tests.server.store.callers import caller
 
 NO_JOB = "job-" + "0" * 24
 
@@ -58,14 +57,6 @@ def claimed(store: JobStore, lease_seconds: float = 10) -> Claim:
     claim = store.claim(lease_seconds)
     assert claim is not None
     return claim
-
-
-def caller(owner: str) -> Caller:
-    """A caller with a key of this tenant."""
-    now = datetime.now(UTC)
-    scopes = frozenset({"train"})
-    key = Key("key-1", "", b"", scopes, None, owner, None, None, now, None, None, None)
-    return Caller(key)
 
 
 def folders(root: Path) -> list[str]:
@@ -678,10 +669,10 @@ def test_two_processes_claim_each_job_once(root: Path) -> None:
 _CREATOR = """
     import sys
     from pathlib import Path
-    from server.store.caller import Caller
-    from server.store.job_limits import QueueLimits
+        from server.store.job_limits import QueueLimits
     from server.store.jobs import JobStore
     from tests.server.jobs.examples import EXAMPLES, a_job, many
+from tests.server.store.callers import caller
     store = JobStore(Path(sys.argv[1]), queue=QueueLimits(10**6))
     print("ready", flush=True)
     while True:
@@ -733,6 +724,7 @@ _ON_A_FULL_DISK = """
     from server.store.job_limits import QueueLimits
     from server.store.jobs import JobStore
     from tests.server.jobs.examples import EXAMPLES, a_job, many
+from tests.server.store.callers import caller
     disk = Path(sys.argv[1])
     store = JobStore(disk / "data", queue=QueueLimits(1000))
     first = store.create(a_job(), EXAMPLES).id
