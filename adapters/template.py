@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+from unicodedata import normalize
 
 from adapters.errors import TemplateInvalid
 
@@ -22,6 +23,9 @@ Tokenization = Literal["boundary", "as_written"]
 
 # In this order: an escape, a column, or a brace that is neither.
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_WORD = re.compile(r"\w")
+# Shorter punctuation stands at the end of any text.
+_LEAST_PUNCTUATION = 2
 MAX_TEMPLATE_CHARACTERS = 10_000
 DEFAULT_SEPARATOR = " "
 
@@ -105,6 +109,40 @@ class Template:
         """Column names in order of first use."""
         return tuple(dict.fromkeys(part.name for part in self.parts if isinstance(part, Column)))
 
+    @property
+    def has_words(self) -> bool:
+        """Whether a rendered text can be told from a column's value by the template's own text."""
+        literal = "".join(part for part in self.parts if isinstance(part, str))
+        return bool(_WORD.search(literal)) or len("".join(literal.split())) >= _LEAST_PUNCTUATION
+
+    def recognises(self, text: str) -> bool:
+        """Whether a text looks like a row that this template has rendered.
+
+        It begins and ends with the template's own text and has the rest of it in between, in this order.
+        Letters' case, width and white space are not compared. False where the template has no text of
+        its own, or no more than one punctuation mark.
+        """
+        if not self.has_words or not self.parts:
+            return False
+        first, last = self.parts[0], self.parts[-1]
+        rest = _folded(text)
+        if isinstance(last, str):
+            if not rest.endswith(_folded(last)):
+                return False
+            rest = rest[: len(rest) - len(_folded(last))]
+            if len(self.parts) == 1:
+                return not rest
+        if isinstance(first, str) and not rest.startswith(_folded(first)):
+            return False
+        position = 0
+        for part in self.parts[: -1 if isinstance(last, str) else None]:
+            if isinstance(part, str):
+                found = rest.find(_folded(part), position)
+                if found < 0:
+                    return False
+                position = found + len(_folded(part))
+        return True
+
     def render(self, row: Mapping[str, Value]) -> str:
         """Fill in a row that has exactly the template's columns.
 
@@ -158,6 +196,11 @@ def default_separator(template: str, tokenization: str) -> str:
     if tokenization == "as_written":
         return ""
     return Template.parse(template).dropped or DEFAULT_SEPARATOR
+
+
+def _folded(text: str) -> str:
+    # NFKC: a full-width colon is a colon.
+    return "".join(normalize("NFKC", text).split()).casefold()
 
 
 def _column_name(match: re.Match[str], text: str) -> str:

@@ -20,7 +20,8 @@ from adapters.strict_json import StrictJsonError, parse_object
 from adapters.template import Row
 from adapters.training.job import TrainingRequest
 from adapters.training.rows import Kind, check_rows, kind_of, read_rows
-from server.api.error_replies import describe_validation, quoted
+from server.api.content_type import is_json, media_type
+from server.api.error_replies import quoted, refuse_invalid
 from server.api.middleware.headers import body_too_large
 from server.api.middleware.value_count import ValueCount
 from server.api.openapi.constraints import (
@@ -133,9 +134,9 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
         UnsupportedFile: a file that is neither JSON lines nor CSV.
     """
     content_type = request.headers.get("content-type", "")
-    if content_type.lower().startswith("multipart/form-data"):
+    if media_type(content_type) == "multipart/form-data":
         return await _receive_form(request, directory, settings)
-    if "json" not in content_type.lower():
+    if not is_json(content_type):
         raise WrongContentType(
             f"the body's content-type is {content_type or 'not given'!r}; send application/json "
             f"with rows, or a form (curl: {_CURL})",
@@ -210,10 +211,7 @@ def _validated(raw: dict[str, Any]) -> TrainingRequest:
     try:
         return TrainingRequest.model_validate(raw)
     except ValidationError as error:
-        report = describe_validation(error.errors(include_url=False))
-        raise RequestInvalid(
-            report.message, field=report.field, expected=report.expected, came=report.came
-        ) from error
+        raise refuse_invalid(error, TrainingRequest) from error
 
 
 def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:
