@@ -296,8 +296,10 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
             fold.unlink(missing_ok=True)
         services.client.drop(digest)
         services.placements.drop(digest)
-    if counted := services.adapter_use.names():
-        services.adapter_use.forget(await anyio.to_thread.run_sync(registry.gone, counted))
+    if counted := {*services.adapter_use.names(), *services.placements.names()}:
+        gone = await anyio.to_thread.run_sync(registry.gone, counted)
+        services.adapter_use.forget(gone)
+        services.placements.forget_names(gone)
     return removed
 
 

@@ -8,6 +8,7 @@ is on disk, wherever the bytes are. An `Observer` of generations; independent of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from server.engine.request import AdapterRef, GenerationRequest
@@ -44,6 +45,16 @@ class Placements:
     def drop(self, digest: str) -> None:
         """No name has these bytes any longer."""
         self._uses.pop(digest, None)
+
+    def names(self) -> frozenset[str]:
+        """Every name that something is known of."""
+        return frozenset(name for uses in self._uses.values() for name in uses)
+
+    def forget_names(self, names: Iterable[str]) -> None:
+        """Names whose last version was deleted."""
+        for name in names:
+            for digest in [one for one, uses in self._uses.items() if name in uses]:
+                self.forget(digest, name)
 
     def residency(self, digest: str, name: str, actual: Residency) -> Residency:
         """Where a name's adapter is, given where the bytes are."""

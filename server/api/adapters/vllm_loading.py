@@ -110,6 +110,7 @@ async def unload_adapter(
     _allowed(services)
     name = body.lora_name
     unused = await anyio.to_thread.run_sync(_unload, services.registry, name)
+    services.placements.forget_names([name])
     if services.ready:
         for digest in unused:
             services.client.unload(digest)
