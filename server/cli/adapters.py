@@ -201,18 +201,32 @@ def set_alias(
     *,
     name: Name,
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The new name, such as stable.")],
-    version: Version,
+    version: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", min=1, help="One of its versions.")
+    ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the alias; its version stays.")
+    ] = False,
     settings: Settings,
     as_json: AsJson = False,
 ) -> None:
-    """Name a version: NAME@ALIAS means it then; or move an alias.
+    """Name a version: NAME@ALIAS means it then; or move an alias, or remove it.
 
     \b
     graftwork adapters alias complaints stable 2
+    graftwork adapters alias complaints stable --remove
     """
+    if remove is (version is not None):
+        raise fail(
+            f"expected a version that {name}@{alias} is to mean, or --remove; came "
+            + ("both" if remove else "neither")
+        )
     with open_backend(settings) as backend:
-        record = backend.set_alias(name, alias, version)
-    print_record(record, f"is {name}@{alias} now", as_json=as_json)
+        if version is None:
+            record, now = backend.remove_alias(name, alias), f"is {name}@{alias} no longer"
+        else:
+            record, now = backend.set_alias(name, alias, version), f"is {name}@{alias} now"
+    print_record(record, now, as_json=as_json)
 
 
 @adapters_app.command("download")

@@ -167,6 +167,12 @@ class Backend:
         record: Json = self.server.put(route, {"version": version})
         return record
 
+    def remove_alias(self, name: str, alias: str) -> Json:
+        """Remove an alias; the record of the version that it named."""
+        route = f"{_adapter_path(name)}/aliases/{quote(alias, safe='')}"
+        record: Json = self.server.delete(route)
+        return record
+
     def download(self, reference: str, out: Path) -> Json:
         """Write the PEFT folder of a version, or its zip where `out` ends in .zip; the record.
 

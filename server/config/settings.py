@@ -28,6 +28,7 @@ from server.base.convert import read_manifest
 from server.config.limits import Count, Limits
 from server.engine.config import Batching, EngineConfig
 from server.jobs.config import WorkerConfig
+from server.store.job_limits import Retention
 
 KIB = 1024
 MIB = 1024 * 1024
@@ -254,6 +255,17 @@ class _OwnSettings(BaseSettings):
         description="Maximum private memory of a training job in MiB; a job that needs more "
         "fails. Left out: no limit.",
     )
+    ended_job_days: Count = Field(
+        30,
+        description="Days that a training job is kept after its end, with its rows, log and events; "
+        "its adapter stays.",
+    )
+    ended_jobs: Count = Field(
+        1000, description="Ended training jobs that are kept of one caller; the oldest go first."
+    )
+    ended_jobs_mib: Count = Field(
+        2048, description="Size in MiB of one caller's ended training jobs; the oldest go first."
+    )
     log_format: Literal["console", "json"] = Field(
         "console", description="Log lines for people (console) or machines (json)."
     )
@@ -346,6 +358,10 @@ class Settings(Limits, _OwnSettings):
             kv_bytes=self.kv_mib * MIB,
             host_bytes=self.host_mib * MIB,
         )
+
+    def retention(self) -> Retention:
+        """How long training jobs that have ended are kept."""
+        return Retention(self.ended_job_days, self.ended_jobs, self.ended_jobs_mib * MIB)
 
     def worker_config(self, base_name: str) -> WorkerConfig:
         """The training workers' configuration; `base_name` is the base's name for clients."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters import synced_files
@@ -26,6 +26,7 @@ from server.store.staging import StagingArea
 
 EXAMPLES_FILE = "examples.jsonl"
 STATE_DIR = "state"
+LOG_FILE = "log.txt"
 
 _ID = re.compile(r"job-[0-9a-f]{24}")
 
@@ -60,6 +61,18 @@ class JobFiles:
             synced_files.write_lines(folder / EXAMPLES_FILE, to_lines(examples))
             synced_files.sync(folder)
             yield folder
+
+    def size_of(self, folder: Path) -> int:
+        """Bytes of the examples and the log in a job's folder; what is not there has none."""
+        num_bytes = 0
+        for name in (EXAMPLES_FILE, LOG_FILE):
+            with suppress(OSError):
+                num_bytes += (folder / name).stat().st_size
+        return num_bytes
+
+    def num_bytes(self, job_id: str) -> int:
+        """`size_of` of a job."""
+        return self.size_of(self.directory(job_id))
 
     def place(self, staged: Path, job_id: str) -> None:
         """Move a staged folder to the job's place."""

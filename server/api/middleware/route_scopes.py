@@ -64,6 +64,7 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/adapters/{name}/unload"): _WRITE,
     ("POST", "/adapters/{name}/rollback"): _WRITE,
     ("PUT", "/adapters/{name}/aliases/{alias}"): _WRITE,
+    ("DELETE", "/adapters/{name}/aliases/{alias}"): _WRITE,
     # training
     ("GET", "/train"): _TRAIN,
     ("POST", "/train"): _TRAIN,

@@ -26,7 +26,7 @@ from server.api.openapi.refusals import PLANNED, STORED, refuses
 from server.api.openapi.responses import events, plain
 from server.api.training import job_replies
 from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
-from server.errors import JobActive, JobNotFound, RequestInvalid
+from server.errors import JobActive, RequestInvalid
 from server.http.event_stream import EventStream, named_event, ping
 from server.services import Services, UseServices
 from server.store.job_feed import JobFeed

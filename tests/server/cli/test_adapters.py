@@ -90,6 +90,9 @@ def test_versions_aliases_rollback_and_remove(folders, where, place):
     assert run_json("adapters", "show", "versioned", *place)["version"] == 2
     record = run_json("adapters", "alias", "versioned", "old", 1, *place)
     assert (record["version"], record["aliases"]) == (1, ["old"])
+    run_json("adapters", "alias", "versioned", "older", 1, *place)
+    record = run_json("adapters", "alias", "versioned", "older", "--remove", *place)
+    assert (record["version"], record["aliases"]) == (1, ["old"])
     back = run("adapters", "rollback", "versioned", 1, *place)
     assert "versioned@1 is what a bare name means now" in back.output
     assert run_json("adapters", "show", "versioned", *place)["version"] == 1
@@ -149,6 +152,9 @@ def test_combine_is_the_weighted_sum(folders, where, place, tmp_path):
         (["show", "one@9"], "no version or alias '9'"),
         (["rollback", "one", "9"], "no version or alias '9'"),
         (["alias", "one", "7", "1"], "'7' cannot be an alias"),
+        (["alias", "one", "none", "--remove"], "no version or alias 'none'"),
+        (["alias", "one", "stable", "1", "--remove"], "or --remove; came both"),
+        (["alias", "one", "stable"], "or --remove; came neither"),
         (["download", "nobody", "--out", "nowhere"], "no adapter 'nobody'"),
         (["remove", "nobody", "--yes"], "no adapter 'nobody'"),
         (["remove", "..", "--yes"], "no adapter '..'"),

@@ -8,7 +8,6 @@ event loop.
 from __future__ import annotations
 
 import re
-import secrets
 from functools import partial
 from typing import Annotated
 
@@ -180,9 +179,9 @@ def _require_base(services: Services, model: str) -> None:
 
 def _create(services: Services, asked: Asked) -> JobRecord:
     name = asked.body.suffix
-    if name is None:
-        name = f"ft-{secrets.token_hex(12)}"
     try:
+        if name is None:
+            name = services.registry.free_name("ft-")
         create_only = asked.block.if_exists == "error"
         services.registry.require_free(name, create_only=create_only)
     except (NameInvalid, AdapterExists) as error:

@@ -14,6 +14,7 @@ import sqlalchemy
 
 from server.api.training.train import event_frames
 from server.store.job_feed import JobFeed
+from server.store.job_limits import QueueLimits
 from server.store.jobs import Claim, JobStore
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server, save_prefix_adapter, upload
@@ -316,7 +317,7 @@ def test_rows_nowhere_and_other_media_types(waiting):
 def test_as_many_jobs_as_may_wait(waiting, job):
     services = waiting.app_services()
     store = services.jobs
-    services.jobs = JobStore(services.settings.data_dir, max_queued=1)
+    services.jobs = JobStore(services.settings.data_dir, queue=QueueLimits(1))
     try:
         reply = waiting.post("/train", json={**JOB, "rows": ROWS})
         assert (reply.status_code, reply.json()["code"]) == (429, "too_many_jobs")
