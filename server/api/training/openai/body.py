@@ -18,6 +18,7 @@ from adapters.training.job import (
     TrainingRequest,
 )
 from adapters.training.recipes import RECIPES
+from adapters.training.shapes import Format
 from server.api.error_replies import describe_validation, quoted
 from server.api.openapi.constraints import (
     NAME,
@@ -181,7 +182,7 @@ class Asked:
         return f"method.{self.type}"
 
     def request(
-        self, adapter: str, template: str, target: str, separator: str | None
+        self, adapter: str, template: str, target: str, separator: str | None, format: Format
     ) -> TrainingRequest:
         """The request for training.
 
@@ -190,8 +191,9 @@ class Asked:
             template: makes prompts.
             target: the column to answer.
             separator: stands between the two, unless the block says otherwise; None leaves it open.
+            format: the shape of the rows.
         """
-        fields = self.block.model_dump(exclude={"hyperparameters", "template", "target"})
+        fields = self.block.model_dump(exclude={"hyperparameters", "template", "target", "format"})
         if fields["target_separator"] is None:
             fields["target_separator"] = separator
         return TrainingRequest(
@@ -200,6 +202,7 @@ class Asked:
             method=METHOD_TYPES[self.type],
             template=template,
             target=target,
+            format=format,
             hyperparameters=self._hyperparameters,
         )
 
