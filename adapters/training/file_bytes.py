@@ -39,6 +39,7 @@ _FIRST_BYTES: tuple[tuple[bytes, str, str], ...] = (
     (b"<!doctype", "a web page, perhaps a download that failed", ""),
     (b"<html", "a web page, perhaps a download that failed", ""),
     (b"<?xml", "an XML document", ""),
+    (b"\x7fELF", "a program", ""),
 )
 _PICKLE_PROTOCOLS = (2, 3, 4, 5)
 _TAR_MAGIC_AT = 257

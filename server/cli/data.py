@@ -144,7 +144,7 @@ class DataFile:
         self.path = path
         self.where = where or {}
         self._numbers: list[int] = []
-        with open_rows(path) as file:
+        with open_rows(path, used=Used(())) as file:
             first = next(file.sources, None)
             self._columns, self._first = file.facts.columns, None if first is None else first.row
             self._facts = file.facts
@@ -213,8 +213,9 @@ class DataFile:
             return error.message
         return f"{error.message} (row {number} of the file)"
 
-    def _used(self, used: Used | None) -> Used | None:
-        return None if used is None else Used(used.required, (*used.optional, *self.where))
+    def _used(self, used: Used | None) -> Used:
+        used = used or Used(())
+        return Used(used.required, (*used.optional, *self.where))
 
     def _kept(self, sources: Iterator[Source]) -> Iterator[Source]:
         """The rows with the values of `where`."""

@@ -353,6 +353,8 @@ def _train_there(
     if outcome.as_json:
         print_json(result)
         return
+    if warning := (job["metrics"] or {}).get("warning"):
+        print_line(f"warning: {warning}")
     print_line(f"registered as {name} at {url}")
     if outcome.out is not None:
         print_line(f"written to {outcome.out}")
@@ -545,6 +547,8 @@ def _print_result(result: dict[str, Any]) -> None:
     print_line(f"{metrics['steps']} steps in {result['seconds']:.1f} s, loss {metrics['loss']:.3f}")
     if "evaluation" in metrics:
         print_line(evaluation_text(metrics["evaluation"]))
+    if "warning" in metrics:
+        print_line(f"warning: {metrics['warning']}")
     if (folder := result["out"]) is not None:
         print_line(f"written to {folder}; serve it with: graftwork adapters add {folder}")
     if (one := result["registered"]) is not None:

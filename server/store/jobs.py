@@ -532,7 +532,8 @@ class JobStore(PerCaller):
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
-        self._add(session, row, "state", {"state": "queued"})
+        said = {"warnings": job.warnings} if job.warnings else {}
+        self._add(session, row, "state", {"state": "queued", **said})
         session.flush()
         return row
 
@@ -560,7 +561,12 @@ class JobStore(PerCaller):
         row.error = error
         row.lease_until = None
         row.finished_at = self._now()
-        facts = {"error": row.error, "adapter_version": row.adapter_version}
+        warning = (row.metrics or {}).get("warning")
+        facts = {
+            "error": row.error,
+            "adapter_version": row.adapter_version,
+            "warning": warning,
+        }
         said = {key: value for key, value in facts.items() if value is not None}
         self._add(session, row, "state", {"state": state, **said})
 

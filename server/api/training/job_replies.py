@@ -217,4 +217,13 @@ class JobEventData(ReplyModel):
     attempt: int | None = may_show(1, "Of state, when a worker has it.")
     error: JobError | None = may_show(None, "Of state, when it failed.")
     adapter_version: int | None = may_show(1, "Of state, when it succeeded.")
+    commonest_share: float | None = may_show(
+        0.5, "Of evaluation, with labels: the accuracy of always answering the commonest one."
+    )
+    warning: str | None = may_show(
+        None, "Of state, when it succeeded no better than by always answering the commonest label."
+    )
+    warnings: list[str] | None = may_show(
+        None, "Of state, when it is queued: what was found in the data that may not be intended."
+    )
     how: str | None = may_show("it was killed", "Of worker_lost.")
