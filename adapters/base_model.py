@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ModuleKind = Literal["linear", "conv1d"]
+KVWidth = Literal["config", "ratio", "given"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class BaseModelSpec:
         vocab_size: rows of the embedding table.
         max_positions: positions that the base supports, virtual tokens included.
         linear_modules: dotted module path -> LinearSpec, in module order, output head left out.
+        kv_width: where PEFT takes the width of a prefix's keys from: the base's "config" alone; the
+            "ratio" of the adapter's `token_dim` and `num_attention_heads`, which is the width of a head;
+            or the two numbers as "given". Source: peft/utils/other.py, `_prepare_prompt_learning_config`.
     """
 
     model_type: str
@@ -58,6 +62,7 @@ class BaseModelSpec:
     vocab_size: int
     max_positions: int
     linear_modules: dict[str, LinearSpec]
+    kv_width: KVWidth = "given"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form; `from_dict` is its inverse."""
@@ -97,6 +102,7 @@ def describe(model: nn.Module, *, digest: str, dtype: str) -> BaseModelSpec:
         vocab_size=_number(config, "vocab_size"),
         max_positions=_max_positions(config),
         linear_modules=_linear_modules(model),
+        kv_width=_kv_width(config),
     )
 
 
@@ -110,6 +116,14 @@ def _number(config: Any, *names: str) -> int:
         "a decoder-only transformer is expected",
         field=names[0],
     )
+
+
+def _kv_width(config: Any) -> KVWidth:
+    """What PEFT finds in the config as a plain object, where attributes computed on the way are missing."""
+    written: dict[str, Any] = config.to_dict()
+    if written.get("num_key_value_heads") is None:
+        return "given"
+    return "ratio" if written.get("head_dim") is None else "config"
 
 
 def _max_positions(config: Any) -> int:

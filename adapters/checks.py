@@ -9,14 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from adapters import key_names
 from adapters.errors import MethodUnsupported, NonFinite, TensorMismatch
-from adapters.method import PeftConfig, TensorInfo
+from adapters.method import PeftConfig, TensorInfo, as_json, letters, nearest
 
 if TYPE_CHECKING:
     import torch
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 SERVED_TASK = "CAUSAL_LM"
+# Source: peft/utils/peft_types.py, `TaskType`.
+TASKS = (
+    "CAUSAL_LM",
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+# What people write for a task: letters and digits -> PEFT's name.
+_TASK_ALIASES = {
+    "causal": "CAUSAL_LM",
+    "causallanguagemodeling": "CAUSAL_LM",
+    "causallanguagemodelling": "CAUSAL_LM",
+    "clm": "CAUSAL_LM",
+    "lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "sequenceclassification": "SEQ_CLS",
+    "textclassification": "SEQ_CLS",
+    "textgeneration": "CAUSAL_LM",
+    "tokenclassification": "TOKEN_CLS",
+}
 NAMES_SHOWN = 3
 CHARACTERS_SHOWN = 120
 
@@ -30,6 +53,8 @@ def check_task_type(config: PeftConfig) -> None:
     task = config.task_type
     if task is None or task == SERVED_TASK:
         return
+    if task not in TASKS:
+        raise _no_task(task)
     if task == "SEQ_2_SEQ_LM":
         reason = "it was trained on an encoder-decoder, and only decoder-only bases are served"
     else:
@@ -39,6 +64,18 @@ def check_task_type(config: PeftConfig) -> None:
         field="task_type",
         expected=SERVED_TASK,
         came=quoted(task),
+    )
+
+
+def _no_task(task: str) -> MethodUnsupported:
+    name = task.rpartition("TaskType.")[2]
+    meant = _TASK_ALIASES.get(letters(name[:60])) or nearest(name, TASKS)
+    hint = f"did you mean {meant}?" if meant else f"expected {SERVED_TASK!r}"
+    return MethodUnsupported(
+        f"task_type {as_json(task)} is no task of PEFT, which does not load it either; {hint}",
+        field="task_type",
+        expected=SERVED_TASK,
+        came=as_json(task),
     )
 
 
@@ -83,11 +120,21 @@ def check_shape(name: str, info: TensorInfo, want: tuple[int, ...], why: str) ->
     """
     if info.shape != want:
         raise TensorMismatch(
-            f"tensor {quoted(name)} has shape {info.shape}, expected {want} ({why})",
+            f"tensor {quoted(name)} has shape {info.shape}, expected {want} ({why}){sharded(info)}",
             field=name,
             expected=str(want),
             came=str(info.shape),
         )
+
+
+def sharded(info: TensorInfo) -> str:
+    """What to do about a tensor without elements, for the end of a message; empty for others."""
+    if 0 not in info.shape:
+        return ""
+    return (
+        "; it is empty, as DeepSpeed's ZeRO-3 leaves weights that it has sharded: gather them when saving "
+        "(stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)"
+    )
 
 
 def check_names(tensors: Mapping[str, TensorInfo], wanted: Iterable[str]) -> None:
@@ -99,10 +146,14 @@ def check_names(tensors: Mapping[str, TensorInfo], wanted: Iterable[str]) -> Non
     names = set(wanted)
     missing = sorted(names - set(tensors))
     left_over = sorted(set(tensors) - names)
+    hint = key_names.explain(tensors, names.__contains__) if left_over else None
+    if hint is None and len(left_over) == len(missing) == len(tensors) == 1:
+        hint = f"if that is it, rename it: {key_names.rename_to(missing[0], left_over[0])}"
+    then = f"; {hint}" if hint else ""
     if missing:
         came = some_of(left_over) if left_over else "no such tensor"
         raise TensorMismatch(
-            f"the checkpoint lacks {some_of(missing)} (came: {came})",
+            f"the checkpoint lacks {some_of(missing)} (came: {came}){then}",
             field=missing[0],
             expected=some_of(missing),
             came=came,
@@ -110,7 +161,7 @@ def check_names(tensors: Mapping[str, TensorInfo], wanted: Iterable[str]) -> Non
     if left_over:
         raise TensorMismatch(
             f"the checkpoint holds {some_of(left_over)}, which binds to nothing "
-            f"(expected only {some_of(sorted(names))})",
+            f"(expected only {some_of(sorted(names))}){then}",
             field=left_over[0],
             expected=some_of(sorted(names)),
             came=some_of(left_over),

@@ -89,6 +89,7 @@ def combine(
             came="delta",
         )
     if peft_type == "IA3":
+        adapters = [(config, _PlainNames(tensors)) for config, tensors in adapters]
         config = _ia3_config(adapters)
     else:
         _check_same_names(adapters)
@@ -116,6 +117,25 @@ class Stored(_Tensors):
         if name not in self._names:
             raise KeyError(name)
         return load_tensors(self._path, [name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _PlainNames(_Tensors):
+    """IA3's tensors by the names that `save_pretrained` gives, without the adapter's name."""
+
+    def __init__(self, tensors: _Tensors) -> None:
+        from adapters.methods.ia3 import plain_name
+
+        self._tensors = tensors
+        self._names = {plain_name(name): name for name in tensors}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[self._names[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -62,6 +62,12 @@ class Refused(Exception):
         self.came = came
 
 
+def reason_of(error: BaseException) -> str:
+    """What another library raised, in one line of at most 200 characters for a refusal's message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 class AdapterError(Refused):
     """Base of the tree."""
 

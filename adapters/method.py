@@ -6,15 +6,18 @@ its checkpoint mapping in both directions, its serving form. This file is indepe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import ConfigInvalid
 from adapters.parts import ServingForm
+from adapters.python_config import PythonConfig
 from adapters.trainable import FrozenBase, Trainable
 
 if TYPE_CHECKING:
@@ -48,13 +51,20 @@ class AdapterFacts:
     warnings: tuple[str, ...] = ()
 
 
-class PeftConfig(BaseModel):
+class PeftConfig(PythonConfig):
     """Fields that every method's `adapter_config.json` has, with PEFT's names and defaults.
 
     Source: peft/config.py, `PeftConfigMixin` and `PeftConfig`.
+
+    Attributes:
+        only_training: fields that PEFT never reads when it loads an adapter, so that a checkpoint may
+            say anything in them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    only_training: ClassVar[frozenset[str]] = frozenset(
+        {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+    )
 
     task_type: str | None = None
     peft_type: str | None = None
@@ -63,6 +73,13 @@ class PeftConfig(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+
+    def check_peft_loads(self) -> None:
+        """Check a config that is uploaded for what PEFT would fail on, or not apply.
+
+        Raises:
+            CheckpointError: the field, and what to write instead.
+        """
 
 
 class PromptLearningConfig(PeftConfig):
@@ -75,6 +92,28 @@ class PromptLearningConfig(PeftConfig):
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """True."""
+        return True
+
+    def check_peft_loads(self) -> None:
+        """PEFT applies virtual tokens by task: without one it answers with the base alone.
+
+        Raises:
+            ConfigInvalid: no task.
+        """
+        if self.task_type is None:
+            raise ConfigInvalid(
+                f"task_type is unset: PEFT then leaves the virtual tokens of {self.peft_type} out and "
+                'answers with the base alone; expected "CAUSAL_LM", if that is what it was trained for',
+                field="task_type",
+                expected='"CAUSAL_LM"',
+                came="unset",
+            )
+
+
+LONGEST_SHOWN = 80  # characters of an untrusted name or value in a message
 
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=PeftConfig, contravariant=True)
@@ -115,8 +154,12 @@ class AdapterMethod(Protocol[ConfigT_contra]):
         """The checkpoint tensors (PEFT's names, float32, contiguous) of a trained module."""
         ...
 
+    def stale(self, config: ConfigT_contra, base: BaseModelSpec) -> tuple[str, ...]:
+        """A sentence for each dimension in the config that is not the base's and has no effect in PEFT."""
+        ...
+
     def complete_config(self, config: ConfigT_contra, base: BaseModelSpec) -> PeftConfig:
-        """The config as PEFT would save it for this base, with every field set.
+        """The config as PEFT would save it for this base, with every field set; `stale` ones are replaced.
 
         Raises:
             ConfigInvalid, TensorMismatch, TargetNotFound: a field does not fit the base.
@@ -150,20 +193,96 @@ class AdapterMethod(Protocol[ConfigT_contra]):
 
 
 def parse_config(config_class: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
-    """Validate `adapter_config.json` of one method, naming the field that is wrong.
+    """Validate the fields of one method's config, naming the one that is wrong. A null is the default.
 
     Raises:
         ConfigInvalid: with the field, the expected and the actual value.
     """
     try:
-        return config_class.model_validate(dict(raw))
+        return config_class.model_validate(without_nulls(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        came = repr(first.get("input"))[:80]
-        raise ConfigInvalid(
-            f"adapter_config.json: {field}: {first['msg']} (came: {came})",
-            field=field,
-            expected=str(first["msg"]),
-            came=came,
-        ) from error
+        raise config_refused(config_class, error) from error
+
+
+def without_nulls(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say something: PEFT writes a null for each that is unset."""
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def config_refused(config_class: type[PeftConfig], error: ValidationError) -> ConfigInvalid:
+    """The refusal of the first faulty field, in plain words."""
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    if not first["loc"]:  # two fields that disagree: the message is a sentence of the config's own
+        return ConfigInvalid(f"adapter_config.json: {_expected(first)}")
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return _unknown_field(config_class, name, first["input"])
+    # A field of several kinds has a fault for each of them.
+    alike = [fault for fault in faults if fault["loc"] and fault["loc"][0] == name]
+    expected = " or ".join(dict.fromkeys(_expected(fault) for fault in alike))
+    inside = [str(part) for part in first["loc"][1:] if isinstance(part, int)]
+    field, came = ".".join([name, *inside]), as_json(first["input"])
+    return ConfigInvalid(
+        f"adapter_config.json: {field} is {came}, expected {expected}",
+        field=field,
+        expected=expected,
+        came=came,
+    )
+
+
+def _unknown_field(config_class: type[PeftConfig], name: str, value: object) -> ConfigInvalid:
+    fields, came = sorted(config_class.model_fields), as_json(value)
+    near = nearest(name, fields)
+    hint = f"did you mean {near}?" if near else f"its fields are {', '.join(fields)}"
+    return ConfigInvalid(
+        f"adapter_config.json: {name[:LONGEST_SHOWN]} (came: {came}) is no field of "
+        f"{config_class.model_fields['peft_type'].default}; {hint}",
+        field=name[:LONGEST_SHOWN],
+        expected=near or ", ".join(fields),
+        came=came,
+    )
+
+
+_KINDS = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "string_type": "a text",
+}
+
+
+def _expected(fault: Any) -> str:
+    """What a validation fault asks for, in plain words."""
+    facts = fault.get("ctx", {})
+    if (kind := _KINDS.get(fault["type"])) is not None:
+        return kind
+    if fault["type"] in ("enum", "literal_error"):
+        return str(facts["expected"])
+    for bound, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most")):
+        if bound in facts:
+            return f"a number of {words} {facts[bound]:g}"
+    return str(facts.get("error", fault["msg"]))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant: equal but for case and punctuation, or else similar."""
+    by_letters = {letters(one): one for one in known}
+    wanted = letters(name[:LONGEST_SHOWN])
+    found = difflib.get_close_matches(wanted, by_letters, n=1, cutoff=0.75)
+    return by_letters[found[0]] if found else None
+
+
+def letters(name: str) -> str:
+    """A name's letters and digits in lower case."""
+    return "".join(char for char in name.lower() if char.isalnum())
+
+
+def as_json(value: object) -> str:
+    """An untrusted value as it stands in the file, truncated if long."""
+    written = json.dumps(value, ensure_ascii=False, default=str)[: LONGEST_SHOWN + 1]
+    text = "".join(char if char.isprintable() else "?" for char in written)
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

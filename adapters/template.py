@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
+from unicodedata import normalize
 
 from adapters.errors import TemplateInvalid
 
@@ -26,6 +27,9 @@ Tokenization = Literal["boundary", "as_written"]
 
 # In this order: an escape, a column, or a brace that is neither.
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_WORD = re.compile(r"\w")
+# Shorter punctuation stands at the end of any text.
+_LEAST_PUNCTUATION = 2
 MAX_TEMPLATE_CHARACTERS = 10_000
 DEFAULT_SEPARATOR = " "
 
@@ -132,6 +136,41 @@ class Template:
         """Names of the columns that a row may lack."""
         return tuple(name for name in self.columns if name not in self.required)
 
+    @property
+    def has_words(self) -> bool:
+        """Whether a rendered text can be told from a column's value by the template's own text."""
+        literal = "".join(part for part in self._always if isinstance(part, str))
+        return bool(_WORD.search(literal)) or len("".join(literal.split())) >= _LEAST_PUNCTUATION
+
+    def recognises(self, text: str) -> bool:
+        """Whether a text looks like a row that this template has rendered.
+
+        It begins and ends with the template's own text and has the rest of it in between, in this order.
+        Letters' case, width and white space are not compared. False where the template has no text of
+        its own, or no more than one punctuation mark.
+        """
+        parts = self._always
+        if not self.has_words or not parts:
+            return False
+        first, last = parts[0], parts[-1]
+        rest = _folded(text)
+        if isinstance(last, str):
+            if not rest.endswith(_folded(last)):
+                return False
+            rest = rest[: len(rest) - len(_folded(last))]
+            if len(parts) == 1:
+                return not rest
+        if isinstance(first, str) and not rest.startswith(_folded(first)):
+            return False
+        position = 0
+        for part in parts[: -1 if isinstance(last, str) else None]:
+            if isinstance(part, str):
+                found = rest.find(_folded(part), position)
+                if found < 0:
+                    return False
+                position = found + len(_folded(part))
+        return True
+
     def render(self, row: Mapping[str, Value]) -> str:
         """Fill in a row that has exactly the template's columns; optional ones may be missing.
 
@@ -168,6 +207,16 @@ class Template:
                 text += text_of(row.get(part.name, ""))
                 ranges.append((start, len(text)))
         return Filled(text, tuple(ranges))
+
+    @cached_property
+    def _always(self) -> tuple[str | Column, ...]:
+        """The parts that every rendered text has: of a line that may be left out, its columns only."""
+        kept: list[str | Column] = []
+        for line in self.lines:
+            columns = [part for part in line if isinstance(part, Column)]
+            may_go = bool(columns) and all(column.is_optional for column in columns)
+            kept += columns if may_go else [part for part in line if part != ""]
+        return tuple(kept)
 
     @cached_property
     def lines(self) -> tuple[tuple[str | Column, ...], ...]:
@@ -212,6 +261,11 @@ def _is_left_out(line: tuple[str | Column, ...], row: Mapping[str, Value]) -> bo
     return bool(columns) and all(
         column.is_optional and is_empty(row.get(column.name, "")) for column in columns
     )
+
+
+def _folded(text: str) -> str:
+    # NFKC: a full-width colon is a colon.
+    return "".join(normalize("NFKC", text).split()).casefold()
 
 
 def _column(match: re.Match[str], text: str) -> Column:

@@ -98,7 +98,7 @@ _JOB_MEANINGS: Mapping[str, str] = {
     "disk_full": "The disk is full; nothing was published.",
     "internal_error": "An unforeseen error; the job's log has it.",
     "out_of_memory": "The training process ran out of memory; nothing was published.",
-    "worker_lost": "The training process died three times without a new checkpoint.",
+    "worker_lost": "The training process died three times, or its server ten times, without a checkpoint.",
 }
 
 # Routes that the OpenAPI page leaves out.
@@ -278,20 +278,23 @@ def _command(name: str, command: Any) -> str:
         if one.param_type_name == "argument":
             rows.append((f"`{one.name.upper()}`", "", _plain(one.help or "")))
         elif one.name != "help":
-            rows.append((flags, _option_default(one), _plain(one.help)))
+            text = re.sub(r"default: [^;\]]+(; )?", "", one.help or "").replace(" []", "")
+            rows.append((flags, _option_default(one), _plain(text)))
     if rows:
         parts.append(_table(("option", "default", "meaning"), rows))
     return "\n\n".join(parts)
 
 
 def _option_default(one: Any) -> str:
-    shown = one.show_default if isinstance(one.show_default, str) else one.default
+    said = re.search(r"\[default: ([^;\]]+)", one.help or "")
+    shown = said[1] if said else one.default
     is_flag = isinstance(shown, bool)
     return _default(shown if isinstance(shown, str | int | float) and not is_flag else None)
 
 
 def _help(command: Any) -> str:
-    return _plain(command.help or "")
+    # A line of \b alone keeps the terminal from filling the lines of a paragraph.
+    return _plain((command.help or "").replace("\b\n", ""))
 
 
 def recipes() -> str:

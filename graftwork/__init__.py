@@ -17,16 +17,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from adapters.peft_names import check_absent
+
 if TYPE_CHECKING:
     from adapters import (
         METHODS,
         CPTConfig,
         IA3Config,
+        PeftConfig,
+        PeftType,
         PrefixTuningConfig,
         PromptEncoderConfig,
         PromptEncoderReparameterizationType,
         PromptTuningConfig,
         PromptTuningInit,
+        TaskType,
         method_of,
     )
     from graftwork.client import Client, JobFailed, ServerRefused
@@ -43,12 +48,15 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "GenerationFailed": ("server.engine.offline", None),
     "IA3Config": ("adapters", None),
     "JobFailed": ("graftwork.client", None),
+    "PeftConfig": ("adapters", None),
+    "PeftType": ("adapters", None),
     "PrefixTuningConfig": ("adapters", None),
     "PromptEncoderConfig": ("adapters", None),
     "PromptEncoderReparameterizationType": ("adapters", None),
     "PromptTuningConfig": ("adapters", None),
     "PromptTuningInit": ("adapters", None),
     "SamplingParams": ("server.engine.request", None),
+    "TaskType": ("adapters", None),
     "ServerRefused": ("graftwork.client", None),
     "method_of": ("adapters", None),
 }
@@ -61,6 +69,8 @@ __all__ = [
     "GenerationFailed",
     "IA3Config",
     "JobFailed",
+    "PeftConfig",
+    "PeftType",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
@@ -68,12 +78,14 @@ __all__ = [
     "PromptTuningInit",
     "SamplingParams",
     "ServerRefused",
+    "TaskType",
     "method_of",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
+        check_absent(name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, there = _HOMES[name]
     return getattr(importlib.import_module(module), there or name)

@@ -93,14 +93,21 @@ class Client:
         return self._backend.pieces(adapter, _prompt(prompt), parameters)
 
     def classify(
-        self, prompt: Input, *, adapter: str | None = None, labels: Sequence[str] | None = None
+        self,
+        prompt: Input,
+        *,
+        adapter: str | None = None,
+        labels: Sequence[str] | None = None,
+        raw: bool = False,
     ) -> Json:
         """Rank labels by their likelihood after a prompt.
 
         Args:
-            prompt: a text, or columns for the adapter's stored template.
+            prompt: a text, or columns for the adapter's stored template. A text fills the template
+                where that has one column, unless it stands in the template's words already.
             adapter: NAME, NAME@VERSION or NAME@ALIAS; None is the base.
             labels: what to choose from; None takes those stored with the adapter.
+            raw: take a text as the prompt, whatever the adapter's template.
 
         Returns:
             `label`, the most likely one; `scores` and `logprobs` of each.
@@ -108,6 +115,8 @@ class Client:
         body = _prompt(prompt).body()
         if labels is not None:
             body["labels"] = list(labels)
+        if raw:
+            body["raw"] = True
         reply: Json = self._server.post("/classify", body, adapter=adapter)
         return reply
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import anyio.to_thread
 import structlog
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server.api import error_replies
 from server.api.adapters import combine, management, vllm_loading
@@ -23,9 +24,10 @@ from server.api.bounds import HoldLimits
 from server.api.generation import classify, tgi, tokenize
 from server.api.generation.openai import chat, completions
 from server.api.middleware.authentication import Auth
-from server.api.middleware.headers import BodyLimit, ReplyHeaders
+from server.api.middleware.headers import PAGE_HEADERS, BodyLimit, ReplyHeaders
 from server.api.middleware.observation import Observation
 from server.api.middleware.slow_clients import SlowClients
+from server.api.middleware.web_pages import WebPages, host_names
 from server.api.openapi.page import DocumentedApp
 from server.api.operations import docs_page, drain, front_page, health, models, scrape
 from server.api.training import train
@@ -149,6 +151,17 @@ def create_app(
         idle_seconds=settings.body_idle_seconds,
         bytes_per_second=settings.client_kib_per_second * KIB,
     )
+    app.add_middleware(
+        WebPages, hosts=host_names(settings), origins=frozenset(settings.allowed_origins)
+    )
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=PAGE_HEADERS,
+        )
     app.add_middleware(HoldLimits, by=settings)
     app.add_middleware(Observation)
     app.add_middleware(ReplyHeaders)
@@ -275,10 +288,8 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
         for fold in (services.settings.data_dir / "folds").glob(f"{digest}-*"):
             fold.unlink(missing_ok=True)
         services.client.drop(digest)
-    if services.requests_by_adapter:
-        counted = tuple(services.requests_by_adapter)
-        for name in await anyio.to_thread.run_sync(registry.gone, counted):
-            del services.requests_by_adapter[name]
+    if counted := services.adapter_use.names():
+        services.adapter_use.forget(await anyio.to_thread.run_sync(registry.gone, counted))
     return removed
 
 

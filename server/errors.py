@@ -21,6 +21,8 @@
     |-- FolderNotFound       no such folder in the configured directories
     |-- NotLoaded            the adapter was not loaded from a folder by a client
     |-- KeyRequired          no API key, or an invalid one
+    |-- HostRefused          a Host header that is no name of this server
+    |-- OriginRefused        a web page of another site sent the request
     |-- ScopeMissing         a valid key without the required scope
     |-- RateLimited          the key's request limit is exceeded
     |-- QuotaExceeded        the key's token quota is used up
@@ -129,6 +131,14 @@ class KeyRequired(RequestRefused):
         super().__init__(
             "a valid API key is required: send it as Authorization: Bearer KEY, or as x-api-key"
         )
+
+
+class HostRefused(RequestRefused):
+    """The Host header is no name of this server."""
+
+
+class OriginRefused(RequestRefused):
+    """A web page of another site sent the request."""
 
 
 class ScopeMissing(RequestRefused):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -20,6 +19,7 @@ from server.config.settings import Settings
 from server.draining import Draining
 from server.errors import NotReady
 from server.store.caller import UNRESTRICTED, Caller
+from server.telemetry.adapter_use import UseByAdapter
 
 if TYPE_CHECKING:
     from adapters.base_model import BaseModelSpec
@@ -53,8 +53,8 @@ class Services:
         failure: why the engine did not start; None if it did, or has not tried yet.
         started_at: Unix time, seconds.
         tracing: where spans go; None if tracing is off.
-        requests_by_adapter: generations by adapter since the start; deleting the last version of a
-            name resets its count.
+        adapter_use: requests by adapter since the start; deleting the last version of a name resets
+            its counters.
         jobs: the training jobs; None in an application without them.
         files: the uploaded training files; None in an application without them.
         keys: the API keys; None if none are required.
@@ -73,7 +73,7 @@ class Services:
     failure: str | None = None
     started_at: float = field(default_factory=time.time)
     tracing: Tracing | None = None
-    requests_by_adapter: Counter[str] = field(default_factory=Counter)
+    adapter_use: UseByAdapter = field(default_factory=UseByAdapter)
     jobs: JobStore | None = None
     files: FileStore | None = None
     keys: KeyRing | None = None

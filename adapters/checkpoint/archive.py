@@ -12,6 +12,7 @@ content of the two files.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import os
@@ -162,6 +163,9 @@ class _Picker:
         total = 0
         with (self._directory / file_name).open("xb") as writer:
             while block := file.read(_BLOCK):
+                if file_name == CONFIG_FILE and not total:
+                    # PEFT cannot read a byte order mark: the download must not have one.
+                    block = block.removeprefix(codecs.BOM_UTF8)
                 total += len(block)
                 if total > limit:
                     raise CheckpointTooLarge(

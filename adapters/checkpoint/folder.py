@@ -13,6 +13,7 @@ registry and HTTP.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -29,8 +30,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import safetensors
 
-from adapters import synced_files
+from adapters import foreign_configs, synced_files
 from adapters.base_model import BaseModelSpec
+from adapters.checkpoint.config import ReadConfig, read_peft_config
 from adapters.checkpoint.limits import DEFAULT_LIMITS, CheckpointLimits
 from adapters.errors import (
     AdapterCorrupt,
@@ -42,7 +44,7 @@ from adapters.errors import (
     TensorMismatch,
     UnsupportedFile,
 )
-from adapters.method import AdapterFacts, AdapterMethod, PeftConfig, TensorInfo, parse_config
+from adapters.method import AdapterFacts, AdapterMethod, PeftConfig, TensorInfo
 from adapters.parts import ServingForm
 from adapters.strict_json import StrictJsonError, parse_object
 
@@ -131,17 +133,20 @@ def read_header(path: Path, limits: CheckpointLimits = DEFAULT_LIMITS) -> dict[s
 def read_config(path: Path, limits: CheckpointLimits = DEFAULT_LIMITS) -> dict[str, Any]:
     """Read `adapter_config.json` as a plain object; the method validates its fields.
 
+    A byte order mark of UTF-8 is skipped.
+
     Raises:
         CheckpointTooLarge: over `limits.config_bytes`.
         ConfigInvalid: see `adapters.strict_json.parse_object`.
     """
     with _open_regular(path, limits.config_bytes) as (file, size):
-        data = file.read(size)
+        data = file.read(size).removeprefix(codecs.BOM_UTF8)
     try:
         return parse_object(data, limits.config_depth)
     except StrictJsonError as error:
+        hint = foreign_configs.what_the_json_lacks(data)
         raise ConfigInvalid(
-            f"{path.name} cannot be read: {error}",
+            f"{path.name} cannot be read: {error}{'; ' if hint else ''}{hint or ''}",
             field=path.name,
             expected="one JSON object in UTF-8",
             came=str(error),
@@ -224,7 +229,9 @@ def check_checkpoint(
         CheckpointError: one of its kinds, see `adapters.errors`.
     """
     check_file_set(directory)
-    raw, method, config, facts = _check_without_values(directory, base, limits)
+    raw, method, read, facts = _check_without_values(directory, base, limits)
+    config = read.config
+    config.check_peft_loads()
     if facts.num_virtual_tokens > limits.virtual_tokens:
         raise CheckpointTooLarge(
             f"the adapter has {facts.num_virtual_tokens} virtual tokens, at most "
@@ -245,7 +252,7 @@ def check_checkpoint(
         digest=checkpoint_digest(raw, tensors, limits),
         num_bytes=sum((directory / name).stat().st_size for name in FILES),
         base_name=config.base_model_name_or_path,
-        warnings=facts.warnings,
+        warnings=(*read.warnings, *facts.warnings),
     )
 
 
@@ -275,25 +282,25 @@ def load_serving_form(
             raise AdapterCorrupt(
                 "the stored adapter no longer matches its digest", field="digest", expected=digest
             )
-        _, method, config, _ = _check_without_values(directory, base, limits)
+        _, method, read, _ = _check_without_values(directory, base, limits)
         tensors = load_tensors(path, read_header(path, limits))
     except (FileNotFoundError, FileSetInvalid, HeaderInvalid, ConfigInvalid) as error:
         raise AdapterCorrupt(f"the stored adapter cannot be read: {error}") from error
-    form = method.serving_form(config, tensors, base)
+    form = method.serving_form(read.config, tensors, base)
     form.check(base)
     return form
 
 
 def _check_without_values(
     directory: Path, base: BaseModelSpec, limits: CheckpointLimits
-) -> tuple[dict[str, Any], AdapterMethod[Any], PeftConfig, AdapterFacts]:
+) -> tuple[dict[str, Any], AdapterMethod[Any], ReadConfig, AdapterFacts]:
     raw = read_config(directory / CONFIG_FILE, limits)
     from adapters.methods import method_of
 
     method = method_of(raw)
-    config = parse_config(method.config_class, raw)
-    facts = method.check(config, read_header(directory / TENSORS_FILE, limits), base)
-    return raw, method, config, facts
+    read = read_peft_config(method, raw)
+    facts = method.check(read.config, read_header(directory / TENSORS_FILE, limits), base)
+    return raw, method, read, facts
 
 
 # --- the file set -------------------------------------------------------------------------
@@ -315,13 +322,15 @@ def wrong_files(names: Iterable[str]) -> UnsupportedFile | FileSetInvalid:
     """The refusal for a set of file names that is not exactly a checkpoint's."""
     names = sorted(names)
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
+    known = foreign_configs.what_they_are(names)
     if pickles and TENSORS_FILE not in names:
         # A trainer leaves optimizer.pt and training_args.bin beside the weights.
         named = [name for name in pickles if Path(name).stem == "adapter_model"]
-        return pickle_refused((named or pickles)[0])
+        if named or known is None:
+            return pickle_refused((named or pickles)[0])
     came = ", ".join(shorten(name) for name in names[:12]) or "nothing"
     return FileSetInvalid(
-        f"expected {CONFIG_FILE} and {TENSORS_FILE}; came: {came}",
+        f"expected {CONFIG_FILE} and {TENSORS_FILE}; came: {came}{'; ' if known else ''}{known or ''}",
         field="files",
         expected=f"{CONFIG_FILE}, {TENSORS_FILE}",
         came=came,

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from adapters import foreign_configs
 from adapters.errors import MethodUnsupported
-from adapters.method import AdapterMethod
+from adapters.method import AdapterMethod, as_json, letters, nearest
 from adapters.methods.cpt import CPT_METHOD
 from adapters.methods.ia3 import IA3_METHOD
 from adapters.methods.p_tuning import P_TUNING
@@ -74,34 +75,69 @@ REASONS = {
     "MULTITASK_PROMPT_TUNING": "multitask prompt tuning is not served yet",
 }
 
+# Types that forks of PEFT write. They compute something else than the type whose name they resemble.
+FORK_PEFT_TYPES = {
+    "BOTTLENECK": "LLM-Adapters",
+    "MULTITASK_PROMPT_TUNING_LORA": "DePT",
+    "PROMPT_TUNING_LORA": "DePT",
+    "PROMPT_VECTOR": "prompt arithmetics",
+}
+
+# What people write for a method: letters and digits -> PEFT's name.
+_ALIASES = {
+    "ia³": "IA3",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+    "promptencoder": "P_TUNING",
+    "ptuningv1": "P_TUNING",
+    "ptuningv2": "PREFIX_TUNING",
+    "ptv2": "PREFIX_TUNING",
+    "softprompt": "PROMPT_TUNING",
+    "softprompts": "PROMPT_TUNING",
+}
+
 
 def method_of(raw_config: Mapping[str, Any]) -> AdapterMethod[Any]:
     """The method of an `adapter_config.json`, by its `peft_type`.
 
     Raises:
-        MethodUnsupported: no `peft_type`, or an unsupported one; the message lists the supported ones.
+        MethodUnsupported: no `peft_type`, or an unsupported one; the message lists the supported ones, and
+            says what a config of another program is.
     """
     served = ", ".join(METHODS)
     came = raw_config.get("peft_type")
     if isinstance(came, str) and came in METHODS:
         return METHODS[came]
     raise MethodUnsupported(
-        f"{_reason(came)}; served are {served}",
+        f"{_reason(came, raw_config)}; served are {served}",
         field="peft_type",
         expected=served,
-        came=repr(came)[:80],
+        came=as_json(came),
     )
 
 
-def _reason(peft_type: object) -> str:
+def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
     if peft_type is None:
-        return "adapter_config.json has no peft_type, so its method is unknown"
+        known = foreign_configs.what_it_is(raw_config)
+        missing = "adapter_config.json has no peft_type, so its method is unknown"
+        return missing if known is None else f"adapter_config.json has no peft_type: {known}"
     if not isinstance(peft_type, str):
-        return f"peft_type is {peft_type!r:.80}, expected a text"
+        return f"peft_type is {as_json(peft_type)}, expected a text"
     if peft_type in OTHER_PEFT_TYPES:
         default = f"{peft_type} is a method of PEFT that is not served"
         return f"peft_type {peft_type!r}: {REASONS.get(peft_type, default)}"
-    return f"peft_type {peft_type[:60]!r} is no method of PEFT that is known here"
+    if peft_type in FORK_PEFT_TYPES:
+        return f"peft_type {peft_type!r} belongs to a fork of PEFT ({FORK_PEFT_TYPES[peft_type]})"
+    unknown = f"peft_type {as_json(peft_type)} is no method of PEFT that is known here"
+    meant = _meant(peft_type)
+    return unknown if meant is None else f"{unknown}; did you mean {meant}?"
+
+
+def _meant(peft_type: str) -> str | None:
+    """The name of PEFT's that was probably meant: by alias, or by its letters."""
+    name = peft_type.rpartition("PeftType.")[2]
+    alias = _ALIASES.get(letters(name[:60]))
+    return alias or nearest(name, [*METHODS, *OTHER_PEFT_TYPES])
 
 
 __all__ = ["METHODS", "method_of"]

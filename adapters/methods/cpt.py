@@ -46,8 +46,8 @@ Bound = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 class CPTConfig(PromptLearningConfig):
     """PEFT's config of CPT. Source: peft/tuners/cpt/config.py.
 
-    `num_virtual_tokens` is the number of context tokens. PEFT itself takes only
-    `task_type="CAUSAL_LM"`, so set it on configs that PEFT must load.
+    `num_virtual_tokens` is always the number of context tokens, `num_transformer_submodules` 1. A call
+    needs `task_type="CAUSAL_LM"`, as in PEFT.
 
     Attributes:
         cpt_token_ids: tokens of the context; [0] if unset.
@@ -59,6 +59,19 @@ class CPTConfig(PromptLearningConfig):
         opt_projection_format_epsilon: the same for types 1 and 3.
         tokenizer_name_or_path: recorded, never loaded here.
     """
+
+    only_training: ClassVar[frozenset[str]] = PromptLearningConfig.only_training | {
+        "num_virtual_tokens",
+        "num_transformer_submodules",
+        "num_layers",
+        "num_attention_heads",
+        "token_dim",
+        "opt_weighted_loss_type",
+        "opt_loss_decay_factor",
+        "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
+        "tokenizer_name_or_path",
+    }
 
     peft_type: Literal["CPT"] = "CPT"
     cpt_token_ids: list[NaturalNumber] | None = None
@@ -79,19 +92,24 @@ class CPTConfig(PromptLearningConfig):
             self.cpt_mask = [1] * count
         if self.cpt_tokens_type_mask is None:
             self.cpt_tokens_type_mask = [1] * count
-        if self.num_virtual_tokens is None:
-            self.num_virtual_tokens = count
-        if self.num_transformer_submodules is None:
-            self.num_transformer_submodules = 1
-        lengths = {
-            "cpt_mask": len(self.cpt_mask),
-            "cpt_tokens_type_mask": len(self.cpt_tokens_type_mask),
-            "num_virtual_tokens": self.num_virtual_tokens,
-        }
-        for name, length in lengths.items():
+        for name in ("cpt_mask", "cpt_tokens_type_mask"):
+            length = len(getattr(self, name))
             if length != count:
-                raise ValueError(f"cpt_token_ids has {count} entries, {name} says {length}")
+                raise ValueError(
+                    f"cpt_token_ids has {count} entries and {name} has {length}, "
+                    "expected one for each context token"
+                )
+        # As PEFT does: the context decides, whatever was given.
+        self.num_virtual_tokens = count
+        self.num_transformer_submodules = 1
         return self
+
+    def check_as_peft(self) -> None:
+        """PEFT's class refuses every other task. Source: peft/tuners/cpt/config.py."""
+        if self.task_type != "CAUSAL_LM":
+            raise ValueError(
+                f"CPTConfig only supports task_type='CAUSAL_LM', came {self.task_type!r}"
+            )
 
     def token_ids(self) -> list[int]:
         """The context's tokens, (n,)."""
@@ -279,6 +297,7 @@ class CPT(EmbeddingRowsMethod):
 
     name: ClassVar[str] = "cpt"
     peft_type: ClassVar[str] = "CPT"
+    read: ClassVar[frozenset[str]] = frozenset()
     config_class: ClassVar[type[PeftConfig]] = CPTConfig
 
     def complete_config(self, config: CPTConfig, base: BaseModelSpec) -> CPTConfig:
@@ -297,7 +316,7 @@ class CPT(EmbeddingRowsMethod):
                 expected=f"0 to {base.vocab_size - 1}",
                 came=str(largest),
             )
-        return complete(config, base, embedding_dimensions(base))
+        return complete(config, base, embedding_dimensions(base), self.read)
 
     def num_trainable(self, config: CPTConfig, base: BaseModelSpec) -> int:
         """n * d, the frozen rows' deltas included, as they are stored with the others."""

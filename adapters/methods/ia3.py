@@ -16,12 +16,14 @@ import torch
 from pydantic import BeforeValidator
 from torch import nn
 
+from adapters import key_names
 from adapters.base_model import BaseModelSpec, LinearSpec
 from adapters.checks import (
     check_dtypes,
     check_modules_to_save,
     check_task_type,
     quoted,
+    sharded,
     some_of,
     to_float32,
 )
@@ -32,6 +34,7 @@ from adapters.trainable import FrozenBase, VirtualTargets
 
 PREFIX = "base_model.model."
 SUFFIX = ".ia3_l"
+ADAPTER_NAME = ".default"
 ALL_LINEAR = "all-linear"
 LONGEST_COMPARED = 200
 
@@ -80,6 +83,11 @@ class IA3Config(PeftConfig):
         init_ia3_weights: start from ones; False starts from random numbers.
     """
 
+    only_training: ClassVar[frozenset[str]] = PeftConfig.only_training | {
+        "fan_in_fan_out",
+        "init_ia3_weights",
+    }
+
     peft_type: Literal["IA3"] = "IA3"
     target_modules: Names = None
     exclude_modules: Names = None
@@ -87,6 +95,34 @@ class IA3Config(PeftConfig):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+
+    def check_as_peft(self) -> None:
+        """PEFT's class refuses what PEFT would not load. Source: peft/tuners/ia3/config.py."""
+        try:
+            self.check_peft_loads()
+        except ConfigInvalid as error:
+            raise ValueError(str(error)) from error
+
+    def check_peft_loads(self) -> None:
+        """PEFT takes feedforward names that are among the targets, word for word, and no others.
+
+        Raises:
+            ConfigInvalid: another feedforward name.
+        """
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if not isinstance(targets, list) or not isinstance(feedforward, list):
+            return
+        missing = sorted(frozenset(feedforward) - frozenset(targets))
+        if missing:
+            raise ConfigInvalid(
+                f"feedforward_modules holds {some_of(missing)}, which target_modules "
+                f"({some_of(sorted(targets))}) does not: PEFT does not load such a config; expected names "
+                "of target_modules, word for word, such as those of them whose tensors have the shape "
+                "(1, n), or [] if there are none",
+                field="feedforward_modules",
+                expected="a subset of target_modules",
+                came=some_of(missing),
+            )
 
 
 # --- which modules ---------------------------------------------------------------------------
@@ -350,18 +386,60 @@ def bind_paths(tensors: Mapping[str, TensorInfo], base: BaseModelSpec) -> dict[s
         )
     paths: dict[str, str] = {}
     for name in tensors:
-        if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
-            raise TensorMismatch(
-                f"tensor {quoted(name)} binds to nothing, expected {PREFIX}<module path>{SUFFIX}",
-                field=name,
-                expected=f"{PREFIX}<module path>{SUFFIX}",
-                came=quoted(name),
-            )
-        path = name[len(PREFIX) : -len(SUFFIX)]
+        path = _path(name)
+        if path is None:
+            raise _binds_to_nothing(name, tensors, base)
         if path not in base.linear_modules:
-            raise _target_not_found(path, base)
+            wrapped = key_names.renaming(tensors, lambda one: _path(one) in base.linear_modules)
+            raise _target_not_found(path, base) if wrapped is None else _unbound(name, wrapped)
         paths[name] = path
+    if len(set(paths.values())) < len(paths):
+        raise _twice(paths)
     return paths
+
+
+def plain_name(name: str) -> str:
+    """A vector's name as `save_pretrained` writes it.
+
+    PEFT also loads names as its model's own state_dict has them, with the adapter's name at the end.
+    """
+    return name.removesuffix(ADAPTER_NAME) if name.endswith(SUFFIX + ADAPTER_NAME) else name
+
+
+def _path(name: str) -> str | None:
+    """The module path in a tensor name; None if it is not an IA3 vector's."""
+    name = plain_name(name)
+    if name.startswith(PREFIX) and name.endswith(SUFFIX):
+        return name[len(PREFIX) : -len(SUFFIX)]
+    return None
+
+
+def _binds_to_nothing(
+    name: str, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
+) -> TensorMismatch:
+    hint = key_names.explain(tensors, lambda one: _path(one) in base.linear_modules)
+    return _unbound(name, hint or f"expected {PREFIX}<module path>{SUFFIX}")
+
+
+def _unbound(name: str, hint: str) -> TensorMismatch:
+    return TensorMismatch(
+        f"tensor {quoted(name)} binds to nothing; {hint}",
+        field=name,
+        expected=f"{PREFIX}<module path>{SUFFIX}",
+        came=quoted(name),
+    )
+
+
+def _twice(paths: Mapping[str, str]) -> TensorMismatch:
+    bound = list(paths.values())
+    path = next(path for path in bound if bound.count(path) > 1)
+    return TensorMismatch(
+        f"the checkpoint scales {quoted(path)} twice, with and without {ADAPTER_NAME!r} at the end of the "
+        "name; expected one tensor for each module",
+        field=PREFIX + path + SUFFIX,
+        expected="one tensor for each module",
+        came="two",
+    )
 
 
 def _listed_feedforward(config: IA3Config) -> frozenset[str] | None:
@@ -378,7 +456,7 @@ def _is_feedforward(
     if info.shape not in (output, feedforward):
         raise TensorMismatch(
             f"tensor {name!r} has shape {info.shape}, expected {output} to scale the output of "
-            f"{path!r} or {feedforward} to scale its input",
+            f"{path!r} or {feedforward} to scale its input{sharded(info)}",
             field=name,
             expected=f"{output} or {feedforward}",
             came=str(info.shape),
@@ -448,6 +526,10 @@ class IA3:
     name: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
     config_class: ClassVar[type[PeftConfig]] = IA3Config
+
+    def stale(self, config: IA3Config, base: BaseModelSpec) -> tuple[str, ...]:
+        """None: an IA3 config has no dimensions."""
+        return ()
 
     def check(
         self, config: IA3Config, tensors: Mapping[str, TensorInfo], base: BaseModelSpec

@@ -50,6 +50,15 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_dropout: dropout between the LSTM's layers; the MLP has none.
     """
 
+    only_training: ClassVar[frozenset[str]] = PromptLearningConfig.only_training | {
+        "num_layers",
+        "num_attention_heads",
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+    }
+
     peft_type: Literal["P_TUNING"] = "P_TUNING"
     encoder_reparameterization_type: Annotated[
         PromptEncoderReparameterizationType, Field(strict=False)
@@ -143,7 +152,7 @@ class PTuning(EmbeddingRowsMethod):
         self, config: PromptEncoderConfig, base: BaseModelSpec
     ) -> PromptEncoderConfig:
         """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
-        full = complete(config, base, embedding_dimensions(base))
+        full = complete(config, base, embedding_dimensions(base), self.read)
         hidden = full.encoder_hidden_size or full.token_dim
         return full.model_copy(update={"encoder_hidden_size": hidden})
 

@@ -8,13 +8,14 @@ files and the engine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
 from adapters.checks import to_float32
+from adapters.errors import TensorMismatch
 from adapters.method import AdapterFacts, PeftConfig, PromptLearningConfig, TensorInfo
 from adapters.methods.soft_prompt import (
     ROWS,
@@ -23,7 +24,9 @@ from adapters.methods.soft_prompt import (
     complete,
     export_rows,
     in_training,
+    only,
     required,
+    stale_dimensions,
 )
 from adapters.methods.trainable_rows import TrainableRows, count_parameters
 from adapters.parts import KVPrefix
@@ -41,6 +44,12 @@ class PrefixTuningConfig(PromptLearningConfig):
         encoder_hidden_size: width of the projection's hidden layer; `token_dim` if unset.
         prefix_projection: train the rows through a two-layer network.
     """
+
+    only_training: ClassVar[frozenset[str]] = PromptLearningConfig.only_training | {
+        "init_weights",
+        "encoder_hidden_size",
+        "prefix_projection",
+    }
 
     peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
     init_weights: Literal["zero"] | None = None
@@ -110,12 +119,100 @@ def join_rows(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return by_kind.permute(3, 1, 0, 2, 4).flatten(1)
 
 
+def prompt_embeddings_from_past_key_values(
+    past_key_values: Any, *, num_virtual_tokens: int
+) -> torch.Tensor:
+    """The first n keys and values of a cache as the rows that a prefix saves, (n, L * 2 * H_kv * D).
+
+    Source: peft/tuners/cartridge/utils.py.
+
+    Args:
+        past_key_values: transformers' cache, or keys and values by layer, each (1, H_kv, T, D).
+        num_virtual_tokens: n, at most T.
+
+    Raises:
+        ValueError: no layer, more than one sequence, fewer than n positions, or layers that differ.
+        TypeError: another kind of object.
+    """
+    layers = _layers_of(past_key_values)
+    if not layers:
+        raise ValueError("past_key_values hold no layer, expected those of a model's pass")
+    shapes = {tuple(part.shape) for layer in layers for part in layer}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"keys and values differ in shape: {sorted(shapes)}; expected one for all layers"
+        )
+    (shape,) = shapes
+    if len(shape) != 4 or shape[0] != 1:
+        raise ValueError(f"keys have shape {shape}, expected (1, heads, positions, head size)")
+    if shape[2] < num_virtual_tokens:
+        raise ValueError(
+            f"expected at least {num_virtual_tokens} cached positions, came {shape[2]}"
+        )
+    keys, values = (
+        torch.stack([layer[part][0, :, :num_virtual_tokens] for layer in layers]) for part in (0, 1)
+    )
+    return join_rows(keys, values)
+
+
+def _layers_of(past_key_values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Key and value of every layer; transformers' cache yields them, with more behind."""
+    try:
+        return [(layer[0], layer[1]) for layer in past_key_values]
+    except (TypeError, IndexError) as error:
+        raise TypeError(
+            f"past_key_values are {type(past_key_values).__name__}, expected a cache of transformers, or "
+            "a key and a value for each layer"
+        ) from error
+
+
 def _dimensions(base: BaseModelSpec) -> dict[str, int]:
     return {
         "num_layers": base.num_layers,
         "token_dim": base.num_kv_heads * base.head_dim,
         "num_attention_heads": base.num_kv_heads,
     }
+
+
+def _read(config: PrefixTuningConfig, base: BaseModelSpec) -> frozenset[str]:
+    """The dimensions in a config that PEFT uses as they are given.
+
+    With grouped queries PEFT computes `token_dim` and `num_attention_heads` again, from the base alone
+    or, where the base's config has no `head_dim`, from their ratio.
+
+    Raises:
+        TensorMismatch: the ratio is not the width of the base's heads.
+    """
+    if base.kv_width == "given":
+        return frozenset(_dimensions(base))
+    if base.kv_width == "ratio":
+        _check_ratio(config, base)
+    return frozenset({"num_layers"})
+
+
+def _check_ratio(config: PrefixTuningConfig, base: BaseModelSpec) -> None:
+    heads = config.num_attention_heads
+    heads = base.num_attention_heads if heads is None else heads
+    token_dim = config.token_dim
+    token_dim = base.num_attention_heads * base.head_dim if token_dim is None else token_dim
+    if heads > 0 and token_dim // heads == base.head_dim:
+        return
+    reduced, full = base.num_kv_heads, base.num_attention_heads
+    expected = (
+        f"{reduced * base.head_dim} and {reduced}, {full * base.head_dim} and {full}, or both null"
+    )
+    raise TensorMismatch(
+        f"token_dim is {_shown(config.token_dim, token_dim)} and num_attention_heads "
+        f"{_shown(config.num_attention_heads, heads)}: PEFT takes the one divided by the other for the "
+        f"width of a head, which is {base.head_dim} in this base; expected {expected}",
+        field="token_dim",
+        expected=expected,
+        came=f"{token_dim} and {heads}",
+    )
+
+
+def _shown(given: int | None, used: int) -> str:
+    return str(used) if given is not None else f"{used} (the base's, as it is unset)"
 
 
 class PrefixTuning:
@@ -125,6 +222,15 @@ class PrefixTuning:
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     config_class: ClassVar[type[PeftConfig]] = PrefixTuningConfig
 
+    def stale(self, config: PrefixTuningConfig, base: BaseModelSpec) -> tuple[str, ...]:
+        """See `AdapterMethod.stale`: with grouped queries PEFT computes heads and width again."""
+        every = _dimensions(base)
+        return stale_dimensions(
+            config,
+            only(every, every.keys() - _read(config, base)),
+            "PEFT computes it again from the base's key/value heads",
+        )
+
     def check(
         self, config: PrefixTuningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
     ) -> AdapterFacts:
@@ -133,9 +239,10 @@ class PrefixTuning:
             config,
             tensors,
             base,
-            dimensions=_dimensions(base),
+            dimensions=only(_dimensions(base), _read(config, base)),
             width=base.num_layers * 2 * base.num_kv_heads * base.head_dim,
             why="layers * 2 * key/value heads * head dim of the base",
+            warnings=self.stale(config, base),
         )
 
     def serving_form(
@@ -159,7 +266,7 @@ class PrefixTuning:
         self, config: PrefixTuningConfig, base: BaseModelSpec
     ) -> PrefixTuningConfig:
         """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
-        full = complete(config, base, _dimensions(base))
+        full = complete(config, base, _dimensions(base), _read(config, base))
         hidden = full.encoder_hidden_size or full.token_dim
         return full.model_copy(update={"encoder_hidden_size": hidden})
 

@@ -1,7 +1,7 @@
 """Prompt tuning: embedding rows before the input, trained directly.
 
 Paper: Lester et al. 2021, arXiv 2104.08691. Parity source: peft/tuners/prompt_tuning. Independent of
-tokenizers, other methods, files and the engine.
+other methods, checkpoints and the engine; a tokenizer is loaded only for PEFT's own call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
+from adapters.errors import reason_of
 from adapters.method import PeftConfig, PromptLearningConfig
 from adapters.methods.soft_prompt import (
     EmbeddingRowsMethod,
@@ -42,9 +43,17 @@ class PromptTuningConfig(PromptLearningConfig):
     Attributes:
         prompt_tuning_init: where the rows start.
         prompt_tuning_init_text: the text, with TEXT.
-        tokenizer_name_or_path: the text's tokenizer, with TEXT; recorded, never loaded here.
-        tokenizer_kwargs: recorded, never used here; only with TEXT.
+        tokenizer_name_or_path: the text's tokenizer, with TEXT; loaded by `PromptEmbedding` alone.
+        tokenizer_kwargs: for loading it; only with TEXT.
     """
+
+    only_training: ClassVar[frozenset[str]] = PromptLearningConfig.only_training | {
+        "num_layers",
+        "num_attention_heads",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_name_or_path",
+    }
 
     peft_type: Literal["PROMPT_TUNING"] = "PROMPT_TUNING"
     prompt_tuning_init: Annotated[PromptTuningInit, Field(strict=False)] = PromptTuningInit.RANDOM
@@ -71,15 +80,16 @@ class PromptEmbedding(VirtualTokens):
         config: with its dimensions set.
         word_embeddings: the base's token embedding; rows are copied from it with TEXT and
             SAMPLE_VOCAB.
-        init_token_ids: the tokens of `prompt_tuning_init_text`, cut or repeated to n; needed with
-            TEXT, because a config's tokenizer is untrusted and never loaded here.
+        init_token_ids: the tokens of `prompt_tuning_init_text`, cut or repeated to n. Without them
+            TEXT loads the config's tokenizer, as PEFT does, so the config must be one you trust; the
+            server never makes a module from an upload's config this way.
 
     Attributes:
         embedding: (n, token_dim), float32.
 
     Raises:
         ConfigInvalid: a dimension is unset.
-        ValueError: TEXT without tokens.
+        ValueError: TEXT has no tokens, or its tokenizer does not load.
     """
 
     def __init__(
@@ -96,11 +106,13 @@ class PromptEmbedding(VirtualTokens):
         device = word_embeddings.weight.device
         if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
             ids = torch.randint(0, word_embeddings.num_embeddings, (count,)).to(device)
-        elif init_token_ids:
-            repeats = -(-count // len(init_token_ids))
-            ids = torch.tensor((list(init_token_ids) * repeats)[:count], device=device)
         else:
-            raise ValueError("prompt_tuning_init TEXT: pass the text's tokens as init_token_ids")
+            text = list(_text_ids(config) if init_token_ids is None else init_token_ids)
+            if not text:
+                raise ValueError(
+                    "prompt_tuning_init TEXT: the text has no tokens, expected one at least"
+                )
+            ids = torch.tensor((text * -(-count // len(text)))[:count], device=device)
         rows = word_embeddings(ids).detach().to(torch.float32, copy=True)
         self.embedding.weight = nn.Parameter(rows)
 
@@ -108,6 +120,22 @@ class PromptEmbedding(VirtualTokens):
         """Indices (B, n) -> rows (B, n, token_dim)."""
         rows: torch.Tensor = self.embedding(indices)
         return rows
+
+
+def _text_ids(config: PromptTuningConfig) -> list[int]:
+    """The tokens of the config's text by its tokenizer; code that comes with one is never run."""
+    from transformers import AutoTokenizer
+
+    options = {**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    except Exception as error:  # transformers and the hub client raise a dozen unrelated types
+        raise ValueError(
+            f"prompt_tuning_init TEXT: no tokenizer loads from {config.tokenizer_name_or_path!r} "
+            f"({reason_of(error)}); pass the text's tokens as init_token_ids"
+        ) from error
+    ids: list[int] = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    return ids
 
 
 class PromptTuning(EmbeddingRowsMethod):
@@ -121,7 +149,7 @@ class PromptTuning(EmbeddingRowsMethod):
         self, config: PromptTuningConfig, base: BaseModelSpec
     ) -> PromptTuningConfig:
         """The config as PEFT would save it for this base. Raises as `soft_prompt.complete`."""
-        return complete(config, base, embedding_dimensions(base))
+        return complete(config, base, embedding_dimensions(base), self.read)
 
     def num_trainable(self, config: PromptTuningConfig, base: BaseModelSpec) -> int:
         """n * d."""

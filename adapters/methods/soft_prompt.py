@@ -7,8 +7,8 @@ rows of a trained module. It uses only the shared config.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Collection, Mapping
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,13 @@ from adapters.method import AdapterFacts, PromptLearningConfig, TensorInfo
 from adapters.parts import SoftPrompt
 
 ROWS = "prompt_embeddings"
+
+_OTHER_BASE = "the adapter was trained on another base model"
+_SET_IT = (
+    "the tensors fit, but PEFT builds their place from this number and fails to load them; "
+    "set it in adapter_config.json, or to null"
+)
+_LEAVE_IT_OUT = "give that number, or leave the field out"
 
 PromptConfigT = TypeVar("PromptConfigT", bound=PromptLearningConfig)
 
@@ -87,11 +94,12 @@ def required(config: PromptLearningConfig, name: str) -> int:
     """
     value = getattr(config, name)
     if value is None or value < 1:
+        came = "unset" if value is None else str(value)
         raise ConfigInvalid(
-            f"{name} is {value}, expected a whole number of at least 1",
+            f"{name} is {came}, expected a whole number of at least 1",
             field=name,
             expected="a whole number of at least 1",
-            came=str(value),
+            came=came,
         )
     return int(value)
 
@@ -120,22 +128,51 @@ def check_num_virtual_tokens(config: PromptLearningConfig, base: BaseModelSpec) 
     return count
 
 
-def check_dimensions(config: PromptLearningConfig, wanted: Mapping[str, int]) -> None:
-    """Check the dimensions in the config against those of the base; unset ones pass.
+def check_dimensions(
+    config: PromptLearningConfig, wanted: Mapping[str, int], *, otherwise: str
+) -> None:
+    """Check the dimensions from which PEFT builds the rows; unset ones are the base's.
+
+    Args:
+        config: the config.
+        wanted: field -> its value on this base.
+        otherwise: what follows from another value, for the message.
 
     Raises:
-        TensorMismatch: one differs: the adapter was trained on another base.
+        TensorMismatch: one differs.
     """
     for name, want in wanted.items():
         came = getattr(config, name)
         if came is not None and came != want:
             raise TensorMismatch(
-                f"{name} is {came}, but this base needs {want}: "
-                "the adapter was trained on another base model",
+                f"{name} is {came}, but this base needs {want}: {otherwise}",
                 field=name,
                 expected=str(want),
                 came=str(came),
             )
+
+
+def stale_dimensions(
+    config: PromptLearningConfig, dimensions: Mapping[str, int], why: str
+) -> tuple[str, ...]:
+    """A warning for each dimension that is not the base's, where PEFT does not use it.
+
+    Args:
+        config: the config.
+        dimensions: field -> its value on this base.
+        why: the reason for which the value has no effect.
+    """
+    stated = {name: getattr(config, name) for name in dimensions}
+    return tuple(
+        f"{name} is {came}, this base has {dimensions[name]}: ignored, because {why}"
+        for name, came in stated.items()
+        if came is not None and came != dimensions[name]
+    )
+
+
+def only(dimensions: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
+    """The dimensions of these names."""
+    return {name: value for name, value in dimensions.items() if name in names}
 
 
 def check_rows(
@@ -146,6 +183,7 @@ def check_rows(
     dimensions: Mapping[str, int],
     width: int,
     why: str,
+    warnings: tuple[str, ...] = (),
 ) -> AdapterFacts:
     """The complete check of a virtual-token method.
 
@@ -153,9 +191,10 @@ def check_rows(
         config: parsed config.
         tensors: the safetensors header.
         base: the base to serve it on.
-        dimensions: config field -> its value on this base.
+        dimensions: config field -> its value on this base, of those from which PEFT builds the rows.
         width: columns of `prompt_embeddings`.
         why: where the width comes from, for the message.
+        warnings: for the uploader.
 
     Raises:
         MethodUnsupported: the task type, `modules_to_save` or an encoder-decoder's rows.
@@ -173,11 +212,12 @@ def check_rows(
             came=str(config.num_transformer_submodules),
         )
     count = check_num_virtual_tokens(config, base)
-    check_dimensions(config, dimensions)
+    fits = ROWS in tensors and tensors[ROWS].shape == (count, width)
+    check_dimensions(config, dimensions, otherwise=_SET_IT if fits else _OTHER_BASE)
     check_names(tensors, [ROWS])
     check_dtypes(tensors)
     check_shape(ROWS, tensors[ROWS], (count, width), f"num_virtual_tokens, {why}")
-    return AdapterFacts(num_virtual_tokens=count, uses_scales=False)
+    return AdapterFacts(num_virtual_tokens=count, uses_scales=False, warnings=warnings)
 
 
 def embedding_dimensions(base: BaseModelSpec) -> dict[str, int]:
@@ -202,18 +242,25 @@ def export_rows(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def complete(
-    config: PromptConfigT, base: BaseModelSpec, dimensions: Mapping[str, int]
+    config: PromptConfigT, base: BaseModelSpec, dimensions: Mapping[str, int], read: Collection[str]
 ) -> PromptConfigT:
     """A copy of the config with every dimension set from the base, as PEFT sets them.
 
     Source: peft/utils/other.py, `_prepare_prompt_learning_config`.
 
+    Args:
+        config: the config.
+        base: the base.
+        dimensions: config field -> its value on this base.
+        read: those of them that PEFT uses as they are given; others are replaced.
+
     Raises:
         ConfigInvalid: `num_virtual_tokens` is unset or out of bounds.
-        TensorMismatch: a dimension is set already and is not the base's.
+        TensorMismatch: a dimension that PEFT uses is set already and is not the base's.
     """
     check_num_virtual_tokens(config, base)
-    check_dimensions(config, {**dimensions, "num_transformer_submodules": 1})
+    used = {**only(dimensions, read), "num_transformer_submodules": 1}
+    check_dimensions(config, used, otherwise=_LEAVE_IT_OUT)
     return config.model_copy(update={**dimensions, "num_transformer_submodules": 1})
 
 
@@ -223,7 +270,20 @@ def in_training(config: PromptConfigT) -> PromptConfigT:
 
 
 class EmbeddingRowsMethod:
-    """What the methods whose rows are embeddings share of `AdapterMethod`."""
+    """What the methods whose rows are embeddings share of `AdapterMethod`.
+
+    Attributes:
+        read: the dimensions in a config that PEFT uses; it never looks at the others.
+    """
+
+    read: ClassVar[frozenset[str]] = frozenset({"token_dim"})
+
+    def stale(self, config: PromptLearningConfig, base: BaseModelSpec) -> tuple[str, ...]:
+        """See `AdapterMethod.stale`: PEFT reads the layers and heads for prefixes only."""
+        every = embedding_dimensions(base)
+        return stale_dimensions(
+            config, only(every, every.keys() - self.read), "PEFT does not read it for this method"
+        )
 
     def check(
         self, config: PromptLearningConfig, tensors: Mapping[str, TensorInfo], base: BaseModelSpec
@@ -233,9 +293,10 @@ class EmbeddingRowsMethod:
             config,
             tensors,
             base,
-            dimensions=embedding_dimensions(base),
+            dimensions=only(embedding_dimensions(base), self.read),
             width=base.hidden_size,
             why="the width of the base's embeddings",
+            warnings=self.stale(config, base),
         )
 
     def serving_form(

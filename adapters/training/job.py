@@ -8,9 +8,10 @@ and tensors.
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from adapters.template import Tokenization
 from adapters.training.shapes import Format
@@ -26,6 +27,29 @@ METHOD_NAMES: dict[str, str] = {
 }
 
 MethodName = Literal["prefix_tuning", "p_tuning_v2", "p_tuning", "ia3", "cpt", "prompt_tuning"]
+# Spellings without case, spaces and signs -> accepted name.
+_SPELLINGS: dict[str, str] = {
+    **{name.replace("_", ""): name for name in METHOD_NAMES},
+    "prefix": "prefix_tuning",
+    "ptuning2": "p_tuning_v2",
+    "ptv2": "p_tuning_v2",
+    "prompt": "prompt_tuning",
+    "softprompt": "prompt_tuning",
+    "contextawareprompttuning": "cpt",
+}
+
+
+def method_name(text: Any) -> Any:
+    """The accepted name of a method in any usual spelling; anything else as it came.
+
+    Such as "IA3", "(IA)³", "prefix-tuning", "P-Tuning v2" and "PeftType.PREFIX_TUNING".
+    """
+    if not isinstance(text, str) or len(text) > 100:
+        return text
+    plain = unicodedata.normalize("NFKC", text).lower().removeprefix("pefttype.")
+    return _SPELLINGS.get("".join(one for one in plain if one.isalnum()), text)
+
+
 OnTooLong = Literal["error", "truncate"]
 IfExists = Literal["new_version", "error"]
 Prompts = Literal["template", "chat"]
@@ -183,8 +207,9 @@ class JobRequest(TrainingOptions):
     """A training job, without its rows, which may decide `template` and `target`."""
 
     adapter: str = Field(description="Name of the adapter that is trained.")
-    method: MethodName = Field(
-        description="Training method; p_tuning_v2 is another name of prefix_tuning."
+    method: Annotated[MethodName, BeforeValidator(method_name)] = Field(
+        description="Training method, in any usual spelling; p_tuning_v2 is another name of "
+        "prefix_tuning."
     )
     template: Annotated[str, Field(min_length=1)] | None = Field(
         None,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from adapters import synced_files
 from adapters.checkpoint.limits import MIB
 from adapters.errors import ConfigInvalid
+from adapters.field_errors import explain
 from adapters.metadata import AdapterMetadata
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import TrainingJob
@@ -114,9 +115,7 @@ def read_provenance(directory: Path) -> Provenance | None:
     except StrictJsonError as error:
         raise _invalid(str(error)) from error
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise _invalid(f"{place}: {first['msg']}") from error
+        raise _invalid(explain(error.errors(include_url=False), _File).message) from error
     return Provenance(said.job, said.metrics, said.versions)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from fastapi import Request
 
+from adapters.field_errors import unknown_name
 from server.errors import Contradiction, UnknownParameter
 
 # A field with one of these in its name looks like an adapter, in any case. `model` is not among them
@@ -33,7 +34,8 @@ def only_query(request: Request, *known: str) -> None:
     for name in request.query_params:
         if name not in known:
             raise UnknownParameter(
-                f"unknown query parameter {name!r}; this route takes {_listed(known)}",
+                unknown_name(name, known, "query parameter")
+                + "; this route takes none" * (not known),
                 field=name,
                 expected=_listed(known),
                 came=name,

@@ -11,21 +11,24 @@ here. Every refusal gets a reply: unknown routes, methods and unforeseen errors 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from adapters import errors as library
+from adapters.field_errors import explain
+from adapters.field_errors import quoted as quoted  # the routes' refusals use it from here
 from server import errors as ours
+from server.api.content_type import is_json
 from server.api.reply_fields import ReplyModel, may_show, shows
 from server.engine import errors as engine
 from server.http.event_stream import ClientGone
@@ -105,6 +108,8 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.FolderNotFound: Refusal(404, "folder_not_found"),
     ours.NotLoaded: Refusal(400, "not_loaded"),
     ours.KeyRequired: Refusal(401, "key_required", "authentication"),
+    ours.HostRefused: Refusal(403, "host_refused", "authentication"),
+    ours.OriginRefused: Refusal(403, "origin_refused", "authentication"),
     ours.ScopeMissing: Refusal(403, "scope_missing", "authentication"),
     ours.RateLimited: Refusal(429, "rate_limited", "overloaded"),
     ours.QuotaExceeded: Refusal(429, "quota_exceeded", "overloaded"),
@@ -129,6 +134,7 @@ FAILED: dict[str, Refusal] = {
     "non_finite": Refusal(424, "non_finite", "generation"),
     "aborted": Refusal(503, "aborted", "incomplete_generation"),
     "engine_error": Refusal(500, "engine_error", "generation"),
+    "engine_unavailable": Refusal(503, "engine_unavailable", "unavailable"),
 }
 
 # Refusals that the framework makes before any of our code runs.
@@ -167,7 +173,8 @@ class ErrorReport:
 def describe(error: Exception) -> ErrorReport:
     """Look an error up; one that is in no table is reported as unforeseen, without its message."""
     if isinstance(error, engine.RequestFailed):
-        return ErrorReport(FAILED.get(error.code, UNFORESEEN), error.message)
+        refusal = FAILED.get(error.code, UNFORESEEN)
+        return ErrorReport(refusal, error.message, headers=_retry_headers(error))
     if isinstance(error, RequestValidationError):
         return describe_validation(error.errors())
     if isinstance(error, HTTPException):
@@ -276,7 +283,10 @@ def install(app: FastAPI) -> None:
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):
-            error = _wrong_content_type(request) or error
+            if refused := _wrong_content_type(request):
+                return reply_to(refused, request.url.path)
+            report = describe_validation(error.errors(), _body_model(request))
+            return JSONResponse(body_of(report, request.url.path), report.refusal.status)
         return reply_to(error, request.url.path)
 
     async def no_reply(_request: Request, _error: Exception) -> Response:
@@ -299,6 +309,10 @@ def _retry_headers(error: Exception) -> dict[str, str]:
         return {"retry-after": "5", "connection": "close"}
     if isinstance(error, ours.TooManyJobs):
         return {"retry-after": "30"}
+    if isinstance(error, engine.RequestFailed):
+        # The engine is started again, or another server takes over.
+        passes = FAILED.get(error.code, UNFORESEEN).status == 503
+        return {"retry-after": "5"} if passes else {}
     if isinstance(error, (ours.NotReady, engine.EngineUnavailable, library.StorageUnavailable)):
         return {"retry-after": "5"}
     return {}
@@ -334,26 +348,27 @@ def _unreadable(error: BaseException | None) -> str | None:
     return "a number in it has too many digits" if isinstance(error, ValueError) else None
 
 
-def describe_validation(errors: Sequence[Any]) -> ErrorReport:
-    """The first of pydantic's findings, with where it is, what was expected and what came."""
-    first = errors[0]
-    where = _place(first["loc"])
-    came = "nothing" if first["type"] == "missing" else quoted(first.get("input"))
-    if first["type"] == "json_invalid":
-        where, came = "body", f"invalid JSON ({first.get('ctx', {}).get('error', '')})"
-    expected = str(first["msg"]).removeprefix("Value error, ")
-    message = f"{where}: {expected}; came: {came}"
-    if len(errors) > 1:
-        message += f" (and {len(errors) - 1} more)"
-    return ErrorReport(Refusal(422, "invalid"), message, where, expected, came)
+def describe_validation(errors: Sequence[Any], model: Any = None) -> ErrorReport:
+    """All of pydantic's findings in our words; `model` is what was validated, for suggestions."""
+    found = explain(errors, model)
+    return ErrorReport(
+        Refusal(422, "invalid"), found.message, found.field, found.expected, found.came
+    )
 
 
-def _place(loc: Iterable[Any]) -> str:
-    # Between the names stand the kinds that a value of several kinds was held against.
-    parts = [part for one in loc if "[" not in (part := str(one))]
-    if len(parts) > 1 and parts[0] in ("body", "query", "path"):
-        parts = parts[1:]
-    return ".".join(parts)
+def refuse_invalid(error: ValidationError, model: Any = None) -> ours.RequestInvalid:
+    """The refusal of a part of a body that is validated by itself."""
+    found = explain(error.errors(include_url=False), model)
+    return ours.RequestInvalid(
+        found.message, field=found.field, expected=found.expected, came=found.came
+    )
+
+
+def _body_model(request: Request) -> Any:
+    """The model of a route's JSON body, if it has one."""
+    dependant = getattr(request.scope.get("route"), "dependant", None)
+    parameters = getattr(dependant, "body_params", None)
+    return parameters[0].field_info.annotation if parameters else None
 
 
 def invalid(field: str, expected: str, came: object) -> ours.RequestInvalid:
@@ -373,35 +388,12 @@ def both_given(first: str, second: str) -> ours.Contradiction:
     )
 
 
-def quoted(value: Any, limit: int = 80) -> str:
-    """A value as it may stand in a message: short and plain ASCII."""
-    text = ascii(_beginning(value, [limit + 1]))
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _beginning(value: Any, left: list[int]) -> Any:
-    """As much of a value as its quotation needs: it may be of megabytes.
-
-    Args:
-        value: as JSON has them.
-        left: how many more characters are of use; every value takes one at least.
-    """
-    left[0] -= 1
-    if isinstance(value, str):
-        return value[: max(left[0], 0) + 2]
-    if isinstance(value, list):
-        return [_beginning(one, left) for one in itertools.takewhile(lambda _: left[0] > 0, value)]
-    if isinstance(value, dict):
-        items = itertools.takewhile(lambda _: left[0] > 0, value.items())
-        return {_beginning(key, left): _beginning(one, left) for key, one in items}
-    return value
-
-
 def _wrong_content_type(request: Request) -> ours.WrongContentType | None:
     came = request.headers.get("content-type", "")
-    if request.method not in ("POST", "PUT") or "json" in came.lower():
+    if request.method not in ("POST", "PUT") or is_json(came):
         return None
-    if request.headers.get("content-length", "") in ("", "0"):
+    length = request.headers.get("content-length", "")
+    if length in ("", "0") and "transfer-encoding" not in request.headers:
         return None
     return ours.WrongContentType(
         f"the body's content-type is {came or 'not given'!r}; send application/json",

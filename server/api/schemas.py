@@ -24,6 +24,7 @@ from server.api.openapi.constraints import (
     TEXT,
     TYPED,
     constrained,
+    either,
     one_of,
 )
 
@@ -188,12 +189,15 @@ class GenerateBody(OpenBody):
 
 
 class ClassifyBody(OpenBody):
-    """Body of `/classify`: texts as they are, or rows for the adapter's stored template."""
+    """Body of `/classify`: texts, or rows for the adapter's stored template."""
 
     model_config = ConfigDict(
         json_schema_extra=constrained(
             **CLOSED,
             anyOf=one_of(inputs={"type": ["string", "array"]}, row=OBJECT, rows=SOME_LIST),
+            allOf=[
+                either({"inputs": {"type": ["string", "array"]}}, {"raw": {"enum": [False, None]}})
+            ],
             examples=[_CLASSIFY_EXAMPLE],
         )
     )
@@ -201,7 +205,15 @@ class ClassifyBody(OpenBody):
     inputs: Annotated[
         Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None,
         AtMost("max_ranked"),
-    ] = Field(None, description="A prompt, or a list of them.")
+    ] = Field(
+        None,
+        description="A text, or a list of them. It fills the adapter's template where that has one "
+        "column; a text in the template's words is a prompt as it is.",
+    )
+    raw: bool | None = Field(
+        None,
+        description="Take inputs as prompts, whatever the adapter's template; false if left out.",
+    )
     row: BodyRow | None = Field(None, description="Columns for the adapter's stored template.")
     rows: (
         Annotated[list[BodyRow], Field(min_length=1, fail_fast=True), AtMost("max_ranked")] | None

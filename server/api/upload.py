@@ -17,6 +17,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from adapters.field_errors import unknown_name
 from adapters.synced_files import disk_failure_is_storage_error
 from server.api.error_replies import invalid, quoted
 from server.api.middleware.headers import body_too_large
@@ -214,7 +215,7 @@ class _Sorter:
         elif self._name not in self._form.fields:
             listed = ", ".join(sorted({*self._form.fields, self._form.files}))
             raise RequestInvalid(
-                f"unknown form field {quoted(self._name)}; this route takes {listed}",
+                unknown_name(self._name, [*self._form.fields, self._form.files], "form field"),
                 field=quoted(self._name),
                 expected=listed,
                 came=quoted(self._name),

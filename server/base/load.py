@@ -25,7 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from adapters.base_files import weight_files
 from adapters.base_model import BaseModelSpec, describe
-from adapters.errors import BaseUnsupported
+from adapters.errors import BaseUnsupported, reason_of
+from server.base.architecture import check_layers, text_config
 from server.base.convert import quiet_progress_bars, read_manifest
 from server.base.digest import CONFIG_FILE, base_digest
 from server.base.dtypes import DTYPES, default_dtype
@@ -131,8 +132,26 @@ def describe_base(
     config = _config(directory)
     check_config(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = _built(config)
     return describe(model, digest=base_digest(directory), dtype=_dtype_name(served))
+
+
+def _built(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (
+        Exception
+    ) as error:  # a config's missing or wrong number fails anywhere in a model's code
+        raise _does_not_build(config, error) from error
+    return model
+
+
+def _does_not_build(config: PretrainedConfig, error: Exception) -> BaseUnsupported:
+    return BaseUnsupported(
+        f"transformers builds no {config.model_type} from this {CONFIG_FILE} ({reason_of(error)}); "
+        "expected a complete config of a decoder-only language model",
+        field=CONFIG_FILE,
+    )
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -140,7 +159,8 @@ def check_config(config: PretrainedConfig) -> None:
 
     Raises:
         BaseUnsupported: encoder-decoders, models with no causal language-modelling class,
-            quantized checkpoints, position encodings that depend on the rest of the batch.
+            quantized checkpoints, layers that differ in size or are not plain attention, position
+            encodings that depend on the rest of the batch.
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -165,6 +185,7 @@ def check_config(config: PretrainedConfig) -> None:
             expected="absent",
             came=str(quantization)[:80],
         )
+    check_layers(config)
     for rope in _rope_types(config):
         if any(name in rope for name in _BATCH_DEPENDENT_ROPE):
             raise BaseUnsupported(
@@ -178,8 +199,7 @@ def check_config(config: PretrainedConfig) -> None:
 
 def _rope_types(config: PretrainedConfig) -> Iterator[str]:
     """Every rope type that a config names; Gemma 3 has one for each kind of layer."""
-    text_config = config.get_text_config()
-    parameters = getattr(text_config, "rope_parameters", None) or {}
+    parameters = getattr(text_config(config), "rope_parameters", None) or {}
     for entry in (parameters, *parameters.values()):
         if isinstance(entry, dict) and "rope_type" in entry:
             yield str(entry["rope_type"])
@@ -260,8 +280,12 @@ def _config(directory: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BaseUnsupported(f"{directory}: {CONFIG_FILE} is invalid: {error}") from error
+    except BaseUnsupported:
+        raise
+    except Exception as error:  # validation of a config raises whatever its class likes
+        raise BaseUnsupported(
+            f"{directory}: {CONFIG_FILE} is invalid: {reason_of(error)}", field=CONFIG_FILE
+        ) from error
     return config
 
 
@@ -286,6 +310,8 @@ def _load_weights(
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise BaseUnsupported(f"{directory}: the weights do not load: {error}") from error
+        except Exception as error:
+            raise _does_not_build(config, error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:

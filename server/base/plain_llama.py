@@ -9,7 +9,7 @@ check at start compares with these. Independent of files, caches and adapters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -61,6 +61,10 @@ class LlamaNumbers:
     def get_text_config(self) -> LlamaNumbers:
         """Itself: the model is text-only."""
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values by name, as a config of transformers gives them."""
+        return asdict(self)
 
 
 def read_numbers(config: dict[str, Any]) -> LlamaNumbers | None:

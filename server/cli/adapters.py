@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from server.cli.backend import AdapterFiles, Backend
 
 adapters_app = typer.Typer(
-    help="Look at adapters, add and remove them: in a data directory, or in a running server.",
+    help="List, show, add, remove, download and combine adapters.",
     no_args_is_help=True,
 )
 
@@ -51,6 +51,7 @@ Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="One of i
 def list_adapters(*, settings: Settings, as_json: AsJson = False) -> None:
     """List adapters, each at the version that its bare name means.
 
+    \b
     graftwork adapters list --url http://127.0.0.1:8000
     """
     with open_backend(settings) as backend:
@@ -64,8 +65,9 @@ def list_adapters(*, settings: Settings, as_json: AsJson = False) -> None:
 @adapters_app.command("show")
 @takes_settings("url", "data_dir")
 def show_adapter(reference: Reference, *, settings: Settings, as_json: AsJson = False) -> None:
-    """Show an adapter: method, template, recipe, metrics, versions and aliases.
+    """Show an adapter: method, template, recipe, metrics, versions.
 
+    \b
     graftwork adapters show complaints@2
     """
     with open_backend(settings) as backend:
@@ -110,6 +112,7 @@ def add_adapters(
     folder that graftwork train made are taken from it; an upload to a server
     has no place for the recipe.
 
+    \b
     graftwork adapters add out/complaints
     graftwork adapters add adapters/* --url http://127.0.0.1:8000
     """
@@ -144,6 +147,7 @@ def remove_adapter(
 
     Requests that run keep theirs to the end.
 
+    \b
     graftwork adapters remove complaints@1 --yes
     """
     with open_backend(settings) as backend:
@@ -171,8 +175,11 @@ def rollback_adapter(
     settings: Settings,
     as_json: AsJson = False,
 ) -> None:
-    """Make a bare name mean an older version, until the next new one is published.
+    """Make a bare name mean an older version.
 
+    Until the next new version is published.
+
+    \b
     graftwork adapters rollback complaints 1
     """
     with open_backend(settings) as backend:
@@ -192,6 +199,7 @@ def set_alias(
 ) -> None:
     """Name a version: NAME@ALIAS means it then; or move an alias.
 
+    \b
     graftwork adapters alias complaints stable 2
     """
     with open_backend(settings) as backend:
@@ -213,6 +221,7 @@ def download_adapter(
 ) -> None:
     """Write the PEFT folder of an adapter, or a zip of it.
 
+    \b
     graftwork adapters download complaints@2 --out complaints
     """
     with open_backend(settings) as backend:
@@ -226,8 +235,11 @@ def download_adapter(
 @adapters_app.command("preload")
 @takes_settings("url")
 def preload_adapter(reference: Reference, *, settings: Settings, as_json: AsJson = False) -> None:
-    """Bring an adapter to the device of a running server ahead of its requests.
+    """Bring an adapter to the device of a running server.
 
+    Ahead of its first request, which then need not wait for it.
+
+    \b
     graftwork adapters preload complaints --url http://127.0.0.1:8000
     """
     _move(reference, "preload", "is on its way to the device", settings, as_json=as_json)
@@ -240,6 +252,7 @@ def unload_adapter(reference: Reference, *, settings: Settings, as_json: AsJson 
 
     The adapter stays, and loads again with its next request.
 
+    \b
     graftwork adapters unload complaints --url http://127.0.0.1:8000
     """
     _move(

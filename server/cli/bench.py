@@ -89,6 +89,7 @@ def bench(
     streams of random words; the end of sequence is ignored, so that every
     output has the same length. Exit status 1 where requests failed.
 
+    \b
     graftwork bench --url http://127.0.0.1:8000 --adapters complaints,refunds
     """
     from server.cli.load import LoadPlan, run_load

@@ -69,8 +69,9 @@ def combine_adapters(
     settings: Settings,
     as_json: AsJson = False,
 ) -> None:
-    """Add up adapters of one method, each with a weight, and register the sum.
+    """Register the weighted sum of adapters of one method.
 
+    \b
     graftwork adapters combine complaints:0.7 refunds@2:0.3 --name both
     """
     weighted = [_weighted(part) for part in parts]
@@ -114,6 +115,7 @@ def merge_adapter(
     What comes out is a stand-alone Hugging Face folder. The base is read here;
     with --url the adapter comes from there, and must be of the same base.
 
+    \b
     graftwork adapters merge complaints-ia3 --out complaints-merged --safe-merge
     """
     from adapters.merge import merge_into_base

@@ -94,7 +94,9 @@ def evaluate(
     settings: Settings,
     as_json: AsJson = False,
 ) -> None:
-    """Measure adapters and the base on the rows of a file, all in one mixed batch.
+    """Measure adapters and the base on the rows of a file.
+
+    All are computed in one mixed batch.
 
     Template, labels and target column are those that were stored with each
     adapter; options take their place. The base gets those of the first adapter,
@@ -102,6 +104,7 @@ def evaluate(
     separator, label and, where the adapter learned it, end of sequence. With
     --url a running server ranks, by the separator that it has stored.
 
+    \b
     graftwork eval --adapters complaints,./mine --data rows.jsonl
     """
     if normalization not in _NORMALIZATIONS:

@@ -366,7 +366,7 @@ def _body(
     if one.is_stored:  # as in training: what stands in a row is never a special token
         kept = [{name: row[name] for name in template.columns if name in row} for row in rows]
         return {**options, "rows": kept}
-    return {**options, "inputs": texts}
+    return {**options, "inputs": texts, "raw": True}  # rendered here, by another template
 
 
 def _right_labels(wording: Wording, rows: Sequence[Row]) -> list[int]:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from server.cli.data import merged_options, pairs_from
 from server.cli.options import (
     AsJson,
+    as_option,
     connect,
     prepare_base,
     takes_settings,
@@ -75,8 +76,11 @@ def generate(
         float | None,
         typer.Option("--temperature", help="Sample. Left out, with top-k and top-p: greedy."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Of so many tokens.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="Keep the likeliest tokens of this probability together."),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of what is sampled.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="A text that ends the output; repeatable.")
@@ -101,6 +105,7 @@ def generate(
     adapters from the data directory or from PEFT folders. With --json an object
     a line, in the order of the prompts.
 
+    \b
     graftwork generate -a complaints --row 'text=My parcel never came.'
     graftwork generate -a complaints -p 'Tweet text : Lovely! Label :' --stream
     """
@@ -157,16 +162,17 @@ def _shown(prompt: GenerationInput) -> dict[str, Any]:
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
     """Exit with a sentence where the parameters are none of TGI's that choose tokens."""
-    from server.api.error_replies import describe_validation
+    from adapters.field_errors import explain, unknown_name
     from server.api.schemas import GenerateParameters
 
     for name in parameters:
         if name not in GenerateParameters.model_fields or name in _OF_THE_REPLY:
-            raise fail(f"--parameters: {name!r} is none that says how to choose tokens")
+            known = [one for one in GenerateParameters.model_fields if one not in _OF_THE_REPLY]
+            raise fail(f"--parameters: {unknown_name(name, known, 'parameter')}")
     try:
         GenerateParameters.model_validate(parameters)
     except ValidationError as error:
-        raise fail(describe_validation(error.errors(include_url=False)).message) from error
+        raise fail(explain(error.errors(), GenerateParameters, as_option).message) from error
 
 
 def _opened(settings: Settings, adapter: str | None) -> Backend:

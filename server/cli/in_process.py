@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from server.store.registry import Registry
 
 # Never resolved: requests go to the application.
-_URL = "http://in-process"
+_URL = "http://localhost"
 # The one adapter of an engine that is started for a command.
 _ONLY = "adapter"
 

@@ -27,7 +27,7 @@ from server.config.settings import Settings
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, such as job-a1ab28fe4d34….")]
 
 jobs_app = typer.Typer(
-    help="Look at training jobs, and cancel them: in a data directory, or a running server.",
+    help="List, show, compare, follow, cancel and remove training jobs.",
     no_args_is_help=True,
 )
 
@@ -58,6 +58,7 @@ def worker(settings: Settings) -> None:
     that are started with --train-workers 0; a job is done once, however many
     look for jobs.
 
+    \b
     graftwork worker --data-dir /var/lib/graftwork --train-workers 2
     """
     if settings.train_workers == 0:
@@ -111,6 +112,7 @@ def list_jobs(
 ) -> None:
     """List training jobs, the newest first.
 
+    \b
     graftwork jobs list --url http://127.0.0.1:8000
     """
     with open_backend(settings, jobs=True) as backend:
@@ -121,7 +123,8 @@ def list_jobs(
     table = Table("id", "state", "adapter", "method", "step", "created")
     for job in jobs:
         created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
-        cells = (job["id"], job["state"], job["adapter"], job["method"], _step(job), created)
+        state = "interrupted" if job.get("interrupted") else job["state"]
+        cells = (job["id"], state, job["adapter"], job["method"], _step(job), created)
         table.add_row(*(Text(one) for one in cells))
     print_table(table)
 
@@ -131,6 +134,7 @@ def list_jobs(
 def show_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> None:
     """Show a job: its state, its options, its metrics.
 
+    \b
     graftwork jobs show job-a1ab28fe4d34fda420b6c479
     """
     with open_backend(settings, jobs=True) as backend:
@@ -150,6 +154,7 @@ def show_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> N
 def cancel_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> None:
     """End a job: one that waits at once, one that runs within seconds.
 
+    \b
     graftwork jobs cancel job-a1ab28fe4d34fda420b6c479
     """
     with open_backend(settings, jobs=True) as backend:
@@ -164,8 +169,11 @@ def cancel_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) ->
 @jobs_app.command("remove")
 @takes_settings("url", "data_dir")
 def remove_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> None:
-    """Remove a job that has ended, with its rows and log; its adapter stays.
+    """Remove a job that has ended; its adapter stays.
 
+    Its rows, log and events go.
+
+    \b
     graftwork jobs remove job-a1ab28fe4d34fda420b6c479
     """
     with open_backend(settings, jobs=True) as backend:
@@ -187,6 +195,7 @@ def job_log(
 ) -> None:
     """Print what the job's worker printed.
 
+    \b
     graftwork jobs log job-a1ab28fe4d34fda420b6c479 --tail 20
     """
     with open_backend(settings, jobs=True) as backend:
@@ -213,6 +222,7 @@ def job_events(
 
     With --json a JSON object a line.
 
+    \b
     graftwork jobs events job-a1ab28fe4d34fda420b6c479 --follow
     """
     with open_backend(settings, jobs=True) as backend:

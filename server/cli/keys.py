@@ -84,6 +84,7 @@ def create_key(
 ) -> None:
     """Make a key, and print it: it is shown this once.
 
+    \b
     graftwork keys create --name web --scope generate --rate 60/minute
     """
     expires_in = None if expires is None else _duration(expires)
@@ -109,6 +110,7 @@ def create_key(
 def list_keys(*, settings: Settings, as_json: AsJson = False) -> None:
     """List the keys, without their texts.
 
+    \b
     graftwork keys list
     """
     with _store(settings) as store:
@@ -147,6 +149,7 @@ def revoke_key(
 ) -> None:
     """Revoke a key: requests that have begun end, others are refused.
 
+    \b
     graftwork keys revoke key-0123456789ab
     """
     with _store(settings) as store:

@@ -44,6 +44,7 @@ from server.cli.render import (
     err,
     fail,
     print_json,
+    print_line,
     print_table,
 )
 from server.config.settings import Settings
@@ -51,22 +52,38 @@ from server.config.settings import Settings
 if TYPE_CHECKING:
     from server.cli.demo import Accuracy
 
+
+def _with_dashes(word: str) -> str:
+    """An option as it is meant where it is typed like a field: --learning_rate."""
+    return word.replace("_", "-")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print_line(f"graftwork {version('graftwork')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    help="Serve many PEFT adapters on one frozen base model.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
+    context_settings={"token_normalize_func": _with_dashes},
+    rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
 )
-app.add_typer(adapters.adapters_app, name="adapters")
-train.add_commands(app)
-bench.add_commands(app)
-combine.add_commands(adapters.adapters_app)
-doctor.add_commands(app)
-evaluate.add_commands(app)
-generate.add_commands(app)
-jobs.add_commands(app)
-keys.add_commands(app)
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Serve many PEFT adapters on one frozen base model."""
 
 
 @app.command()
@@ -110,6 +127,7 @@ def serve(
     Add an adapter that PEFT saved with graftwork adapters add, and use it with
     POST /generate?adapter=NAME. More settings: graftwork settings.
 
+    \b
     graftwork serve --base /models/llama --data-dir /var/lib/graftwork
     """
     prepare_base(settings)
@@ -123,16 +141,17 @@ def demo(*, settings: Settings, as_json: AsJson = False) -> None:
 
     Accuracy on the 20 held-out messages of the demo.
 
+    \b
     graftwork demo
     """
     prepare_base(settings)
     asyncio.run(_demo(settings, as_json=as_json))
 
 
-@app.command("settings")
 def show_settings(as_json: AsJson = False) -> None:
-    """List every setting: its environment variable, its default and what it does.
+    """List every setting: its variable, its default, what it does.
 
+    \b
     graftwork settings
     """
     table = Table("variable", "default", "what it does", show_lines=False, expand=True)
@@ -146,6 +165,19 @@ def show_settings(as_json: AsJson = False) -> None:
         print_json(listed)
     else:
         print_table(table)
+
+
+# In the order of the help.
+generate.add_commands(app)
+app.add_typer(adapters.adapters_app, name="adapters")
+combine.add_commands(adapters.adapters_app)
+train.add_commands(app)
+jobs.add_commands(app)
+evaluate.add_commands(app)
+bench.add_commands(app)
+keys.add_commands(app)
+app.command("settings")(show_settings)
+doctor.add_commands(app)
 
 
 def main() -> None:

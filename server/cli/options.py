@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from pydantic import ValidationError
 
+from adapters.field_errors import explain
 from server.cli.render import errors_as_lines, fail
 from server.config.settings import DEFAULT_BASE, Settings
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from server.cli.backend import Backend
 
 
-Description = Annotated[str | None, typer.Option("--description")]
+Description = Annotated[
+    str | None, typer.Option("--description", help="Free text, stored with the adapter.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 _SHORT = {"base": "-b", "data_dir": "-d", "port": "-p"}
@@ -80,8 +83,8 @@ def _parameter(name: str) -> inspect.Parameter:
         flag = f"{flag}/--no-{flag[2:]}"
     option = typer.Option(
         *(flag, _SHORT[name]) if name in _SHORT else (flag,),
-        help=f"{field.description} [dim]GRAFTWORK_{name.upper()}[/dim]",
-        show_default=False if field.default is None else str(field.default),
+        help=f"{field.description} [{_default(field.default)}GRAFTWORK_{name.upper()}]",
+        show_default=False,
     )
     kind: Any = _TYPES.get(name, field.annotation)
     annotation = Annotated[kind | None, option]
@@ -90,17 +93,25 @@ def _parameter(name: str) -> inspect.Parameter:
     )
 
 
+def _default(value: object) -> str:
+    return "" if value in (None, ()) else f"default: {value}; "
+
+
 def settings_from(**given: Any) -> Settings:
     """The settings, with the options that were given; exits with a sentence on a wrong one."""
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise fail(
-            f"--{name.replace('_', '-')} (GRAFTWORK_{name.upper()}): {first['msg']}; "
-            f"came: {first['input']!r}"
-        ) from error
+        found = explain([first])
+        name, variable = str(first["loc"][0]), f"GRAFTWORK_{str(first['loc'][0]).upper()}"
+        place = f"--{name.replace('_', '-')}" if name in given else variable
+        raise fail(f"{place}: expected {found.expected}, came {found.came}") from error
+
+
+def as_option(field: str) -> str:
+    """What a field of a request is called on the command line: its own option."""
+    return f"--{field.rpartition('.')[2].replace('_', '-')}"
 
 
 def _resolved(url: str | None = None, data_dir: Path | None = None, **given: Any) -> Settings:

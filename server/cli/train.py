@@ -18,13 +18,15 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from adapters.errors import TrainingDiverged
+from adapters.field_errors import explain
 from adapters.template import Tokenization
 from adapters.training.job import (
+    METHOD_NAMES,
     HyperparameterRequest,
     IfExists,
     JobRequest,
-    MethodName,
     OnTooLong,
+    method_name,
 )
 from adapters.training.shapes import Format
 from server.cli.data import (
@@ -45,6 +47,7 @@ from server.cli.data import (
 from server.cli.options import (
     AsJson,
     Description,
+    as_option,
     connect,
     prepare_base,
     takes_settings,
@@ -79,6 +82,19 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(train)
 
 
+def _method(text: str) -> str:
+    name: str = method_name(text)
+    if name not in METHOD_NAMES:
+        raise typer.BadParameter(f"expected {', '.join(METHOD_NAMES)}; came {text!r}")
+    return name
+
+
+def _hyperparameter(flag: str, *others: str) -> Any:
+    """The option of a field of `HyperparameterRequest`."""
+    field = HyperparameterRequest.model_fields[flag[2:].replace("-", "_")]
+    return typer.Option(flag, *others, help=f"{field.description} [default: the recipe's]")
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """Where the result goes, and how it is printed.
@@ -101,7 +117,15 @@ class _Outcome:
 @takes_settings("url", "base", "revision", "base_name", "data_dir", "dtype", "device", "threads")
 def train(
     *,
-    method: Annotated[MethodName, typer.Option("--method", help="How the adapter works.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            parser=_method,
+            help=f"How the adapter works: {', '.join(METHOD_NAMES)}.",
+        ),
+    ],
     data: Data,
     out_dir: Annotated[
         Path | None,
@@ -141,11 +165,11 @@ def train(
         str | None,
         typer.Option("--config", metavar="JSON", help="PEFT's fields of the method, as an object."),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr", "--learning-rate")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs")] = None,
-    max_steps: Annotated[int | None, typer.Option("--max-steps")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size")] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    learning_rate: Annotated[float | None, _hyperparameter("--learning-rate", "--lr")] = None,
+    epochs: Annotated[int | None, _hyperparameter("--epochs")] = None,
+    max_steps: Annotated[int | None, _hyperparameter("--max-steps")] = None,
+    batch_size: Annotated[int | None, _hyperparameter("--batch-size")] = None,
+    seed: Annotated[int | None, _hyperparameter("--seed")] = None,
     validation_split: Annotated[
         float | None, typer.Option("--validation-split", help="Share of the rows held out.")
     ] = None,
@@ -217,6 +241,7 @@ def train(
     Ctrl-C writes a checkpoint into DIR.partial, and the same command with
     --resume goes on from there.
 
+    \b
     graftwork train --method ia3 --data rows.jsonl --target label --out mine \\
       --template 'Tweet text : {text} Label :' --labels 'complaint,no complaint'
     """
@@ -285,13 +310,10 @@ def _require_words(request: JobRequest, rows: DataFile, path: Path) -> None:
 
 def _request(**fields: Any) -> JobRequest:
     try:
-        options = HyperparameterRequest.model_validate(fields.pop("hyperparameters"))
         given = {name: value for name, value in fields.items() if value is not None}
-        return JobRequest.model_validate({**given, "hyperparameters": options})
+        return JobRequest.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise fail(f"{where}: {first['msg']}; came: {ascii(first['input'])[:80]}") from error
+        raise fail(explain(error.errors(), JobRequest, as_option).message) from error
 
 
 def _check_local(outcome: _Outcome) -> PartialRun | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, DirectoryPath, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.config.limits import Count, Limits
@@ -26,12 +27,44 @@ DEFAULT_BASE = HOME / "base"
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 
+_HOST_NAME = re.compile(r"\*|(\*\.)?[^\s/:*\[\]@]+(:[0-9]+)?|\[[0-9a-f:.]+\](:[0-9]+)?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*,]+")
+
 
 def _paths(value: Any) -> Any:
     """A list, or a text in the format of PATH."""
     if isinstance(value, str):
         return tuple(part for part in value.split(os.pathsep) if part)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _words(value: Any) -> Any:
+    """A list, or a text with commas."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return tuple(part.strip().lower() for part in value if part.strip())
+    return value
+
+
+def _hosts(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not _HOST_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is no host name; expected graft.example, *.example or an address, with a "
+                "port or without, and no scheme"
+            )
+    return names
+
+
+def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin!r} is no origin; expected scheme://name or scheme://name:port, as a browser "
+                "sends it, such as https://graft.example"
+            )
+    return origins
 
 
 class _OwnSettings(BaseSettings):
@@ -82,6 +115,22 @@ class _OwnSettings(BaseSettings):
         None,
         description="Require an API key for every request, see `graftwork keys`. Left out: only "
         "if the server listens on an address that is not loopback.",
+    )
+    allowed_hosts: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_hosts)
+    ] = Field(
+        (),
+        description="Names by which clients reach the server, with commas between them: graft.example, "
+        "*.example or *. A request with another Host is refused (403); localhost, 127.0.0.1 and [::1] "
+        "always pass. Left out: only these on loopback, any name on other addresses.",
+    )
+    allowed_origins: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_origins)
+    ] = Field(
+        (),
+        description="Origins of other sites, such as https://tools.example, with commas between them, "
+        "whose web pages may use the server (CORS). Left out: none, and what their pages send is "
+        "refused (403).",
     )
     metrics_public: bool = Field(
         False, description="Serve /metrics without a key even if keys are required."

@@ -124,7 +124,7 @@ class EngineClient:
         base: dimensions of the base, once started.
         base_name: what the base calls itself.
         notes: remarks on its weights.
-        max_sequence_tokens: virtual, prompt and new tokens of one sequence together.
+        max_sequence_tokens: positions that one sequence may take, see `request.positions_taken`.
         stats: the engine's latest counts.
         num_restarts: times that the process was replaced.
         lost: whether the process has ended and will not be replaced: only a new server helps.
@@ -355,7 +355,7 @@ class EngineClient:
             log.error("engine_silent", seconds=silent, pid=self.pid)
             self.hung = True
             self._fail_all(
-                "engine_error", f"the engine has reported nothing for {silent:.0f} seconds"
+                "engine_unavailable", f"the engine has reported nothing for {silent:.0f} seconds"
             )
             engine.kill()
             await asyncio.to_thread(engine.process.join, _STOP_SECONDS)
@@ -366,7 +366,7 @@ class EngineClient:
     def _ended(self, engine: RunningEngine) -> None:
         if engine is not self._engine:
             return  # `stop` has seen to it
-        self._fail_all("engine_error", "the engine process ended unexpectedly")
+        self._fail_all("engine_unavailable", "the engine process ended unexpectedly; try again")
         self.stats = dataclasses.replace(self.stats, num_running=0, num_waiting=0, kv_blocks_used=0)
         for event in list(self._residency.values()):
             self._moved(dataclasses.replace(event, residency="disk", loads=0, evictions=0))

@@ -512,13 +512,13 @@ class Engine:
     # --- counters -----------------------------------------------------------------------------
 
     def _refusal(self, request: GenerationRequest) -> str | None:
-        prefix = request.adapter.num_virtual_tokens if request.adapter else 0
-        tokens = len(request.prompt_token_ids) + request.sampling.max_new_tokens
-        if prefix + tokens > self.spec.max_positions:
+        prefix, most = request.num_virtual_tokens, self.spec.max_positions
+        if prefix + request.num_own_positions > most:
+            prompt, new = len(request.prompt_token_ids), request.sampling.max_new_tokens
             return (
-                f"{prefix} virtual tokens, {len(request.prompt_token_ids)} prompt tokens and "
-                f"{request.sampling.max_new_tokens} new tokens make {prefix + tokens}, "
-                f"the base takes {self.spec.max_positions}"
+                f"{prefix} virtual tokens, {prompt} prompt tokens and {new} new tokens make "
+                f"{prefix + prompt + new}; the base has {most} positions and the last new token takes "
+                f"none: expected at most {most + 1}"
             )
         return self.scheduler.refusal(request)
 

@@ -48,7 +48,7 @@ class Ready:
         base: `BaseModelSpec.to_dict()`.
         base_name: what the base calls itself.
         notes: remarks on its weights, for the model listing.
-        max_sequence_tokens: virtual, prompt and new tokens that one sequence may have together.
+        max_sequence_tokens: positions that one sequence may take, see `request.positions_taken`.
     """
 
     base: dict[str, Any]

@@ -97,6 +97,14 @@ class AdapterRef:
     version: int = field(default=0, compare=False)
 
 
+def positions_taken(num_virtual_tokens: int, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """Positions that a sequence takes; the last new token is never run, so it takes none.
+
+    The only place of this rule. Source: transformers' `generate` and PEFT, which stop after sampling it.
+    """
+    return num_virtual_tokens + num_prompt_tokens + max(max_new_tokens, 1) - 1
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One sequence to generate; as a command, it queues that sequence.
@@ -115,6 +123,16 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterRef | None = None
     cache_scope: str = ""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions of the adapter before the prompt."""
+        return 0 if self.adapter is None else self.adapter.num_virtual_tokens
+
+    @property
+    def num_own_positions(self) -> int:
+        """Positions that prompt and output may take, the adapter's left out."""
+        return positions_taken(0, len(self.prompt_token_ids), self.sampling.max_new_tokens)
 
 
 # --- commands: API -> engine ---------------------------------------------------------------
@@ -198,7 +216,8 @@ class FailedEvent:
     """A request that ends without more tokens.
 
     `code` is one of "adapter_corrupt", "adapter_not_loaded", "too_long", "grammar_invalid",
-    "non_finite", "aborted", "engine_error"; `message` is for a person.
+    "non_finite", "aborted", "engine_error", or "engine_unavailable" where the client reports for a
+    process that ended; `message` is for a person.
     """
 
     request_id: str

@@ -120,8 +120,7 @@ class Scheduler:
         reason = None if request.adapter is None else self._adapter_refusal(request.adapter)
         if reason is not None:
             return reason
-        prefix = request.adapter.num_virtual_tokens if request.adapter else 0
-        tokens = len(request.prompt_token_ids) + request.sampling.max_new_tokens
+        prefix, tokens = request.num_virtual_tokens, request.num_own_positions
         block_size = self.limits.block_size
         need = blocks_for(prefix, block_size) + blocks_for(tokens, block_size)
         if need > self.limits.num_blocks:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adapters.base_model import BaseModelSpec
-from adapters.errors import BaseUnsupported
+from adapters.errors import BaseUnsupported, reason_of
 from server.engine.model_runner import ModelRunner, StepRows
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence
@@ -31,9 +31,15 @@ def reference_logits(model: nn.Module, spec: BaseModelSpec) -> torch.Tensor:
     """The model's own logits (T, V) at every position of the probe prompt.
 
     To be taken before the model is connected to the engine's attention.
+
+    Raises:
+        BaseUnsupported: the model's own forward pass fails.
     """
     ids = torch.tensor([_probe_tokens(spec)], device=next(model.parameters()).device)
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    try:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    except Exception as error:  # whatever a model's code raises
+        raise _fails(spec, error) from error
     return logits.float().cpu()
 
 
@@ -48,9 +54,7 @@ def check_base(runner: ModelRunner, spec: BaseModelSpec, expected: torch.Tensor)
     except BaseUnsupported:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise BaseUnsupported(
-            f"{spec.model_type} cannot be served: its forward pass failed with {error!r}"
-        ) from error
+        raise _fails(spec, error) from error
     error_share = float((got - expected).abs().mean() / expected.std().clamp(min=1e-6))
     allowed = _TOLERANCES.get(runner.dtype, _TOLERANCE)
     if not error_share <= allowed:
@@ -60,6 +64,12 @@ def check_base(runner: ModelRunner, spec: BaseModelSpec, expected: torch.Tensor)
             expected=f"<= {allowed}",
             came=f"{error_share:.2g}",
         )
+
+
+def _fails(spec: BaseModelSpec, error: Exception) -> BaseUnsupported:
+    return BaseUnsupported(
+        f"{spec.model_type} cannot be served: its forward pass failed ({reason_of(error)})"
+    )
 
 
 def _probe_tokens(spec: BaseModelSpec) -> list[int]:

@@ -8,6 +8,7 @@ when the name is resolved; replacing or deleting it later does not affect runnin
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -294,7 +295,7 @@ class Generator(PerCaller):
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Maximum total of virtual, prompt and output tokens."""
+        """Positions that virtual, prompt and output tokens may take; the last new one takes none."""
         return self._client.max_sequence_tokens
 
     async def resolve(self, name: str | None) -> AdapterRecord | None:
@@ -402,7 +403,8 @@ class Generator(PerCaller):
 
     async def encode_rows(self, rows: Sequence[Row], adapter: AdapterRecord | None) -> list[Prompt]:
         """As `encode_row`, for each row."""
-        if adapter is None or adapter.template is None:
+        template = None if adapter is None else template_of(adapter)
+        if template is None:
             whose = "the base" if adapter is None else f"the adapter {adapter.name!r}"
             raise RequestInvalid(
                 f"row: {whose} has no stored template; send inputs instead",
@@ -410,14 +412,48 @@ class Generator(PerCaller):
                 expected="an adapter with a stored template",
                 came=whose,
             )
-        as_written = adapter.tokenization == "as_written"
-        template = Template.parse(adapter.template, keep_trailing_space=as_written)
         texts: list[str] = []
         for start in range(0, len(rows), _PIECE_TEXTS):
             piece = rows[start : start + _PIECE_TEXTS]
             work = partial(lambda piece: [template.render(row) for row in piece], piece)
             texts += await self._run(sum(map(_num_characters, piece)), work)
         return await self.encode_all(texts, plain=True, field="row")
+
+    async def encode_inputs(
+        self, texts: Sequence[str], adapter: AdapterRecord | None, *, field: str = "inputs"
+    ) -> list[Prompt]:
+        """Texts for an adapter, rendered with its stored template unless they are already.
+
+        A template of one column is filled with the text. A text in the template's own words (see
+        `Template.recognises`) is a prompt as it is, as is every text for an adapter without a template.
+
+        Args:
+            texts: at least one.
+            adapter: None is the base.
+            field: the API's name for the texts, used in errors.
+
+        Raises:
+            RequestInvalid: the template has several columns, which one text cannot fill.
+            TooLong: a text has more characters than may be tokenised.
+        """
+        template = None if adapter is None else template_of(adapter)
+        if adapter is None or template is None or not template.columns:
+            return await self.encode_all(texts, field=field)
+        for text in texts:
+            self._check_characters(text, field)
+            if not text.strip():
+                raise _no_tokens(field)
+        characters = sum(map(len, texts))
+        as_is = await self._run(characters, lambda: [template.recognises(text) for text in texts])
+        rows = [text for text, whole in zip(texts, as_is, strict=True) if not whole]
+        if rows and len(template.columns) > 1:
+            raise _several_columns(template.columns, adapter.name, field)
+        filled = iter(
+            await self.encode_rows([{template.columns[0]: text} for text in rows], adapter)
+        )
+        whole_texts = [text for text, whole in zip(texts, as_is, strict=True) if whole]
+        prompts = iter(await self.encode_all(whole_texts, field=field))
+        return [next(prompts) if whole else next(filled) for whole in as_is]
 
     async def encode_targets(
         self, texts: Sequence[str], *, append_eos: bool
@@ -458,12 +494,7 @@ class Generator(PerCaller):
         if options.truncate is not None:
             ids = ids[-options.truncate :]
         if not ids:
-            raise RequestInvalid(
-                f"{options.prompt_field}: expected at least one token, came an empty text",
-                field=options.prompt_field,
-                expected="at least one token",
-                came="none",
-            )
+            raise _no_tokens(options.prompt_field)
         max_new_tokens = self.check_length(len(ids), adapter, options)
         sampling = replace(
             options.sampling,
@@ -531,8 +562,8 @@ class Generator(PerCaller):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Maximum prompt tokens, with room for one new token."""
-        room = self.max_sequence_tokens - 1
+        """Maximum prompt tokens; the one new token that follows takes no position."""
+        room = self.max_sequence_tokens
         most = self._limits.max_prompt_tokens
         return room if most is None else min(room, most)
 
@@ -564,7 +595,8 @@ class Generator(PerCaller):
 
     def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
         asked = options.max_new_tokens
-        room = self.max_sequence_tokens - virtual - prompt
+        # Of new tokens; the last one takes no position, see `positions_taken`.
+        room = self.max_sequence_tokens + 1 - virtual - prompt
         wanted = 1 if asked is None else asked
         if wanted > room:
             taken = f"{prompt} prompt tokens + {wanted} new tokens"
@@ -572,9 +604,9 @@ class Generator(PerCaller):
                 taken += f" + {virtual} virtual tokens of the adapter"
             raise TooLong(
                 f"{options.prompt_field} and {options.length_field} take {taken}, "
-                f"at most {self.max_sequence_tokens} fit in all",
+                f"at most {self.max_sequence_tokens + 1} fit in all",
                 field=options.prompt_field if room < 1 else options.length_field,
-                expected=f"at most {self.max_sequence_tokens} tokens in all",
+                expected=f"at most {self.max_sequence_tokens + 1} tokens in all",
                 came=str(prompt + wanted + virtual),
             )
         if asked is not None:
@@ -599,6 +631,36 @@ def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def _num_characters(row: Row) -> int:
     return sum(len(value) for value in row.values() if isinstance(value, str))
+
+
+def template_of(adapter: AdapterRecord) -> Template | None:
+    """An adapter's stored template, as it makes prompts; None if it has none."""
+    if adapter.template is None:
+        return None
+    as_written = adapter.tokenization == "as_written"
+    return Template.parse(adapter.template, keep_trailing_space=as_written)
+
+
+def _several_columns(columns: Sequence[str], name: str, field: str) -> RequestInvalid:
+    listed = ", ".join(repr(column) for column in columns)
+    example = ", ".join(f"{json.dumps(column, ensure_ascii=False)}: ..." for column in columns)
+    return RequestInvalid(
+        f"{field}: the template of the adapter {name!r} takes the columns {listed}, and one text "
+        f'cannot fill them; send "row": {{{example}}} (or "rows", a list of them), or "raw": true '
+        "for a prompt that is taken as it is",
+        field=field,
+        expected=f'"row" with the columns {listed}',
+        came="a text",
+    )
+
+
+def _no_tokens(field: str) -> RequestInvalid:
+    return RequestInvalid(
+        f"{field}: expected at least one token, came an empty text",
+        field=field,
+        expected="at least one token",
+        came="none",
+    )
 
 
 def _too_long(field: str, expected: str, came: str) -> TooLong:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ from server.jobs import failures
 from server.jobs.config import EXIT_DISK_FULL, WorkerConfig
 from server.jobs.publishing import published_by
 from server.jobs.worker_process import WorkerProcess, describe_exit
+from server.store.job_states import FINISHED
 from server.store.jobs import Claim, JobRecord, JobStore
 from server.store.registry import Registry
 
@@ -35,6 +37,8 @@ TICK_SECONDS = 0.25
 CLAIM_SECONDS = 1.0
 # Grace period of a cancelled worker before it is killed.
 CANCEL_SECONDS = 2.0
+# The same of a worker that has written its job's outcome: it only has to exit, at its niceness.
+EXIT_SECONDS = 10.0
 STOP_SECONDS = 10.0
 
 Ending = Literal["cancel", "leave"]
@@ -88,6 +92,8 @@ class Supervisor:
         self._stop_seconds = STOP_SECONDS
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._held = ExitStack()
+        self._holder: str | None = None
 
     @property
     def pids(self) -> dict[str, int]:
@@ -124,6 +130,10 @@ class Supervisor:
     # --- the thread -------------------------------------------------------------------------
 
     def _loop(self) -> None:
+        with self._held:
+            self._run_jobs()
+
+    def _run_jobs(self) -> None:
         while not self._stopping:
             in_order = self._look_after_all()
             # If a lease could not be renewed, a claim might return a job that still runs here.
@@ -183,7 +193,7 @@ class Supervisor:
             return False
         if record.state != "running":
             # It has written the job's final state and is about to exit.
-            run.kill_at = min(run.kill_at, now + CANCEL_SECONDS)
+            run.kill_at = min(run.kill_at, now + EXIT_SECONDS)
         elif record.cancel_requested and run.ending != "cancel":
             self._ask_to_leave(run, "cancel", CANCEL_SECONDS)
         return False
@@ -195,8 +205,12 @@ class Supervisor:
 
     def _claim_more(self) -> None:
         try:
+            if self._holder is None:
+                self._holder = self._held.enter_context(self._store.held())
             while len(self._runs) < self._workers:
-                claim = self._store.claim(self._lease_seconds)
+                claim = self._store.claim(
+                    self._lease_seconds, holder=self._holder, facts={"nice": self._config.nice}
+                )
                 if claim is None:
                     break
                 self._run(claim)
@@ -211,20 +225,25 @@ class Supervisor:
         except Exception:
             self._store.release(claim)
             raise
-        log.info("job_started", job=claim.job_id, pid=process.pid)
+        log.info("job_started", job=claim.job_id, pid=process.pid, nice=self._config.nice)
         self._runs.append(_Run(claim, process, time.monotonic() + self._lease_seconds / 4))
 
     # --- settling jobs whose process has ended -------------------------------------------------
 
     def _settle(self, run: _Run, code: int) -> None:
         """Write the job's state if the worker did not; jobs claimed by another are left unchanged."""
+        job_id = run.claim.job_id
         try:
-            record = self._store.get(run.claim.job_id)
+            record = self._store.get(job_id)
+            if record.state in FINISHED:
+                # The outcome counts: however its process left afterwards concerns nobody.
+                log.info("job_ended", job=job_id, state=record.state)
+                return
             if record.state == "running":
                 self._settle_unfinished(run, record, code)
         except (LeaseLost, JobNotFound):
-            log.warning("lease_lost", job=run.claim.job_id, token=run.claim.token)
-        log.info("job_left", job=run.claim.job_id, how=describe_exit(code))
+            log.warning("lease_lost", job=job_id, token=run.claim.token)
+        log.info("job_left", job=job_id, how=describe_exit(code))
 
     def _settle_unfinished(self, run: _Run, record: JobRecord, code: int) -> None:
         claim = run.claim
@@ -242,7 +261,5 @@ class Supervisor:
             error = failures.failed(failures.DISK_FULL, "the disk is full; nothing was published")
             self._store.finish(claim, "failed", error=error)
         else:
-            self._store.add_event(claim, "worker_lost", {"how": describe_exit(code)})
-            # Expire the lease: the next claim resumes the job, or the store fails it.
-            self._store.renew(claim, 0.0)
+            self._store.lose(claim, describe_exit(code))
             self._claim_at = 0.0

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +39,7 @@ class WorkerProcess:
     """
 
     def __init__(self, config: WorkerConfig, job_id: str, token: int, log: Path) -> None:
+        _append(log, _first_line(job_id, config.nice))
         command = [sys.executable, "-m", "server.jobs.worker", "--job", job_id]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
             [*command, "--token", str(token)],
@@ -86,6 +88,17 @@ class WorkerProcess:
                 # A full disk loses the log, never the job: keep draining the pipe.
                 while _read(pipe):
                     pass
+
+
+def _first_line(job_id: str, nice: int) -> bytes:
+    # At once: the worker's own first line comes after its imports, seconds later at its niceness.
+    at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{at} [info     ] started job={job_id} nice={nice}\n".encode()
+
+
+def _append(log: Path, line: bytes) -> None:
+    with contextlib.suppress(OSError), log.open("ab", buffering=0) as file:
+        _write(file, line, MAX_LOG_BYTES - file.tell())
 
 
 def describe_exit(code: int) -> str:

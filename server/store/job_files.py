@@ -36,6 +36,7 @@ class JobFiles:
         self._jobs = root / "jobs"
         self._jobs.mkdir(parents=True, exist_ok=True)
         self._staging = StagingArea(root)
+        self._holders = StagingArea(root, "holders")
 
     def directory(self, job_id: str) -> Path:
         """The path of a job's folder, which may not exist.
@@ -95,8 +96,19 @@ class JobFiles:
         shutil.rmtree(state, ignore_errors=True)
         return found
 
+    @contextmanager
+    def held(self) -> Iterator[str]:
+        """A name that `is_dead` once the block has ended, or the process."""
+        with self._holders.folder() as folder:
+            yield folder.name
+
+    def is_dead(self, holder: str) -> bool:
+        """Whether what had this name of `held` has ended."""
+        return self._holders.is_abandoned(holder)
+
     def sweep_staging(self) -> int:
         """Remove staging folders of dead owners. Returns the number of entries removed."""
+        self._holders.sweep()
         return self._staging.sweep()
 
 

@@ -11,8 +11,11 @@ Guarantees:
 
 - States change as `server.store.job_states` says; a finished job never changes again.
 - Event ids of a job are 1, 2, 3, ...; events are immutable.
-- A job that loses its worker `max_attempts` times without a new checkpoint fails with code
-  "worker_lost". A worker that hands its job back does not count.
+- A job whose workers die by themselves `max_attempts` times without a new checkpoint fails with code
+  "worker_lost". A worker that hands its job back does not count, nor one that ends with its server:
+  such a job is interrupted, and only `MAX_INTERRUPTIONS` of these in a row fail it.
+- An interrupted job is claimed before all that wait, and as soon as its server is known to be dead: a
+  supervisor locks a folder while it lives (`held`), and the system releases the lock of a dead process.
 - A caller with a key (`server.store.caller`) sees only the jobs of its owner.
 - A cancellation is not lost: a running job that was asked to stop is cancelled even if its worker dies.
 - A published job has succeeded: if its worker is lost after publishing and before the final write, the
@@ -29,7 +32,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +55,8 @@ from server.store.tables import JobEventRow, JobRow, VersionRow
 
 MAX_QUEUED = 100
 MAX_ATTEMPTS = 3
+# A job that takes its server down with it every time must not do so for ever.
+MAX_INTERRUPTIONS = 10
 MAX_EVENTS = 20_000
 # Supervisors and workers request at most half of it.
 MAX_LEASE_SECONDS = 60.0
@@ -76,6 +81,7 @@ class JobRecord:
         adapter_version: the published version.
         cancel_requested: whether cancellation was requested.
         attempts: claims that were not released, counted from the one that made the last checkpoint.
+        interrupted: whether it is running and has no worker at present; it is the next to be claimed.
         tuning: request fields stored beside the job; None for a job of Graftwork's own API.
     """
 
@@ -93,6 +99,7 @@ class JobRecord:
     adapter_version: int | None
     cancel_requested: bool
     attempts: int
+    interrupted: bool
     tuning: dict[str, Any] | None
 
 
@@ -129,7 +136,7 @@ class JobStore(PerCaller):
     Args:
         root: the data directory, made if it is not there.
         max_queued: maximum number of queued jobs.
-        max_attempts: workers that a job may lose without a new checkpoint.
+        max_attempts: workers of a job that may die without a new checkpoint.
         max_events: approximate number of events stored per job, see `add_events`.
         clock: Unix time, shared by all processes of one root. It may jump in either direction.
 
@@ -189,7 +196,7 @@ class JobStore(PerCaller):
                     row = self._insert(session, job_id, job, said)
                     self._files.place(staged, job_id)
                     # Read before the commit: afterwards it may change at any moment.
-                    return _record(row)
+                    return self._record(row)
             except BaseException:
                 # If this fails too, the next sweep finds the orphan.
                 with suppress(AdapterError, OSError, DatabaseError):
@@ -205,13 +212,15 @@ class JobStore(PerCaller):
             JobNotFound: no such job.
         """
         with self._database.read() as session:
-            return _record(self._row(session, job_id))
+            return self._record(self._row(session, job_id))
 
     def list(self, offset: int = 0, limit: int = 100) -> list[JobRecord]:
         """Jobs, newest first."""
         statement = select(JobRow).where(self._seen()).order_by(JobRow.number.desc())
         with self._database.read() as session:
-            return [_record(row) for row in session.scalars(statement.offset(offset).limit(limit))]
+            return [
+                self._record(row) for row in session.scalars(statement.offset(offset).limit(limit))
+            ]
 
     def list_after(
         self,
@@ -243,7 +252,7 @@ class JobStore(PerCaller):
         with self._database.read() as session:
             if after is not None:
                 statement = statement.where(JobRow.number < self._row(session, after).number)
-            return [_record(row) for row in session.scalars(statement)]
+            return [self._record(row) for row in session.scalars(statement)]
 
     def count(self) -> int:
         """Jobs in all states."""
@@ -314,38 +323,68 @@ class JobStore(PerCaller):
         statement = select(JobRow).where(JobRow.state == "running").order_by(JobRow.number)
         with self._database.read() as session:
             return [
-                (_record(row), row.token, row.lease_until or 0.0)
+                (self._record(row), row.token, row.lease_until or 0.0)
                 for row in session.scalars(statement)
             ]
 
     # --- a worker's side --------------------------------------------------------------
 
-    def claim(self, lease_seconds: float) -> Claim | None:
+    def held(self) -> AbstractContextManager[str]:
+        """The name of a new holder of jobs, alive until the block ends or the process dies.
+
+        Raises:
+            StorageFull, StorageUnavailable: as `StagingArea.folder`.
+        """
+        return self._files.held()
+
+    def claim(
+        self,
+        lease_seconds: float,
+        *,
+        holder: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Claim | None:
         """Claim the next job; None if there is none.
 
-        Takes the oldest queued job, else the oldest with an expired lease. A lost job that has published
-        succeeds here, one whose cancellation was requested is cancelled, and one that lost too many
-        workers fails.
+        Takes the oldest interrupted job, whose lease has expired or whose holder is dead, else the oldest
+        queued one. An interrupted job that has published succeeds here, one whose cancellation was
+        requested is cancelled, and one that lost too many workers fails.
+
+        Args:
+            lease_seconds: duration of the lease.
+            holder: who claims it, of `held`; None is unknown, and only the lease tells of its end.
+            facts: more data of the event that the job runs; JSON.
         """
         with self._database.write() as session:
             now = self._clock()
             _shorten_leases(session, now, lease_seconds)
-            row = _first(session, JobRow.state == "queued")
-            while row is None:
-                row = _first(session, JobRow.state == "running", JobRow.lease_until < now)
-                if row is None:
-                    return None
-                if self._end_lost(session, row):
-                    row = None
+            self._note_dead_holders(session)
+            row = self._next(session, now)
+            if row is None:
+                return None
             if row.state == "queued":
                 check_transition("queued", "running")
             row.state = "running"
             row.attempts += 1
             row.token += 1
             row.lease_until = now + lease_seconds
+            row.holder = holder
             row.started_at = row.started_at or self._now()
-            self._add(session, row, "state", {"state": "running", "attempt": row.attempts})
+            said = {"state": "running", "attempt": row.attempts, **(facts or {})}
+            self._add(session, row, "state", said)
             return Claim(row.id, row.token)
+
+    def lose(self, claim: Claim, how: str) -> None:
+        """Record that a job's worker died by itself. The next claim resumes the job, or fails it.
+
+        Raises:
+            LeaseLost: the claim is no longer valid; nothing was changed.
+        """
+        with self._database.write() as session:
+            row = _held(session, claim)
+            row.num_lost += 1
+            row.lease_until = 0.0
+            self._add(session, row, "worker_lost", {"how": how})
 
     def renew(self, claim: Claim, lease_seconds: float) -> bool:
         """Extend the lease to `lease_seconds` from now. Returns whether cancellation was requested.
@@ -385,6 +424,7 @@ class JobStore(PerCaller):
                     row.progress = data
                 if kind == "checkpoint":
                     row.attempts = 1
+                    row.num_lost = row.num_interrupted = 0
                 if self._keeps(row, kind):
                     self._add(session, row, kind, data)
             return row.last_event
@@ -456,7 +496,7 @@ class JobStore(PerCaller):
                 self._end(session, row, "cancelled")
             elif row.state == "running":
                 row.cancel_requested = True
-            record = _record(row)
+            record = self._record(row)
         if record.state == "cancelled":
             self._files.discard_state(job_id)
         return record
@@ -481,7 +521,12 @@ class JobStore(PerCaller):
         self._files.discard(job_id)
 
     def sweep(self) -> JobSweep:
-        """Clean up at start: folders without a job, checkpoints of finished jobs, staging."""
+        """Clean up at start: folders without a job, checkpoints of finished jobs, staging.
+
+        Jobs whose holder is dead are interrupted from here on.
+        """
+        with self._database.write() as session:
+            self._note_dead_holders(session)
         staging_removed = self._files.sweep_staging()
         orphans = self._remove_orphans(self._files.ids())
         with self._database.read() as session:
@@ -490,6 +535,9 @@ class JobStore(PerCaller):
         return JobSweep(orphans, states, staging_removed)
 
     # --- inside -----------------------------------------------------------------------
+
+    def _record(self, row: JobRow) -> JobRecord:
+        return _record(row, self._clock())
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
@@ -524,6 +572,9 @@ class JobStore(PerCaller):
             progress={},
             cancel_requested=False,
             attempts=0,
+            num_lost=0,
+            num_interrupted=0,
+            num_bytes=0,
             token=0,
             last_event=0,
             skipped_steps=0,
@@ -570,8 +621,33 @@ class JobStore(PerCaller):
         said = {key: value for key, value in facts.items() if value is not None}
         self._add(session, row, "state", {"state": state, **said})
 
+    def _next(self, session: Session, now: float) -> JobRow | None:
+        """The job to claim next; interrupted ones that are over are finished on the way."""
+        interrupted = (JobRow.state == "running", JobRow.lease_until < now)
+        while (row := _first(session, *interrupted)) is not None:
+            self._note_interruption(session, row)
+            if not self._end_lost(session, row):
+                return row
+        return _first(session, JobRow.state == "queued")
+
+    def _note_dead_holders(self, session: Session) -> None:
+        held = select(JobRow).where(
+            JobRow.state == "running", JobRow.lease_until > 0, JobRow.holder.is_not(None)
+        )
+        for row in session.scalars(held.order_by(JobRow.number)).all():
+            if row.holder is not None and self._files.is_dead(row.holder):
+                self._note_interruption(session, row)
+
+    def _note_interruption(self, session: Session, row: JobRow) -> None:
+        """End a lease, and say so once."""
+        if row.lease_until:
+            row.lease_until = 0.0
+            row.num_interrupted += 1
+            self._add(session, row, "interrupted", {})
+            session.flush()
+
     def _end_lost(self, session: Session, row: JobRow) -> bool:
-        """Finish a job whose worker was lost, unless another worker should resume it."""
+        """Finish a job that has no worker any more, unless another worker should resume it."""
         published = session.scalars(select(VersionRow).where(VersionRow.job_id == row.id)).first()
         if published is not None:
             row.metrics = published.metrics
@@ -579,16 +655,26 @@ class JobStore(PerCaller):
             self._end(session, row, "succeeded")
         elif row.cancel_requested:
             self._end(session, row, "cancelled")
-        elif row.attempts >= self._max_attempts:
-            message = (
-                f"{row.attempts} workers were lost, one after another, before any of them got as far "
-                "as a checkpoint; the job's log may say why"
+        elif row.num_lost >= self._max_attempts:
+            self._give_up(
+                session,
+                row,
+                f"{row.num_lost} workers were lost, one after another, before any of them",
             )
-            self._end(session, row, "failed", {"code": "worker_lost", "message": message})
+        elif row.num_interrupted >= MAX_INTERRUPTIONS:
+            self._give_up(
+                session,
+                row,
+                f"{row.num_interrupted} servers ended while they trained it, before one",
+            )
         else:
             return False
         session.flush()
         return True
+
+    def _give_up(self, session: Session, row: JobRow, what: str) -> None:
+        message = f"{what} got as far as a checkpoint; the job's log may say why"
+        self._end(session, row, "failed", {"code": "worker_lost", "message": message})
 
     def _remove_orphans(self, job_ids: Iterable[str]) -> tuple[str, ...]:
         # Under the write lock: a folder and its row appear within one transaction.
@@ -643,7 +729,7 @@ def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(text))
 
 
-def _record(row: JobRow) -> JobRecord:
+def _record(row: JobRow, now: float) -> JobRecord:
     job = TrainingJob.model_validate(row.job)
     return JobRecord(
         id=row.id,
@@ -660,5 +746,6 @@ def _record(row: JobRow) -> JobRecord:
         adapter_version=row.adapter_version,
         cancel_requested=row.cancel_requested,
         attempts=row.attempts,
+        interrupted=row.state == "running" and (row.lease_until or 0.0) < now,
         tuning=row.tuning,
     )

@@ -1,6 +1,7 @@
 """Temporary folders, each locked while its owner lives.
 
     <root>/staging/<random>/
+    <root>/holders/<random>/    one for each process that runs training jobs; always empty
 
 Content that must appear atomically is built here, then renamed into place on the same disk. Independent
 of the content.
@@ -22,12 +23,16 @@ from adapters import synced_files
 class StagingArea:
     """The staging folders under one root. Safe between threads and processes.
 
+    Args:
+        root: the data directory.
+        name: of the folder in it that holds them.
+
     Attributes:
         path: the folder that holds them.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.path = root / "staging"
+    def __init__(self, root: Path, name: str = "staging") -> None:
+        self.path = root / name
         self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -57,6 +62,22 @@ class StagingArea:
             elif _lock_and_remove(entry):
                 removed += 1
         return removed
+
+    def is_abandoned(self, name: str) -> bool:
+        """Whether the owner of a folder is dead, or has removed it."""
+        try:
+            lock = os.open(self.path / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        except OSError:  # cannot be known at present
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(lock)
+        return True
 
     def _make(self) -> tuple[Path, int]:
         while True:

@@ -142,12 +142,17 @@ class JobRow(Base):
         job: a `TrainingJob` as JSON.
         progress: data of the newest step.
         attempts: claims that were not released, counted from the last checkpoint's.
+        num_lost: workers that died by themselves since the last checkpoint.
+        num_interrupted: times since the last checkpoint that who ran it ended, or let its lease expire.
         token: fencing token, increases with every claim; only the holder of the newest may write.
-        lease_until: Unix time at which the lease ends; NULL if unclaimed.
+        lease_until: Unix time at which the lease ends; 0 once its worker is known to be gone; NULL if
+            unclaimed.
+        holder: who runs it, its folder in holders/; NULL if unknown.
         last_event: id of its newest event.
         skipped_steps: steps since the last one that became an event.
         tuning: request fields of `/v1/fine_tuning/jobs` beside the job; NULL for other jobs.
         owner: the tenant or the key that created it; NULL without authentication.
+        num_bytes: size of its files; with its log once it has ended.
     """
 
     __tablename__ = "jobs"
@@ -172,6 +177,10 @@ class JobRow(Base):
     skipped_steps: Mapped[int] = mapped_column(Integer)
     tuning: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     owner: Mapped[str | None] = mapped_column(String)
+    holder: Mapped[str | None] = mapped_column(String)
+    num_lost: Mapped[int] = mapped_column(Integer, server_default="0")
+    num_interrupted: Mapped[int] = mapped_column(Integer, server_default="0")
+    num_bytes: Mapped[int] = mapped_column(Integer, server_default="0")
 
 
 class JobEventRow(Base):

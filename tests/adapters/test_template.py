@@ -21,6 +21,30 @@ def test_rendering_puts_values_between_the_literals(parts, end, data):
     assert Template.parse(text).render(row) == want
 
 
+@given(st.lists(st.tuples(st.text("aÜß:= \n"), names)), st.text("aÜß:= \n"), st.data())
+def test_what_a_template_renders_it_recognises(parts, end, data):
+    template = Template.parse("".join(f"{literal}{{{name}}}" for literal, name in parts) + end)
+    row = {name: data.draw(st.text("ab:. \n", max_size=5)) for name in template.columns}
+    assert template.recognises(template.render(row)) == template.has_words
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "recognised"),
+    [
+        ("Tweet : {a} Label :", "tweet: late LABEL:", True),
+        ("Tweet : {a} Label :", "Tweet : late", False),
+        ("Tweet : {a} Label :", "late Label :", False),
+        ("{a} then {b} then", "one then two then", True),
+        ("{a} then {b} then", "one then", False),
+        ("Label : {a} Label :", "Label :", False),  # once is not twice
+        ("{a}?", "is it?", False),
+        ("{a}", "anything", False),
+    ],
+)
+def test_a_text_is_recognised_by_the_templates_own_words(template, text, recognised):
+    assert Template.parse(template).recognises(text) == recognised
+
+
 @given(st.text(alphabet="a{} ", max_size=12))
 def test_escaped_text_renders_to_itself(text):
     escaped = text.replace("{", "{{").replace("}", "}}")

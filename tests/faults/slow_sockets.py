@@ -68,7 +68,7 @@ def request(method: str, path: str, body: Any = None, *, length: int | None = No
     content = (
         b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     )
-    lines = [f"{method} {path} HTTP/1.1", "host: a"]
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost"]
     if body is not None:
         lines += ["content-type: application/json", f"content-length: {length or len(content)}"]
     return "\r\n".join([*lines, "", ""]).encode() + content

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import pytest_asyncio
@@ -90,7 +91,7 @@ async def assert_all_failed(readers, words):
     for reader in readers:
         with pytest.raises(RequestFailed, match=words) as caught:
             await asyncio.wait_for(reader, 30)
-        assert caught.value.code == "engine_error"
+        assert caught.value.code == "engine_unavailable"
 
 
 @LOOP
@@ -230,6 +231,15 @@ def test_an_engine_that_ended_is_started_again_by_a_server_that_lives(tmp_path):
         assert restarts(client) == 1
 
 
+WHOLE = [
+    ("/generate", {"inputs": "x"}),
+    ("/generate_stream", {"inputs": "x"}),
+    ("/classify", {"inputs": "x", "labels": ["a", "b"]}),
+    ("/v1/completions", {"model": "tiny-base", "prompt": ["x", "y"]}),
+    ("/v1/completions", {"model": "tiny-base", "prompt": "x", "stream": True}),
+]
+
+
 def test_over_http_a_stream_ends_in_an_error_and_probes_say_what_helps(tmp_path):
     base = save_tiny_base(tmp_path / "base")
     settings = make_settings(base, tmp_path / "data", engine_restarts=1, engine_silence_seconds=2.0)
@@ -242,8 +252,15 @@ def test_over_http_a_stream_ends_in_an_error_and_probes_say_what_helps(tmp_path)
             lines = reply.iter_lines()
             next(lines)
             os.kill(engine.pid, signal.SIGSTOP)
+            # In flight when it is lost: whole replies can still say so by their status.
+            with ThreadPoolExecutor() as pool:
+                lost = [pool.submit(client.post, path, json=sent) for path, sent in WHOLE]
             last = json.loads([line for line in lines if line][-1].removeprefix("data:"))
         assert "has reported nothing for 2 seconds" in last["error"]
+        for reply in [one.result() for one in lost]:
+            assert reply.status_code == 503
+            assert "has reported nothing" in reply.text
+            assert reply.headers["retry-after"] == "5"
         reply = client.post("/generate", json=body)
         assert reply.status_code == 503
         assert "started again" in reply.json()["error"]

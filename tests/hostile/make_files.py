@@ -347,11 +347,11 @@ def body_files() -> dict[str, bytes]:
 def http_files() -> dict[str, bytes]:
     """Requests that no client library would send."""
     body = b'{"inputs": "a", "parameters": {"max_new_tokens": 1}}'
-    post = b"POST /generate HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    post = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     post += b"Content-Type: application/json\r\n"
     length = b"Content-Length: %d\r\n"
-    get = b"GET /info HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-    smuggled = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+    get = b"GET /info HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    smuggled = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
     return {
         "length_and_chunked": post
         + length % len(smuggled)
@@ -367,7 +367,8 @@ def http_files() -> dict[str, bytes]:
         "chunk_not_hexadecimal": post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n" + body,
         "chunk_of_2_64": post + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n" + body,
         "no_host": b"GET /info HTTP/1.1\r\nConnection: close\r\n\r\n",
-        "two_hosts": get.replace(b"Host: a\r\n", b"Host: a\r\nHost: b\r\n") + b"\r\n",
+        "two_hosts": get.replace(b"Host: localhost\r\n", b"Host: localhost\r\nHost: 127.0.0.1\r\n")
+        + b"\r\n",
         "header_folded": get + b"X-Request-Id: a\r\n b: c\r\n\r\n",
         "header_with_nul": get + b"X-Request-Id: a\0b\r\n\r\n",
         "header_with_lone_cr": get + b"X-Request-Id: a\rX-Admin: 1\r\n\r\n",

@@ -283,7 +283,7 @@ def _adapter_queries() -> list[Case]:
 
 
 def _http_cases() -> list[Case]:
-    post_head = b"POST /generate HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    post_head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     post_head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     body = b'{"inputs": "a", "parameters": {"max_new_tokens": 1}}'
     made = {

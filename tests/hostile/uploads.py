@@ -173,7 +173,7 @@ _FIELDS: dict[str, dict[str, str]] = {
 
 def _lying(length: int, body: bytes) -> bytes:
     head = (
-        f"POST /adapters HTTP/1.1\r\nHost: a\r\nContent-Type: {_TYPE['content-type']}\r\n"
+        f"POST /adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: {_TYPE['content-type']}\r\n"
         f"Connection: close\r\nContent-Length: {length}\r\n\r\n"
     )
     return head.encode() + body

@@ -165,7 +165,13 @@ async def list_adapters(
     registry = services.registry
     records = await run_sync(lambda: registry.list(offset, limit))
     total = await run_sync(registry.count)
-    return replies.AdapterList(adapters=[_version(services, one) for one in records], total=total)
+    listed = [
+        replies.ListedAdapter(
+            **dict(_version(services, one)), counters=_counters(services, one.name)
+        )
+        for one in records
+    ]
+    return replies.AdapterList(adapters=listed, total=total)
 
 
 @router.get(
@@ -185,7 +191,7 @@ async def get_adapter(request: Request, services: UseServices, name: str) -> rep
     return replies.AdapterDetails(
         **dict(listed[versions.index(default)]),
         config=config,
-        counters=replies.AdapterCounters(requests=services.requests_by_adapter[name]),
+        counters=_counters(services, name),
         versions=listed,
     )
 
@@ -321,6 +327,10 @@ def _config(registry: Registry, record: AdapterRecord) -> dict[str, Any] | None:
 
 def _version(services: Services, record: AdapterRecord) -> replies.AdapterVersion:
     return replies.AdapterVersion.of(record, residency_of(services, record))
+
+
+def _counters(services: Services, name: str) -> replies.AdapterCounters:
+    return replies.AdapterCounters.model_validate(services.adapter_use[name])
 
 
 def residency_of(services: Services, record: AdapterRecord) -> replies.Residency:

@@ -78,17 +78,27 @@ class CombinedVersion(VersionWithRecipe):
     ignored_files: list[str] = shows([], "Always empty.")
 
 
+class AdapterCounters(ReplyModel):
+    """Requests for an adapter, all versions together, since the server's start."""
+
+    requests: int = shows(12, "Requests of any route; one of many prompts or labels counts once.")
+    labels_ranked: int = shows(8, "Labels that /classify has ranked, for each input.")
+    last_used_at: Moment | None = shows(
+        "2026-11-22T20:15:58+00:00", "When the last request began; null if there was none."
+    )
+
+
+class ListedAdapter(AdapterVersion):
+    """An adapter in the list: the version that its bare name means."""
+
+    counters: AdapterCounters = shows({}, "Since the server's start.")
+
+
 class AdapterList(ReplyModel):
     """Adapters, each at its default version."""
 
-    adapters: list[AdapterVersion] = shows([], "In the order of their names.")
+    adapters: list[ListedAdapter] = shows([], "In the order of their names.")
     total: int = shows(1, "How many there are in all.")
-
-
-class AdapterCounters(ReplyModel):
-    """Requests for an adapter since the server's start."""
-
-    requests: int = shows(12, "Generations and rankings.")
 
 
 class AdapterDetails(VersionWithRecipe):

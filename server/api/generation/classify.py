@@ -15,7 +15,8 @@ from typing_extensions import TypedDict
 from server.api.adapter_choice import chosen_adapter, only_query, refuse_stray_adapters
 from server.api.adapter_headers import name_adapter
 from server.api.error_replies import invalid, quoted
-from server.api.middleware.headers import set_headers, timing_headers
+from server.api.middleware.headers import set_headers
+from server.api.middleware.work import note_work, timing_headers
 from server.api.openapi.constraints import NOT_BLANK
 from server.api.openapi.refusals import GENERATED, refuses
 from server.api.reply_fields import shows
@@ -66,6 +67,9 @@ async def classify(
 ) -> Response:
     """One object for a text or a row, a list of them for a list.
 
+    A text fills the adapter's template where that has one column, unless it stands in the template's
+    words already, or `raw` is true; a template of several columns takes `row`.
+
     A label's score is the log-likelihood of separator, label and, where the adapter was trained
     with one, the end-of-sequence token. `scores` is the softmax over the labels given.
     """
@@ -79,8 +83,14 @@ async def classify(
     prompts = await _prompts(generator, body, record)
     targets = await encode_labels(generator, labels, record)
     if record is not None:
-        services.requests_by_adapter[record.name] += len(prompts)
+        services.adapter_use.count(record.name, labels_ranked=len(prompts) * len(targets))
     begun: list[Generation] = []
+    note_work(
+        request,
+        sum(len(prompt.token_ids) for prompt in prompts),
+        begun,
+        labels_ranked=len(prompts) * len(targets),
+    )
     work = rank(
         generator,
         prompts,
@@ -117,6 +127,13 @@ def _check_fields(body: ClassifyBody) -> None:
         )
     if not given:
         raise invalid("inputs", "a text, a list of texts, a row or rows", "nothing")
+    if body.raw and body.inputs is None:
+        raise Contradiction(
+            f"raw is given with {given[0]}, which the adapter's template renders; send raw with inputs",
+            field="raw",
+            expected="inputs",
+            came=given[0],
+        )
 
 
 def _check_number(body: ClassifyBody, labels: list[str], most: int) -> None:
@@ -154,7 +171,9 @@ async def _prompts(
 ) -> list[Prompt]:
     if body.inputs is not None:
         texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-        return await generator.encode_all(texts)
+        if body.raw:
+            return await generator.encode_all(texts)
+        return await generator.encode_inputs(texts, record)
     rows = body.rows if body.rows is not None else [body.row or {}]
     return await generator.encode_rows(rows, record)
 

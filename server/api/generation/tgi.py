@@ -115,7 +115,7 @@ async def _prepare(
     # The engine's ids are ours: two requests in flight may carry the same x-request-id.
     engine_request = generator.prepare(prompt, record, options, uuid.uuid4().hex)
     if record is not None:
-        services.requests_by_adapter[record.name] += 1
+        services.adapter_use.count(record.name)
     return PreparedRequest(generator, prompt, engine_request, options, parameters)
 
 

@@ -16,7 +16,8 @@ from fastapi.responses import Response
 
 from server.api.error_replies import body_of, describe
 from server.api.generation import tgi_types as shapes
-from server.api.middleware.headers import set_headers, timing_headers
+from server.api.middleware.headers import set_headers
+from server.api.middleware.work import note_work, timing_headers
 from server.api.schemas import GenerateParameters
 from server.engine.request import GenerationRequest
 from server.generation.generator import (
@@ -53,6 +54,11 @@ class PreparedRequest:
         return self.prompt.text if self.parameters.return_full_text else ""
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt as it is computed; virtual tokens are not among them."""
+        return len(self.request.prompt_token_ids)
+
+    @property
     def seed(self) -> int | None:
         """What a sampled output was drawn with."""
         sampling = self.request.sampling
@@ -77,7 +83,10 @@ async def whole(request: Request, prepared: PreparedRequest) -> shapes.Generated
         ClientGone: the client disconnected; the rows are free.
     """
     parameters = prepared.parameters
-    outputs = await unless_gone(request.receive, _run_all(prepared, parameters.best_of or 1))
+    generations: list[Generation] = []
+    note_work(request, prepared.num_prompt_tokens, generations)
+    work = _run_all(prepared, parameters.best_of or 1, generations)
+    outputs = await unless_gone(request.receive, work)
     outputs.sort(key=lambda output: mean_logprob(output.pieces), reverse=True)
     best = outputs[0]
     set_headers(request, timing_headers(best.generation))
@@ -90,9 +99,13 @@ async def whole(request: Request, prepared: PreparedRequest) -> shapes.Generated
     return reply
 
 
-async def _run_all(prepared: PreparedRequest, count: int) -> list[_Output]:
-    """Run `count` samples of one prompt side by side, each with a seed of its own."""
-    generations: list[Generation] = []
+async def _run_all(
+    prepared: PreparedRequest, count: int, generations: list[Generation]
+) -> list[_Output]:
+    """Run `count` samples of one prompt side by side, each with a seed of its own.
+
+    They are added to `generations` as they begin.
+    """
     try:
         for index in range(count):
             sampling = replace(
@@ -187,6 +200,7 @@ async def stream(request: Request, prepared: PreparedRequest) -> Response:
             fails later is reported in the stream.
     """
     generation = prepared.generator.submit(prepared.request, prepared.options)
+    note_work(request, prepared.num_prompt_tokens, [generation])
     pieces = aiter(generation)
 
     async def read_first() -> Piece:

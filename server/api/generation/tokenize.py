@@ -40,7 +40,7 @@ class TokenIds(TypedDict):
     """Tokens in vLLM's shape."""
 
     count: Annotated[int, shows(2, "How many.")]
-    max_model_len: Annotated[int, shows(8192, "Tokens that prompt and output may have together.")]
+    max_model_len: Annotated[int, shows(8192, "Positions that prompt and output may take.")]
     tokens: Annotated[list[int], shows([19161, 2], "Their ids.")]
 
 

@@ -10,7 +10,6 @@ import heapq
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
@@ -20,15 +19,23 @@ from server.api.middleware.value_count import ValueCount
 from server.errors import BodyTooLarge, WrongContentType
 from server.http.scope import NO_ADAPTER
 
-if TYPE_CHECKING:
-    from server.generation.generator import Generation
-
 # Request ids that are safe in a header and a log line.
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Characters of `x-ignored-parameters`, and of each name in it.
 _MAX_IGNORED = 1_000
 _MAX_NAME = 64
 _STATE = "reply_headers"
+# Headers that a web page of an allowed origin may read, besides those that browsers show anyway.
+PAGE_HEADERS = (
+    "location",
+    "retry-after",
+    "x-adapter-id",
+    "x-adapter-version",
+    "x-ignored-parameters",
+    "x-queue-time",
+    "x-request-id",
+    "x-time-to-first-token",
+)
 
 
 class ReplyHeaders:
@@ -141,23 +148,6 @@ def reply_headers(connection: HTTPConnection) -> dict[str, str]:
     """The headers set so far for this request's reply."""
     reply: dict[str, str] = getattr(connection.state, _STATE)
     return reply
-
-
-def timing_headers(*generations: Generation) -> dict[str, str]:
-    """`x-queue-time` and `x-time-to-first-token`, in milliseconds as TGI's are.
-
-    Of several generations, those of the one whose first token came first; both times begin at the
-    submission to the engine. Unknown times are left out.
-    """
-    begun = [one for one in generations if one.first_token_seconds is not None]
-    if not begun:
-        return {}
-    first = min(begun, key=lambda one: one.first_token_seconds or 0.0)
-    known = {
-        "x-queue-time": first.queue_seconds,
-        "x-time-to-first-token": first.first_token_seconds,
-    }
-    return {name: str(round(s * 1000)) for name, s in known.items() if s is not None}
 
 
 def _request_id(given: str | None) -> str:

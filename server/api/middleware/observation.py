@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_replies import CLIENT_GONE, reply_to
 from server.api.middleware.headers import reply_headers
+from server.api.middleware.work import work_facts
 from server.http.scope import NO_ADAPTER
 from server.services import Services
 from server.telemetry.tracing import Reply, RequestSpan
@@ -108,5 +109,6 @@ def _log_line(scope: Scope, status: int, seconds: float) -> None:
         request_id=headers["x-request-id"],
         adapter=headers["x-adapter-id"],
         version=headers["x-adapter-version"],
+        **work_facts(scope),
         **({} if key is None else {"key": key}),
     )

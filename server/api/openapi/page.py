@@ -124,6 +124,8 @@ def _add_refusals(
     """Say which keys a route accepts, and everything that it refuses."""
     rule = rule_of(method, path)
     kinds = common(operation, rule) + operation.pop(EXTENSION, [])
+    if method != "GET":
+        kinds.append("OriginRefused")
     operation["responses"] |= responses(path, kinds)
     if rule != PUBLIC:
         operation["security"] = security

@@ -40,6 +40,7 @@ MEANINGS = {
     "non_finite": "The logits of this request are no finite numbers.",
     "aborted": "The engine ended the request early.",
     "engine_error": "The engine failed.",
+    "engine_unavailable": "The engine's process is not running, or ended with the request.",
     "internal_error": "An unexpected error; the server's log has it under the request id.",
 }
 
@@ -111,7 +112,7 @@ def common(operation: dict[str, Any], rule: Rule | None) -> list[str]:
         rule: which keys may use it.
     """
     parameters = operation.get("parameters", [])
-    kinds: list[str] = []
+    kinds: list[str] = ["HostRefused"]
     if rule != PUBLIC:
         kinds += ["KeyRequired", "RateLimited", *_QUERY]
     if rule not in (None, PUBLIC, ANY_KEY):

@@ -43,7 +43,7 @@ class Model(ReplyModel):
     owned_by: str = fixed("graftwork", "Always graftwork.")
     root: str = shows("SmolLM2-135M-Instruct", "The base.")
     parent: str | None = shows("SmolLM2-135M-Instruct", "The base; null for the base itself.")
-    max_model_len: int = shows(8192, "Tokens that prompt and output may have together.")
+    max_model_len: int = shows(8192, "Positions that prompt and output may take.")
     peft_type: str | None = may_show("PREFIX_TUNING", "Of an adapter: its method.")
     version: int | None = may_show(1, "Of an adapter: what its name means now.")
     digest: str = shows(_DIGEST, "Of the weights.")
@@ -92,8 +92,8 @@ class Info(ReplyModel):
     max_best_of: int = shows(8, "Samples of one request.")
     max_stop_sequences: int = shows(16, "Stop strings of one request.")
     max_top_n_tokens: int = shows(20, "Likeliest tokens that a request may report.")
-    max_input_tokens: int = shows(8191, "Tokens of a prompt.")
-    max_total_tokens: int = shows(8192, "Tokens of prompt and output.")
+    max_input_tokens: int = shows(8192, "Tokens of a prompt.")
+    max_total_tokens: int = shows(8193, "Tokens of prompt and output.")
     max_batch_total_tokens: int = shows(512, "Tokens of one step.")
     router: str = fixed("graftwork", "Always graftwork.")
     version: str = shows("0.1.0", "Of the server.")
@@ -159,7 +159,7 @@ async def info(request: Request, services: UseServices) -> Info:
         max_stop_sequences=settings.max_stops,
         max_top_n_tokens=MAX_TOP_TOKENS,
         max_input_tokens=generator.max_prompt_tokens,
-        max_total_tokens=generator.max_sequence_tokens,
+        max_total_tokens=generator.max_sequence_tokens + 1,
         max_batch_total_tokens=settings.max_step_tokens,
         version=version("graftwork"),
         base=BaseInfo.model_validate(base).model_copy(update={"notes": list(services.base_notes)}),

@@ -95,6 +95,10 @@ class JobProgress(ReplyModel):
     error: JobError | None = shows(None, "Why it failed.")
     cancel_requested: bool = shows(False, "Whether its cancellation was requested.")
     attempts: int = shows(1, "Workers that had it since its last checkpoint.")
+    interrupted: bool = shows(
+        False,
+        "Whether it runs by its state and has no worker: it is claimed next, before all others.",
+    )
     created_at: Moment = shows("2026-11-22T20:15:58+00:00", "When it was requested.")
     started_at: Moment | None = shows("2026-11-22T20:16:01+00:00", "When a worker first had it.")
     finished_at: Moment | None = shows(None, "When it ended.")
@@ -226,4 +230,5 @@ class JobEventData(ReplyModel):
     warnings: list[str] | None = may_show(
         None, "Of state, when it is queued: what was found in the data that may not be intended."
     )
+    nice: int | None = may_show(19, "Of state, when a worker has it: the niceness of its process.")
     how: str | None = may_show("it was killed", "Of worker_lost.")

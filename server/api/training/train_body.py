@@ -17,7 +17,8 @@ from starlette.requests import Request
 
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import JobRequest
-from server.api.error_replies import describe_validation, quoted
+from server.api.content_type import is_json, media_type
+from server.api.error_replies import quoted, refuse_invalid
 from server.api.middleware.headers import body_too_large
 from server.api.middleware.value_count import ValueCount
 from server.api.openapi.constraints import (
@@ -124,9 +125,9 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
         Contradiction: rows both in the body and in a file.
     """
     content_type = request.headers.get("content-type", "")
-    if content_type.lower().startswith("multipart/form-data"):
+    if media_type(content_type) == "multipart/form-data":
         return await _receive_form(request, directory, settings)
-    if "json" not in content_type.lower():
+    if not is_json(content_type):
         raise WrongContentType(
             f"the body's content-type is {content_type or 'not given'!r}; send application/json "
             f"with rows, or a form (curl: {_CURL})",
@@ -201,10 +202,7 @@ def _validated(raw: dict[str, Any]) -> JobRequest:
     try:
         return JobRequest.model_validate(raw)
     except ValidationError as error:
-        report = describe_validation(error.errors(include_url=False))
-        raise RequestInvalid(
-            report.message, field=report.field, expected=report.expected, came=report.came
-        ) from error
+        raise refuse_invalid(error, JobRequest) from error
 
 
 def _with_rows(request: JobRequest, rows: Any, settings: Settings) -> Received:

@@ -35,7 +35,8 @@ def read_settings(
     given: Mapping[str, object],
 ) -> tuple[Settings | None, list[Finding]]:
     """The settings, options before the environment; findings where they cannot be read."""
-    # Not above: where our other packages are hidden it cannot be imported.
+    # Not above: where our other packages are hidden they cannot be imported.
+    from adapters.field_errors import explain
     from server.config.settings import Settings
 
     known = list(Settings.model_fields)
@@ -45,7 +46,8 @@ def read_settings(
     except ValidationError as error:
         for fault in error.errors(include_url=False):
             name = str(fault["loc"][0])
-            message = f"GRAFTWORK_{name.upper()}: {fault['msg']}; came: {fault['input']!r}"
+            said = explain([fault])
+            message = f"GRAFTWORK_{name.upper()}: expected {said.expected}, came {said.came}"
             findings.append(Finding("settings", "fail", message, "graftwork settings lists them"))
         return None, findings
 

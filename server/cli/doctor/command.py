@@ -47,6 +47,7 @@ def doctor(
     changed. Each line is ok, warning or fail, and says what to do; exit status
     1 where something fails.
 
+    \b
     graftwork doctor --base /models/llama --data-dir /var/lib/graftwork --deep
     """
     raise typer.Exit(show_all(_findings(settings, deep=deep), as_json=as_json))

@@ -18,10 +18,12 @@ from peft import IA3Config, PeftModel, PromptEncoderConfig, get_peft_model
 
 from adapters import errors
 from adapters.base_model import describe
+from adapters.checkpoint.archive import stage_upload
 from adapters.checkpoint.folder import (
     CONFIG_FILE,
     TENSORS_FILE,
     check_checkpoint,
+    check_file_set,
     checkpoint_digest,
     digest_of,
     load_serving_form,
@@ -138,6 +140,18 @@ def test_a_config_over_its_limit_is_not_read(tmp_path: Path) -> None:
         read_config(path)
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    """Notepad and PowerShell put one before the text; PEFT cannot read it, so a download has none."""
+    marked = checkpoints.soft_prompt(tmp_path / "marked")
+    plain = (marked / CONFIG_FILE).read_bytes()
+    (marked / CONFIG_FILE).write_bytes(b"\xef\xbb\xbf" + plain)
+    assert read_config(marked / CONFIG_FILE) == json.loads(plain)
+    (tmp_path / "staged").mkdir()
+    stage_upload([(file.name, file) for file in marked.iterdir()], tmp_path / "staged")
+    assert (tmp_path / "staged" / CONFIG_FILE).read_bytes() == plain
+    assert digest_of(tmp_path / "staged") == digest_of(marked)
+
+
 def test_a_config_keeps_what_it_says(tmp_path: Path) -> None:
     path = tmp_path / CONFIG_FILE
     path.write_text('{"a": [1, 2.5, -3, "\\u00e9\\ud83d\\ude00[{"], "b": {"c": null, "d": true}}')
@@ -237,6 +251,26 @@ def test_the_file_set_is_exact(tmp_path: Path) -> None:
     (directory / TENSORS_FILE).unlink()
     with pytest.raises(errors.FileSetInvalid, match="expected adapter_config"):
         check_checkpoint(directory, BASE)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["adapter_config.json", "pytorch_adapter.bin"], "AdapterHub's"),
+        (["adapter_config.json", "adapters.safetensors"], "MLX's"),
+        (["config.json", "pytorch_model.bin"], "ChatGLM's P-Tuning v2"),
+        (["adapter_config.json", "model.safetensors"], "a whole model's"),
+        (["adapter_config.json", "adapter_model-00001-of-00002.safetensors"], "in one file"),
+        (["adapter_config.json", "lora.gguf"], "llama.cpp's"),
+        (["adapter_config.json", "README.md"], "came: README.md, adapter_config.json"),
+    ],
+)
+def test_files_of_another_program_are_named(names: list[str], words: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(errors.FileSetInvalid) as caught:
+        check_file_set(tmp_path)
+    assert words in caught.value.message
 
 
 def test_a_bin_file_is_refused_with_a_line_that_converts_it(tmp_path: Path) -> None:

@@ -121,8 +121,6 @@ def test_the_types_of_the_encoder_may_be_enum_or_text() -> None:
 def test_public_names_load_on_first_use() -> None:
     for name in adapters.__all__:
         assert getattr(adapters, name) is not None
-    with pytest.raises(AttributeError, match="LoraConfig"):
-        _ = adapters.LoraConfig  # type: ignore[attr-defined]
 
 
 def test_an_mlp_says_that_it_ignores_the_number_of_layers() -> None:
@@ -143,7 +141,7 @@ def test_rows_are_computed_without_dropout() -> None:
 
 
 def test_a_dimension_that_is_unset_is_named() -> None:
-    with pytest.raises(ConfigInvalid, match="token_dim is None"):
+    with pytest.raises(ConfigInvalid, match="token_dim is unset"):
         PrefixEncoder(PrefixTuningConfig(num_virtual_tokens=4, num_layers=2))
 
 
@@ -320,9 +318,8 @@ def test_with_context_trains_on_what_peft_trains_on(with_types: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"cpt_mask": [1]}, "cpt_token_ids has 8 entries, cpt_mask says 1"),
-        ({"cpt_tokens_type_mask": [1] * 9}, "cpt_tokens_type_mask says 9"),
-        ({"num_virtual_tokens": 3}, "num_virtual_tokens says 3"),
+        ({"cpt_mask": [1]}, "cpt_token_ids has 8 entries and cpt_mask has 1"),
+        ({"cpt_tokens_type_mask": [1] * 9}, "cpt_tokens_type_mask has 9"),
         ({"cpt_token_ids": [-1]}, "cpt_token_ids.0"),
         ({"opt_projection_epsilon": -0.1}, "opt_projection_epsilon"),
         ({"opt_weighted_loss_type": "linear"}, "opt_weighted_loss_type"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from adapters.checks import TASKS
 from adapters.errors import (
     CheckpointError,
     ConfigInvalid,
@@ -27,6 +32,7 @@ from tests.adapters.methods import oracle
 LLAMA = oracle.spec_of(oracle.llama())
 GPT2 = oracle.spec_of(oracle.gpt2())
 BLOOM = oracle.spec_of(oracle.bloom())
+QWEN2 = dataclasses.replace(LLAMA, kv_width="ratio")
 PREFIX_WIDTH = 2 * 2 * 16
 
 RAW: dict[str, dict[str, Any]] = {
@@ -73,12 +79,82 @@ def test_method_of_refuses(raw: dict[str, Any], words: str) -> None:
     assert caught.value.field == "peft_type"
 
 
+@pytest.mark.parametrize(
+    ("came", "meant"),
+    [
+        ("PeftType.PREFIX_TUNING", "PREFIX_TUNING"),
+        ("prefix_tuning", "PREFIX_TUNING"),
+        ("Prefix-Tuning", "PREFIX_TUNING"),
+        ("P_TUNING_V2", "PREFIX_TUNING"),
+        ("p-tuning", "P_TUNING"),
+        ("PROMPTTUNING", "PROMPT_TUNING"),
+        ("(IA)^3", "IA3"),
+        ("cpt", "CPT"),
+        ("lora", "LORA"),
+    ],
+)
+def test_the_method_that_was_meant_is_named(came: str, meant: str) -> None:
+    with pytest.raises(MethodUnsupported, match=rf"did you mean {meant}\?"):
+        method_of({"peft_type": came})
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (
+            {"model_type": "chatglm", "pre_seq_len": 8},
+            "ChatGLM's P-Tuning v2 .* no PEFT checkpoint",
+        ),
+        ({"model_type": "llama", "vocab_size": 9}, "this is a model's config.json"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "this is a model's config.json"),
+        ({"config": {"architecture": "prefix_tuning"}, "version": "adapters.1.0.0"}, "AdapterHub"),
+        ({"name": "x", "version": "adapters.1.2.0"}, "AdapterHub"),
+        ({"fine_tune_type": "lora", "num_layers": 16}, "MLX"),
+        ({"stage": "sft", "finetuning_type": "lora"}, "LLaMA-Factory"),
+        ({"output_dir": "out", "learning_rate": 1e-4}, "transformers or trl"),
+        ({"base_model": "x", "micro_batch_size": 2}, "axolotl"),
+        ({"zero_optimization": {"stage": 3}}, "DeepSpeed"),
+        ({"swift_type": "PROMPT"}, "SWIFT"),
+        ({"num_prefix_tokens": 8}, "PaddleNLP"),
+        ({"delta_type": "prefix"}, "OpenDelta"),
+        ({"tokenizer_class": "LlamaTokenizer"}, "a tokenizer's config"),
+        ({"default": {"peft_type": "IA3"}}, "write that inner object"),
+    ],
+)
+def test_a_config_of_another_program_is_named(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(MethodUnsupported, match=words) as caught:
+        method_of(raw)
+    assert "no peft_type: th" in str(caught.value)
+    assert "save_pretrained(...)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("CausalLM", "no task of PEFT, which does not load it either; did you mean CAUSAL_LM?"),
+        ("causal_lm", "did you mean CAUSAL_LM?"),
+        ("TaskType.CAUSAL_LM", "did you mean CAUSAL_LM?"),
+        ("text-generation", "did you mean CAUSAL_LM?"),
+        ("TaskType.SEQ_CLS", "did you mean SEQ_CLS?"),
+        ("dancing", "expected 'CAUSAL_LM'"),
+        ("SEQ_CLS", "needs an output head of its own"),
+    ],
+)
+def test_the_task_that_was_meant_is_named(task: str, words: str) -> None:
+    with pytest.raises(MethodUnsupported, match=re.escape(words)):
+        check(raw_of("PROMPT_TUNING", task_type=task), rows(32))
+
+
 def test_the_table_is_keyed_by_peft_type() -> None:
     for peft_type, method in METHODS.items():
         assert method.peft_type == peft_type
         assert method.config_class.model_fields["peft_type"].default == peft_type
         assert method_of({"peft_type": peft_type}) is method
     assert len({method.name for method in METHODS.values()}) == len(METHODS)
+
+
+def test_every_task_of_pefts_is_known() -> None:
+    assert {str(task.value) for task in peft.TaskType} == set(TASKS)
 
 
 def test_every_peft_type_of_pefts_is_known() -> None:
@@ -195,10 +271,6 @@ def test_ia3_config_of_an_early_release_passes() -> None:
         ({"task_type": "SEQ_2_SEQ_LM"}, MethodUnsupported, "trained on an encoder-decoder"),
         ({"task_type": "SEQ_CLS"}, MethodUnsupported, "output head of its own"),
         ({"modules_to_save": ["lm_head"]}, MethodUnsupported, r"modules_to_save \('lm_head'\)"),
-        ({"num_transformer_submodules": 2}, MethodUnsupported, "belongs to encoder-decoders"),
-        ({"num_layers": 3}, TensorMismatch, "num_layers is 3, but this base needs 2"),
-        ({"token_dim": 31}, TensorMismatch, "token_dim is 31"),
-        ({"num_attention_heads": 8}, TensorMismatch, "num_attention_heads is 8"),
     ],
 )
 def test_virtual_token_refusals(
@@ -214,13 +286,53 @@ def test_virtual_token_refusals(
     assert caught.value.came
 
 
+# What PEFT reads of a config's dimensions, by method and base. The tensors are those of the base.
+@pytest.mark.parametrize(
+    ("peft_type", "base", "fields", "words"),
+    [
+        ("PREFIX_TUNING", LLAMA, {"num_layers": 3}, "num_layers is 3, but this base needs 2"),
+        ("PREFIX_TUNING", GPT2, {"token_dim": 31}, "token_dim is 31, but this base needs 32"),
+        ("PREFIX_TUNING", GPT2, {"num_attention_heads": 8}, "this base needs 4"),
+        ("PREFIX_TUNING", QWEN2, {"num_attention_heads": 4}, "takes the one divided by the other"),
+        (
+            "PREFIX_TUNING",
+            QWEN2,
+            {"token_dim": None},
+            r"token_dim is 32 \(the base's, as it is unset",
+        ),
+        ("PREFIX_TUNING", QWEN2, {"num_attention_heads": 0}, "16 and 2, 32 and 4, or both null"),
+        ("P_TUNING", LLAMA, {"token_dim": 31}, "token_dim is 31, but this base needs 32"),
+        ("PROMPT_TUNING", LLAMA, {"token_dim": 31}, "the tensors fit, but PEFT"),
+    ],
+)
+def test_dimensions_that_peft_uses_are_the_bases(
+    peft_type: str, base: Any, fields: dict[str, Any], words: str
+) -> None:
+    heads = {"num_attention_heads": base.num_kv_heads, "token_dim": base.num_kv_heads * 8}
+    given = heads if peft_type == "PREFIX_TUNING" else {}
+    width = 4 * base.num_kv_heads * 8 if peft_type == "PREFIX_TUNING" else 32
+    assert check(raw_of(peft_type, **given), rows(width), base).warnings == ()
+    raw = raw_of(peft_type, **{**given, **fields})
+    with pytest.raises(TensorMismatch, match=words):
+        check(raw, rows(width), base)
+    with pytest.raises(TensorMismatch, match=words.replace("the tensors fit, but PEFT", "leave")):
+        METHODS[peft_type].complete_config(oracle.parse(raw), base)
+
+
+@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
+def test_rows_for_an_encoder_and_a_decoder_are_refused(peft_type: str) -> None:
+    raw = raw_of(peft_type, num_transformer_submodules=2)
+    with pytest.raises(MethodUnsupported, match="belongs to encoder-decoders"):
+        check(raw, rows(WIDTHS[peft_type]))
+
+
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
 @pytest.mark.parametrize(
     ("count", "words"),
     [
         (0, "num_virtual_tokens is 0"),
         (-1, "num_virtual_tokens is -1"),
-        (None, "num_virtual_tokens is None"),
+        (None, "num_virtual_tokens is unset"),
         (64, "at most 63"),
         (20_000_000, "the base has 64 positions"),
     ],
@@ -268,7 +380,7 @@ def test_tensors_must_bind(peft_type: str, change: Any, words: str) -> None:
 
 def test_a_prefix_for_all_query_heads_does_not_fit_grouped_queries() -> None:
     raw = raw_of("PREFIX_TUNING", token_dim=32, num_attention_heads=4)
-    with pytest.raises(TensorMismatch, match="token_dim is 32, but this base needs 16"):
+    with pytest.raises(TensorMismatch, match=r"shape \(5, 128\), expected \(5, 64\)"):
         check(raw, rows(128))
 
 
@@ -451,10 +563,9 @@ def test_ia3_completed_config_is_one_that_peft_takes() -> None:
         assert {name: tuple(value.shape) for name, value in saved.items()} == {
             name: info.shape for name, info in ia3_infos(LLAMA, config).items()
         }
+    stray = {"target_modules": ["q_proj"], "feedforward_modules": ["down_proj"]}
     with pytest.raises(ConfigInvalid, match="not among the targets"):
-        IA3_METHOD.complete_config(
-            IA3Config(target_modules=["q_proj"], feedforward_modules=["down_proj"]), LLAMA
-        )
+        IA3_METHOD.complete_config(parse_config(IA3Config, stray), LLAMA)
 
 
 def test_sets_are_taken_and_stored_in_order() -> None:
@@ -504,3 +615,93 @@ def test_long_lists_of_a_stranger_take_no_time_and_no_room() -> None:
     assert time.process_time() - start < 5
     assert len(warning) < 1000
     assert len(str(caught.value)) < 1000
+
+
+# --- names that PEFT loads without effect ----------------------------------------------------
+
+
+def wrapped(names: Iterable[str], wrapper: str) -> list[str]:
+    """The names as a model inside a wrapper has them."""
+    return [name.replace("base_model.model.", f"base_model.model.{wrapper}") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda names: wrapped(names, "_orig_mod."), "left by torch.compile"),
+        (lambda names: wrapped(names, "_fsdp_wrapped_module."), "left by FSDP"),
+        (lambda names: [f"module.{name}" for name in names], "left by DataParallel"),
+        (lambda names: [f"_orig_mod.module.{name}" for name in names], "torch.compile and Data"),
+        (lambda names: [name.removeprefix("base_model.model.") for name in names], "lack what"),
+        (lambda names: [f"{name}.mine" for name in names], "hold the adapter's name"),
+        (lambda names: wrapped([f"{name}.default" for name in names], "module."), "left by Data"),
+    ],
+)
+def test_names_without_effect_are_refused_with_the_renaming(
+    change: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = ia3_infos()
+    names = change(list(good))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(
+        {name: torch.ones(info.shape) for name, info in zip(names, good.values(), strict=True)},
+        file,
+    )
+    raw = {"peft_type": "IA3", "task_type": "CAUSAL_LM"}
+    with pytest.raises(TensorMismatch, match=words) as caught:
+        check(raw, dict(zip(names, good.values(), strict=True)))
+    monkeypatch.chdir(tmp_path)
+    run_the_command(caught.value.message)
+    mended = {name: TensorInfo("F32", tuple(t.shape)) for name, t in load_file(file).items()}
+    assert check(raw, mended).uses_scales
+
+
+@pytest.mark.parametrize(
+    "name", ["prompt_embeddings.default", "module.prompt_embeddings", "prefix.weight"]
+)
+def test_rows_of_another_name_are_refused_with_the_renaming(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({name: torch.ones(5, 32)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TensorMismatch, match="lacks 'prompt_embeddings'") as caught:
+        check(raw_of("PROMPT_TUNING"), {name: TensorInfo("F32", (5, 32))})
+    monkeypatch.chdir(tmp_path)
+    run_the_command(caught.value.message)
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == ["prompt_embeddings"]
+
+
+def run_the_command(message: str) -> None:
+    code = message.partition('python -c "')[2].rpartition('"')[0]
+    exec(code, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "of LoRA"),
+        ("transformer.prefix_encoder.embedding.weight", "P-Tuning v2, which is no PEFT"),
+        ("base_model.model.lm_head.weight", "save_embedding_layers=False"),
+        ("prompt_encoder.default.mlp_head.0.weight", "save_pretrained stores its output"),
+    ],
+)
+def test_tensors_of_something_else_are_named(name: str, words: str) -> None:
+    infos = {**rows(32), name: TensorInfo("F32", (4, 4))}
+    with pytest.raises(TensorMismatch, match=words):
+        check(raw_of("P_TUNING"), infos)
+    with pytest.raises(TensorMismatch, match=words):
+        check({"peft_type": "IA3"}, {**ia3_infos(), name: TensorInfo("F32", (4, 4))})
+
+
+def test_a_shard_of_zero3_is_named() -> None:
+    with pytest.raises(TensorMismatch, match=r"shape \(0,\).*ZeRO-3"):
+        check(raw_of("PROMPT_TUNING"), {"prompt_embeddings": TensorInfo("F32", (0,))})
+    infos = dict.fromkeys(ia3_infos(), TensorInfo("F32", (0,)))
+    with pytest.raises(TensorMismatch, match=r"shape \(0,\).*ZeRO-3"):
+        check({"peft_type": "IA3"}, infos)
+
+
+def test_ia3_names_with_the_adapters_name_bind_as_in_peft() -> None:
+    infos = {f"{name}.default": info for name, info in ia3_infos().items()}
+    assert check({"peft_type": "IA3"}, infos).uses_scales
+    with pytest.raises(TensorMismatch, match="twice, with and without"):
+        check({"peft_type": "IA3"}, {**infos, **ia3_infos()})

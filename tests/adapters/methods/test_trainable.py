@@ -226,11 +226,10 @@ def test_completing_twice_changes_nothing(variant: str, architecture: str) -> No
             ConfigInvalid,
             "num_virtual_tokens",
         ),
-        # 2 key/value heads of 8: the width of a prefix is 16 here, that of an embedding 32.
         (
-            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "token_dim": 32},
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "num_layers": 12},
             TensorMismatch,
-            "token_dim",
+            "num_layers",
         ),
         (
             {"peft_type": "P_TUNING", "num_virtual_tokens": 4, "token_dim": 16},

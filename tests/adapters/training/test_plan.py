@@ -24,7 +24,7 @@ from adapters.errors import (
 from adapters.method import parse_config
 from adapters.methods import METHODS
 from adapters.methods.cpt import CPTConfig, with_context
-from adapters.training.job import METHOD_NAMES, TrainingJob
+from adapters.training.job import METHOD_NAMES, TrainingJob, TrainingRequest
 from adapters.training.plan import make_plan
 from adapters.training.recipes import RECIPES
 from tests.adapters.training.jobs import (
@@ -46,6 +46,25 @@ def refusal(**fields):
         plan(**fields)
     assert caught.value.message.isprintable()
     return caught.value
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("IA3", "ia3"),
+        ("(IA)³", "ia3"),
+        ("prefix-tuning", "prefix_tuning"),
+        ("PREFIX_TUNING", "prefix_tuning"),
+        ("PeftType.PREFIX_TUNING", "prefix_tuning"),
+        ("P-Tuning v2", "p_tuning_v2"),
+        ("ptuning", "p_tuning"),
+        ("Prompt Tuning", "prompt_tuning"),
+        ("CPT", "cpt"),
+    ],
+)
+def test_a_method_in_any_usual_spelling(spelling, name):
+    asked = {"adapter": "a", "template": "{text}", "target": "label", "method": spelling}
+    assert TrainingRequest.model_validate(asked).method == name
 
 
 # --- defaults --------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ async def _stream(port: int, body: bytes) -> int:
     """One streamed completion; the number of tokens. Written by hand, so that the client costs little."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     writer.write(head.encode() + body)

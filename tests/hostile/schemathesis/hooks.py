@@ -65,10 +65,10 @@ UNSAYABLE: dict[str, str] = {
     r"(best_of|n): expected at most": _OPERATOR,
     r"tokens: expected ids from 0 to \d+": _OPERATOR,
     r"token ids from 0 to \d+": _OPERATOR,
-    r"should be less than 9223372036854775808; came: 9223372036854775\d{3}\b": _FLOATS,
-    r"should be greater than or equal to -9223372036854775808; came: -9223372036854775": _FLOATS,
-    r"should be (a valid integer|'auto'); came: -?[0-9.e+]+": _WHOLE,
-    r"a list of such lists; came: \[.*\.0": _WHOLE,
+    r"a number less than 9223372036854775808, came 9223372036854775\d{3}\b": _FLOATS,
+    r"a number of at least -9223372036854775808, came -9223372036854775": _FLOATS,
+    r"expected ('auto' or )?a whole number( of at most 18 digits)?, came -?[0-9.e+]+": _WHOLE,
+    r"a list of such lists[;,] came:? \[.*\.0": _WHOLE,
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -78,6 +80,9 @@ def test_a_full_queue_says_when_to_come_back():
 def test_failed_requests_go_by_their_code():
     assert describe(engine.RequestFailed("adapter_corrupt", "m")).refusal.status == 424
     assert describe(engine.RequestFailed("new", "m")).refusal.status == 500
+    lost = reply_to(engine.RequestFailed("engine_unavailable", "m"), "/classify")
+    assert (lost.status_code, lost.headers["retry-after"]) == (503, "5")
+    assert "retry-after" not in reply_to(engine.RequestFailed("engine_error", "m"), "/").headers
 
 
 def test_an_unforeseen_error_keeps_its_words_to_itself():
@@ -99,3 +104,53 @@ def test_framework_errors_have_our_shape(server):
     assert server.get("/v1/nowhere").json()["error"]["code"] == "route_not_found"
     for path in ("/nowhere", "/generate", "/v1/nowhere"):
         assert server.get(path).headers["x-adapter-id"] == "-"
+
+
+# --- wrong bodies ------------------------------------------------------------------------------------
+
+# Words of pydantic, FastAPI and Python that no message may have.
+FOREIGN = re.compile(
+    r"Input should|Field required|Extra inputs|Value error|valid (dictionary|string|integer|list)|"
+    r"\b(None|True|False|str|dict|int)\b|type_error|pydantic|https?://errors"
+)
+
+
+def json_bodies(app) -> Iterator[tuple[str, str, list[str]]]:
+    """(method, path, fields) of every route with a JSON body."""
+    page = app.openapi()
+    for path, methods in page["paths"].items():
+        for method, operation in methods.items():
+            content = operation.get("requestBody", {}).get("content", {})
+            schema = content.get("application/json", {}).get("schema")
+            if schema is not None:
+                named = schema.get("$ref", "").rpartition("/")[2]
+                schema = page["components"]["schemas"].get(named, schema)
+                yield method, path, list(schema.get("properties", {}))
+
+
+def test_no_body_s_refusal_has_the_framework_s_words(server):
+    bodies = list(json_bodies(server.app))
+    assert len(bodies) > 10
+    wrong = []
+    for method, path, fields in bodies:
+        url = path.replace("{name}", "other").replace("{alias}", "stable")
+        # A value that no field takes, for each field; and bodies that are no object.
+        for value in ({}, [], None, *({one: {"no": [None, True]}} for one in fields)):
+            reply = server.request(method, url, json=value)
+            if reply.is_client_error and FOREIGN.search(reply.text):
+                wrong.append((path, value, reply.text))
+            assert reply.status_code < 500, (path, value, reply.text)
+    assert wrong == []
+
+
+def test_management_routes_say_what_was_meant(server):
+    body = {"adapters": ["other"], "weight": [1], "name": "sum"}
+    reply = server.post("/adapters/combine", json=body)
+    assert reply.json()["error"] == (
+        "unknown field 'weight'; did you mean 'weights'?; weights: missing"
+    )
+    assert reply.json()["field"] == "weight"
+    reply = server.get("/adapters", params={"limits": 1})
+    assert reply.json()["error"] == "unknown query parameter 'limits'; did you mean 'limit'?"
+    reply = server.get("/adapters", params={"limit": "x"})
+    assert reply.json()["error"] == "limit: expected a whole number, came 'x'"

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, GPT2Config, T5Config
+from transformers import (
+    BertConfig,
+    Gemma4TextConfig,
+    GPT2Config,
+    JambaConfig,
+    MambaConfig,
+    MusicgenDecoderConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
 
 from adapters.errors import BaseUnsupported
 from server.base.convert import MANIFEST_FILE
@@ -21,6 +30,24 @@ from tests.server.base.tiny import edit_config, save_tiny, tiny_config
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def _gemma4(**changes) -> Gemma4TextConfig:
+    """Two layers, of which the second has full attention and, unless told otherwise, wider heads."""
+    return Gemma4TextConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=300,
+        num_kv_shared_layers=0,
+        **changes,
+    )
 
 
 @pytest.fixture
@@ -128,6 +155,45 @@ def test_weights_stay_memory_mapped(tmp_path):
 def test_configs_that_are_refused(config, reason):
     with pytest.raises(BaseUnsupported, match=reason):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            _gemma4(head_dim=8),
+            r"gemma4_text has layers with different head sizes \(8, 512\), which",
+        ),
+        (Qwen3NextConfig(), "qwen3_next has layers of the kind linear_attention, which are not"),
+        (MambaConfig(), "mamba has layers of the kind linear_attention, which are not served"),
+        (JambaConfig(), "jamba has layers of the kind linear_attention"),
+        (MusicgenDecoderConfig(), "has no causal language-modelling class"),
+    ],
+)
+def test_layers_that_are_not_served(config, reason):
+    with pytest.raises(BaseUnsupported, match=reason):
+        check_config(config)
+
+
+def test_layers_with_one_size_are_served_whatever_their_model_type():
+    check_config(_gemma4(head_dim=8, global_head_dim=8))
+
+
+def test_a_base_with_different_head_sizes_is_refused_before_its_weights_are_read(tmp_path):
+    _gemma4(head_dim=8).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    for read in (load_base, describe_base):
+        with pytest.raises(BaseUnsupported, match="different head sizes"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": None}, {"hidden_act": "none such"}])
+def test_a_config_that_builds_no_model_is_refused_in_words(base, changes):
+    edit_config(base, **changes)
+    for read in (load_base, describe_base):
+        with pytest.raises(BaseUnsupported, match=r"config\.json") as refused:
+            read(base)
+        assert "\n" not in refused.value.message
 
 
 def test_longrope_is_refused():

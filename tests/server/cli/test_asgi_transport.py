@@ -37,7 +37,7 @@ async def app(scope, receive, send) -> None:
 
 @pytest.fixture
 def client():
-    with httpx.Client(transport=ASGITransport(app), base_url="http://in-process") as client:
+    with httpx.Client(transport=ASGITransport(app), base_url="http://localhost") as client:
         yield client
 
 

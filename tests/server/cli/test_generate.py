@@ -124,7 +124,7 @@ def test_outputs_without_a_seed_differ(places):
     ("prompt", "said"),
     [
         (GenerationInput(row={"a": "b"}), "missing: 'Tweet text'; unknown: 'a'"),
-        (GenerationInput(text="word " * 600), "at most 512 fit in all"),
+        (GenerationInput(text="word " * 600), "at most 513 fit in all"),
     ],
 )
 def test_both_places_refuse_with_the_same_words(places, prompt, said):
@@ -159,12 +159,12 @@ def test_lines_of_standard_input_are_prompts(online):
     [
         (
             ["-p", "x", "--temperature", "-1"],
-            "temperature: Input should be greater than 0",
+            "--temperature: expected a number greater than 0, came -1.0",
         ),
-        (["-p", "x", "--parameters", '{"lora": 1}'], "none that says how to choose tokens"),
+        (["-p", "x", "--parameters", '{"max_token": 1}'], "did you mean 'max_new_tokens'?"),
         (
             ["-p", "x", "--parameters", '{"return_full_text": true}'],
-            "none that says how to choose tokens",
+            "unknown parameter 'return_full_text'; known are",
         ),
         (["-p", "x", "--parameters", "[]"], "expected a JSON object"),
         (["-p", "x", "--parameters", '{"max_new_tokens": 3}'], "max_new_tokens is given twice"),

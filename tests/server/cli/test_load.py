@@ -89,7 +89,7 @@ def test_what_fails_on_the_way_is_counted_and_told(server, plan):
     made = run_load(replace(plan, max_new_tokens=600))
     assert (made.total.num_requests, made.total.num_failed) == (0, 12)
     assert sum(made.errors.values()) == 12
-    assert all("at most 512 fit in all" in error for error in made.errors)
+    assert all("at most 513 fit in all" in error for error in made.errors)
     words = ["bench", "--url", server.base_url, "-n", 3, "--max-new-tokens", 600, "--warmup", 0]
     told = run(*words)
     assert told.exit_code == 1

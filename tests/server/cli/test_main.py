@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -61,8 +62,50 @@ def test_every_command_has_help_with_an_example(words):
     text = run(*words.split(), "--help").output
     assert f"graftwork {words}" in text.split("Options")[0].split("Usage", 1)[1].split("\n", 1)[1]
     assert all(one.opts[0] in text for one in command.params if one.opts[0].startswith("-"))
-    # A terminal of 80 columns breaks longer lines in odd places.
-    assert max(len(line) for line in command.help.splitlines()) <= 78
+
+
+@pytest.mark.parametrize("words", ["", *sorted(commands()), "adapters", "jobs", "keys"])
+def test_help_fits_a_terminal_of_80_columns(words):
+    result = run(*words.split(), "--help", COLUMNS="80")
+    assert result.exit_code == 0
+    assert [line for line in result.output.splitlines() if len(line) > 80] == []
+    # Nothing is cut, no markup is left, and an example stays on lines of its own.
+    assert "..." not in re.sub(r"[A-Z}\]]\.\.\.", "", result.output)
+    assert not re.search(r"\[/?(dim|bold)\]|\x08", result.output)
+    if words in commands():
+        assert re.search(rf"^  graftwork {words}", result.output, re.MULTILINE)
+        listed = {
+            one.opts[0]: one for one in commands()[words].params if one.opts[0] in result.output
+        }
+        assert [flag for flag, one in listed.items() if not one.help] == []
+
+
+def test_version_and_completion():
+    assert run("--version").output == f"graftwork {version('graftwork')}\n"
+    assert "--install-completion" in run("--help").output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--learning-rates", "1"], "--learning-rate"),
+        (["generate", "--max-token", "1"], "--max-new-tokens"),
+        (["adaptors", "list"], "Did you mean 'adapters'?"),
+        (["adapters", "delete", "x"], "No such command 'delete'"),
+        (["adapters", "lst"], "Did you mean 'list'?"),
+    ],
+)
+def test_a_mistyped_word_gets_the_word_that_was_meant(words, said):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_an_option_may_be_typed_like_a_field():
+    assert "missing.jsonl" in refusal(
+        "train", "--method", "IA3", "--data", "missing.jsonl", "--learning_rate", "1", "--out", "x",
+        "--if_exists", "new_version",
+    )  # fmt: skip
 
 
 def test_the_documentation_s_table_has_every_command_and_no_other():

@@ -149,8 +149,11 @@ def test_adapters_add_takes_the_words_that_the_folder_has(folders, tiny_base, tm
     ("text", "fault"),
     [
         ("{", "not JSON"),
-        ('{"method": "ia3"}', "job: Field required"),
-        ('{"job": {}, "metrics": {}, "versions": {}, "more": 1}', "Field required"),
+        ('{"method": "ia3"}', "missing: job, metrics and versions"),
+        (
+            '{"job": {}, "metrics": {}, "versions": {}, "more": 1}',
+            "unknown field 'more'; known are job, ",
+        ),
     ],
 )
 def test_adapters_add_refuses_a_foreign_note(folders, tiny_base, tmp_path, text, fault):
@@ -246,13 +249,16 @@ REFUSED = {
     "no place": ([], "expected --out DIR, --register NAME or both"),
     "config is no JSON": (["--out", "x", "--config", "{"], "--config: expected a JSON object"),
     "unknown config": (["--out", "x", "--config", '{"rank": 8}'], "config"),
-    "no rate": (["--out", "x", "--lr", "-1"], "learning_rate"),
-    "unknown hyperparameter": (["--out", "x", "--hyperparameters", '{"lr": 1}'], "lr"),
+    "no rate": (["--out", "x", "--lr", "-1"], "--learning-rate: expected a number greater than 0"),
+    "unknown hyperparameter": (
+        ["--out", "x", "--hyperparameters", '{"lr": 1}'],
+        "--hyperparameters: unknown field 'lr'; did you mean",
+    ),
     "twice": (["--out", "x", "--lr", "1", "--hyperparameters", '{"learning_rate": 2}'], "twice"),
     "epochs and steps": (["--out", "x", "--epochs", "1", "--max-steps", "1"], "contradict"),
     "one label": (
         ["--out", "x", "--labels", "complaint"],
-        "labels: List should have at least 2 items",
+        "--labels: expected at least 2 values",
     ),
     "template": (["--out", "x", "--template", "{tweet"], "template: a lone"),
     "no column": (["--out", "x", "--template", "{text}"], "row 1: a column of the template"),

@@ -745,6 +745,6 @@ def test_too_long_is_refused_with_the_numbers(refs, start):
     assert isinstance(event, FailedEvent)
     assert event.code == "too_long"
     assert "9 virtual tokens" in event.message
-    (event,) = start().submit(request("r", prompt_ids(500), None, 13))
-    assert "make 513, the base takes 512" in event.message
+    (event,) = start().submit(request("r", prompt_ids(500), None, 14))
+    assert "make 514; the base has 512 positions" in event.message
     assert not engine.has_work

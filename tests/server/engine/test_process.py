@@ -155,11 +155,11 @@ async def test_a_full_queue_is_said_and_nothing_of_it_stays(client):
 async def test_a_request_that_fails_fails_alone(client, blobs, adapters):
     good = client.submit(request("good", prompt_ids(5), adapters["ia3"], 30))
     missing = client.submit(request("missing", prompt_ids(5), AdapterRef("0" * 64, 7, False)))
-    too_long = client.submit(request("long", prompt_ids(500), max_new_tokens=13))
+    too_long = client.submit(request("long", prompt_ids(500), max_new_tokens=14))
     with pytest.raises(RequestFailed) as caught:
         await collect(missing)
     assert caught.value.code == "adapter_corrupt"
-    with pytest.raises(RequestFailed, match="make 513, the base takes 512") as caught:
+    with pytest.raises(RequestFailed, match="make 514; the base has 512 positions") as caught:
         await collect(too_long)
     assert caught.value.code == "too_long"
     assert len(await collect(good)) == 30
@@ -185,7 +185,7 @@ async def test_a_process_that_dies_fails_its_requests(base, blobs):
     for reader in readers:
         with pytest.raises(RequestFailed) as caught:
             await asyncio.wait_for(reader, 10)
-        assert caught.value.code == "engine_error"
+        assert caught.value.code == "engine_unavailable"
     await until(lambda: not client.alive)
     with pytest.raises(EngineUnavailable):
         client.submit(long_requests(1)[0])
@@ -224,7 +224,7 @@ async def test_a_pipe_that_is_gone_is_a_dead_engine_though_the_process_lives(bas
             pipe.shutdown(socket.SHUT_RDWR)
         with pytest.raises(RequestFailed) as caught:
             await asyncio.wait_for(reader, 10)
-        assert caught.value.code == "engine_error"
+        assert caught.value.code == "engine_unavailable"
         assert client._engine.process.is_alive()
         assert not client.alive
         with pytest.raises(EngineUnavailable):

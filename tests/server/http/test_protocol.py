@@ -29,7 +29,7 @@ def connect(server) -> socket.socket:
 def head_and_body(path, version) -> bytes:
     body = json.dumps(PATHS[path]).encode()
     head = (
-        f"POST {path} HTTP/{version}\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/{version}\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
@@ -54,7 +54,7 @@ def read_reply(connection, client) -> tuple[h11.Response, list[bytes]]:
 
 
 def ask(connection, client, path) -> tuple[h11.Response, list[bytes]]:
-    headers = {"host": "x", "content-type": "application/json"}
+    headers = {"host": "localhost", "content-type": "application/json"}
     body = json.dumps(PATHS[path]).encode()
     headers["content-length"] = str(len(body))
     request = h11.Request(method="POST", target=path, headers=list(headers.items()))

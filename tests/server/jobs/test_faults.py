@@ -113,7 +113,8 @@ def _serving(made: Home) -> Iterator[tuple[subprocess.Popen, str]]:
 
 
 def test_a_killed_server_finds_its_jobs_again(at_home):
-    record = at_home.add(steps=2_000)
+    """Interrupted at the next start, claimed before what waits, and three kills cost no attempt."""
+    record, waits = at_home.add(steps=2_000), at_home.add(adapter="waits", steps=1)
     with _serving(at_home) as (process, _address):
         wait_for(lambda: has_trained(at_home, record))
         process.send_signal(signal.SIGKILL)
@@ -121,10 +122,21 @@ def test_a_killed_server_finds_its_jobs_again(at_home):
     worker = int(re.search(r"pid=(\d+)", at_home.log(record)).group(1))
     wait_for(lambda: not _runs(worker), 5)
     assert at_home.state(record) == "running"
+    for _ in range(2):  # as a server that is killed before its job's first checkpoint
+        with at_home.store.held() as holder:
+            assert at_home.store.claim(60, holder=holder).job_id == record.id
+    at_home.store.sweep()
+    assert at_home.store.get(record.id).interrupted
     with _serving(at_home) as (_process, address):
         at_home.wait_for_state(record, "succeeded")
+        later = at_home.wait_for_state(waits, "succeeded")
+        assert later.started_at > at_home.store.get(record.id).finished_at
         states = [one.data for one in at_home.store.events(record.id) if one.kind == "state"]
-        assert [one["state"] for one in states].count("running") == 2
+        assert [one["state"] for one in states].count("running") == 4
+        assert {one["nice"] for one in states if one["state"] == "running" and "nice" in one} == {
+            19
+        }
+        assert at_home.kinds(record).count("interrupted") == 3
         assert httpx.post(f"{address}/generate?adapter=mine", json=BODY).status_code == 200
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from server.jobs.supervisor import Supervisor
+from server.logs import configure
 from server.store.jobs import JobStore
 from tests.server.jobs.runs import ENDLESS, has_trained, home, supervised, wait_for
 
@@ -36,6 +37,22 @@ def test_two_supervisors_share_the_jobs(at_home):
         assert states == ["queued", "running", "succeeded"]
         assert at_home.kinds(record).count("started") == 1
         assert len(at_home.registry.versions(record.adapter)) == 1
+
+
+def test_a_job_says_at_once_that_it_started_and_success_is_no_signal(at_home, capfd):
+    """Before its worker has imported anything; a worker that is slow to exit is no failure."""
+    configure("console", "info")
+    record = at_home.add(steps=1)
+    with supervised(at_home) as supervisor:
+        wait_for(lambda: supervisor.pids, 5)
+        running = at_home.store.events(record.id)[-1]
+        assert running.data == {"state": "running", "attempt": 1, "nice": at_home.config.nice}
+        assert f"started job={record.id} nice={at_home.config.nice}\n" in at_home.log(record)
+        at_home.wait_for_state(record, "succeeded")
+        wait_for(lambda: supervisor.pids == {})
+    said = capfd.readouterr().err
+    assert f"job_ended                      job={record.id} state=succeeded" in said
+    assert "signal" not in said
 
 
 def test_workers_is_how_many_run_at_once(at_home):

@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters.errors import RegistryError, StorageFull, TrainingError
 from server import errors
 from server.store.job_states import FINISHED
-from server.store.jobs import Claim, JobStore
+from server.store.jobs import MAX_INTERRUPTIONS, Claim, JobStore
 from server.store.registry import Registry
 from tests.full_disk import run_on_a_small_disk
 from tests.server.jobs.clock import Clock
@@ -203,13 +203,44 @@ def test_a_failure_says_why(store: JobStore) -> None:
     assert store.events(job_id)[-1].data == {"state": "failed", "error": error}
 
 
-def test_queued_jobs_come_first_and_the_oldest_of_them(store: JobStore, clock: Clock) -> None:
-    ids = [store.create(a_job(), EXAMPLES).id for _ in range(3)]
-    lost = claimed(store, lease_seconds=1)
+def test_an_interrupted_job_comes_first_then_the_oldest(store: JobStore, clock: Clock) -> None:
+    ids = [store.create(a_job(), EXAMPLES).id for _ in range(4)]
+    claims = [claimed(store, lease_seconds=1) for _ in range(2)]
+    store.lose(claims[1], "signal SIGSEGV")
+    assert [claimed(store).job_id for _ in range(2)] == [ids[1], ids[2]]
     clock.advance(2)
-    assert [claimed(store).job_id for _ in range(3)] == [ids[1], ids[2], ids[0]]
-    assert lost.job_id == ids[0]
+    assert store.get(ids[0]).interrupted
+    assert [claimed(store).job_id for _ in range(2)] == [ids[0], ids[3]]
     assert store.claim(10) is None
+    assert not any(record.interrupted for record in store.list())
+
+
+def test_a_job_of_a_dead_process_is_interrupted_at_once(root: Path, clock: Clock) -> None:
+    """Not when its lease ends; a claim of a process that lives is left alone."""
+    store = JobStore(root, clock=clock)
+    ids = [store.create(a_job(), EXAMPLES).id for _ in range(3)]
+    with store.held() as alive:
+        assert store.claim(60, holder=alive) is not None
+        program = (
+            "import os, sys; from pathlib import Path; from server.store.jobs import JobStore\n"
+            "store = JobStore(Path(sys.argv[1]), clock=lambda: float(sys.argv[2]))\n"
+            "with store.held() as name:\n"
+            "    store.claim(60, holder=name, facts={'nice': 19})\n"
+            "    os.kill(os.getpid(), 9)"
+        )
+        subprocess.run([sys.executable, "-c", program, str(root), str(clock())], check=False)
+        assert [one.interrupted for one in store.list()] == [False, False, False]
+        store.sweep()  # as the next server does when it starts
+        assert [one.interrupted for one in store.list()] == [False, True, False]
+        kinds = [(event.kind, event.data) for event in store.events(ids[1])]
+        assert kinds[1:] == [
+            ("state", {"state": "running", "attempt": 1, "nice": 19}),
+            ("interrupted", {}),
+        ]
+        assert [claimed(store).job_id for _ in range(2)] == [ids[1], ids[2]]
+        assert [event.kind for event in store.events(ids[1])].count("interrupted") == 1
+        assert not store.get(ids[0]).interrupted
+    store.close()
 
 
 def test_a_lease_that_ran_out_can_be_claimed_and_the_old_one_is_dead(
@@ -248,11 +279,12 @@ def test_a_late_worker_keeps_its_job_while_nobody_else_has_it(
     assert store.claim(10) is None
 
 
-def test_a_job_that_kills_its_workers_fails(store: JobStore, clock: Clock) -> None:
+def test_a_job_that_kills_its_workers_fails(store: JobStore) -> None:
     job_id = store.create(a_job(), EXAMPLES).id
     for attempt in (1, 2, 3):
-        assert claimed(store).token == attempt
-        clock.advance(11)
+        claim = claimed(store)
+        assert claim.token == attempt
+        store.lose(claim, "signal SIGKILL")
     assert store.claim(10) is None
     record = store.get(job_id)
     assert (record.state, record.attempts) == ("failed", 3)
@@ -261,28 +293,42 @@ def test_a_job_that_kills_its_workers_fails(store: JobStore, clock: Clock) -> No
     assert record.finished_at is not None
 
 
-def test_a_checkpoint_forgives_lost_workers(store: JobStore, clock: Clock) -> None:
+def test_a_checkpoint_forgives_lost_workers(store: JobStore) -> None:
     job_id = store.create(a_job(), EXAMPLES).id
     for _ in range(6):
-        store.add_event(claimed(store), "checkpoint", {"step": 1})
-        clock.advance(11)
+        claim = claimed(store)
+        store.add_event(claim, "checkpoint", {"step": 1})
+        store.lose(claim, "exit status 1")
     assert store.get(job_id).state == "running"
     for _ in range(2):
-        claimed(store)
-        clock.advance(11)
+        store.lose(claimed(store), "exit status 1")
     assert store.claim(10) is None
     assert store.get(job_id).state == "failed"
+
+
+def test_servers_that_end_are_no_lost_workers_but_not_for_ever(
+    store: JobStore, clock: Clock
+) -> None:
+    job_id = store.create(a_job(), EXAMPLES).id
+    for attempt in range(1, MAX_INTERRUPTIONS + 1):
+        claimed(store)
+        assert store.get(job_id).attempts == attempt > 0
+        clock.advance(11)
+    assert store.claim(10) is None
+    error = store.get(job_id).error
+    assert error is not None
+    assert error["code"] == "worker_lost"
+    assert f"{MAX_INTERRUPTIONS} servers ended" in error["message"]
 
 
 def test_a_lost_job_that_fails_makes_way_for_the_next(root: Path, clock: Clock) -> None:
     store = JobStore(root, clock=clock, max_attempts=1)
     ids = [store.create(a_job(), EXAMPLES).id for _ in range(2)]
     claims = [claimed(store), claimed(store)]
-    clock.advance(11)
-    store.renew(claims[1], 1)
+    store.lose(claims[0], "exit status 1")
     store.add_event(claims[1], "checkpoint", {})
     assert store.claim(10) is None
-    clock.advance(2)
+    store.lose(claims[1], "exit status 1")
     assert store.claim(10) is None
     assert [store.get(job_id).state for job_id in ids] == ["failed", "failed"]
     store.close()

@@ -81,7 +81,9 @@ class StoreMachine(RuleBasedStateMachine):
             # What was lost is at an end now: it was to be cancelled, or had its workers.
             assert all(self.store.get(job_id).state in FINISHED for job_id in lost)
             return multiple()
-        assert claim.job_id in (waiting[:1] or lost)
+        if claim.job_id not in lost:
+            assert claim.job_id == waiting[0]
+            assert all(self.store.get(job_id).state in FINISHED for job_id in lost)
         before = self.alive[claim.job_id]
         assert claim.token == (before.token if before else 0) + 1
         self.alive[claim.job_id] = claim
@@ -126,6 +128,12 @@ class StoreMachine(RuleBasedStateMachine):
     def finish(self, claim: Claim, state: State) -> None:
         if self.attempt(claim, lambda: self.store.finish(claim, state)):
             assert self.store.get(claim.job_id).state == state
+
+    @rule(claim=claims)
+    def lose(self, claim: Claim) -> None:
+        if self.attempt(claim, lambda: self.store.lose(claim, "exit status 1")):
+            self.leases[claim.job_id] = 0.0
+            assert self.store.get(claim.job_id).interrupted
 
     @rule(claim=claims)
     def release(self, claim: Claim) -> None:

@@ -146,6 +146,9 @@ def test_versions_from_before_sources_say_whether_they_were_trained(tmp_path: Pa
     columns = (
         "ALTER TABLE versions DROP COLUMN source; ALTER TABLE versions DROP COLUMN source_path;"
         "ALTER TABLE jobs DROP COLUMN owner; ALTER TABLE files DROP COLUMN owner; DROP TABLE keys;"
+    ) + "".join(
+        f"ALTER TABLE jobs DROP COLUMN {name};"
+        for name in ("holder", "num_lost", "num_interrupted", "num_bytes")
     )
     execute(tmp_path, f"{columns} UPDATE alembic_version SET version_num = '0003';")
     again = Registry(tmp_path)

@@ -72,7 +72,7 @@ def test_hundreds_of_adapters_that_were_deleted_leave_nothing_in_memory(
         grown = {path: (before.get(path, 0), n) for path, n in after.items()}
         assert {path: both for path, both in grown.items() if both[1] > both[0] + 5} == {}
         assert services.client._residency == {}
-        assert not services.requests_by_adapter
+        assert not services.adapter_use
         assert client.get("/adapters").json()["total"] == 0
         assert list((settings.data_dir / "blobs").iterdir()) == []
 

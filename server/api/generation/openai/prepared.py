@@ -148,6 +148,11 @@ class PreparedBatch:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each prompt once; virtual tokens are not among them."""
+        return sum(len(given.prompt.token_ids) for given in self.prompts)
+
     def batch(self) -> Batch:
         """The sequences, not begun yet."""
         return Batch(self.generator, self.requests, self.options, self.max_parallel)
@@ -176,7 +181,7 @@ class PreparedBatch:
     def usage(self, outputs: Sequence[Output]) -> shapes.Usage:
         """Prompt tokens, each prompt once, and every token that was drawn; virtual tokens are not
         among them."""
-        prompt = sum(len(given.prompt.token_ids) for given in self.prompts)
+        prompt = self.num_prompt_tokens
         completion = sum(len(output.pieces) for output in outputs)
         return {
             "prompt_tokens": prompt,
@@ -227,7 +232,7 @@ def prepare_batch(
         first = generator.prepare(given.prompt, record, options, f"{batch_id}-{place}")
         requests += [_sample(first, index, alone=streamed) for index in range(best_of)]
     if record is not None:
-        services.requests_by_adapter[record.name] += 1
+        services.adapter_use.count(record.name)
     return PreparedBatch(
         generator=generator,
         model=model,

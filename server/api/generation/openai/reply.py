@@ -19,7 +19,8 @@ from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.batch import Batch
 from server.api.generation.openai.bodies import StreamOptions
 from server.api.generation.openai.prepared import Output, PreparedBatch
-from server.api.middleware.headers import set_headers, timing_headers
+from server.api.middleware.headers import set_headers
+from server.api.middleware.work import note_work, timing_headers
 from server.generation.generator import Piece, mean_logprob
 from server.http.event_stream import EventStream, compact, unless_gone
 
@@ -34,6 +35,7 @@ DONE = b"data: [DONE]\n\n"
 async def whole(request: Request, prepared: PreparedBatch) -> Response:
     """Every choice at once."""
     batch = prepared.batch()
+    note_work(request, prepared.num_prompt_tokens, batch.generations)
     outputs = await unless_gone(request.receive, _read_all(prepared, batch))
     set_headers(request, timing_headers(*batch.generations))
     choices: list[shapes.CompletionChoice | shapes.ChatChoice] = []
@@ -71,6 +73,7 @@ async def stream(
     if prepared.best_of > prepared.n:
         raise invalid("best_of", f"n, which is {prepared.n}, when streaming", prepared.best_of)
     batch = prepared.batch()
+    note_work(request, prepared.num_prompt_tokens, batch.generations)
     pieces = batch.pieces()
 
     async def read_first() -> tuple[int, Piece]:

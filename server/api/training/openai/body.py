@@ -16,6 +16,7 @@ from adapters.training.job import (
     MethodName,
     TrainingOptions,
     TrainingRequest,
+    method_name,
 )
 from adapters.training.recipes import RECIPES
 from adapters.training.shapes import Format
@@ -208,6 +209,7 @@ class Asked:
 
 
 def _known_type(name: str) -> str:
+    name = method_name(name)
     if name not in METHOD_TYPES:
         listed = ", ".join(METHOD_TYPES)
         raise RequestInvalid(
@@ -220,22 +222,23 @@ def _known_type(name: str) -> str:
 
 
 def _block(choice: MethodChoice) -> MethodBlock:
-    given = {name: value for name, value in (choice.model_extra or {}).items() if value is not None}
+    kind, extra = _known_type(choice.type), choice.model_extra or {}
+    given = {method_name(name): value for name, value in extra.items() if value is not None}
     for name in given:
-        if name != choice.type:
+        if name != kind:
             raise Contradiction(
-                f"method: its type is {choice.type!r}, and it has a block {quoted(name)}",
+                f"method: its type is {kind!r}, and it has a block {quoted(name)}",
                 field="method",
-                expected=f"a block {choice.type!r}, or none",
+                expected=f"a block {kind!r}, or none",
                 came=quoted(name),
             )
     try:
-        return MethodBlock.model_validate(given.get(choice.type, {}))
+        return MethodBlock.model_validate(given.get(kind, {}))
     except ValidationError as error:
-        report = describe_validation(error.errors(include_url=False))
-        field = f"method.{choice.type}" + (f".{report.field}" if report.field else "")
+        report = describe_validation(error.errors(include_url=False), MethodBlock)
+        field = f"method.{kind}" + (f".{report.field}" if report.field else "")
         raise RequestInvalid(
-            f"method.{choice.type}.{report.message}",
+            f"method.{kind}: {report.message}",
             field=field,
             expected=report.expected,
             came=report.came,

@@ -220,7 +220,7 @@ def tuning_event(job_id: str, event: JobEvent) -> TuningEvent:
         level = "error"
     elif (
         state == "cancelled"
-        or event.kind == "worker_lost"
+        or event.kind in ("worker_lost", "interrupted")
         or event.data.keys() & {"warning", "warnings"}
     ):
         level = "warn"
@@ -262,5 +262,6 @@ _KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "evaluation": lambda data: f"Step {data['step']}: validation loss={data['loss']:.4f}",
     "checkpoint": lambda data: f"A checkpoint was written after step {data['step']}",
+    "interrupted": lambda _data: "The server that trained the job ended; it goes on first of all",
     "worker_lost": lambda data: "The worker was lost; another one goes on",
 }

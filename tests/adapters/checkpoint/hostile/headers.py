@@ -162,8 +162,16 @@ ATTACKS: dict[str, tuple[bytes, type[errors.CheckpointError], str]] = {
 
 # name -> (bytes of adapter_config.json, words the refusal must hold)
 CONFIG_ATTACKS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not JSON"),
-    "bom": (b"\xef\xbb\xbf{}", "byte order mark"),
+    "comment": (b'{\n  // mine\n  "peft_type": "IA3"\n}', "JSON has no comments; remove them"),
+    "hash comment": (b'# mine\n{"peft_type": "IA3"}', "JSON has no comments"),
+    "trailing comma": (b'{\n "peft_type": "IA3",\n}', "no comma after the last entry"),
+    "python dict": (b"{'peft_type': 'IA3'}", "write it with json.dumps"),
+    "python words": (b'{"peft_type": "IA3", "inference_mode": True}', "a Python dict"),
+    "yaml": (b"peft_type: IA3\n", "looks like YAML"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "web page": (b"<!DOCTYPE html><html></html>", "a web page"),
+    "empty": (b"", "the file is empty"),
+    "utf-16": ('{"peft_type": "IA3"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
     "utf16": ("{}".encode("utf-16"), "UTF-8"),
     "not_json": (b"{'peft_type': 'IA3'}", "not JSON"),
     "trailing": (b"{} {}", "not JSON"),

@@ -51,9 +51,22 @@ def test_upload_look_download_and_delete(server, tmp_path):
     assert detail["version"] == 2
     assert [one["version"] for one in detail["versions"]] == [1, 2]
     assert detail["config"]["peft_type"] == "PREFIX_TUNING"
-    assert detail["counters"] == {"requests": 0}
-    assert "life" in [one["name"] for one in server.get("/adapters").json()["adapters"]]
+    unused = {"requests": 0, "labels_ranked": 0, "last_used_at": None}
+    assert detail["counters"] == unused
+    listed = {one["name"]: one for one in server.get("/adapters").json()["adapters"]}
+    assert listed["life"]["counters"] == unused
     assert len(server.get("/adapters?limit=1").json()["adapters"]) == 1
+
+    server.post("/generate?adapter=life", json={"inputs": "x"})
+    several = {"model": "life@1", "prompt": ["x", "y"], "n": 2, "max_tokens": 1}
+    server.post("/v1/completions", json=several)
+    server.post("/classify?adapter=life", json={"inputs": ["x", "y"], "labels": ["a", "b", "c"]})
+    server.post("/generate?adapter=life", json={"inputs": ""})  # refused
+    used = server.get("/adapters/life").json()["counters"]
+    assert (used["requests"], used["labels_ranked"]) == (3, 6)
+    assert used["last_used_at"] > detail["created_at"]
+    listed = {one["name"]: one for one in server.get("/adapters").json()["adapters"]}
+    assert listed["life"]["counters"] == used
 
     for query, source in (("?version=1", folder), ("", tmp_path / "b")):
         download = server.get(f"/adapters/life/download{query}")

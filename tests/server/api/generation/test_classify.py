@@ -70,7 +70,7 @@ def oracle(tiny_base, adapter_folder):
 )
 def test_scores_are_those_of_peft(server, with_eos, oracle, adapter, separator, eos, normalization):
     query = "" if adapter is None else f"?adapter={adapter}"
-    body = {"inputs": TEXTS, "labels": LABELS, "normalization": normalization}
+    body = {"inputs": TEXTS, "labels": LABELS, "normalization": normalization, "raw": True}
     reply = server.post(f"/classify{query}", json=body)
     assert reply.status_code == 200, reply.text
     assert reply.headers["x-adapter-id"] == (adapter or "tiny-base")
@@ -107,6 +107,83 @@ def test_a_row_is_the_text_of_the_stored_template(server, with_eos):
     one = server.post("/classify?adapter=ranked", json={"row": rows[0]}).json()
     assert near(one, by_row[0])
     assert list(one["scores"]) == ["complaint", "no complaint"]
+
+
+COLUMN = {
+    "template": "Tweet text : {Tweet text} Label : ",
+    "labels": '["complaint", "no complaint"]',
+}
+PUNCTUATED = {**COLUMN, "template": "{text} =>"}
+MARKED = {**COLUMN, "template": "{text}?"}
+BARE = {**COLUMN, "template": "{text}"}
+CHINESE = {**COLUMN, "template": "评论:{text} 情感:"}
+
+
+@pytest.fixture(scope="module")
+def one_column(server, adapter_folder):
+    templates = {"column": COLUMN, "punctuated": PUNCTUATED, "marked": MARKED, "bare": BARE,
+                 "chinese": CHINESE}  # fmt: skip
+    for name, fields in templates.items():
+        reply = upload(server, adapter_folder, name, **fields)
+        assert reply.status_code == 201, reply.text
+    yield
+    for name in templates:
+        server.delete(f"/adapters/{name}")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text", "column"),
+    [
+        ("column", "late </s> again", "Tweet text"),
+        ("column", "Tweet text : only the beginning", "Tweet text"),
+        ("punctuated", "late again", "text"),
+        ("marked", "late again?", "text"),  # one mark says nothing
+        ("bare", "late </s> again", "text"),
+        ("chinese", "太晚了", "text"),
+    ],
+)
+def test_a_text_fills_a_template_of_one_column(server, one_column, adapter, text, column):
+    url = f"/classify?adapter={adapter}"
+    by_row = server.post(url, json={"row": {column: text}}).json()
+    assert near(server.post(url, json={"inputs": text}).json(), by_row)
+    assert near(server.post(url, json={"inputs": ["x", text]}).json()[1], by_row)
+    assert not near(server.post(url, json={"inputs": f"{text}</s>", "raw": True}).json(), by_row)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text"),
+    [
+        ("column", "Tweet text : late again Label :"),
+        ("column", "tweet text: late again\nlabel:"),
+        ("column", "Tweet text : a Label : complaint\n\nTweet text : late Label :"),
+        ("punctuated", "late again =>"),
+        ("chinese", "评论\uff1a太晚了情感\uff1a "),
+        ("ranked", "the tweet and 5 :"),
+        ("other", "no template at all"),
+    ],
+)
+def test_a_text_in_the_words_of_the_template_stands_as_it_is(
+    server, with_eos, one_column, adapter, text
+):
+    url, labels = f"/classify?adapter={adapter}", ["complaint", "no complaint"]
+    mixed = server.post(url, json={"inputs": [text, text], "labels": labels}).json()
+    raw = server.post(url, json={"inputs": text, "labels": labels, "raw": True}).json()
+    assert near(mixed[0], raw)
+    assert near(mixed[1], raw)
+
+
+def test_texts_and_rendered_texts_keep_their_order(server, one_column):
+    texts = ["late", "Tweet text : late Label :", "lovely", "Tweet text : lovely Label :"]
+    got = server.post("/classify?adapter=column", json={"inputs": texts}).json()
+    assert near(got[0], got[1])
+    assert near(got[2], got[3])
+    assert not near(got[0], got[2])
+
+
+def test_one_text_cannot_fill_two_columns(server, with_eos):
+    reply = server.post("/classify?adapter=ranked", json={"inputs": ["a and b :", "late again"]})
+    assert (reply.status_code, reply.json()["code"]) == (422, "invalid")
+    assert all(said in reply.json()["error"] for said in ("'a', 'b'", '"row"', '"raw": true'))
 
 
 def test_times_are_told_and_the_prompt_is_computed_once(server):
@@ -156,6 +233,8 @@ def test_one_text_gives_one_object_and_more_than_run_at_once_are_taken(server):
         ("?adapter=nobody", {"inputs": "x"}, 404, "adapter_not_found", "adapter"),
         ("", {"row": {"a": 1}, "labels": ["a"]}, 422, "invalid", "row"),
         ("?adapter=complaints", {"row": {"a": 1}}, 422, "template_invalid", "row"),
+        ("?adapter=complaints", {"inputs": " "}, 422, "invalid", "inputs"),
+        ("?adapter=complaints", {"row": {"a": 1}, "raw": True}, 400, "contradiction", "raw"),
         ("", {"inputs": "x " * 600, "labels": ["a"]}, 422, "too_long", "inputs"),
         ("", {"inputs": ["x"] * 101, "labels": [str(n) for n in range(100)]}, 422, "invalid", "inputs"),
     ],

@@ -34,7 +34,7 @@ def raw_post(client, path, body) -> socket.socket:
     connection = socket.create_connection((url.host, url.port))
     payload = json.dumps(body).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {len(payload)}\r\n\r\n"
     )
     connection.sendall(head.encode() + payload)

@@ -254,5 +254,9 @@ def test_max_new_tokens_left_out_is_what_fits(server):
     body = {"inputs": "ab" * 500, "parameters": {"truncate": limit - 3, "details": True}}
     long = server.post("/generate", json=body).json()
     assert long["details"]["generated_tokens"] <= 3
+    # A prompt that takes every position: the one new token takes none.
+    body["parameters"]["truncate"] = limit - 1
+    full = server.post("/generate", json=body).json()
+    assert full["details"]["generated_tokens"] == 1
     short = generate(server, max_new_tokens=None, details=True, ignore_eos=True).json()
     assert short["details"]["generated_tokens"] == 64

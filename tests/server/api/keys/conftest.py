@@ -18,6 +18,10 @@ ADAPTERS = ("complaints", "other", "team-a-x", "team-b-x")
 TEMPLATE = "Tweet text : {text} Label :"
 
 
+# Whose pages may use the server.
+PAGE = "https://tools.example"
+
+
 @dataclass
 class Guarded:
     """The server, and its data directory as `graftwork keys` finds it."""
@@ -43,7 +47,9 @@ def guarded(tiny_base, tmp_path_factory):
     data_dir = home / "data"
     data_dir.mkdir()
     store = KeyStore(data_dir)
-    settings = make_settings(tiny_base, data_dir, require_keys=True, train_workers=0)
+    settings = make_settings(
+        tiny_base, data_dir, require_keys=True, train_workers=0, allowed_origins=(PAGE,)
+    )
     with running_server(settings) as client:
         guarded = Guarded(client, store, data_dir)
         client.headers["authorization"] = f"Bearer {guarded.key('admin')}"

@@ -148,7 +148,8 @@ def raw(guarded, method: str, target: str) -> int:
     """The status of a request whose target nobody tidied up."""
     url = guarded.client.base_url
     with socket.create_connection((url.host, url.port), timeout=20) as connection:
-        head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n"
+        head += "Connection: close\r\n\r\n"
         connection.sendall(head.encode())
         received = b""
         while b"\r\n" not in received and (block := connection.recv(4096)):

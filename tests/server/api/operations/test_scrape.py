@@ -427,9 +427,11 @@ def test_it_goes_on_where_the_engine_has_died(tiny_base, tmp_path):
             lines = reply.iter_lines()
             next(lines)
             os.kill(client.app_services().client.pid, signal.SIGKILL)
-            assert "engine_error" not in "".join(lines)  # TGI's shape has no code; the books do
+            assert "engine_unavailable" not in "".join(
+                lines
+            )  # TGI's shape has no code; the books do
         now = Scrape(client)
-        assert now(FAILURES, adapter="tiny-base", code="engine_error") == 1
+        assert now(FAILURES, adapter="tiny-base", code="engine_unavailable") == 1
         assert now("vllm:request_success_total", finished_reason="error") == 1
         assert now("process_resident_memory_bytes") > 0
         assert "graftwork_engine_process" not in now.text

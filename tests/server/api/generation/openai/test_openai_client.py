@@ -345,7 +345,7 @@ def test_an_error_inside_a_stream(chatting_base, tmp_path):
             server.app_services().client._engine.kill()
             with pytest.raises(openai.APIError) as caught:
                 list(stream)
-            assert caught.value.code == "engine_error"
+            assert caught.value.code == "engine_unavailable"
             assert caught.value.body["type"] == "server_error"
             with pytest.raises(openai.InternalServerError) as caught:
                 client.completions.create(model=BASE, prompt="x")

@@ -238,7 +238,13 @@ HYPER = "method.ia3.hyperparameters"
         ({"method": {"type": "dpo"}}, 422, "invalid", METHODS, "supervised, prefix_tuning"),
         ({"method": {"type": "lora"}}, 422, "invalid", METHODS, "cpt"),
         ({"method": {"type": "ia3", "cpt": {}}}, 400, "contradiction", "method", "'cpt'"),
-        ({"method": {"type": "ia3", "ia3": {"rank": 8}}}, 422, "invalid", "method.ia3.rank", "8"),
+        (
+            {"method": {"type": "ia3", "ia3": {"rank": 8}}},
+            422,
+            "invalid",
+            "method.ia3.rank",
+            "'rank'",
+        ),
         (
             {"method": {"type": "ia3", "ia3": {"config": {"r": 8}}}},
             422,
@@ -254,7 +260,13 @@ HYPER = "method.ia3.hyperparameters"
             "together",
         ),
         ({"hyperparameters": {"n_epochs": 0}}, 422, "invalid", None, "n_epochs"),
-        ({"hyperparameters": {"n_epoch": 1}}, 422, "invalid", "hyperparameters.n_epoch", "1"),
+        (
+            {"hyperparameters": {"n_epoch": 1}},
+            422,
+            "invalid",
+            "hyperparameters.n_epoch",
+            "'n_epochs'?",
+        ),
         (
             {
                 "hyperparameters": {"n_epochs": 2},
