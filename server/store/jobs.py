@@ -650,7 +650,8 @@ class JobStore(PerCaller):
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
-        self._add(session, row, "state", {"state": "queued"})
+        said = {"warnings": job.warnings} if job.warnings else {}
+        self._add(session, row, "state", {"state": "queued", **said})
         session.flush()
         return row
 
@@ -679,7 +680,12 @@ class JobStore(PerCaller):
         row.lease_until = None
         row.num_bytes = self._files.num_bytes(row.id)
         row.finished_at = self._now()
-        facts = {"error": row.error, "adapter_version": row.adapter_version}
+        warning = (row.metrics or {}).get("warning")
+        facts = {
+            "error": row.error,
+            "adapter_version": row.adapter_version,
+            "warning": warning,
+        }
         said = {key: value for key, value in facts.items() if value is not None}
         self._add(session, row, "state", {"state": state, **said})
 
