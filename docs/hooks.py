@@ -72,6 +72,7 @@ ABOVE_LIMIT: Mapping[str, str] = {
     "max_sequences": "422 `invalid`",
     "max_ranked": "422 `invalid`",
     "max_labels": "422 `invalid`",
+    "max_aliases": "422 `too_many_aliases`",
     "max_messages": "422 `invalid`",
     "max_stops": "422 `invalid`",
     "max_stop_characters": "422 `invalid`",
@@ -81,6 +82,11 @@ ABOVE_LIMIT: Mapping[str, str] = {
     "max_data_mib": "413 `body_too_large`; 422 `data_invalid`",
     "max_data_rows": "422 `data_invalid`",
     "max_queued_jobs": "429 `too_many_jobs`",
+    "max_queued_jobs_per_owner": "429 `too_many_jobs`",
+    "max_queued_jobs_mib": "429 `too_many_jobs`",
+    "max_queued_jobs_mib_per_owner": "429 `too_many_jobs`",
+    "max_files_per_owner": "413 `files_full`",
+    "max_files_mib_per_owner": "413 `files_full`",
     "max_files": "413 `files_full`",
     "max_files_mib": "413 `files_full`",
 }
@@ -104,6 +110,9 @@ _JOB_MEANINGS: Mapping[str, str] = {
 
 # Routes that the OpenAPI page leaves out.
 _UNLISTED: Mapping[tuple[str, str], str] = {
+    ("GET", "/v1/responses/{response_id}"): "Refused: responses are not stored",
+    ("DELETE", "/v1/responses/{response_id}"): "Refused: responses are not stored",
+    ("POST", "/v1/embeddings"): "Refused, with the kind of base that makes embeddings",
     ("GET", "/"): "A page for browsers: what is served, with links (others get 405)",
     ("GET", "/docs"): "The OpenAPI page, without internet",
     ("GET", "/docs/{file}"): "Scripts and styles of that page",

@@ -40,6 +40,7 @@ LOW = {
     "max_sequences": 4,
     "max_ranked": 6,
     "max_labels": 3,
+    "max_aliases": 1,
     "max_messages": 3,
     "max_stops": 2,
     "max_stop_characters": 5,
@@ -47,6 +48,7 @@ LOW = {
     "max_data_mib": 1,
     "max_data_rows": 3,
     "max_queued_jobs": 1,
+    "max_queued_jobs_mib": 1,
     "max_files": 2,
     "max_files_mib": 1,
 }
@@ -63,12 +65,17 @@ def low(tiny_base, tmp_path_factory) -> Iterator[ServerClient]:
     settings = make_settings(tiny_base, home / "data", train_workers=0, **LOW)
     with running_server(settings) as client:
         assert upload(client, save_prefix_adapter(home / "own"), "own").status_code == 201
+        assert alias("first")(client).status_code == 200
         yield client
 
 
 def complete(**changes: Any) -> Send:
     body = {"model": "tiny-base", "prompt": "a", "max_tokens": 1, **changes}
     return lambda client: client.post("/v1/completions", json=body)
+
+
+def alias(name: str) -> Send:
+    return lambda client: client.put(f"/adapters/own/aliases/{name}", json={"version": 1})
 
 
 def classify(**changes: Any) -> Send:
@@ -285,6 +292,13 @@ ABOVE: list[tuple[str, Send, int, str, str]] = [
         "labels: expected 1 to 3 different texts",
     ),
     (
+        "max_aliases",
+        alias("second"),
+        422,
+        "too_many_aliases",
+        "'own' has 1 aliases, and the limit is 1; remove or move one of them",
+    ),
+    (
         "max_messages",
         chat(4),
         422,
@@ -347,6 +361,7 @@ WITHIN: list[tuple[str, Send]] = [
     ("max_ranked", classify(inputs=["a"] * 3)),
     ("max_labels", classify(inputs="a", labels=["x", "y", "z"])),
     ("max_labels", form(labels='["x", "y", "z"]')),
+    ("max_aliases", alias("first")),  # moved
     ("max_messages", chat(3)),
     ("max_messages", chat(1, parts=3)),
     ("max_stops", complete(stop=["x", "y"])),
@@ -362,7 +377,12 @@ OTHERWISE = {
     "max_messages": "invalid",
 }
 # Asked below, each in a test of its own.
-ALONE = {"max_queued", "max_queued_per_adapter", "max_queued_jobs", "max_files", "max_files_mib"}
+ALONE = QUEUES | {"max_queued_jobs", "max_queued_jobs_mib", "max_files", "max_files_mib"}
+# Of callers with keys: see tests/server/api/keys.
+PER_OWNER = {
+    f"{name}_per_owner"
+    for name in ("max_queued_jobs", "max_queued_jobs_mib", "max_files", "max_files_mib")
+}
 
 
 def told(reply: httpx.Response) -> tuple[str, str]:
@@ -373,9 +393,10 @@ def told(reply: httpx.Response) -> tuple[str, str]:
 
 
 def test_every_limit_is_asked():
-    assert {name for name, *_ in ABOVE} | ALONE == set(Limits.model_fields)
-    assert {name for name, _ in WITHIN} | ALONE == set(Limits.model_fields)
-    assert set(LOW) | {"max_queued", "max_queued_per_adapter"} == set(Limits.model_fields)
+    fields = set(Limits.model_fields) - PER_OWNER
+    assert {name for name, *_ in ABOVE} | ALONE == fields
+    assert {name for name, _ in WITHIN} | ALONE == fields
+    assert set(LOW) | QUEUES == fields
 
 
 @pytest.mark.parametrize(
