@@ -99,6 +99,9 @@ def __getattr__(name: str) -> Any:
         return importlib.metadata.version("graftwork")
     if name not in _HOMES:
         check_absent(name)
+        # What else the library has, such as the modules of the methods, is found here as well.
+        if name in importlib.import_module("adapters").__all__:
+            return getattr(importlib.import_module("adapters"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, there = _HOMES[name]
     return getattr(importlib.import_module(module), there or name)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineError
-from server.engine.request import SamplingParams
+from server.engine.request import Grammar, SamplingParams
 
 # A text, or its token ids.
 Prompt: TypeAlias = str | Sequence[int]
@@ -33,17 +34,41 @@ _OTHERS = {
     "n": "give the prompt several times, each call with another seed",
     "stream": "texts are returned when all are complete; a server streams",
 }
-# Name -> lowest and highest value, whether the lowest itself is allowed, and the words for it.
-_BOUNDS: dict[str, tuple[float, float, bool, str]] = {
-    "max_new_tokens": (1, float("inf"), True, "a whole number of at least 1"),
-    "temperature": (0, float("inf"), True, "a number of at least 0"),
-    "top_k": (0, float("inf"), True, "a whole number of at least 0"),
-    "top_p": (0, 1, False, "more than 0 and at most 1"),
-    "min_p": (0, 1, True, "0 to 1"),
-    "typical_p": (0, 1, False, "more than 0 and at most 1"),
-    "repetition_penalty": (0, float("inf"), False, "a number of more than 0"),
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0 < value <= 1
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+# Option -> whether a value is one of it, and the words for those that are.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "do_sample": (_flag, "True or False"),
+    "frequency_penalty": (_number, "a number"),
+    "grammar": (lambda value: isinstance(value, Grammar), "a Grammar"),
+    "ignore_eos": (_flag, "True or False"),
+    "max_new_tokens": (lambda value: _whole(value) and value >= 1, "a whole number of at least 1"),
+    "min_p": (lambda value: _number(value) and 0 <= value < 1, "0 or more, and less than 1"),
+    "presence_penalty": (_number, "a number"),
+    "repetition_penalty": (lambda value: _number(value) and value > 0, "a number of more than 0"),
+    "seed": (_whole, "a whole number"),
+    "temperature": (lambda value: _number(value) and value >= 0, "a number of at least 0"),
+    # -1 is vLLM's word for all.
+    "top_k": (lambda value: _whole(value) and value >= -1, "a whole number of at least 0"),
+    "top_p": (_share, "more than 0 and at most 1"),
+    "typical_p": (_share, "more than 0 and at most 1"),
 }
-_WHOLE = frozenset({"max_new_tokens", "top_k", "seed"})
 
 
 class InvalidCall(EngineError, ValueError):
@@ -245,15 +270,16 @@ def choice_of(
         raise InvalidCall(f"sampling is {_kind(sampling)}, expected SamplingParams")
     stop = _stops(given.pop("stop", ()))
     start = sampling or SamplingParams()
-    ends = given.pop("eos_token_ids", start.eos_token_ids) or eos
-    ends = (*ends, *given.pop("stop_token_ids", ()))
+    ends = _ids("eos_token_ids", given.pop("eos_token_ids", start.eos_token_ids)) or eos
+    ends = (*ends, *_ids("stop_token_ids", given.pop("stop_token_ids", ())))
     for name, value in given.items():
-        _check_bounds(name, value)
+        _check_value(name, value)
+    if isinstance(biases := given.get("logit_bias"), Mapping):
+        given["logit_bias"] = tuple((int(token), float(bias)) for token, bias in biases.items())
     if given.get("top_k") == -1:
-        given["top_k"] = 0  # vLLM's word for all
-    if "do_sample" not in given:
-        given.update(_drawn(given))
-    params = dataclasses.replace(start, **given, eos_token_ids=tuple(ends))
+        given["top_k"] = 0
+    given.update(_drawn(given))
+    params = dataclasses.replace(start, **given, eos_token_ids=ends)
     return Choice(params, stop, sampling is not None or "max_new_tokens" in given)
 
 
@@ -288,26 +314,31 @@ def _stops(stop: object) -> tuple[str, ...]:
     )
 
 
-def _check_bounds(name: str, value: Any) -> None:
-    if name == "top_k" and value == -1:
-        return
-    if name not in _BOUNDS:
-        return
-    low, high, closed, words = _BOUNDS[name]
-    is_number = isinstance(value, int if name in _WHOLE else int | float)
-    if (
-        isinstance(value, bool)
-        or not is_number
-        or not (low <= value <= high)
-        or (value == low and not closed)
-    ):
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    ids = (value,) if isinstance(value, int) else value
+    if isinstance(ids, Sequence) and all(_whole(one) for one in ids):
+        return tuple(ids)
+    raise InvalidCall(f"{name} is {_kind(value)}, expected a token id or a list of them")
+
+
+def _check_value(name: str, value: Any) -> None:
+    is_one, words = _VALUES.get(name, (lambda _: True, ""))
+    if not is_one(value):
         raise InvalidCall(f"{name} is {value!r:.{_SHOWN_CHARACTERS}}, expected {words}")
 
 
 def _drawn(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether tokens are drawn, where `do_sample` was not given but a temperature or a filter."""
+    """Whether tokens are drawn, where `do_sample` was not given but a temperature or a filter.
+
+    Raises:
+        InvalidCall: drawing at a temperature of 0.
+    """
     if given.get("temperature") == 0:
+        if given.get("do_sample"):
+            raise InvalidCall("temperature is 0 and do_sample is True: leave one of them out")
         return {"do_sample": False, "temperature": 1.0}
+    if "do_sample" in given:
+        return {}
     draws = (
         "temperature" in given
         or given.get("top_k", 0) > 0

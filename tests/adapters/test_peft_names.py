@@ -60,7 +60,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 def test_every_name_of_peft_is_here_or_says_what_to_use():
     for name in peft.__all__:
         if name in adapters.__all__:
-            assert getattr(adapters, name) is not None
+            assert getattr(adapters, name) is getattr(graftwork, name) is not None
             continue
         for package in ("adapters", "graftwork"):
             with pytest.raises(ImportError, match=f"there is no {name} here: ") as refused:

@@ -125,6 +125,16 @@ def test_what_fits_counts_the_memory_for_keys_and_values(folders):
         ),
         (TEXT, {"temperature": "hot"}, InvalidCall, "temperature is 'hot'"),
         (TEXT, {"top_p": 0}, InvalidCall, "top_p is 0, expected more than 0 and at most 1"),
+        (TEXT, {"seed": "a"}, InvalidCall, "seed is 'a', expected a whole number"),
+        (TEXT, {"grammar": "[a-z]"}, InvalidCall, r"grammar is '\[a-z\]', expected a Grammar"),
+        (TEXT, {"temperature": 0, "do_sample": True}, InvalidCall, "leave one of them out"),
+        (TEXT, {"temperature": float("nan")}, InvalidCall, "temperature is nan, expected a number"),
+        (
+            TEXT,
+            {"stop_token_ids": "a"},
+            InvalidCall,
+            "stop_token_ids is of the type str, expected a",
+        ),
         (TEXT, {"stop": [""]}, InvalidCall, "stop is of the type list, expected a text or a list"),
         (TEXT, {"stop": 5}, InvalidCall, "stop is of the type int"),
         (TEXT, {"n": 2}, InvalidCall, "no option n: give the prompt several times"),
@@ -182,6 +192,8 @@ def test_options_by_vllms_names():
     warm = of(temperature=0.7, top_k=-1, stop_token_ids=[9])
     assert (warm.do_sample, warm.temperature, warm.top_k) == (True, 0.7, 0)
     assert warm.eos_token_ids == (2, 9)
+    assert of(stop_token_ids=9).eos_token_ids == (2, 9)
+    assert of(logit_bias={"5": 2}).logit_bias == ((5, 2.0),)
     assert of(top_p=0.9).do_sample
     assert of(top_k=5).do_sample
     assert not of(top_k=5, do_sample=False).do_sample
