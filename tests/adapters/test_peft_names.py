@@ -7,6 +7,7 @@ import dataclasses
 import doctest
 import inspect
 import pickle
+import pkgutil
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,8 @@ def test_every_name_of_peft_is_here_or_says_what_to_use():
 
 def test_the_table_of_absent_names_holds_no_name_that_is_here():
     assert not absent_names().keys() & {*adapters.__all__, *graftwork.__all__}
+    # A module of such a name could not be imported from the package.
+    assert not absent_names().keys() & {one.name for one in pkgutil.iter_modules(adapters.__path__)}
     with pytest.raises(ImportError, match="AdapterHub's library"):
         from adapters import AutoAdapterModel  # noqa: F401
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
