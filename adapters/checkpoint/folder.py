@@ -234,7 +234,7 @@ def check_checkpoint(
     if facts.num_virtual_tokens > limits.virtual_tokens:
         raise CheckpointTooLarge(
             f"the adapter has {facts.num_virtual_tokens} virtual tokens, at most "
-            f"{limits.virtual_tokens} are accepted",
+            f"{limits.virtual_tokens} {limits.virtual_tokens_words}",
             field="num_virtual_tokens",
             expected=f"at most {limits.virtual_tokens} virtual tokens",
             came=f"{facts.num_virtual_tokens} virtual tokens",
