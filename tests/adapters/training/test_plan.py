@@ -355,7 +355,7 @@ def test_what_peft_writes_by_itself_passes():
         ("cpt", {"num_layers": 12, "token_dim": 7}, "config.token_dim is 7, this base has 32"),
         ("ia3", {"num_layers": None, "use_dora": False}, "num_layers (null), use_dora (false)"),
         ("p_tuning", {"encoder_dropout": None, "future_field": None}, "future_field (null)"),
-        ("ia3", {"peft_version": "0.4.0"}, 'config.peft_version is "0.4.0": ignored'),
+        ("ia3", {"peft_version": "0.4.0"}, "config.peft_version is '0.4.0': ignored"),
         ("ia3", {"base_model_name_or_path": "gpt2", "revision": "main"}, "the one that is served"),
         ("ia3", {"inference_mode": True, "auto_mapping": {}}, "config.inference_mode is true"),
         ("ia3", {"fan_in_fan_out": None, "inference_mode": False}, None),
