@@ -72,8 +72,8 @@ PLANS = {
     "chat": _chat,
 }
 # SHA-256 of the job and its examples. Recorded anew when jobs got inferred labels and warnings; without
-# these, and with tokens shown as the characters that they cover, the digests were those from the time when a
-# worker still rendered the rows itself.
+# these, and with tokens shown as the characters that they cover, the digests were those from the time
+# when a worker still rendered the rows itself.
 RECORDED: dict[str, str] = {
     "ia3": "17b3f0e1749d9bef9e1c6628f81de41a32161a3d3f451fbcd6585b73bd24defe",
     "labels": "8cb23c5d154e29d224f4f65b38eac68663539de4a383407ccd924959e7576fa9",

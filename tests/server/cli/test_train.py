@@ -288,7 +288,10 @@ REFUSED = {
         "--labels: expected at least 2 values",
     ),
     "template": (["--out", "x", "--template", "{tweet"], "template: a lone"),
-    "no column": (["--out", "x", "--template", "{text}"], "row 1: a column of the template"),
+    "no column": (
+        ["--out", "x", "--template", "{text}"],
+        "the column 'text' is missing; the row has",
+    ),
     "label name": (["--out", "x", "--label-name", "1"], "--label-name: expected KEY=VALUE"),
     "data": (["--out", "x", "--data", "no.jsonl"], "no.jsonl: No such file"),
     "kind of data": (["--out", "x", "--data", sys.executable], "it is a program, expected text"),
