@@ -167,6 +167,7 @@ class _Settings:
     peft_type: str
     recipe: Recipe
     config: dict[str, Any]
+    config_warnings: tuple[str, ...]
     start: Start
     context: ContextSettings
     default_context: bool
@@ -205,6 +206,7 @@ def _settings(
         peft_type=peft_type,
         recipe=recipe,
         config=config,
+        config_warnings=method_config.ignored(request),
         start=start,
         context=context,
         default_context=request.context_examples is None,
@@ -321,10 +323,11 @@ def _rendered(settings: _Settings, rows: Sequence[Row], encoder: Encoder) -> _Re
 
 @dataclass(frozen=True)
 class _Adapter:
-    """What is trained: a method, and its complete config."""
+    """What is trained: a method, its complete config, and sentences about fields that change nothing."""
 
     method: AdapterMethod[Any]
     config: PeftConfig
+    warnings: tuple[str, ...]
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -339,10 +342,9 @@ def _adapter(
     raw = {**settings.config, "base_model_name_or_path": base_name}
     if settings.peft_type == "CPT":
         raw |= _context_fields(rendered, base, base_name)
-    method = METHODS[settings.peft_type]
-    return _Adapter(
-        method, method.complete_config(method_config.parse(raw, settings.peft_type), base)
-    )
+    completed = method_config.complete(raw, settings.peft_type, base)
+    warnings = (*settings.config_warnings, *completed.warnings)
+    return _Adapter(METHODS[settings.peft_type], completed.config, warnings)
 
 
 def _long_enough(settings: _Settings, request: TrainingRequest, num_train: int) -> Hyperparameters:

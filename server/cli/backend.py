@@ -166,6 +166,12 @@ class Backend:
         record: Json = self.server.put(route, {"version": version})
         return record
 
+    def remove_alias(self, name: str, alias: str) -> Json:
+        """Remove an alias; the record of the version that it named."""
+        route = f"{_adapter_path(name)}/aliases/{quote(alias, safe='')}"
+        record: Json = self.server.delete(route)
+        return record
+
     def download(self, reference: str, out: Path) -> Json:
         """Write the PEFT folder of a version, or its zip where `out` ends in .zip; the record.
 
@@ -275,9 +281,9 @@ class Backend:
         job: Json = self.server.post(f"{_job_path(job_id)}/cancel")
         return job
 
-    def remove_job(self, job_id: str) -> None:
-        """Remove a job that has ended, with its rows and log."""
-        self.server.delete(_job_path(job_id))
+    def remove_job(self, job_id: str) -> str:
+        """Remove a job that has ended, with its rows and log; its id."""
+        return str(self.server.delete(_job_path(job_id))["id"])
 
     def job_log(self, job_id: str, tail: int | None) -> str:
         """Output of the job's worker, or the last lines of it."""

@@ -8,7 +8,7 @@ event loop.
 from __future__ import annotations
 
 import re
-import secrets
+from functools import partial
 from typing import Annotated
 
 from anyio.to_thread import run_sync
@@ -68,8 +68,8 @@ async def create_job(
     services.need_generator()
     _require_base(services, body.model)
     asked = Asked(body)
-    async with services.planning:
-        record = await run_sync(lambda: _create(services, asked))
+    work = partial(_create, services, asked)
+    record = await services.planning.run(request.state.caller, work)
     if services.supervisor is not None:
         services.supervisor.wake()
     return replies.tuning_job(record)
@@ -185,9 +185,9 @@ def _require_base(services: Services, model: str) -> None:
 
 def _create(services: Services, asked: Asked) -> JobRecord:
     name = asked.body.suffix
-    if name is None:
-        name = f"ft-{secrets.token_hex(12)}"
     try:
+        if name is None:
+            name = services.registry.free_name("ft-")
         create_only = asked.block.if_exists == "error"
         services.registry.require_free(name, create_only=create_only)
     except (NameInvalid, AdapterExists) as error:
@@ -211,7 +211,7 @@ def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan
             base_name=services.base_id,
             num_validation_rows=data.num_validation_rows,
             prompts=data.prompts,
-            max_virtual_tokens=services.settings.max_virtual_tokens,
+            max_virtual_tokens=services.max_virtual_tokens,
             notes=data.warnings,
         )
     except (JobInvalid, TemplateInvalid) as error:

@@ -5,12 +5,16 @@ The store is the real one, so that a test can do a worker's part of a job by han
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 
 import pytest
+import sqlalchemy
 
 from server.api.training.train import event_frames
+from server.store.job_feed import JobFeed
+from server.store.job_limits import QueueLimits
 from server.store.jobs import Claim, JobStore
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server, save_prefix_adapter, upload
@@ -423,7 +427,7 @@ def test_rows_nowhere_and_other_media_types(waiting):
 def test_as_many_jobs_as_may_wait(waiting, job):
     services = waiting.app_services()
     store = services.jobs
-    services.jobs = JobStore(services.settings.data_dir, max_queued=1)
+    services.jobs = JobStore(services.settings.data_dir, queue=QueueLimits(1))
     try:
         reply = waiting.post("/train", json={**JOB, "rows": ROWS})
         assert (reply.status_code, reply.json()["code"]) == (429, "too_many_jobs")
@@ -545,7 +549,7 @@ def test_events_are_followed_live(waiting, job):
 
 async def test_a_silent_stream_is_kept_open(waiting, job):
     store = waiting.app_services().jobs
-    frames = event_frames(store, job, 0, ping_seconds=0.3)
+    frames = event_frames(JobFeed(), store, job, 0, ping_seconds=0.3)
     assert events_of((await anext(frames)).decode())[0][1] == "state"
     assert (await anext(frames)).startswith(b":")
     waiting.post(f"/train/{job}/cancel")
@@ -555,10 +559,35 @@ async def test_a_silent_stream_is_kept_open(waiting, job):
 
 async def test_a_server_that_stops_does_not_wait_for_its_followers(waiting, job):
     stop = threading.Event()
-    frames = event_frames(waiting.app_services().jobs, job, 0, stopping=stop.is_set)
+    jobs = waiting.app_services().jobs
+    frames = event_frames(JobFeed(), jobs, job, 0, stopping=stop.is_set)
     await anext(frames)
     stop.set()
     assert [frame async for frame in frames] == []
+
+
+async def test_many_followers_of_a_job_share_what_is_read(waiting, job):
+    jobs, feed = waiting.app_services().jobs, JobFeed()
+    reads: list[str] = []
+
+    def note(_connection, _cursor, statement, *_rest) -> None:
+        reads.append(statement)
+
+    async def follow() -> list[bytes]:
+        return [frame async for frame in event_frames(feed, jobs, job, 0)]
+
+    followers = [asyncio.create_task(follow()) for _ in range(300)]
+    await asyncio.sleep(1)  # all have what there was
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", note)
+    try:
+        await asyncio.sleep(1)
+        assert 0 < len(reads) < len(followers)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", note)
+    await asyncio.to_thread(run_a_job, waiting, job)
+    told = {b"".join(frames) for frames in await asyncio.gather(*followers)}
+    assert len(told) == 1
+    assert events_of(told.pop().decode())[-1][2]["state"] == "succeeded"
 
 
 def test_a_job_that_is_deleted_ends_its_streams(waiting, job):
