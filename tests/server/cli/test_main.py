@@ -90,6 +90,10 @@ def test_version_and_completion():
     [
         (["train", "--learning-rates", "1"], "--learning-rate"),
         (["generate", "--max-token", "1"], "--max-new-tokens"),
+        (["generate", "--model", "x"], "(Possible options: --adapter, --base)"),
+        (["train", "--output_dir", "x"], "(Possible options: --out)"),
+        (["jobs", "list", "--server", "x"], "(Possible options: --url)"),
+        (["keys", "list", "--zzzz"], "No such option: --zzzz\n"),
         (["adaptors", "list"], "Did you mean 'adapters'?"),
         (["adapters", "delete", "x"], "No such command 'delete'"),
         (["adapters", "lst"], "Did you mean 'list'?"),
