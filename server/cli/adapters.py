@@ -212,7 +212,7 @@ def set_alias(
     settings: Settings,
     as_json: AsJson = False,
 ) -> None:
-    """Name a version: NAME@ALIAS means it then; or move an alias, or remove it.
+    """Name a version (NAME@ALIAS), or move or remove the name.
 
     \b
     graftwork adapters alias complaints stable 2
