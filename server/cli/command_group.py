@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from adapters.field_errors import close_to, explain, quoted
+from adapters.field_errors import close_to, explain, listed, quoted
 
 # What every error of a command line is.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -90,6 +90,7 @@ _OTHER_COMMANDS = {
     "version": "--version",
     "help": "--help",
 }
+_KINDS = "arguments and options:"
 _NOT_ONE_OF = re.compile(r"(?:Value error, )?'(.*)' is not one of (.+?)\.?")
 
 
@@ -109,6 +110,12 @@ def _explain(error: Any, group: TyperGroup) -> None:
     """Put better words into an error of the command line; typer's classes for them are private."""
     if isinstance(error.__cause__, ValidationError):
         error.message = _about_a_value(error.__cause__)
+    elif hasattr(error, "param_type") and error.ctx is not None and error.param is not None:
+        # The given ones were read before: all that are required and not there are told at once.
+        lacking = [one for one in error.ctx.command.params if _lacks(one, error.ctx.params)]
+        if len(lacking) > 1:
+            error.param_hint = listed([one.get_error_hint() for one in lacking])
+            error.param_type = _KINDS if _kinds(lacking) > 1 else f"{lacking[0].param_type_name}s"
     elif hasattr(error, "possibilities") and error.ctx is not None:
         name = error.option_name.replace("_", "-")
         has = {flag for one in error.ctx.command.params for flag in one.opts}
@@ -122,6 +129,14 @@ def _explain(error: Any, group: TyperGroup) -> None:
             meant in group.commands or (meant.startswith("-") and "serve" in group.commands)
         ):
             error.message += f" Did you mean {meant!r}?"
+
+
+def _lacks(parameter: Any, given: dict[str, Any]) -> bool:
+    return bool(parameter.required) and parameter.name not in given
+
+
+def _kinds(parameters: list[Any]) -> int:
+    return len({one.param_type_name for one in parameters})
 
 
 def _about_a_value(error: ValidationError) -> str:

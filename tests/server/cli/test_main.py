@@ -94,6 +94,8 @@ def test_version_and_completion():
         (["train", "--output_dir", "x"], "(Possible options: --out)"),
         (["jobs", "list", "--server", "x"], "(Possible options: --url)"),
         (["keys", "list", "--zzzz"], "No such option: --zzzz\n"),
+        (["keys", "create"], "Missing options '--name' / '-n' and '--scope' / '-s'."),
+        (["adapters", "alias"], "'NAME' and 'ALIAS'"),
         (["adapters", "delete", "x"], "No such command 'delete'. Did you mean 'remove'?"),
         (["predict"], "Did you mean 'generate'?"),
         (["version"], "Did you mean '--version'?"),
