@@ -199,8 +199,9 @@ def default_separator(template: str, tokenization: str) -> str:
 
 
 def _folded(text: str) -> str:
-    # NFKC: a full-width colon is a colon.
-    return "".join(normalize("NFKC", text).split()).casefold()
+    if not text.isascii():
+        text = normalize("NFKC", text)  # a full-width colon is a colon
+    return "".join(text.split()).casefold()
 
 
 def _column_name(match: re.Match[str], text: str) -> str:
