@@ -19,6 +19,7 @@
     |-- FilesFull            the limit of uploaded files, or of their bytes, is reached
     |-- JobActive            the job must end first
     |-- TooManyJobs          the limit of queued jobs is reached
+    |-- TooManyAliases       the limit of an adapter's aliases is reached
     |-- LoadingDisabled      no directory to load adapters from is configured
     |-- FolderNotFound       no such folder in the configured directories
     |-- NotLoaded            the adapter was not loaded from a folder by a client
@@ -120,6 +121,10 @@ class JobActive(RequestRefused):
 
 class TooManyJobs(RequestRefused):
     """The limit of queued training jobs is reached."""
+
+
+class TooManyAliases(RequestRefused):
+    """The limit of an adapter's aliases is reached."""
 
 
 class LoadingDisabled(RequestRefused):

@@ -25,13 +25,16 @@ from server.telemetry.adapter_use import UseByAdapter
 if TYPE_CHECKING:
     from adapters.base_model import BaseModelSpec
     from server.engine.client import EngineClient
+    from server.engine.request import AdapterRef
     from server.generation.generator import Generator
+    from server.generation.placements import Placements, Residency
     from server.generation.quotas import Quotas
     from server.jobs.supervisor import Supervisor
     from server.store.files import FileStore
+    from server.store.job_feed import JobFeed
     from server.store.jobs import JobStore
     from server.store.key_ring import KeyRing
-    from server.store.registry import Registry
+    from server.store.registry import AdapterRecord, Registry
     from server.telemetry.metrics import Metrics
     from server.telemetry.tracing import Tracing
 
@@ -88,7 +91,8 @@ class Services:
         """These services with the stores and the generator as a caller sees them."""
         if caller == UNRESTRICTED:
             return self
-        _ = (self.metrics, self.quotas)  # made before the copy: all callers share them
+        # Made before the copy: all callers share them.
+        _ = (self.metrics, self.quotas, self.job_feed, self.placements)
         view = copy.copy(self)
         view.registry = self.registry.seen_by(caller)
         view.generator = self.generator and self.generator.seen_by(caller)
@@ -96,7 +100,7 @@ class Services:
         view.files = self.files and self.files.seen_by(caller)
         return view
 
-    # These two are imported on first use: commands that need neither start faster.
+    # These are imported on first use: commands that need neither start faster.
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -112,6 +116,37 @@ class Services:
 
         return Quotas()
 
+    @cached_property
+    def job_feed(self) -> JobFeed:
+        """The news of jobs, for those who follow them."""
+        from server.store.job_feed import JobFeed
+
+        return JobFeed()
+
+    @cached_property
+    def placements(self) -> Placements:
+        """Under which names the adapters on the device were used."""
+        from server.generation.placements import Placements
+
+        return Placements()
+
+    def residency(self, record: AdapterRecord) -> Residency:
+        """Where a name's adapter is now; "disk" while no engine is ready."""
+        if not self.ready:
+            return "disk"
+        actual = self.client.residency(record.digest)
+        return self.placements.residency(record.digest, record.name, actual)
+
+    def preload(self, adapter: AdapterRef) -> None:
+        """Make a name's adapter resident when there is room."""
+        self.placements.use(adapter)
+        self.client.preload(adapter)
+
+    def unload(self, digest: str, name: str) -> None:
+        """Let a name's adapter leave the device, unless it or another name with its bytes is in use."""
+        if self.placements.leave(digest, name):
+            self.client.unload(digest)
+
     @property
     def client(self) -> EngineClient:
         """The engine.
@@ -122,6 +157,12 @@ class Services:
         if self.engine is None:
             raise NotReady("not ready: no engine is started here")
         return self.engine
+
+    @property
+    def max_virtual_tokens(self) -> int:
+        """Virtual tokens that a new adapter may have: the setting, or less where the engine has no room."""
+        most = self.settings.max_virtual_tokens
+        return most if self.generator is None else min(most, self.client.max_virtual_tokens)
 
     @property
     def ready(self) -> bool:

@@ -106,6 +106,7 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.FilesFull: Refusal(413, "files_full"),
     ours.JobActive: Refusal(400, "job_active"),
     ours.TooManyJobs: Refusal(429, "too_many_jobs", "overloaded"),
+    ours.TooManyAliases: Refusal(422, "too_many_aliases"),
     ours.LoadingDisabled: Refusal(403, "loading_disabled"),
     ours.FolderNotFound: Refusal(404, "folder_not_found"),
     ours.NotLoaded: Refusal(400, "not_loaded"),

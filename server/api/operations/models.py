@@ -19,6 +19,7 @@ from server.api.reply_fields import ReplyModel, UnixTime, fixed, may_show, shows
 from server.api.schemas import MAX_TOP_TOKENS
 from server.errors import NotReady
 from server.services import Services, UseServices
+from server.store.caller import Caller
 from server.store.registry import AdapterRecord
 
 router = APIRouter(tags=["models"])
@@ -75,11 +76,11 @@ class BaseInfo(ReplyModel):
 
 
 class EngineInfo(ReplyModel):
-    """How busy the engine is."""
+    """The engine. How busy it is tells of other callers' requests, and is the admin's to know."""
 
-    num_running: int = shows(0, "Sequences in the batch.")
-    num_waiting: int = shows(0, "Sequences that wait.")
-    kv_blocks_used: int = shows(0, "Blocks of keys and values in use.")
+    num_running: int | None = may_show(0, "For admin: sequences in the batch.")
+    num_waiting: int | None = may_show(0, "For admin: sequences that wait.")
+    kv_blocks_used: int | None = may_show(0, "For admin: blocks of keys and values in use.")
     kv_blocks_total: int = shows(1024, "Blocks there are.")
 
 
@@ -148,10 +149,14 @@ async def retrieve_model(request: Request, services: UseServices, name: Name) ->
     openapi_extra=refuses(NotReady),
 )
 async def info(request: Request, services: UseServices) -> Info:
-    """TGI's fields first, then ours."""
+    """TGI's fields first, then ours. Where keys are required, the live counters are the admin's."""
     only_query(request)
     generator = services.need_generator()
     base, settings, stats = services.client.base, services.settings, services.client.stats
+    caller: Caller = request.state.caller
+    engine = EngineInfo(kv_blocks_total=stats.kv_blocks_total)
+    if caller.only_owner is None:
+        engine = EngineInfo.model_validate(stats)
     return Info(
         model_id=services.base_id,
         model_sha=settings.revision or base.digest,
@@ -166,7 +171,7 @@ async def info(request: Request, services: UseServices) -> Info:
         max_batch_total_tokens=settings.max_step_tokens,
         version=version("graftwork"),
         base=BaseInfo.model_validate(base).model_copy(update={"notes": list(services.base_notes)}),
-        engine=EngineInfo.model_validate(stats),
+        engine=engine,
     )
 
 
@@ -239,5 +244,5 @@ def _adapter_model(services: Services, record: AdapterRecord) -> Model:
         digest=record.digest,
         status=record.status,
         default_temperature=record.default_temperature,
-        residency=services.client.residency(record.digest),
+        residency=services.residency(record),
     )

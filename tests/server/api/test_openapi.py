@@ -306,6 +306,7 @@ def requests(client, example) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield documented("POST", f"{name}/rollback", "/adapters/refunds/rollback")
     aliases = f"{name}/aliases/{{alias}}"
     yield documented("PUT", aliases, "/adapters/refunds/aliases/stable")
+    yield plain("DELETE", aliases, "/adapters/refunds/aliases/stable")
     yield documented("POST", "/adapters/combine")
     yield plain("DELETE", name, "/adapters/new")
     folder = save_prefix_adapter(client.home / "runs" / "more", seed=10)
