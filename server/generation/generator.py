@@ -428,8 +428,9 @@ class Generator(PerCaller):
     ) -> list[Prompt]:
         """Texts for an adapter, rendered with its stored template unless they are already.
 
-        A template of one column is filled with the text. A text in the template's own words (see
-        `Template.recognises`) is a prompt as it is, as is every text for an adapter without a template.
+        A template of one column (see `Template.sole_column`) is filled with the text. A text in the
+        template's own words (see `Template.recognises`) is a prompt as it is, as is every text for an
+        adapter without a template.
 
         Args:
             texts: at least one.
@@ -450,11 +451,10 @@ class Generator(PerCaller):
         characters = sum(map(len, texts))
         as_is = await self._run(characters, lambda: [template.recognises(text) for text in texts])
         rows = [text for text, whole in zip(texts, as_is, strict=True) if not whole]
-        if rows and len(template.columns) > 1:
+        column = template.sole_column
+        if rows and column is None:
             raise _several_columns(template.columns, adapter.name, field)
-        filled = iter(
-            await self.encode_rows([{template.columns[0]: text} for text in rows], adapter)
-        )
+        filled = iter(await self.encode_rows([{column or "": text} for text in rows], adapter))
         whole_texts = [text for text, whole in zip(texts, as_is, strict=True) if whole]
         prompts = iter(await self.encode_all(whole_texts, field=field))
         return [next(prompts) if whole else next(filled) for whole in as_is]
