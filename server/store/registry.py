@@ -397,14 +397,29 @@ class Registry(PerCaller):
 
         Args:
             deep: hash every stored byte (about a second per gigabyte); otherwise check files, header and
-                length only, which detects truncation but not changed weights.
+                length only, which detects truncation but not changed weights, and read only files
+                that have changed since they were checked.
         """
         staging_removed = self._blobs.staging.sweep()
         removed = self.collect_garbage()
         with self._database.read() as session:
-            digests = list(session.scalars(select(VersionRow.digest).distinct()))
-        corrupt = tuple(digest for digest in digests if not self.verify(digest, deep=deep))
-        return SweepReport(removed, corrupt, staging_removed)
+            used = select(BlobRow.digest, BlobRow.status).join(
+                VersionRow, VersionRow.digest == BlobRow.digest
+            )
+            statuses = {digest: status for digest, status in session.execute(used.distinct())}
+        if deep:
+            intact = frozenset(one for one in statuses if self._blobs.is_intact(one))
+        else:
+            intact = self._blobs.intact(statuses)
+        corrupt = []
+        for digest, status in statuses.items():
+            is_intact = digest in intact
+            if is_intact != (status == "ok"):
+                # What was damaged once must match to the last byte.
+                is_intact = self.verify(digest, deep=deep or is_intact)
+            if not is_intact:
+                corrupt.append(digest)
+        return SweepReport(removed, tuple(corrupt), staging_removed)
 
     # --- inside -----------------------------------------------------------------------
 
