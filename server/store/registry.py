@@ -32,6 +32,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.exc import DatabaseError
@@ -77,6 +78,15 @@ class SweepReport:
     removed: tuple[str, ...]
     corrupt: tuple[str, ...]
     staging_removed: int
+
+
+class FolderVersion(NamedTuple):
+    """A version that came from a folder; `status` is "ok" or "corrupt"."""
+
+    name: str
+    version: int
+    folder: Path
+    status: str
 
 
 class Registry(PerCaller):
@@ -262,6 +272,22 @@ class Registry(PerCaller):
                 VersionRow.source == source, rows.among(self._caller.adapters)
             )
             return rows.records(session, statement.order_by(VersionRow.name, VersionRow.version))
+
+    def from_folders(self, source: Source) -> tuple[FolderVersion, ...]:
+        """Every version from one source that came from a folder; cheaper than `from_source`."""
+        statement = (
+            select(VersionRow.name, VersionRow.version, VersionRow.source_path, BlobRow.status)
+            .join(BlobRow, BlobRow.digest == VersionRow.digest)
+            .where(VersionRow.source == source, VersionRow.source_path.is_not(None))
+            .where(rows.among(self._caller.adapters))
+            .order_by(VersionRow.name, VersionRow.version)
+        )
+        with self._database.read() as session:
+            found = session.execute(statement).all()
+        return tuple(
+            FolderVersion(name, number, Path(path or ""), status)
+            for name, number, path, status in found
+        )
 
     def blob_path(self, digest: str) -> Path:
         """The folder of a digest, which may not exist."""
