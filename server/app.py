@@ -22,7 +22,8 @@ from server.api import error_replies
 from server.api.adapters import combine, management, vllm_loading
 from server.api.bounds import HoldLimits
 from server.api.generation import classify, tgi, tokenize
-from server.api.generation.openai import chat, completions
+from server.api.generation.openai import chat, completions, embeddings
+from server.api.generation.openai.responses import route as responses
 from server.api.middleware.authentication import Auth
 from server.api.middleware.headers import PAGE_HEADERS, BodyLimit, ReplyHeaders
 from server.api.middleware.observation import Observation
@@ -118,6 +119,8 @@ def create_app(
         tgi,
         completions,
         chat,
+        responses,
+        embeddings,
         classify,
         management,
         combine,
@@ -176,17 +179,24 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
         settings.data_dir,
         reserved=(base_id,),
         limits=settings.checkpoint_limits(),
+        max_aliases=settings.max_aliases,
     )
     report = registry.sweep(deep=False)
     if report.corrupt:
         log.warning("adapters_corrupt", digests=report.corrupt)
     sweep_folds(settings.data_dir, registry)
-    jobs = JobStore(settings.data_dir, max_queued=settings.max_queued_jobs)
+    jobs = JobStore(
+        settings.data_dir, queue=settings.queue_limits(), retention=settings.retention()
+    )
     jobs.sweep()
+    jobs.prune()
+    own_mib = settings.max_files_mib_per_owner
     files = FileStore(
         settings.data_dir,
         max_files=settings.max_files,
         max_bytes=settings.max_files_mib * MIB,
+        max_files_per_owner=settings.max_files_per_owner,
+        max_bytes_per_owner=None if own_mib is None else own_mib * MIB,
     )
     files.sweep()
     supervisor = Supervisor(
@@ -215,7 +225,8 @@ async def start_engine(services: Services) -> Generator:
     """
     tokenizer = await _read_beside(services.client.start(), services.settings)
     services.base_notes = services.client.notes
-    observers: list[Observer] = [services.metrics, services.quotas]
+    services.registry.limit_virtual_tokens(services.client.max_virtual_tokens)
+    observers: list[Observer] = [services.metrics, services.quotas, services.placements]
     if services.tracing is not None:
         observers.append(services.tracing)
     return Generator(
@@ -288,8 +299,11 @@ async def collect_garbage(services: Services) -> tuple[str, ...]:
         for fold in (services.settings.data_dir / "folds").glob(f"{digest}-*"):
             fold.unlink(missing_ok=True)
         services.client.drop(digest)
-    if counted := services.adapter_use.names():
-        services.adapter_use.forget(await anyio.to_thread.run_sync(registry.gone, counted))
+        services.placements.drop(digest)
+    if counted := {*services.adapter_use.names(), *services.placements.names()}:
+        gone = await anyio.to_thread.run_sync(registry.gone, counted)
+        services.adapter_use.forget(gone)
+        services.placements.forget_names(gone)
     return removed
 
 
@@ -360,6 +374,8 @@ async def _collect_for_ever(services: Services, seconds: float) -> None:
         await asyncio.sleep(seconds)
         try:
             removed = await collect_garbage(services)
+            if services.jobs is not None:
+                await anyio.to_thread.run_sync(services.jobs.prune)
         except Exception:
             log.exception("collect_garbage_failed")
             continue

@@ -14,9 +14,12 @@
     |-- NotReady             the engine is starting, or is down
     |-- JobNotFound          no training job of that id
     |-- UploadNotFound       no uploaded file of that id
+    |-- ResponseNotFound     responses of /v1/responses are not stored
+    |-- NoEmbeddings         the base makes none
     |-- FilesFull            the limit of uploaded files, or of their bytes, is reached
     |-- JobActive            the job must end first
     |-- TooManyJobs          the limit of queued jobs is reached
+    |-- TooManyAliases       the limit of an adapter's aliases is reached
     |-- LoadingDisabled      no directory to load adapters from is configured
     |-- FolderNotFound       no such folder in the configured directories
     |-- NotLoaded            the adapter was not loaded from a folder by a client
@@ -100,6 +103,14 @@ class UploadNotFound(RequestRefused):
     """No uploaded file of that id."""
 
 
+class ResponseNotFound(RequestRefused):
+    """Responses of /v1/responses are not stored."""
+
+
+class NoEmbeddings(RequestRefused):
+    """The base is a decoder, which makes no embeddings."""
+
+
 class FilesFull(RequestRefused):
     """The limit of uploaded files, or of their bytes, is reached."""
 
@@ -110,6 +121,10 @@ class JobActive(RequestRefused):
 
 class TooManyJobs(RequestRefused):
     """The limit of queued training jobs is reached."""
+
+
+class TooManyAliases(RequestRefused):
+    """The limit of an adapter's aliases is reached."""
 
 
 class LoadingDisabled(RequestRefused):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from adapters.checkpoint.limits import DEFAULT_LIMITS, MIB, CheckpointLimits
 from adapters.training.rows import DataLimits
+from server.store.job_limits import QueueLimits
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -70,6 +71,7 @@ class Limits(BaseModel):
         10_000, description="Maximum inputs times labels of one request to /classify."
     )
     max_labels: Count = Field(1000, description="Maximum labels of a request or an adapter.")
+    max_aliases: Count = Field(100, description="Maximum aliases of one adapter.")
     max_messages: Count = Field(
         10_000, description="Maximum messages of a conversation, and parts of a message."
     )
@@ -81,9 +83,28 @@ class Limits(BaseModel):
     max_queued_jobs: Count = Field(
         100, description="Maximum waiting training jobs; more are refused (429)."
     )
+    max_queued_jobs_per_owner: Count | None = Field(
+        None,
+        description="Maximum waiting training jobs of one caller: a key, or the keys of a tenant. Left "
+        "out: half of max_queued_jobs. Without keys only max_queued_jobs counts.",
+    )
+    max_queued_jobs_mib: Count = Field(
+        1024, description="Maximum size of the rows of all waiting training jobs together in MiB."
+    )
+    max_queued_jobs_mib_per_owner: Count | None = Field(
+        None, description="The same of one caller's. Left out: half of max_queued_jobs_mib."
+    )
     max_files: Count = Field(1000, description="Maximum stored files for fine-tuning.")
+    max_files_per_owner: Count | None = Field(
+        None,
+        description="Maximum stored files of one caller: a key, or the keys of a tenant. Left out: half "
+        "of max_files. Without keys only max_files counts.",
+    )
     max_files_mib: Count = Field(
         1024, description="Maximum size of all files for fine-tuning together in MiB."
+    )
+    max_files_mib_per_owner: Count | None = Field(
+        None, description="The same of one caller's. Left out: half of max_files_mib."
     )
 
     def checkpoint_limits(self) -> CheckpointLimits:
@@ -92,6 +113,16 @@ class Limits(BaseModel):
             file_bytes=self.max_inflated_mib * MIB,
             tensors=self.max_tensors,
             virtual_tokens=self.max_virtual_tokens,
+        )
+
+    def queue_limits(self) -> QueueLimits:
+        """The limits on waiting training jobs."""
+        own = self.max_queued_jobs_mib_per_owner
+        return QueueLimits(
+            max_jobs=self.max_queued_jobs,
+            max_bytes=self.max_queued_jobs_mib * MIB,
+            max_jobs_per_owner=self.max_queued_jobs_per_owner,
+            max_bytes_per_owner=None if own is None else own * MIB,
         )
 
     def data_limits(self) -> DataLimits:

@@ -65,6 +65,7 @@ def publish(
             base,
             replace(metadata, job_id=record.id, source="trained"),
             create_only=job.if_exists == "error",
+            admitted=True,
             base_names=(config.base_name, config.base, job.base_name),
         )
     return Outcome(published.record.version, trained.metrics)

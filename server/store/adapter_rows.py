@@ -17,7 +17,10 @@ from sqlalchemy.orm import Session
 
 from adapters.checkpoint.folder import CheckedCheckpoint, shorten
 from adapters.errors import AdapterExists, AdapterNotFound, NameInvalid, VersionNotFound
+from adapters.field_errors import quoted
 from adapters.metadata import METADATA_FIELDS, AdapterMetadata
+from server.errors import TooManyAliases
+from server.store.adapter_names import is_name, slug_of
 from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -65,8 +68,11 @@ class AdapterRecord(AdapterMetadata):
 
 def no_adapter(name: str) -> NoReturn:
     """Raise AdapterNotFound."""
+    slug = slug_of(name.partition("@")[0])
+    # Says nothing of what there is: it depends on the text alone.
+    hint = f"; did you mean {slug!r}?" if slug and not is_name(name.partition("@")[0]) else ""
     raise AdapterNotFound(
-        f"there is no adapter {shorten(name)!r}", field="adapter", came=shorten(name)
+        f"there is no adapter {quoted(shorten(name))}{hint}", field="adapter", came=shorten(name)
     )
 
 
@@ -128,6 +134,8 @@ def locate(session: Session, reference: str, visible: Collection[str] | None) ->
     if default is None:
         return no_adapter(reference) if at else _locate_bare_alias(session, name, visible)
     if not at:
+        if others := alias_of(session, name, visible):
+            _ambiguous(name, [f"{name}@{default.version}", *(f"{one}@{name}" for one in others)])
         return name, default.version
     found: VersionRow | AliasRow | None
     if _VERSION.fullmatch(which):
@@ -140,28 +148,79 @@ def locate(session: Session, reference: str, visible: Collection[str] | None) ->
 def _locate_bare_alias(
     session: Session, alias: str, visible: Collection[str] | None
 ) -> tuple[str, int]:
-    named = session.scalars(select(AliasRow).where(AliasRow.alias == alias))
-    found = [row for row in named if is_among(row.name, visible)]
+    found = alias_of(session, alias, visible)
     if not found:
         no_adapter(alias)
     if len(found) > 1:
-        full = ", ".join(sorted(f"{row.name}@{alias}" for row in found)[:5])
-        raise AdapterNotFound(
-            f"{alias!r} is an alias of {len(found)} adapters; say which: {full}",
-            field="adapter",
-            expected=full,
-            came=alias,
-        )
-    return found[0].name, found[0].version
+        _ambiguous(alias, [f"{name}@{alias}" for name in found])
+    return found[0], session.get_one(AliasRow, (found[0], alias)).version
 
 
-def check_free(session: Session, name: str, create_only: bool) -> None:
-    """Raise AdapterExists or NameInvalid if a new version of the name cannot be published."""
+def _ambiguous(name: str, meanings: Sequence[str]) -> NoReturn:
+    full = ", ".join(meanings[:5])
+    raise AdapterNotFound(
+        f"{name!r} means {len(meanings)} adapters, by its name or as an alias; say which: {full}",
+        field="adapter",
+        expected=full,
+        came=name,
+    )
+
+
+def alias_of(session: Session, alias: str, visible: Collection[str] | None) -> Sequence[str]:
+    """The visible adapters that have this alias, sorted."""
+    names = session.scalars(select(AliasRow.name).where(AliasRow.alias == alias))
+    return sorted(name for name in names if is_among(name, visible))
+
+
+def check_free(
+    session: Session, name: str, visible: Collection[str] | None, *, create_only: bool
+) -> None:
+    """Raise AdapterExists or NameInvalid if a new version of the name cannot be published.
+
+    An alias of an adapter that is not visible is no reason.
+    """
     if newest(session, name) is not None:
         if create_only:
             raise AdapterExists(f"there is an adapter {name!r} already", field="name", came=name)
-    elif session.scalars(select(AliasRow.name).where(AliasRow.alias == name)).first():
-        raise NameInvalid(f"{name!r} is an alias of another adapter", field="name", came=name)
+    elif others := alias_of(session, name, visible):
+        raise NameInvalid(
+            f"{name!r} is an alias of the adapter {others[0]!r}; choose another name, or remove the alias",
+            field="name",
+            expected="a name that is no alias",
+            came=name,
+        )
+
+
+def check_alias_fits(session: Session, name: str, alias: str, max_aliases: int) -> None:
+    """Raise TooManyAliases if an adapter cannot have one more; moving one of its own adds none."""
+    if session.get(AliasRow, (name, alias)) is not None:
+        return
+    mine = select(func.count()).select_from(AliasRow).where(AliasRow.name == name)
+    count = session.scalar(mine) or 0
+    if count >= max_aliases:
+        raise TooManyAliases(
+            f"{name!r} has {count} aliases, and the limit is {max_aliases}; remove or move one of them",
+            field="alias",
+            expected=f"fewer than {max_aliases} aliases",
+            came=str(count),
+        )
+
+
+def remove_alias(session: Session, name: str, alias: str) -> int:
+    """Remove an alias; the version that it named.
+
+    Raises:
+        AdapterNotFound, VersionNotFound: no such adapter, or it has no such alias.
+    """
+    row = session.get(AliasRow, (name, alias))
+    if row is None:
+        if newest(session, name) is None:
+            no_adapter(name)
+        _no_version(name, alias)
+    version = row.version
+    session.delete(row)
+    session.flush()
+    return version
 
 
 def insert(

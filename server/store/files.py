@@ -29,6 +29,7 @@ from adapters.errors import AdapterError
 from server.errors import FilesFull, UploadNotFound
 from server.store.caller import PerCaller
 from server.store.database import Database
+from server.store.job_limits import half
 from server.store.tables import FileRow
 
 MAX_FILES = 1_000
@@ -64,6 +65,8 @@ class FileStore(PerCaller):
         root: the data directory, created if it does not exist.
         max_files: maximum number of files.
         max_bytes: maximum total bytes.
+        max_files_per_owner: maximum number of one owner's; None is half of all.
+        max_bytes_per_owner: maximum bytes of one owner's; None is half of all.
         clock: Unix time.
 
     Raises:
@@ -77,10 +80,14 @@ class FileStore(PerCaller):
         *,
         max_files: int = MAX_FILES,
         max_bytes: int = MAX_FILES_BYTES,
+        max_files_per_owner: int | None = None,
+        max_bytes_per_owner: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._max_files = max_files
-        self._max_bytes = max_bytes
+        self._all = _Room(max_files, max_bytes)
+        self._own = _Room(
+            half(max_files, max_files_per_owner), half(max_bytes, max_bytes_per_owner)
+        )
         self._clock = clock
         self._files = root / "files"
         self._files.mkdir(parents=True, exist_ok=True)
@@ -101,7 +108,8 @@ class FileStore(PerCaller):
             purpose: its purpose.
 
         Raises:
-            FilesFull: the file or byte limit would be exceeded; nothing was stored.
+            FilesFull: the file or byte limit, for all or for the caller's own, would be exceeded;
+                nothing was stored.
             StorageFull: the disk is full; nothing was stored.
         """
         num_bytes = staged.stat().st_size
@@ -223,23 +231,46 @@ class FileStore(PerCaller):
         return orphans
 
     def _check_room(self, session: Session, num_bytes: int) -> None:
-        count = session.scalar(select(func.count()).select_from(FileRow)) or 0
-        if count >= self._max_files:
+        counts = select(func.count(), func.coalesce(func.sum(FileRow.num_bytes), 0))
+        stored, owner = counts.select_from(FileRow), self._caller.owner
+        if owner is not None:
+            count, taken = session.execute(stored.where(FileRow.owner == owner)).one()
+            _check_room(self._own, count, taken, num_bytes, "your", "a caller's files")
+        count, taken = session.execute(stored).one()
+        try:
+            _check_room(self._all, count, taken, num_bytes, "the", "all")
+        except FilesFull:
+            if self._caller.only_owner is None:
+                raise
+            # How many files others have is theirs to know.
             raise FilesFull(
-                f"{count} files are stored, which is the limit; delete some first",
+                "the server has no room for this file at present; delete some of yours, or try again later",
                 field="file",
-                expected=f"fewer than {self._max_files} files",
-                came=str(count),
-            )
-        taken = session.scalar(select(func.sum(FileRow.num_bytes))) or 0
-        if taken + num_bytes > self._max_bytes:
-            raise FilesFull(
-                f"the stored files have {taken} bytes, this one has {num_bytes}, and the limit for all is "
-                f"{self._max_bytes}; delete some first",
-                field="file",
-                expected=f"at most {self._max_bytes} bytes in all",
-                came=str(taken + num_bytes),
-            )
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Room:
+    max_files: int
+    max_bytes: int
+
+
+def _check_room(room: _Room, count: int, taken: int, num_bytes: int, whose: str, of: str) -> None:
+    if count >= room.max_files:
+        raise FilesFull(
+            f"{count} files are stored, and the limit for {of} is {room.max_files}; delete some first",
+            field="file",
+            expected=f"fewer than {room.max_files} files",
+            came=str(count),
+        )
+    if taken + num_bytes > room.max_bytes:
+        raise FilesFull(
+            f"{whose} stored files have {taken} bytes, this one has {num_bytes}, and the limit for {of} is "
+            f"{room.max_bytes}; delete some first",
+            field="file",
+            expected=f"at most {room.max_bytes} bytes in all",
+            came=str(taken + num_bytes),
+        )
 
 
 def no_upload(file_id: str) -> UploadNotFound:

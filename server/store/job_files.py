@@ -13,11 +13,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters import synced_files
 from adapters.errors import TrainingError
+from adapters.field_errors import quoted
 from adapters.training.examples import Examples, from_lines, to_lines
 from adapters.training.job import TrainingJob
 from server.errors import JobNotFound
@@ -25,6 +26,7 @@ from server.store.staging import StagingArea
 
 EXAMPLES_FILE = "examples.jsonl"
 STATE_DIR = "state"
+LOG_FILE = "log.txt"
 
 _ID = re.compile(r"job-[0-9a-f]{24}")
 
@@ -59,6 +61,18 @@ class JobFiles:
             synced_files.write_lines(folder / EXAMPLES_FILE, to_lines(examples))
             synced_files.sync(folder)
             yield folder
+
+    def size_of(self, folder: Path) -> int:
+        """Bytes of the examples and the log in a job's folder; what is not there has none."""
+        num_bytes = 0
+        for name in (EXAMPLES_FILE, LOG_FILE):
+            with suppress(OSError):
+                num_bytes += (folder / name).stat().st_size
+        return num_bytes
+
+    def num_bytes(self, job_id: str) -> int:
+        """`size_of` of a job."""
+        return self.size_of(self.directory(job_id))
 
     def place(self, staged: Path, job_id: str) -> None:
         """Move a staged folder to the job's place."""
@@ -114,5 +128,7 @@ class JobFiles:
 
 def no_job(job_id: str) -> JobNotFound:
     """The error for an id that no job has."""
-    shown = ascii(job_id)[1:-1][:80]
-    return JobNotFound(f"there is no training job {shown!r}", field="id", came=shown)
+    by_name = "" if job_id.startswith("job-") else ", and none of an adapter of that name"
+    return JobNotFound(
+        f"there is no training job {quoted(job_id)}{by_name}", field="id", came=job_id[:80]
+    )

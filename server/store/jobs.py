@@ -46,14 +46,17 @@ from adapters import synced_files
 from adapters.errors import AdapterError
 from adapters.training.examples import Examples
 from adapters.training.job import TrainingJob
-from server.errors import JobActive, LeaseLost, TooManyJobs
+from server.errors import JobActive, LeaseLost
+from server.store.adapter_names import is_name
 from server.store.caller import PerCaller
 from server.store.database import Database
 from server.store.job_files import JobFiles, no_job
+from server.store.job_limits import EVENT_BYTES, EndedJob, QueueLimits, Retention
 from server.store.job_states import FINISHED, TRANSITIONS, State, check_transition
 from server.store.tables import JobEventRow, JobRow, VersionRow
 
-MAX_QUEUED = 100
+QUEUE_LIMITS = QueueLimits()
+RETENTION = Retention()
 MAX_ATTEMPTS = 3
 # A job that takes its server down with it every time must not do so for ever.
 MAX_INTERRUPTIONS = 10
@@ -135,7 +138,8 @@ class JobStore(PerCaller):
 
     Args:
         root: the data directory, made if it is not there.
-        max_queued: maximum number of queued jobs.
+        queue: limits on queued jobs.
+        retention: how long `prune` leaves jobs that have ended.
         max_attempts: workers of a job that may die without a new checkpoint.
         max_events: approximate number of events stored per job, see `add_events`.
         clock: Unix time, shared by all processes of one root. It may jump in either direction.
@@ -149,12 +153,14 @@ class JobStore(PerCaller):
         self,
         root: Path,
         *,
-        max_queued: int = MAX_QUEUED,
+        queue: QueueLimits = QUEUE_LIMITS,
+        retention: Retention = RETENTION,
         max_attempts: int = MAX_ATTEMPTS,
         max_events: int = MAX_EVENTS,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._max_queued = max_queued
+        self._queue = queue
+        self._retention = retention
         self._max_attempts = max_attempts
         self._max_events = max_events
         self._clock = clock
@@ -178,22 +184,24 @@ class JobStore(PerCaller):
             tuning: request fields stored unchanged beside the job; JSON.
 
         Raises:
-            TooManyJobs: the queue is full.
+            TooManyJobs: the queue is full, or the caller's share of it.
             StorageFull: the disk is full; nothing was stored.
             ValueError: `tuning` is not plain JSON.
         """
         said = None if tuning is None else _plain(tuning)
         with self._database.read() as session:  # before a large file is written for nothing
-            self._check_queue(session)
+            self._check_queue(session, 0)
         job_id = f"job-{secrets.token_hex(12)}"
         with (
             synced_files.full_disk_is_storage_full("the training data"),
             self._files.staged(examples) as staged,
         ):
+            num_bytes = self._files.size_of(staged)
             try:
                 with self._database.write() as session:
-                    self._check_queue(session)
+                    self._check_queue(session, num_bytes)
                     row = self._insert(session, job_id, job, said)
+                    row.num_bytes = num_bytes
                     self._files.place(staged, job_id)
                     # Read before the commit: afterwards it may change at any moment.
                     return self._record(row)
@@ -221,6 +229,27 @@ class JobStore(PerCaller):
             return [
                 self._record(row) for row in session.scalars(statement.offset(offset).limit(limit))
             ]
+
+    def find(self, reference: str) -> str:
+        """The id of a job: its own, or that of the newest job of an adapter.
+
+        Args:
+            reference: "job-…", or an adapter's name.
+
+        Raises:
+            JobNotFound: neither.
+        """
+        if not is_name(reference):
+            raise no_job(reference)
+        mine = JobRow.job["adapter"].as_string() == reference
+        statement = select(JobRow.id).where(self._seen(), (JobRow.id == reference) | mine)
+        # An adapter may be called like another one's job: the id means the job.
+        newest = statement.order_by((JobRow.id == reference).desc(), JobRow.number.desc()).limit(1)
+        with self._database.read() as session:
+            found = session.scalar(newest)
+        if found is None:
+            raise no_job(reference)
+        return found
 
     def list_after(
         self,
@@ -532,9 +561,44 @@ class JobStore(PerCaller):
         with self._database.read() as session:
             finished = session.scalars(select(JobRow.id).where(JobRow.state.in_(FINISHED))).all()
         states = tuple(job_id for job_id in finished if self._files.discard_state(job_id))
+        self._measure_unmeasured()
         return JobSweep(orphans, states, staging_removed)
 
+    def prune(self) -> tuple[str, ...]:
+        """Remove jobs that ended too long ago, or that are too many or too large for their owner.
+
+        Their events, rows and logs go with them; a published adapter keeps its recipe, its metrics and the
+        job's id.
+
+        Returns:
+            Their ids.
+        """
+        removed = []
+        for job_id in self._retention.expired(self._ended(), self._now()):
+            with self._database.write() as session:
+                mine = (JobRow.id == job_id, JobRow.state.in_(FINISHED))
+                gone = session.execute(delete(JobRow).where(*mine).returning(JobRow.id)).all()
+            if gone:
+                self._files.discard(job_id)
+                removed.append(job_id)
+        return tuple(removed)
+
     # --- inside -----------------------------------------------------------------------
+
+    def _ended(self) -> builtins.list[EndedJob]:
+        columns = (JobRow.id, JobRow.owner, JobRow.finished_at, JobRow.num_bytes, JobRow.last_event)
+        ended = select(*columns).where(JobRow.state.in_(FINISHED)).order_by(JobRow.number.desc())
+        with self._database.read() as session:
+            return [
+                EndedJob(row.id, row.owner, row.finished_at, _size(row))
+                for row in session.execute(ended)
+            ]
+
+    def _measure_unmeasured(self) -> None:
+        """Sizes of jobs from before they were stored."""
+        with self._database.write() as session:
+            for row in session.scalars(select(JobRow).where(JobRow.num_bytes == 0)).all():
+                row.num_bytes = self._files.num_bytes(row.id)
 
     def _record(self, row: JobRow) -> JobRecord:
         return _record(row, self._clock())
@@ -542,13 +606,16 @@ class JobStore(PerCaller):
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
 
-    def _check_queue(self, session: Session) -> None:
-        queued = select(func.count()).select_from(JobRow).where(JobRow.state == "queued")
-        if (session.scalar(queued) or 0) >= self._max_queued:
-            raise TooManyJobs(
-                f"{self._max_queued} training jobs wait, which is the limit; try again later",
-                expected=f"fewer than {self._max_queued} waiting jobs",
-            )
+    def _check_queue(self, session: Session, new_bytes: int) -> None:
+        owner = self._caller.owner
+        counts = select(func.count(), func.coalesce(func.sum(JobRow.num_bytes), 0))
+        queued = counts.select_from(JobRow).where(JobRow.state == "queued")
+        if owner is not None:
+            num_jobs, num_bytes = session.execute(queued.where(JobRow.owner == owner)).one()
+            self._queue.check_owner(num_jobs, num_bytes, new_bytes)
+        num_jobs, num_bytes = session.execute(queued).one()
+        sees_all = self._caller.only_owner is None
+        self._queue.check_all(num_jobs, num_bytes, new_bytes, counts_shown=sees_all)
 
     def _seen(self) -> ColumnElement[bool]:
         """Filter for the jobs visible to the caller."""
@@ -583,7 +650,8 @@ class JobStore(PerCaller):
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
-        self._add(session, row, "state", {"state": "queued"})
+        said = {"warnings": job.warnings} if job.warnings else {}
+        self._add(session, row, "state", {"state": "queued", **said})
         session.flush()
         return row
 
@@ -610,8 +678,14 @@ class JobStore(PerCaller):
         row.state = state
         row.error = error
         row.lease_until = None
+        row.num_bytes = self._files.num_bytes(row.id)
         row.finished_at = self._now()
-        facts = {"error": row.error, "adapter_version": row.adapter_version}
+        warning = (row.metrics or {}).get("warning")
+        facts = {
+            "error": row.error,
+            "adapter_version": row.adapter_version,
+            "warning": warning,
+        }
         said = {key: value for key, value in facts.items() if value is not None}
         self._add(session, row, "state", {"state": state, **said})
 
@@ -707,6 +781,10 @@ def _held(session: Session, claim: Claim) -> JobRow:
     if row.token != claim.token:
         raise LeaseLost(f"{claim.job_id} was claimed again: token {row.token}, not {claim.token}")
     return row
+
+
+def _size(row: Any) -> int:
+    return int(row.num_bytes) + EVENT_BYTES * int(row.last_event)
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:

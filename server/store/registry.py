@@ -16,8 +16,9 @@ Guarantees:
   The same bytes with another template, labels or description are a new version of one digest.
 - Deleting removes rows, never files: a request that resolved the adapter before may still load
   it. Files are removed by `sweep` (at start) or `collect_garbage` (any time, given what is in use).
-- Aliases belong to one adapter (NAME@ALIAS). A bare alias works while only one adapter has it;
-  an alias and an adapter never share a name.
+- Aliases belong to one adapter (NAME@ALIAS). A bare alias works while only one adapter has it. An
+  alias and an adapter share a name only if who published the adapter could not see the alias; who
+  sees both is asked which of them is meant.
 - A caller may be restricted to some names (`seen_by`). All other names behave as nonexistent in every
   operation, and cannot be created.
 
@@ -27,10 +28,10 @@ Threads and processes may share one root: every write holds SQLite's write lock 
 
 from __future__ import annotations
 
-import re
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,10 @@ from adapters.errors import (
     AdapterError,
     NameInvalid,
 )
+from adapters.field_errors import quoted
 from adapters.metadata import AdapterMetadata, Source
 from server.store import adapter_rows as rows
+from server.store.adapter_names import check_name, slug_of
 from server.store.adapter_rows import AdapterRecord
 from server.store.blobs import BlobStore
 from server.store.caller import PerCaller
@@ -57,10 +60,8 @@ from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
 __all__ = ["AdapterRecord", "Published", "Registry", "SweepReport"]
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62} without '..'"
-
 _NO_METADATA = AdapterMetadata()
+MAX_ALIASES = 100
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Registry(PerCaller):
         root: created if it does not exist.
         reserved: names that adapters cannot have (the base's id).
         limits: limits on new checkpoints; not applied to stored ones.
+        max_aliases: maximum aliases of one adapter.
 
     Raises:
         RegistryError: the file is not a database, or has a newer schema.
@@ -108,8 +110,10 @@ class Registry(PerCaller):
         *,
         reserved: Collection[str] = (),
         limits: CheckpointLimits = DEFAULT_LIMITS,
+        max_aliases: int = MAX_ALIASES,
     ) -> None:
         self._limits = limits
+        self._max_aliases = max_aliases
         self._reserved = frozenset(name.casefold() for name in reserved)
         # Lowering a limit must not invalidate stored adapters.
         self._blobs = BlobStore(root, DEFAULT_LIMITS)
@@ -118,6 +122,12 @@ class Registry(PerCaller):
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
+
+    def limit_virtual_tokens(self, most: int) -> None:
+        """Accept no new adapter of more virtual tokens than the engine has memory for."""
+        if most < self._limits.virtual_tokens:
+            words = "fit into the engine's memory for keys and values, so no request could use it"
+            self._limits = replace(self._limits, virtual_tokens=most, virtual_tokens_words=words)
 
     def data_version(self) -> int | None:
         """See `Database.version`."""
@@ -138,6 +148,7 @@ class Registry(PerCaller):
         *,
         warnings: Sequence[str] = (),
         create_only: bool = False,
+        admitted: bool = False,
         base_names: Collection[str] = (),
     ) -> Published:
         """Check a checkpoint folder against the base and publish it under a name.
@@ -149,12 +160,14 @@ class Registry(PerCaller):
             metadata: what to store with it.
             warnings: warnings to prepend to those of the checks.
             create_only: refuse a name that is in use.
+            admitted: `require_free` found the name free for who asked, so that an alias that this caller
+                sees is no reason to refuse it.
             base_names: names of `base`; a config that names another base gets a warning.
 
         Raises:
             CheckpointError: the checkpoint or its metadata is refused.
             BaseMismatch: the metadata names another base.
-            NameInvalid: not a valid name, reserved, or an alias of another adapter.
+            NameInvalid: not a valid name, reserved, or an alias of another adapter that is visible.
             AdapterNotFound: the name is not visible to the caller.
             AdapterExists: `create_only`, and the name is in use.
             StorageFull, StorageUnavailable: nothing was stored.
@@ -176,7 +189,8 @@ class Registry(PerCaller):
             placed = False
             try:
                 with self._database.write() as session:
-                    rows.check_free(session, name, create_only)
+                    visible = (name,) if admitted else self._caller.adapters
+                    rows.check_free(session, name, visible, create_only=create_only)
                     with synced_files.disk_failure_is_storage_error("the adapter"):
                         placed = self._blobs.place(staged, checked.digest)
                     version, created = rows.insert(session, name, checked, metadata, all_warnings)
@@ -199,7 +213,7 @@ class Registry(PerCaller):
         self._check_name(name)
         self._require_visible(name)
         with self._database.read() as session:
-            rows.check_free(session, name, create_only)
+            rows.check_free(session, name, self._caller.adapters, create_only=create_only)
 
     # --- out --------------------------------------------------------------------------
 
@@ -339,6 +353,7 @@ class Registry(PerCaller):
         Raises:
             NameInvalid: not an alias name, a number, reserved, or an adapter's own name.
             AdapterNotFound, VersionNotFound: nothing to point at.
+            TooManyAliases: the adapter has as many as it may.
         """
         self._check_name(alias, "alias")
         # Aliases too: a conflict would reveal which adapters exist.
@@ -352,8 +367,48 @@ class Registry(PerCaller):
                     came=alias,
                 )
             rows.require_version(session, name, version)
+            rows.check_alias_fits(session, name, alias, self._max_aliases)
             session.merge(AliasRow(name=name, alias=alias, version=version))
             return rows.one(session, name, version)
+
+    def remove_alias(self, name: str, alias: str) -> AdapterRecord:
+        """Remove NAME@ALIAS; the record of the version that it named.
+
+        Raises:
+            AdapterNotFound, VersionNotFound: no such adapter, or it has no such alias.
+        """
+        self._require_visible(name)
+        with self._database.write() as session:
+            return rows.one(session, name, rows.remove_alias(session, name, alias))
+
+    def free_name(self, prefix: str) -> str:
+        """Draw an unused name that the caller may use.
+
+        Args:
+            prefix: what it starts with, as far as the caller's names allow.
+
+        Raises:
+            NameInvalid: the caller may use only some names, and each has an adapter or is reserved.
+        """
+        visible = self._caller.adapters
+        drawn = f"{prefix}{secrets.token_hex(12)}"
+        if rows.is_among(drawn, visible):
+            return drawn
+        candidates = [f"{one[:-1]}{drawn}" for one in visible or () if one.endswith("*")]
+        # A long prefix leaves room for less: eight random digits are what it needs at least.
+        candidates += [f"{one[:-1]}{drawn[-8:]}" for one in visible or () if one.endswith("*")]
+        candidates += [one for one in visible or () if not one.endswith("*")]
+        for name in candidates:
+            with suppress(AdapterError):
+                self.require_free(name, create_only=True)
+                return name
+        raise NameInvalid(
+            "this key may use only some names, and each of them has an adapter already; name one to make "
+            "a new version of it",
+            field="name",
+            expected=", ".join(visible or ())[:200],
+            came="no name",
+        )
 
     def rollback(self, name: str, version: int) -> AdapterRecord:
         """Make a bare NAME resolve to this version until a new one is published.
@@ -465,15 +520,15 @@ class Registry(PerCaller):
                 rows.no_adapter(name)
 
     def _check_name(self, name: str, field: str = "name") -> None:
-        if not _NAME.fullmatch(name) or ".." in name:
+        if name.casefold() in self._reserved:
             raise NameInvalid(
-                f"{name[:80]!r} is not an adapter name: expected {_NAME_RULE}",
+                f"{quoted(name)} is reserved: it is the base's name; try "
+                f"{(slug_of(name) or 'my') + '-adapter'!r}",
                 field=field,
-                expected=_NAME_RULE,
+                expected="another name than the base's",
                 came=name[:80],
             )
-        if name.casefold() in self._reserved:
-            raise NameInvalid(f"{name!r} is reserved", field=field, came=name)
+        check_name(name, field)
 
 
 def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> list[str]:

@@ -42,7 +42,7 @@ from server.api.openapi.responses import plain
 from server.api.schemas import AliasBody, RollbackBody
 from server.api.upload import Form, Upload, receive_upload, small_fields
 from server.config.settings import MIB
-from server.errors import NotReady, RequestInvalid
+from server.errors import NotReady, RequestInvalid, TooManyAliases
 from server.services import Services, UseServices
 from server.store.registry import AdapterRecord, Published, Registry
 
@@ -236,7 +236,10 @@ async def delete_adapter(
     if services.ready:
         for digest in unused:
             services.client.unload(digest)
-    gone = [record.version for record in versions if version in (None, record.version)]
+    removed = [record for record in versions if version in (None, record.version)]
+    for record in removed:
+        services.placements.forget(record.digest, name)
+    gone = [record.version for record in removed]
     shown_version = "-" if version is None else str(version)
     set_headers(request, {"x-adapter-id": name, "x-adapter-version": shown_version})
     return replies.AdapterDeleted(name=name, deleted_versions=gone)
@@ -255,7 +258,7 @@ async def preload_adapter(
     from server.generation.generator import adapter_ref
 
     record = await _servable(request, services, name, version)
-    services.client.preload(adapter_ref(record))
+    services.preload(adapter_ref(record))
     return _version(services, record)
 
 
@@ -268,9 +271,12 @@ async def preload_adapter(
 async def unload_adapter(
     request: Request, services: UseServices, name: str, version: Version = None
 ) -> replies.AdapterVersion:
-    """Once no sequence uses it. The adapter stays and loads again with the next request for it."""
+    """Once no sequence uses it. The adapter stays and loads again with the next request for it.
+
+    Bytes that another name uses as well stay on the device for that name.
+    """
     record = await _servable(request, services, name, version)
-    services.client.unload(record.digest)
+    services.unload(record.digest, record.name)
     return _version(services, record)
 
 
@@ -292,7 +298,7 @@ async def rollback_adapter(
 @router.put(
     "/{name}/aliases/{alias}",
     summary="Name a version of an adapter",
-    openapi_extra=refuses(*NAMED, NameInvalid, *STORED),
+    openapi_extra=refuses(*NAMED, NameInvalid, TooManyAliases, *STORED),
 )
 async def set_alias(
     request: Request, services: UseServices, name: str, alias: Alias, body: AliasBody
@@ -300,6 +306,21 @@ async def set_alias(
     """Set it, or move it to another version."""
     only_query(request)
     record = await run_sync(lambda: services.registry.set_alias(name, alias, body.version))
+    name_adapter(request, services, record)
+    return _version(services, record)
+
+
+@router.delete(
+    "/{name}/aliases/{alias}",
+    summary="Remove an alias of an adapter",
+    openapi_extra=refuses(*NAMED, *STORED),
+)
+async def remove_alias(
+    request: Request, services: UseServices, name: str, alias: str
+) -> replies.AdapterVersion:
+    """Its version stays; the reply is that version."""
+    only_query(request)
+    record = await run_sync(lambda: services.registry.remove_alias(name, alias))
     name_adapter(request, services, record)
     return _version(services, record)
 
@@ -335,7 +356,7 @@ def _counters(services: Services, name: str) -> replies.AdapterCounters:
 
 def residency_of(services: Services, record: AdapterRecord) -> replies.Residency:
     """Where an adapter is now; "disk" while no engine is ready."""
-    return services.client.residency(record.digest) if services.ready else "disk"
+    return services.residency(record)
 
 
 # --- the upload's form ---------------------------------------------------------------------

@@ -85,7 +85,7 @@ async def load_adapter(
     services.need_generator()
     record = await anyio.to_thread.run_sync(functools.partial(_load, services, body, allowed))
     name_adapter(request, services, record)
-    services.client.preload(adapter_ref(record))
+    services.preload(adapter_ref(record))
     log.info("adapter_loaded", name=record.name, version=record.version, path=record.source_path)
     return PlainTextResponse(f"Success: LoRA adapter '{record.name}' added successfully.")
 
@@ -110,6 +110,7 @@ async def unload_adapter(
     _allowed(services)
     name = body.lora_name
     unused = await anyio.to_thread.run_sync(_unload, services.registry, name)
+    services.placements.forget_names([name])
     if services.ready:
         for digest in unused:
             services.client.unload(digest)

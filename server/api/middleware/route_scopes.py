@@ -49,6 +49,10 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/detokenize"): _GENERATE,
     ("POST", "/v1/completions"): _GENERATE,
     ("POST", "/v1/chat/completions"): _GENERATE,
+    ("POST", "/v1/responses"): _GENERATE,
+    ("GET", "/v1/responses/{response_id}"): _GENERATE,
+    ("DELETE", "/v1/responses/{response_id}"): _GENERATE,
+    ("POST", "/v1/embeddings"): _GENERATE,
     # adapters
     ("GET", "/adapters"): _READ,
     ("GET", "/adapters/{name}"): _READ,
@@ -60,6 +64,7 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/adapters/{name}/unload"): _WRITE,
     ("POST", "/adapters/{name}/rollback"): _WRITE,
     ("PUT", "/adapters/{name}/aliases/{alias}"): _WRITE,
+    ("DELETE", "/adapters/{name}/aliases/{alias}"): _WRITE,
     # training
     ("GET", "/train"): _TRAIN,
     ("POST", "/train"): _TRAIN,

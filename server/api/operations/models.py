@@ -20,6 +20,7 @@ from server.api.reply_fields import ReplyModel, UnixTime, fixed, may_show, shows
 from server.api.schemas import MAX_TOP_TOKENS
 from server.errors import NotReady
 from server.services import Services, UseServices
+from server.store.caller import Caller
 from server.store.registry import AdapterRecord
 
 router = APIRouter(tags=["models"])
@@ -50,6 +51,9 @@ class Model(ReplyModel):
     digest: str = shows(_DIGEST, "Of the weights.")
     status: str | None = may_show("ok", "Of an adapter: ok or corrupt.")
     residency: str = shows("device", "Where it is now.")
+    default_temperature: float | None = may_show(
+        0.0, "Of an adapter with labels: the temperature where a request gives none."
+    )
     notes: list[str] | None = may_show([], "Of the base: facts about its weights.")
 
 
@@ -73,11 +77,11 @@ class BaseInfo(ReplyModel):
 
 
 class EngineInfo(ReplyModel):
-    """How busy the engine is."""
+    """The engine. How busy it is tells of other callers' requests, and is the admin's to know."""
 
-    num_running: int = shows(0, "Sequences in the batch.")
-    num_waiting: int = shows(0, "Sequences that wait.")
-    kv_blocks_used: int = shows(0, "Blocks of keys and values in use.")
+    num_running: int | None = may_show(0, "For admin: sequences in the batch.")
+    num_waiting: int | None = may_show(0, "For admin: sequences that wait.")
+    kv_blocks_used: int | None = may_show(0, "For admin: blocks of keys and values in use.")
     kv_blocks_total: int = shows(1024, "Blocks there are.")
 
 
@@ -147,10 +151,14 @@ async def retrieve_model(request: Request, services: UseServices, name: Name) ->
     openapi_extra=refuses(NotReady),
 )
 async def info(request: Request, services: UseServices) -> Info:
-    """TGI's fields first, then ours."""
+    """TGI's fields first, then ours. Where keys are required, the live counters are the admin's."""
     only_query(request)
     generator = services.need_generator()
     base, settings, stats = services.client.base, services.settings, services.client.stats
+    caller: Caller = request.state.caller
+    engine = EngineInfo(kv_blocks_total=stats.kv_blocks_total)
+    if caller.only_owner is None:
+        engine = EngineInfo.model_validate(stats)
     return Info(
         model_id=services.base_id,
         model_sha=settings.revision or base.digest,
@@ -165,7 +173,7 @@ async def info(request: Request, services: UseServices) -> Info:
         max_batch_total_tokens=settings.max_step_tokens,
         version=version("graftwork"),
         base=BaseInfo.model_validate(base).model_copy(update={"notes": list(services.base_notes)}),
-        engine=EngineInfo.model_validate(stats),
+        engine=engine,
     )
 
 
@@ -242,5 +250,6 @@ def _adapter_model(services: Services, record: AdapterRecord) -> Model:
         version=record.version,
         digest=record.digest,
         status=record.status,
-        residency=services.client.residency(record.digest),
+        default_temperature=record.default_temperature,
+        residency=services.residency(record),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save
 
 from server.config.limits import Limits
+from server.engine.client import EngineClient
 from tests.server.conftest import make_settings
 from tests.server.http_server import ServerClient, running_server, save_prefix_adapter, upload
 
@@ -38,6 +40,7 @@ LOW = {
     "max_sequences": 4,
     "max_ranked": 6,
     "max_labels": 3,
+    "max_aliases": 1,
     "max_messages": 3,
     "max_stops": 2,
     "max_stop_characters": 5,
@@ -45,6 +48,7 @@ LOW = {
     "max_data_mib": 1,
     "max_data_rows": 3,
     "max_queued_jobs": 1,
+    "max_queued_jobs_mib": 1,
     "max_files": 2,
     "max_files_mib": 1,
 }
@@ -61,12 +65,17 @@ def low(tiny_base, tmp_path_factory) -> Iterator[ServerClient]:
     settings = make_settings(tiny_base, home / "data", train_workers=0, **LOW)
     with running_server(settings) as client:
         assert upload(client, save_prefix_adapter(home / "own"), "own").status_code == 201
+        assert alias("first")(client).status_code == 200
         yield client
 
 
 def complete(**changes: Any) -> Send:
     body = {"model": "tiny-base", "prompt": "a", "max_tokens": 1, **changes}
     return lambda client: client.post("/v1/completions", json=body)
+
+
+def alias(name: str) -> Send:
+    return lambda client: client.put(f"/adapters/own/aliases/{name}", json={"version": 1})
 
 
 def classify(**changes: Any) -> Send:
@@ -283,6 +292,13 @@ ABOVE: list[tuple[str, Send, int, str, str]] = [
         "labels: expected 1 to 3 different texts",
     ),
     (
+        "max_aliases",
+        alias("second"),
+        422,
+        "too_many_aliases",
+        "'own' has 1 aliases, and the limit is 1; remove or move one of them",
+    ),
+    (
         "max_messages",
         chat(4),
         422,
@@ -345,6 +361,7 @@ WITHIN: list[tuple[str, Send]] = [
     ("max_ranked", classify(inputs=["a"] * 3)),
     ("max_labels", classify(inputs="a", labels=["x", "y", "z"])),
     ("max_labels", form(labels='["x", "y", "z"]')),
+    ("max_aliases", alias("first")),  # moved
     ("max_messages", chat(3)),
     ("max_messages", chat(1, parts=3)),
     ("max_stops", complete(stop=["x", "y"])),
@@ -360,7 +377,12 @@ OTHERWISE = {
     "max_messages": "invalid",
 }
 # Asked below, each in a test of its own.
-ALONE = {"max_queued", "max_queued_per_adapter", "max_queued_jobs", "max_files", "max_files_mib"}
+ALONE = QUEUES | {"max_queued_jobs", "max_queued_jobs_mib", "max_files", "max_files_mib"}
+# Of callers with keys: see tests/server/api/keys.
+PER_OWNER = {
+    f"{name}_per_owner"
+    for name in ("max_queued_jobs", "max_queued_jobs_mib", "max_files", "max_files_mib")
+}
 
 
 def told(reply: httpx.Response) -> tuple[str, str]:
@@ -371,9 +393,10 @@ def told(reply: httpx.Response) -> tuple[str, str]:
 
 
 def test_every_limit_is_asked():
-    assert {name for name, *_ in ABOVE} | ALONE == set(Limits.model_fields)
-    assert {name for name, _ in WITHIN} | ALONE == set(Limits.model_fields)
-    assert set(LOW) | {"max_queued", "max_queued_per_adapter"} == set(Limits.model_fields)
+    fields = set(Limits.model_fields) - PER_OWNER
+    assert {name for name, *_ in ABOVE} | ALONE == fields
+    assert {name for name, _ in WITHIN} | ALONE == fields
+    assert set(LOW) | QUEUES == fields
 
 
 @pytest.mark.parametrize(
@@ -435,10 +458,11 @@ def test_jobs_wait_up_to_the_limit(low):
 
 @pytest.fixture
 def narrow(tiny_base, tmp_path) -> Iterator[ServerClient]:
-    """Two requests at a time, three that wait, and two in all for one adapter."""
+    """Two requests at a time, three that wait, two in all for one adapter, 16 blocks for prefixes."""
     changes = {"max_running": 2, "max_queued": 3, "max_queued_per_adapter": 2}
     settings = make_settings(tiny_base, tmp_path / "data", train_workers=0, **changes)
-    with running_server(settings) as client:
+    config = dataclasses.replace(settings.engine_config(), adapter_kv_share=16 / 4096)
+    with running_server(settings, client=EngineClient(config)) as client:
         for seed, name in enumerate(("first", "second")):
             reply = upload(client, save_prefix_adapter(tmp_path / name, seed=seed), name)
             assert reply.status_code == 201
@@ -530,3 +554,16 @@ def test_labels_that_find_no_place_wait_for_those_before_them(narrow):
 def test_left_out_an_adapter_may_have_half_of_the_queue(tiny_base, tmp_path):
     settings = make_settings(tiny_base, tmp_path, max_running=4, max_queued=9)
     assert settings.engine_config().max_queued_per_adapter == 4 + 5
+
+
+def test_an_adapter_that_no_request_could_use_is_refused_at_once(narrow):
+    fits = adapter(prompt_embeddings=rows(16 * 16))(narrow)
+    assert fits.status_code == 201, fits.text
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 1}}
+    assert narrow.post("/generate?adapter=sent", json=body).status_code == 200
+    refused = adapter(prompt_embeddings=rows(16 * 16 + 1))(narrow)
+    assert refused.status_code == 413, refused.text
+    assert "at most 256 fit into the engine's memory for keys and values" in refused.text
+    job = prefix_job(16 * 16 + 1)(narrow)
+    assert job.status_code == 422, job.text
+    assert "expected at most 256, came 257" in job.text

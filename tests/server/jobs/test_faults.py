@@ -133,9 +133,7 @@ def test_a_killed_server_finds_its_jobs_again(at_home):
         assert later.started_at > at_home.store.get(record.id).finished_at
         states = [one.data for one in at_home.store.events(record.id) if one.kind == "state"]
         assert [one["state"] for one in states].count("running") == 4
-        assert {one["nice"] for one in states if one["state"] == "running" and "nice" in one} == {
-            19
-        }
+        assert sum("nice" in one for one in states) == 2
         assert at_home.kinds(record).count("interrupted") == 3
         assert httpx.post(f"{address}/generate?adapter=mine", json=BODY).status_code == 200
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from server.errors import FilesFull, UploadNotFound
 from server.store.files import FileRecord, FileStore
 from tests.full_disk import run_on_a_small_disk
 from tests.server.jobs.clock import Clock
+from tests.server.store.callers import caller
 
 
 @pytest.fixture
@@ -64,6 +66,32 @@ def test_the_number_and_the_bytes_of_files_are_limited(
     assert len(on_disk(root)) == 3
     store.delete(last.id)
     assert add(store, tmp_path, b"").id != last.id
+
+
+def test_each_owner_has_a_share_and_hears_of_no_other(root: Path, tmp_path: Path) -> None:
+    store = FileStore(root, max_files=4, max_bytes=100, max_bytes_per_owner=60)
+    mine, yours, third = (store.seen_by(caller(name)) for name in ("mine", "yours", "third"))
+    add(mine, tmp_path, b"x" * 50)
+    with pytest.raises(FilesFull, match="your stored files have 50 bytes, this one has 11"):
+        add(mine, tmp_path, b"x" * 11)
+    add(mine, tmp_path)
+    with pytest.raises(
+        FilesFull, match="2 files are stored, and the limit for a caller's"
+    ) as caught:
+        add(mine, tmp_path)
+    assert caught.value.came == "2"
+    add(yours, tmp_path)
+    add(yours, tmp_path)
+    for one, data in ((yours, b""), (third, b""), (third, b"x" * 60)):
+        with pytest.raises(FilesFull) as caught:
+            add(one, tmp_path, data)
+        if one is third:  # its own share is empty
+            assert not re.search("[0-9]", str(caught.value))
+            assert (caught.value.came, caught.value.expected) == (None, None)
+    with pytest.raises(FilesFull, match="4 files are stored"):
+        add(store, tmp_path)
+    assert len(on_disk(root)) == 4
+    store.close()
 
 
 def test_ids_are_no_paths(store: FileStore, root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import re
 import shutil
 import signal
 import subprocess
@@ -23,12 +24,14 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.errors import RegistryError, StorageFull, TrainingError
 from server import errors
+from server.store.job_limits import QueueLimits, Retention
 from server.store.job_states import FINISHED
 from server.store.jobs import MAX_INTERRUPTIONS, Claim, JobStore
 from server.store.registry import Registry
 from tests.full_disk import run_on_a_small_disk
 from tests.server.jobs.clock import Clock
 from tests.server.jobs.examples import EXAMPLES, a_job, many
+from tests.server.store.callers import caller
 
 NO_JOB = "job-" + "0" * 24
 
@@ -112,13 +115,84 @@ def test_what_is_not_there_is_said(job_id: str, store: JobStore) -> None:
 
 
 def test_too_many_waiting_jobs_are_refused(root: Path) -> None:
-    store = JobStore(root, max_queued=2)
+    store = JobStore(root, queue=QueueLimits(2))
     first, _ = store.create(a_job(), EXAMPLES), store.create(a_job(), EXAMPLES)
     with pytest.raises(errors.TooManyJobs, match="2 training jobs wait"):
         store.create(a_job(), EXAMPLES)
     assert (store.count(), len(folders(root)), staging(root)) == (2, 2, [])
     assert claimed(store).job_id == first.id
     store.create(a_job(), EXAMPLES)  # a running job waits no more
+    store.close()
+
+
+def test_each_owner_has_a_share_of_the_queue_and_hears_of_no_other(root: Path) -> None:
+    everybody = JobStore(root, queue=QueueLimits(4))
+    mine, yours, third = (everybody.seen_by(caller(name)) for name in ("mine", "yours", "third"))
+    ids = [mine.create(a_job(), EXAMPLES).id for _ in range(2)]
+    with pytest.raises(errors.TooManyJobs, match="2 training jobs of yours wait") as caught:
+        mine.create(a_job(), EXAMPLES)
+    assert (caught.value.came, caught.value.expected) == ("2", "fewer than 2 waiting jobs")
+    for _ in range(2):
+        yours.create(a_job(), EXAMPLES)
+    with pytest.raises(errors.TooManyJobs) as caught:
+        third.create(a_job(), EXAMPLES)
+    assert not re.search("[0-9]", str(caught.value))
+    assert (caught.value.came, caught.value.expected) == (None, None)
+    with pytest.raises(errors.TooManyJobs, match="4 training jobs wait"):
+        everybody.create(a_job(), EXAMPLES)
+    mine.cancel(ids[0])
+    third.create(a_job(), EXAMPLES)
+    everybody.close()
+
+
+def test_the_bytes_of_waiting_jobs_are_limited(root: Path) -> None:
+    """What has ended, or runs, takes none; a job alone is taken whatever its size."""
+    store = JobStore(root, queue=QueueLimits(max_bytes=3000, max_bytes_per_owner=10))
+    large = many(50)
+    first = store.create(a_job(num_rows=50), large)
+    num_bytes = (store.directory(first.id) / "examples.jsonl").stat().st_size
+    assert num_bytes > 1500
+    with pytest.raises(errors.TooManyJobs, match=f"of {num_bytes} bytes wait"):
+        store.create(a_job(num_rows=50), large)
+    mine = store.seen_by(caller("mine"))
+    with pytest.raises(errors.TooManyJobs, match="queue of training jobs is full"):
+        mine.create(a_job(num_rows=50), large)
+    claimed(store)
+    mine.create(a_job(num_rows=50), large)
+    with pytest.raises(errors.TooManyJobs, match=f"of {num_bytes} bytes of yours wait"):
+        mine.create(a_job(), EXAMPLES)
+    assert (store.count(), len(folders(root)), staging(root)) == (2, 2, [])
+    store.close()
+
+
+def ended(store: JobStore) -> str:
+    job_id = store.create(a_job(), EXAMPLES).id
+    (store.directory(job_id) / "log.txt").write_bytes(b"x" * 1000)
+    store.finish(claimed(store), "succeeded", adapter_version=1)
+    return job_id
+
+
+def test_ended_jobs_are_kept_for_a_time_a_number_and_a_size(root: Path, clock: Clock) -> None:
+    """For each owner; what waits or runs is never removed, nor another's."""
+    kept = Retention(days=30, max_jobs=3, max_bytes=10**6)
+    store = JobStore(root, clock=clock, retention=kept)
+    mine, yours = (store.seen_by(caller(name)) for name in ("mine", "yours"))
+    old = ended(yours)
+    clock.advance(20 * 86_400)
+    ids = [ended(mine) for _ in range(4)]
+    assert store.prune() == (ids[0],)
+    clock.advance(11 * 86_400)
+    waits = store.create(a_job(), EXAMPLES).id
+    assert store.prune() == (old,)
+    assert store.prune() == ()
+    for job_id in (ids[0], old):
+        with pytest.raises(errors.JobNotFound):
+            store.get(job_id)
+    assert sorted(folders(root)) == sorted([*ids[1:], waits])
+    small = JobStore(root, clock=clock, retention=Retention(max_bytes=3000))
+    assert len(small.prune()) == 2  # each has its log, and 200 bytes for each of its three events
+    assert sorted(folders(root)) == sorted([ids[3], waits])
+    small.close()
     store.close()
 
 
@@ -595,9 +669,11 @@ def test_two_processes_claim_each_job_once(root: Path) -> None:
 _CREATOR = """
     import sys
     from pathlib import Path
+        from server.store.job_limits import QueueLimits
     from server.store.jobs import JobStore
     from tests.server.jobs.examples import EXAMPLES, a_job, many
-    store = JobStore(Path(sys.argv[1]), max_queued=10**6)
+from tests.server.store.callers import caller
+    store = JobStore(Path(sys.argv[1]), queue=QueueLimits(10**6))
     print("ready", flush=True)
     while True:
         job_id = store.create(a_job(num_rows=100), many(50)).id
@@ -645,10 +721,12 @@ _ON_A_FULL_DISK = """
     import sys
     from pathlib import Path
     from adapters.errors import StorageFull
+    from server.store.job_limits import QueueLimits
     from server.store.jobs import JobStore
     from tests.server.jobs.examples import EXAMPLES, a_job, many
+from tests.server.store.callers import caller
     disk = Path(sys.argv[1])
-    store = JobStore(disk / "data", max_queued=1000)
+    store = JobStore(disk / "data", queue=QueueLimits(1000))
     first = store.create(a_job(), EXAMPLES).id
     claim = store.claim(600)
     outcomes = set()

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from server.errors import JobActive, JobNotFound, LeaseLost, TooManyJobs
+from server.store.job_limits import QueueLimits
 from server.store.job_states import FINISHED, TRANSITIONS, State
 from server.store.jobs import Claim, JobEvent, JobRecord, JobStore
 from tests.server.jobs.clock import Clock
@@ -47,7 +48,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.ends: dict[str, JobRecord] = {}
 
     def make_store(self) -> JobStore:
-        return JobStore(self.root, clock=self.clock, max_queued=MAX_QUEUED, max_attempts=2)
+        return JobStore(self.root, clock=self.clock, queue=QueueLimits(MAX_QUEUED), max_attempts=2)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

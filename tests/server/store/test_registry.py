@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,12 +29,14 @@ from adapters.checkpoint.folder import (
     load_serving_form,
 )
 from adapters.metadata import AdapterMetadata
+from server.errors import TooManyAliases
 from server.store.database import Database, is_full
 from server.store.registry import Registry
 from server.store.tables import AdapterRow
 from tests.adapters import checkpoints
 from tests.adapters.checkpoints import BASE, soft_prompt
 from tests.full_disk import run_on_a_small_disk
+from tests.server.store.callers import caller
 
 OTHER_BASE = BASE.from_dict({**BASE.to_dict(), "digest": "c" * 64})
 
@@ -285,6 +288,66 @@ def test_aliases(registry: Registry, one: Path, two: Path) -> None:
     assert registry.set_alias("a", "prod", 2).version == 2
     assert registry.resolve("prod").version == 2
     assert registry.resolve("a@1").aliases == ("blue",)
+
+
+def test_an_alias_is_removed_and_their_number_is_limited(tmp_path: Path, one: Path) -> None:
+    registry = Registry(tmp_path / "data", max_aliases=2)
+    registry.publish("a", one, BASE)
+    for alias in ("prod", "blue", "prod"):  # the third moves the first
+        registry.set_alias("a", alias, 1)
+    with pytest.raises(TooManyAliases, match="'a' has 2 aliases, and the limit is 2"):
+        registry.set_alias("a", "green", 1)
+    record = registry.remove_alias("a", "prod")
+    assert (record.version, record.aliases) == (1, ("blue",))
+    with pytest.raises(errors.AdapterNotFound):
+        registry.resolve("prod")
+    registry.publish("prod", one, BASE)  # the name is free again
+    registry.set_alias("a", "green", 1)
+    for name, error in (("a", errors.VersionNotFound), ("z", errors.AdapterNotFound)):
+        with pytest.raises(error):
+            registry.remove_alias(name, "prod")
+    assert registry.resolve("a@1").aliases == ("blue", "green")
+    registry.close()
+
+
+def test_an_alias_that_a_caller_cannot_see_is_no_reason(registry: Registry, one: Path) -> None:
+    """Who sees both is asked which is meant: nobody is answered by another adapter in silence."""
+    registry.publish("other", one, BASE)
+    registry.set_alias("other", "team-x", 1)
+    limited = registry.seen_by(caller("team", "team-*"))
+    limited.require_free("team-x")
+    assert limited.publish("team-x", one, BASE).created
+    assert limited.resolve("team-x").name == "team-x"
+    with pytest.raises(errors.AdapterNotFound, match="say which: team-x@1, other@team-x"):
+        registry.resolve("team-x")
+    assert registry.resolve("team-x@1").name == "team-x"
+    assert registry.resolve("other@team-x").name == "other"
+    # One that it can see is a reason, and is named.
+    limited.set_alias("team-x", "team-y", 1)
+    with pytest.raises(errors.NameInvalid, match="'team-y' is an alias of the adapter 'team-x'"):
+        limited.require_free("team-y")
+    # What was admitted for a caller is published by a worker, who sees every alias.
+    registry.set_alias("other", "team-z", 1)
+    with pytest.raises(errors.NameInvalid):
+        registry.publish("team-z", one, BASE)
+    assert registry.publish("team-z", one, BASE, admitted=True).created
+
+
+def test_a_name_is_drawn_from_what_a_caller_may_use(registry: Registry, one: Path) -> None:
+    def drawn(*names: str) -> str:
+        return registry.seen_by(caller("team", *names)).free_name("ft-")
+
+    assert re.fullmatch("ft-[0-9a-f]{24}", registry.free_name("ft-"))
+    assert re.fullmatch("team-ft-[0-9a-f]{24}", drawn("mine", "team-*"))
+    assert drawn("ft-*").startswith("ft-")
+    long = "x" * 50
+    assert re.fullmatch(f"{long}[0-9a-f]{{8}}", drawn(f"{long}*"))
+    assert drawn("mine", "yours") == "mine"
+    registry.publish("mine", one, BASE)
+    assert drawn("mine", "yours") == "yours"
+    with pytest.raises(errors.NameInvalid, match="only some names") as caught:
+        drawn("mine")
+    assert caught.value.expected == "mine"
 
 
 def test_a_bare_alias_of_two_adapters_is_no_answer(registry: Registry, one: Path) -> None:
