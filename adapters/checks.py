@@ -148,7 +148,7 @@ def check_names(tensors: Mapping[str, TensorInfo], wanted: Iterable[str]) -> Non
     left_over = sorted(set(tensors) - names)
     hint = key_names.explain(tensors, names.__contains__) if left_over else None
     if hint is None and len(left_over) == len(missing) == len(tensors) == 1:
-        hint = f"if that is it, rename it: {key_names.rename_to(missing[0], left_over[0])}"
+        hint = key_names.rename_to(missing[0], left_over[0])
     then = f"; {hint}" if hint else ""
     if missing:
         came = some_of(left_over) if left_over else "no such tensor"

@@ -5,12 +5,14 @@ Uses the strict reader of checkpoints and the table of methods. Independent of t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters.checkpoint.config import read_peft_config
 from adapters.checkpoint.folder import read_config
-from adapters.method import PeftConfig, parse_config
+from adapters.method import PeftConfig
 from adapters.methods import METHODS, method_of
 from adapters.python_config import plain
 
@@ -29,6 +31,8 @@ def read_fields(path: Path) -> dict[str, Any]:
 def config_of(config_class: type[PeftConfig], fields: Mapping[str, Any]) -> PeftConfig:
     """The config of these fields: of their `peft_type`'s class, else of the given one.
 
+    Warns of fields without effect, such as those that PEFT drops because it does not know them.
+
     Raises:
         MethodUnsupported: another `peft_type` than the served ones.
         ConfigInvalid: a field is wrong.
@@ -37,9 +41,11 @@ def config_of(config_class: type[PeftConfig], fields: Mapping[str, Any]) -> Peft
     raw = {name: plain(value) for name, value in fields.items()}
     if "peft_type" in raw or config_class not in PEFT_TYPE_TO_CONFIG_MAPPING.values():
         config_class = method_of(raw).config_class
-    config = parse_config(config_class, raw)
-    config.check_as_peft()
-    return config
+    read = read_peft_config(METHODS[config_class.model_fields["peft_type"].default], raw)
+    for warning in read.warnings:
+        warnings.warn(warning, stacklevel=3)
+    read.config.check_as_peft()
+    return read.config
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

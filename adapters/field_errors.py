@@ -50,6 +50,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "adapters": ("parts", "models", "adapter_names"),
     "method": ("peft_type", "type", "algorithm", "peft_method"),
     "config": ("peft_config", "adapter_config", "method_config"),
+    "num_virtual_tokens": ("virtual_tokens", "pre_seq_len", "prefix_length", "prompt_length"),
     "config.num_virtual_tokens": ("num_virtual_tokens", "virtual_tokens", "pre_seq_len"),
     "rows": ("data", "dataset", "examples", "samples", "train_data", "records"),
     "template": ("prompt_template", "prompt", "prompt_column", "format"),

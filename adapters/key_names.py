@@ -6,10 +6,14 @@ refused, with a command that mends the file. Strings only: independent of tensor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+# Untrusted names that may stand in a Python string inside a shell's double quotes.
+_SAFE = re.compile(r"[A-Za-z0-9._-]{1,200}")
 
 # Parts of a name that a wrapper around the model leaves -> the wrapper.
 _WRAPPERS = {
@@ -68,15 +72,19 @@ def renaming(names: Collection[str], binds: Callable[[str], bool]) -> str | None
     return None
 
 
-def rename_to(wanted: str, name: str) -> str:
-    """The command that gives a file's only tensor another name."""
-    return _python(f"{{'{wanted}': t[{_quoted(name)}]}}")
+def rename_to(wanted: str, name: str) -> str | None:
+    """How to give a file's only tensor another name; None if it is another thing by its name."""
+    words = ("prompt", "prefix", "embedding", "weight")
+    if not _SAFE.fullmatch(name) or not any(word in name for word in words):
+        return None
+    command = _python(f"{{'{wanted}': t['{name}']}}")
+    return f"if that is it, rename it: {command}"
 
 
 def _adapter_names(names: Collection[str]) -> tuple[str, ...]:
     """The last part of all names, where PEFT's own state_dict has the adapter's name."""
     last = {name.rpartition(".")[2] for name in names if "." in name}
-    return tuple(last) if len(last) == 1 else ()
+    return tuple(last) if len(last) == 1 and all(map(_SAFE.fullmatch, last)) else ()
 
 
 def _all_bind(
@@ -102,7 +110,7 @@ def _left_by(wrappers: Collection[str], dropped: Collection[str]) -> str:
 def _command(dropped: Collection[str], added: str) -> str:
     key = "k"
     if dropped:
-        parts = "".join(f"{_quoted(part)}, " for part in dropped)
+        parts = "".join(f"'{part}', " for part in dropped)
         key = f"'.'.join(p for p in k.split('.') if p not in ({parts}))"
     if added:
         key = f"'{added}' + {key}"
@@ -115,9 +123,3 @@ def _python(tensors: str) -> str:
         f"t = load_file('{TENSORS_FILE}'); save_file({tensors}, '{TENSORS_FILE}', "
         "metadata={'format': 'pt'})\""
     )
-
-
-def _quoted(part: str) -> str:
-    """An untrusted part of a name as a Python string inside a shell's double quotes."""
-    safe = "".join(char for char in part if char.isalnum() or char in "._-")
-    return f"'{safe}'"

@@ -17,6 +17,9 @@ from adapters.template import Tokenization
 
 Source = Literal["uploaded", "trained", "combined", "loaded", "watched"]
 
+# Of a recipe: see `AdapterMetadata.default_temperature`.
+DEFAULT_TEMPERATURE = "default_temperature"
+
 # The fields that whoever adds an adapter may set; the others are recorded.
 SETTABLE_FIELDS = (
     "description",
@@ -61,6 +64,18 @@ class AdapterMetadata:
     metrics: dict[str, Any] | None = None
     source: Source = "uploaded"
     source_path: str | None = None
+
+    @property
+    def default_temperature(self) -> float | None:
+        """The temperature of OpenAI's routes where a request gives none; None is their own, 1.
+
+        A classifier's is 0: a drawn label is a wrong one as often as the model is unsure. The recipe of
+        an adapter that was trained here has it as `DEFAULT_TEMPERATURE`.
+        """
+        stored = (self.recipe or {}).get(DEFAULT_TEMPERATURE)
+        if isinstance(stored, int | float) and 0 <= stored <= 2:
+            return float(stored)
+        return 0.0 if self.labels else None
 
     def require_base(self, base: BaseModelSpec) -> None:
         """Raise BaseMismatch if the adapter was trained here on another base."""

@@ -233,12 +233,13 @@ def config_refused(config_class: type[PeftConfig], error: ValidationError) -> Co
 
 def _unknown_field(config_class: type[PeftConfig], name: str, value: object) -> ConfigInvalid:
     fields, came = sorted(config_class.model_fields), as_json(value)
+    name = printable(name)
     near = nearest(name, fields)
     hint = f"did you mean {near}?" if near else f"its fields are {', '.join(fields)}"
     return ConfigInvalid(
-        f"adapter_config.json: {name[:LONGEST_SHOWN]} (came: {came}) is no field of "
+        f"adapter_config.json: {name} (came: {came}) is no field of "
         f"{config_class.model_fields['peft_type'].default}; {hint}",
-        field=name[:LONGEST_SHOWN],
+        field=name,
         expected=near or ", ".join(fields),
         came=came,
     )
@@ -283,6 +284,10 @@ def letters(name: str) -> str:
 
 def as_json(value: object) -> str:
     """An untrusted value as it stands in the file, truncated if long."""
-    written = json.dumps(value, ensure_ascii=False, default=str)[: LONGEST_SHOWN + 1]
-    text = "".join(char if char.isprintable() else "?" for char in written)
+    return printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def printable(text: str) -> str:
+    """An untrusted text in one line, truncated if long."""
+    text = "".join(char if char.isprintable() else "?" for char in text[: LONGEST_SHOWN + 1])
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

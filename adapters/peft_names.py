@@ -12,18 +12,20 @@ _FILES = (
     "an adapter's tensors are in its adapter_model.safetensors: use safetensors.torch.load_file and "
     "save_file"
 )
+_SERVED = "served are prefix tuning, P-tuning, (IA)³, CPT and prompt tuning"
+NOT_SERVED = f"a method of PEFT that is not served; {_SERVED}"
 _TARGETS = "the defaults for (IA)³ are adapters.methods.ia3.DEFAULT_TARGETS"
-_FROZEN = "bases are loaded frozen and unquantized; convert with `python -m server.base`"
+_FROZEN = "bases are loaded frozen, as plain float weights: there is nothing to prepare"
 
 # PEFT's classes of methods that are not served are `NameConfig`, `NameModel` and the like.
 _OTHER_METHODS = {
     "AdaLora": "AdaLoRA",
     "Adamss": "AdaMSS",
-    "AdaptionPrompt": "adaption prompts",
+    "AdaptionPrompt": "adaption prompt tuning",
     "BOFT": "BOFT",
     "Beft": "BEFT",
     "C3A": "C3A",
-    "Cartridge": "cartridges",
+    "Cartridge": "the cartridge",
     "Deft": "DEFT",
     "Delora": "DeLoRA",
     "FourierFT": "FourierFT",
@@ -38,7 +40,6 @@ _OTHER_METHODS = {
     "LoKr": "LoKr",
     "Lora": "LoRA",
     "Miss": "MiSS",
-    "MultitaskPrompt": "multitask prompt tuning",
     "MultitaskPromptTuning": "multitask prompt tuning",
     "OFT": "OFT",
     "OSF": "OSF",
@@ -52,7 +53,7 @@ _OTHER_METHODS = {
     "Shira": "SHiRA",
     "Supertuning": "supertuning",
     "TinyLora": "TinyLoRA",
-    "TrainableTokens": "trainable tokens",
+    "TrainableTokens": "training of single tokens",
     "UniLora": "UniLoRA",
     "VBLoRA": "VB-LoRA",
     "Vera": "VeRA",
@@ -80,13 +81,13 @@ _OF_LORA = (
     "replace_lora_weights_loftq",
     "save_as_lora",
 )
-_SERVED = "served are prefix tuning, P-tuning, (IA)³, CPT and prompt tuning"
 
 _INSTEAD = {
     "AutoPeftModel": _NO_MODEL,
     "AutoPeftModelForCausalLM": _NO_MODEL,
     "IA3Model": "adapters.attach_ia3 wraps the targeted modules of a model, detach_ia3 restores them",
     "MixedModel": _NO_MODEL,
+    "MultitaskPromptEmbedding": f"multitask prompt tuning is {NOT_SERVED}",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": _NO_MODEL,
     "NoMatchingPeftModuleError": "a target that matches no module raises adapters.errors.TargetNotFound",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": _NO_MODEL,
@@ -99,7 +100,7 @@ _INSTEAD = {
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "the engine shapes prefixes itself",
     "bloom_model_postprocess_past_key_value": "the engine shapes prefixes itself",
     "cast_mixed_precision_params": "trained parameters are float32 on a base of any dtype",
-    "compose_cartridge_adapters": "adapters are combined with `graftwork adapters combine`",
+    "compose_cartridge_adapters": f"cartridges are {NOT_SERVED}",
     "get_base_model_state_dict": _NO_MODEL,
     "get_layer_status": _NO_MODEL,
     "get_model_status": _NO_MODEL,
@@ -122,6 +123,8 @@ _INSTEAD = {
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": _TARGETS,
     "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": _TARGETS,
 }
+# PEFT's modules, which hold what the package holds.
+_MODULES = ("auto", "config", "mapping", "peft_model", "tuners", "utils")
 _OTHER_HEADS = (
     "FeatureExtraction",
     "QuestionAnswering",
@@ -157,7 +160,7 @@ def absent_names() -> dict[str, str]:
         for head in _OTHER_HEADS
     }
     methods = {
-        name + suffix: f"{words}: a method of PEFT that is not served; {_SERVED}"
+        name + suffix: f"{words} is {NOT_SERVED}"
         for name, words in _OTHER_METHODS.items()
         for suffix in _SUFFIXES
     }
@@ -167,7 +170,11 @@ def absent_names() -> dict[str, str]:
         "Install the two in separate environments"
         for name in _ADAPTERHUB
     }
-    return {**methods, **lora, **hub, **heads, **_INSTEAD}
+    modules = {
+        name: f"PEFT's module {name} has no counterpart: import the name from adapters itself"
+        for name in _MODULES
+    }
+    return {**methods, **lora, **hub, **heads, **modules, **_INSTEAD}
 
 
 def check_absent(name: str) -> None:

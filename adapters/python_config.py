@@ -6,17 +6,20 @@ rules. Independent of the fields of a config, of methods and of checkpoints.
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import enum
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from pydantic import BaseModel, ValidationError
 from pydantic._internal._model_construction import ModelMetaclass
+from pydantic.fields import FieldInfo
 
+from adapters.field_errors import close_to, explain
 from adapters.peft_types import TaskType
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,14 +38,21 @@ class ConfigMeta(ModelMetaclass):
             TypeError: an argument that is unknown, given twice, or one too many.
             ValueError: a value that PEFT's class refuses, or one of the wrong kind.
         """
-        fields: Iterable[str] = cls.model_fields  # type: ignore[attr-defined]
+        fields: dict[str, FieldInfo] = cls.model_fields  # type: ignore[attr-defined]
         given = _named(cls.__name__, list(fields), args, kwargs)
         if "task_type" in given:
             given["task_type"] = task_type(given["task_type"])
+        kept = {
+            name: plain(value)
+            for name, value in given.items()
+            # None stands for the default, as a null does in a file.
+            if value is not None or fields[name].default is None
+        }
         try:
-            config = super().__call__(**{name: plain(value) for name, value in given.items()})
+            config = super().__call__(**kept)
         except ValidationError as error:
-            raise ValueError(_sentence(cls.__name__, error)) from error
+            found = explain(error.errors(include_url=False), cls)
+            raise ValueError(f"{cls.__name__}: {found.message}") from error
         config.check_as_peft()
         return config
 
@@ -58,8 +68,8 @@ def _named(
         if name in given:
             raise TypeError(f"{owner} got multiple values for argument {name!r}")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}"
+            near = close_to(name, fields)
+            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(fields)}"
             raise TypeError(f"{owner} got an unexpected keyword argument {name!r}; {hint}")
         given[name] = value
     return given
@@ -81,20 +91,31 @@ def task_type(value: Any) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """The text of another library's enumeration member, such as `peft.PeftType.IA3`."""
-    return value.value if isinstance(value, enum.Enum) else value
-
-
-def _sentence(owner: str, error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    reason = str(first.get("ctx", {}).get("error", first["msg"]))
-    if not first["loc"]:
-        return f"{owner}: {reason}"
-    return f"{owner}: {first['loc'][0]} is {first['input']!r:.80}: {reason}"
+    """The value as a file would hold it: an enumeration member, a path, a tuple or an array as such."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(listed := getattr(value, "tolist", None)):  # of numpy and torch
+        return listed()
+    return list(value) if isinstance(value, tuple) else value
 
 
 class PythonConfig(BaseModel, metaclass=ConfigMeta):
     """The methods of PEFT's config classes. Source: peft/config.py, `PeftConfigMixin`."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        # PEFT's configs are dataclasses: asdict, fields and replace of the standard library work.
+        named = [
+            (name, Any, dataclasses.field(default=info.default))
+            for name, info in cls.model_fields.items()
+        ]
+        like = dataclasses.make_dataclass(cls.__name__, named)
+        cls.__dataclass_fields__ = vars(like)["__dataclass_fields__"]
 
     def check_as_peft(self) -> None:
         """Refuse what PEFT's class refuses when it is called, and this library has no need to.

@@ -28,6 +28,7 @@ from rich.text import Text  # noqa: E402
 
 from adapters.method import PromptLearningConfig  # noqa: E402
 from adapters.methods import METHODS  # noqa: E402
+from adapters.peft_names import NOT_SERVED, absent_names  # noqa: E402
 from adapters.training.recipes import RECIPES  # noqa: E402
 from server.api import error_replies  # noqa: E402
 from server.api.middleware.route_scopes import ACCESS  # noqa: E402
@@ -109,6 +110,9 @@ _JOB_MEANINGS: Mapping[str, str] = {
 
 # Routes that the OpenAPI page leaves out.
 _UNLISTED: Mapping[tuple[str, str], str] = {
+    ("GET", "/v1/responses/{response_id}"): "Refused: responses are not stored",
+    ("DELETE", "/v1/responses/{response_id}"): "Refused: responses are not stored",
+    ("POST", "/v1/embeddings"): "Refused, with the kind of base that makes embeddings",
     ("GET", "/"): "A page for browsers: what is served, with links (others get 405)",
     ("GET", "/docs"): "The OpenAPI page, without internet",
     ("GET", "/docs/{file}"): "Scripts and styles of that page",
@@ -349,6 +353,18 @@ def _type(field: Any) -> str:
     return shown or re.sub(r"[\w.]+\.(?=\w)", "", str(field.annotation)).replace(" | ", " or ")
 
 
+def peft_names() -> str:
+    """Names of PEFT and AdapterHub that are absent, with what to use; those with one answer share a row."""
+    rows: dict[str, list[str]] = {}
+    for name, instead in absent_names().items():
+        is_method = instead.endswith(NOT_SERVED)
+        if not is_method:
+            rows.setdefault(instead, []).append(f"`{name}`")
+        elif name.endswith("Config"):
+            rows.setdefault(NOT_SERVED, []).append(f"`{name}`")
+    return _table(("names", ""), [(", ".join(names), instead) for instead, names in rows.items()])
+
+
 def examples() -> str:
     """Every file of examples/, with its code."""
     parts = []
@@ -380,6 +396,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
         command_table,
         recipes,
         config_fields,
+        peft_names,
         examples,
         speed_beside_others,
         speed_ratios,

@@ -15,6 +15,7 @@ folders at its top. Editors and mypy then see every file twice and take its clas
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from adapters.peft_names import check_absent
@@ -35,9 +36,14 @@ if TYPE_CHECKING:
         method_of,
     )
     from graftwork.client import Client, JobFailed, ServerRefused
-    from server.engine.offline import GenerationFailed
     from server.engine.offline import OfflineEngine as Engine
-    from server.engine.request import SamplingParams
+    from server.engine.python_calls import (
+        EngineError,
+        GenerationFailed,
+        InvalidCall,
+        UnknownAdapter,
+    )
+    from server.engine.request import Grammar, SamplingParams
 
 # Public name -> its module, and its name there where it is another.
 _HOMES: dict[str, tuple[str, str | None]] = {
@@ -45,8 +51,11 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "CPTConfig": ("adapters", None),
     "Client": ("graftwork.client", None),
     "Engine": ("server.engine.offline", "OfflineEngine"),
-    "GenerationFailed": ("server.engine.offline", None),
+    "EngineError": ("server.engine.python_calls", None),
+    "GenerationFailed": ("server.engine.python_calls", None),
+    "Grammar": ("server.engine.request", None),
     "IA3Config": ("adapters", None),
+    "InvalidCall": ("server.engine.python_calls", None),
     "JobFailed": ("graftwork.client", None),
     "PeftConfig": ("adapters", None),
     "PeftType": ("adapters", None),
@@ -57,6 +66,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "PromptTuningInit": ("adapters", None),
     "SamplingParams": ("server.engine.request", None),
     "TaskType": ("adapters", None),
+    "UnknownAdapter": ("server.engine.python_calls", None),
     "ServerRefused": ("graftwork.client", None),
     "method_of": ("adapters", None),
 }
@@ -66,8 +76,11 @@ __all__ = [
     "CPTConfig",
     "Client",
     "Engine",
+    "EngineError",
     "GenerationFailed",
+    "Grammar",
     "IA3Config",
+    "InvalidCall",
     "JobFailed",
     "PeftConfig",
     "PeftType",
@@ -79,11 +92,14 @@ __all__ = [
     "SamplingParams",
     "ServerRefused",
     "TaskType",
+    "UnknownAdapter",
     "method_of",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("graftwork")
     if name not in _HOMES:
         check_absent(name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,8 @@ from server.api import error_replies
 from server.api.adapters import combine, management, vllm_loading
 from server.api.bounds import HoldLimits
 from server.api.generation import classify, tgi, tokenize
-from server.api.generation.openai import chat, completions
+from server.api.generation.openai import chat, completions, embeddings
+from server.api.generation.openai.responses import route as responses
 from server.api.middleware.authentication import Auth
 from server.api.middleware.headers import PAGE_HEADERS, BodyLimit, ReplyHeaders
 from server.api.middleware.observation import Observation
@@ -118,6 +119,8 @@ def create_app(
         tgi,
         completions,
         chat,
+        responses,
+        embeddings,
         classify,
         management,
         combine,
@@ -222,6 +225,7 @@ async def start_engine(services: Services) -> Generator:
     """
     tokenizer = await _read_beside(services.client.start(), services.settings)
     services.base_notes = services.client.notes
+    services.registry.limit_virtual_tokens(services.client.max_virtual_tokens)
     observers: list[Observer] = [services.metrics, services.quotas, services.placements]
     if services.tracing is not None:
         observers.append(services.tracing)

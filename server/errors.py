@@ -14,6 +14,8 @@
     |-- NotReady             the engine is starting, or is down
     |-- JobNotFound          no training job of that id
     |-- UploadNotFound       no uploaded file of that id
+    |-- ResponseNotFound     responses of /v1/responses are not stored
+    |-- NoEmbeddings         the base makes none
     |-- FilesFull            the limit of uploaded files, or of their bytes, is reached
     |-- JobActive            the job must end first
     |-- TooManyJobs          the limit of queued jobs is reached
@@ -99,6 +101,14 @@ class JobNotFound(RequestRefused):
 
 class UploadNotFound(RequestRefused):
     """No uploaded file of that id."""
+
+
+class ResponseNotFound(RequestRefused):
+    """Responses of /v1/responses are not stored."""
+
+
+class NoEmbeddings(RequestRefused):
+    """The base is a decoder, which makes no embeddings."""
 
 
 class FilesFull(RequestRefused):

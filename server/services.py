@@ -6,7 +6,6 @@ Independent of routes.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from fastapi import Depends, Request
 from server.config.settings import Settings
 from server.draining import Draining
 from server.errors import NotReady
+from server.generation.fair_threads import FairThreads
 from server.store.caller import UNRESTRICTED, Caller
 from server.telemetry.adapter_use import UseByAdapter
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from server.generation.quotas import Quotas
     from server.jobs.supervisor import Supervisor
     from server.store.files import FileStore
+    from server.store.job_feed import JobFeed
     from server.store.jobs import JobStore
     from server.store.key_ring import KeyRing
     from server.store.registry import AdapterRecord, Registry
@@ -62,7 +63,7 @@ class Services:
         keys: the API keys; None if none are required.
         supervisor: runs training jobs here; None if only `graftwork worker` does.
         draining: whether new work is refused, and what runs.
-        planning: held while a job is planned: one at a time, since each may hold a whole file.
+        planning: where jobs are planned: one at a time, since each may hold a whole file.
     """
 
     settings: Settings
@@ -81,14 +82,14 @@ class Services:
     keys: KeyRing | None = None
     supervisor: Supervisor | None = None
     draining: Draining = field(default_factory=Draining)
-    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    planning: FairThreads = field(default_factory=lambda: FairThreads(1))
 
     def seen_by(self, caller: Caller) -> Services:
         """These services with the stores and the generator as a caller sees them."""
         if caller == UNRESTRICTED:
             return self
         # Made before the copy: all callers share them.
-        _ = (self.metrics, self.quotas, self.placements)
+        _ = (self.metrics, self.quotas, self.job_feed, self.placements)
         view = copy.copy(self)
         view.registry = self.registry.seen_by(caller)
         view.generator = self.generator and self.generator.seen_by(caller)
@@ -111,6 +112,13 @@ class Services:
         from server.generation.quotas import Quotas
 
         return Quotas()
+
+    @cached_property
+    def job_feed(self) -> JobFeed:
+        """The news of jobs, for those who follow them."""
+        from server.store.job_feed import JobFeed
+
+        return JobFeed()
 
     @cached_property
     def placements(self) -> Placements:
@@ -146,6 +154,12 @@ class Services:
         if self.engine is None:
             raise NotReady("not ready: no engine is started here")
         return self.engine
+
+    @property
+    def max_virtual_tokens(self) -> int:
+        """Virtual tokens that a new adapter may have: the setting, or less where the engine has no room."""
+        most = self.settings.max_virtual_tokens
+        return most if self.generator is None else min(most, self.client.max_virtual_tokens)
 
     @property
     def ready(self) -> bool:

@@ -116,6 +116,10 @@ def test_every_route_has_a_summary():
         ("settings", [f"GRAFTWORK_{name.upper()}" for name in Settings.model_fields]),
         ("metrics", FAMILIES),
         ("recipes", [method.name for method in METHODS.values()]),
+        (
+            "peft_names",
+            ["get_peft_model", "LoraConfig", "AutoPeftModelForCausalLM", "AutoAdapterModel"],
+        ),
         ("examples", [path.name for path in (ROOT / "examples").glob("*.py")]),
     ],
 )

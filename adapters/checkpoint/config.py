@@ -14,14 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from adapters.checkpoint.other_fields import FORK_FIELDS, OTHER_PEFT_FIELDS
+from adapters.checkpoint.field_names import FORK_FIELDS, PEFT_FIELDS
 from adapters.errors import ConfigInvalid
 from adapters.method import (
-    LONGEST_SHOWN,
     AdapterMethod,
     PeftConfig,
     as_json,
     config_refused,
+    printable,
     without_nulls,
 )
 
@@ -186,27 +186,31 @@ def _parse(
 
 def _warn_of_unknown(unknown: Mapping[str, Any], method: AdapterMethod[Any]) -> list[str]:
     for name, value in unknown.items():
-        if not _is_neutral(name, value) and (reason := _in_the_numbers(name)) is not None:
+        if not is_neutral(name, value) and (reason := _in_the_numbers(name)) is not None:
             raise _may_change_numbers(name, value, reason, method.peft_type)
     if not unknown:
         return []
-    shown = [_shown(name, unknown[name]) for name in sorted(unknown)]
+    return [f"unknown to {method.peft_type}, so ignored as in PEFT: {shown_fields(unknown)}"]
+
+
+def shown_fields(fields: Mapping[str, Any]) -> str:
+    """Untrusted fields and their values, for a message; at most the first few."""
+    shown = [shown_field(name, fields[name]) for name in sorted(fields)]
     more = len(shown) - _MOST_NAMED
-    listed = ", ".join(shown[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-    return [f"unknown to {method.peft_type} and ignored, as PEFT ignores them: {listed}"]
+    return ", ".join(shown[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _shown(name: str, value: object) -> str:
-    printable = "".join(char if char.isprintable() else "?" for char in name[:LONGEST_SHOWN])
-    return f"{printable} ({as_json(value)})"
+def shown_field(name: str, value: object) -> str:
+    """An untrusted field and its value, for a message."""
+    return f"{printable(name)} ({as_json(value)})"
 
 
 def _may_change_numbers(name: str, value: object, reason: str, peft_type: str) -> ConfigInvalid:
     return ConfigInvalid(
-        f"adapter_config.json: {_shown(name, value)} is no field of {peft_type} in PEFT, and {reason}, so "
-        "the adapter's output here might not be that of the program that trained it; expected null, or "
-        "the field left out if it had no effect",
-        field=name[:LONGEST_SHOWN],
+        f"adapter_config.json: {shown_field(name, value)} is no field of {peft_type} in PEFT, and "
+        f"{reason}, so the adapter's output here might not be that of the program that trained it; "
+        "expected null, or the field left out if it had no effect",
+        field=printable(name),
         expected="null, or the field left out",
         came=as_json(value),
     )
@@ -216,13 +220,13 @@ def _in_the_numbers(name: str) -> str | None:
     """Why an unknown field that is set may take part in the computation; None if it does not."""
     if name in FORK_FIELDS:
         return f"{FORK_FIELDS[name]} computes with it"
-    if name in OTHER_PEFT_FIELDS or name in _HARMLESS:
+    if name in PEFT_FIELDS or name in _HARMLESS:
         return None
     words = {word.lower() for word in _WORD.findall(name)}
     return "its name is that of a part of the computation" if words & _IN_THE_NUMBERS else None
 
 
-def _is_neutral(name: str, value: object) -> bool:
+def is_neutral(name: str, value: object) -> bool:
     """Whether a value says that the field is not used: empty, false, or a scale of 1."""
     if isinstance(value, str):
         return value.strip().lower() in _NEUTRAL_WORDS

@@ -229,13 +229,12 @@ def check_checkpoint(
         CheckpointError: one of its kinds, see `adapters.errors`.
     """
     check_file_set(directory)
-    raw, method, read, facts = _check_without_values(directory, base, limits)
+    raw, method, read, facts = _check_without_values(directory, base, limits, is_upload=True)
     config = read.config
-    config.check_peft_loads()
     if facts.num_virtual_tokens > limits.virtual_tokens:
         raise CheckpointTooLarge(
             f"the adapter has {facts.num_virtual_tokens} virtual tokens, at most "
-            f"{limits.virtual_tokens} are accepted",
+            f"{limits.virtual_tokens} {limits.virtual_tokens_words}",
             field="num_virtual_tokens",
             expected=f"at most {limits.virtual_tokens} virtual tokens",
             came=f"{facts.num_virtual_tokens} virtual tokens",
@@ -292,13 +291,15 @@ def load_serving_form(
 
 
 def _check_without_values(
-    directory: Path, base: BaseModelSpec, limits: CheckpointLimits
+    directory: Path, base: BaseModelSpec, limits: CheckpointLimits, *, is_upload: bool = False
 ) -> tuple[dict[str, Any], AdapterMethod[Any], ReadConfig, AdapterFacts]:
     raw = read_config(directory / CONFIG_FILE, limits)
     from adapters.methods import method_of
 
     method = method_of(raw)
     read = read_peft_config(method, raw)
+    if is_upload:  # what an earlier version took is still served
+        read.config.check_peft_loads()
     facts = method.check(read.config, read_header(directory / TENSORS_FILE, limits), base)
     return raw, method, read, facts
 

@@ -25,6 +25,7 @@ class CheckpointLimits:
         dimension: length of one dimension; also bounds tensors that hold no element at all.
         file_bytes: size of `adapter_model.safetensors`.
         virtual_tokens: positions that an adapter takes before the prompt.
+        virtual_tokens_words: what is so about this number, for the refusal.
         archive_members: files and folders in an uploaded archive.
         archive_extra_bytes: bytes that an archive may hold beside the two files.
         archive_ratio: inflated bytes for each compressed byte, once `archive_ratio_from` is passed
@@ -40,6 +41,7 @@ class CheckpointLimits:
     dimension: int = 2**31 - 1
     file_bytes: int = 1 * GIB
     virtual_tokens: int = 1_000_000
+    virtual_tokens_words: str = "are accepted"
     archive_members: int = 4_096
     archive_extra_bytes: int = 64 * MIB
     archive_ratio: int = 200

@@ -8,6 +8,7 @@ files and the engine.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal
@@ -37,6 +38,7 @@ SUFFIX = ".ia3_l"
 ADAPTER_NAME = ".default"
 ALL_LINEAR = "all-linear"
 LONGEST_COMPARED = 200
+_PLAIN = re.compile(r"[\w.-]*")  # a pattern of letters, and of dots for any one character
 
 # model_type -> (targets, those of them that are feedforward). PEFT's defaults for decoders.
 # Source: peft/utils/constants.py.
@@ -442,16 +444,41 @@ def _twice(paths: Mapping[str, str]) -> TensorMismatch:
     )
 
 
-def _listed_feedforward(config: IA3Config) -> frozenset[str] | None:
-    """The explicit feedforward names; None where shapes alone decide."""
-    names = config.feedforward_modules
-    return frozenset(names) if isinstance(names, list) else None
+# Which names a config gives: literal ones, a regular expression (never run), or none at all.
+_Rule = frozenset[str] | str | None
 
 
-def _is_feedforward(
-    name: str, info: TensorInfo, path: str, spec: LinearSpec, names: frozenset[str] | None
-) -> bool:
-    """Which side a vector scales, determined by its shape; an explicit list must agree."""
+def _rule(names: list[str] | str | None) -> _Rule:
+    return frozenset(names) if isinstance(names, list) else names
+
+
+def _plain_match(pattern: str, path: str) -> bool | None:
+    """What PEFT's full match of a pattern with a path gives; None for a real regular expression.
+
+    People write a module's name where PEFT expects a pattern of whole paths, and it matches nothing.
+    """
+    # Without quantifiers and groups, matching takes linear time.
+    return bool(re.fullmatch(pattern, path)) if _PLAIN.fullmatch(pattern) else None
+
+
+def _targets(rule: _Rule, path: str) -> bool | None:
+    """Whether PEFT targets (or excludes) a path by this rule; None where that is not known."""
+    if rule is None:
+        return None
+    if isinstance(rule, str):
+        return True if rule.lower() == ALL_LINEAR else _plain_match(rule, path)
+    return not rule.isdisjoint(dotted_endings(path))
+
+
+def _feedforward_rule(config: IA3Config, base: BaseModelSpec) -> _Rule:
+    """The names of feedforward modules; PEFT's default if unset."""
+    if config.feedforward_modules is None and base.model_type in DEFAULT_TARGETS:
+        return frozenset(DEFAULT_TARGETS[base.model_type][1])
+    return _rule(config.feedforward_modules)
+
+
+def _is_feedforward(name: str, info: TensorInfo, path: str, spec: LinearSpec, rule: _Rule) -> bool:
+    """Which side a vector scales, determined by its shape; the config must agree."""
     output, feedforward = (spec.out_features, 1), (1, spec.in_features)
     if info.shape not in (output, feedforward):
         raise TensorMismatch(
@@ -461,7 +488,10 @@ def _is_feedforward(
             expected=f"{output} or {feedforward}",
             came=str(info.shape),
         )
-    listed = None if names is None else ends_with_any(path, names)
+    if isinstance(rule, str):
+        listed = _plain_match(rule, path)
+    else:
+        listed = None if rule is None else ends_with_any(path, rule)
     if output == feedforward:  # a module of width 1
         return bool(listed)
     scales_input = info.shape == feedforward
@@ -469,7 +499,7 @@ def _is_feedforward(
         side = "scales the input" if scales_input else "scales the output"
         raise TensorMismatch(
             f"tensor {name!r} of shape {info.shape} {side} of {path!r}, but feedforward_modules "
-            f"({some_of(sorted(names or ()))}) {'names' if listed else 'does not name'} it",
+            f"({_shown(rule)}) {'names' if listed else 'does not name'} it",
             field=name,
             expected=str(feedforward if listed else output),
             came=str(info.shape),
@@ -477,29 +507,39 @@ def _is_feedforward(
     return scales_input
 
 
+def _shown(rule: _Rule) -> str:
+    if isinstance(rule, str):
+        return f"the pattern {quoted(rule)}"
+    return some_of(sorted(rule or ())) or "none"
+
+
 def _check_targets(config: IA3Config, paths: set[str], base: BaseModelSpec) -> tuple[str, ...]:
-    """Check literal targets against the bound paths; regular expressions are skipped.
+    """Check the targets against the bound paths; regular expressions are skipped.
 
     Returns:
         Warnings: entries that match nothing, which PEFT accepts.
     """
     names = config.target_modules
-    if not isinstance(names, list):
-        return ()
-    unmatched = _unmatched(names, base)
-    if len(unmatched) == len(names):
+    if names is None and base.model_type in DEFAULT_TARGETS:
+        names = DEFAULT_TARGETS[base.model_type][0]
+    unmatched = _unmatched(names, base) if isinstance(names, list) else []
+    if isinstance(names, list) and len(unmatched) == len(names):
         raise _target_not_found(names[0] if names else "", base)
-    # Early releases of PEFT matched by plain ending, so a name may stand for more than its suffix.
-    listed = frozenset(names)
-    untargeted = sorted(path for path in paths if not ends_with_any(path, listed))
-    if untargeted:
+    rule, excluded = _rule(names), _rule(config.exclude_modules)
+    without_effect = sorted(
+        path for path in paths if _targets(rule, path) is False or _targets(excluded, path)
+    )
+    if without_effect:
         raise TensorMismatch(
-            f"the checkpoint scales {some_of(untargeted)}, which target_modules "
-            f"({some_of(names)}) does not name",
+            f"the checkpoint scales {some_of(without_effect)}, which target_modules ({_shown(rule)}) does "
+            "not name, or exclude_modules does: PEFT takes a module's name, or the end of its path after a "
+            "dot, word for word, and loads the other tensors without effect",
             field="target_modules",
-            expected=some_of(names),
-            came=some_of(untargeted),
+            expected=_shown(rule),
+            came=some_of(without_effect),
         )
+    if not isinstance(names, list) or names is not config.target_modules:
+        return ()
     if not isinstance(config.exclude_modules, str):
         _check_none_missing(names, config.exclude_modules or [], paths, base)
     if not unmatched:
@@ -546,7 +586,7 @@ class IA3:
         check_dtypes(tensors)
         paths = bind_paths(tensors, base)
         warnings = _check_targets(config, set(paths.values()), base)
-        feedforward = _listed_feedforward(config)
+        feedforward = _feedforward_rule(config, base)
         for name, path in paths.items():
             _is_feedforward(name, tensors[name], path, base.linear_modules[path], feedforward)
         return AdapterFacts(num_virtual_tokens=0, uses_scales=True, warnings=warnings)
@@ -560,7 +600,7 @@ class IA3:
             NonFinite: NaN or infinity among the vectors.
         """
         infos = {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
-        feedforward = _listed_feedforward(config)
+        feedforward = _feedforward_rule(config, base)
         inputs: dict[str, torch.Tensor] = {}
         outputs: dict[str, torch.Tensor] = {}
         for name, path in bind_paths(infos, base).items():

@@ -1,8 +1,9 @@
 """Merges the PEFT fields of a request into the recipe's, and determines the initialisation.
 
-A client may set the fields that configure the method. Fields that are set by training (the base's name,
-CPT's context) and fields that cannot be trained (`modules_to_save`) are refused rather than ignored. A
-null counts as unset, since PEFT writes nulls. Rows and tokens are handled elsewhere.
+A client may set the fields that configure the method. Fields that training determines (CPT's context) and
+fields that cannot be trained (`modules_to_save`) are refused. A null counts as unset, since PEFT writes
+nulls. Fields that change nothing, such as a number of heads that the base decides or the version of PEFT
+in a saved config, are ignored with a warning. Rows and tokens are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from adapters.base_model import BaseModelSpec
+from adapters.checkpoint.config import is_neutral, shown_fields
 from adapters.errors import ConfigInvalid, JobInvalid
-from adapters.method import PeftConfig, parse_config
+from adapters.method import PeftConfig, as_json, parse_config, without_nulls
 from adapters.training.job import METHOD_NAMES, TrainingRequest
 from adapters.training.recipes import Recipe
 
@@ -28,10 +31,14 @@ _TAKES_TEXT = ("PREFIX_TUNING", "PROMPT_TUNING")
 
 # Field -> why a client cannot set it; for all methods, then per method.
 _NOT_YOURS: dict[str, str] = {
+    "modules_to_save": "whole modules of the base are not trained, since every adapter shares it",
+}
+# Field -> why what a client says in it changes nothing. A saved adapter_config.json has them all.
+_WRITTEN_HERE: dict[str, str] = {
     "auto_mapping": "it belongs to models that PEFT does not know",
     "base_model_name_or_path": "the base is the one that is served",
-    "modules_to_save": "whole modules of the base are not trained, since every adapter shares it",
-    "peft_version": "the writer of the checkpoint sets it",
+    "inference_mode": "it is written with the adapter",
+    "peft_version": "it is written with the adapter",
     "revision": "the base is the one that is served",
 }
 _MADE_FROM_ROWS = "CPT's context is made from the rows; see context_examples and context_seed"
@@ -67,19 +74,66 @@ def resolve(request: TrainingRequest, recipe: Recipe) -> tuple[dict[str, Any], S
         JobInvalid: a field that a client cannot set, or one that conflicts with `init_text`.
     """
     peft_type = METHOD_NAMES[request.method]
-    given = {name: value for name, value in request.config.items() if value is not None}
+    given = {
+        name: value
+        for name, value in without_nulls(request.config).items()
+        if name not in _WRITTEN_HERE
+    }
     _check_fields(given, peft_type, request.method)
     if request.init_text is not None and peft_type not in _TAKES_TEXT:
         raise wrong(
             "init_text", f"{request.method} does not start from a text", "no init_text", "a text"
         )
-    raw = {**recipe.config, **given, "peft_type": peft_type, "task_type": TASK_TYPE}
+    unset = {name: None for name in request.config if name not in given}
+    raw = {**unset, **recipe.config, **given, "peft_type": peft_type, "task_type": TASK_TYPE}
     raw["inference_mode"] = True
     if peft_type == "PROMPT_TUNING":
         return _prompt_start(raw, request, recipe)
     if peft_type == "PREFIX_TUNING":
         return raw, _prefix_start(raw, request, recipe)
     return raw, Start("default")
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A config with every field set for the base.
+
+    Attributes:
+        config: as PEFT would save it.
+        warnings: sentences about given fields that change nothing.
+    """
+
+    config: PeftConfig
+    warnings: tuple[str, ...]
+
+
+def ignored(request: TrainingRequest) -> tuple[str, ...]:
+    """A sentence for each field of a request that is written with the adapter, whatever it says."""
+    given = without_nulls(request.config)
+    return tuple(
+        f"config.{name} is {as_json(given[name])}: ignored, because {why}"
+        for name, why in _WRITTEN_HERE.items()
+        if given.get(name) not in (None, False)
+    )
+
+
+def complete(raw: Mapping[str, Any], peft_type: str, base: BaseModelSpec) -> Completed:
+    """Parse the fields, and complete them for the base.
+
+    Raises:
+        JobInvalid: an unknown field that says something, or one of the wrong type or size.
+        CheckpointError: the config does not fit the base, see `AdapterMethod.complete_config`.
+    """
+    from adapters.methods import METHODS
+
+    method = METHODS[peft_type]
+    known = method.config_class.model_fields
+    idle = {name: raw[name] for name in raw if name not in known and is_neutral(name, raw[name])}
+    config = parse({name: raw[name] for name in raw if name not in idle}, peft_type)
+    warnings = [f"config.{sentence}" for sentence in method.stale(config, base)]
+    if idle:
+        warnings.insert(0, f"config: unknown to {peft_type} and ignored: {shown_fields(idle)}")
+    return Completed(method.complete_config(config, base), tuple(warnings))
 
 
 def parse(raw: Mapping[str, Any], peft_type: str) -> PeftConfig:
@@ -111,7 +165,7 @@ def _check_fields(given: Mapping[str, Any], peft_type: str, method: str) -> None
         if name in refused and value != []:
             came = repr(value)[:_SHOWN]
             raise wrong(f"config.{name}", refused[name], "the field left out", came)
-    fixed = {"peft_type": peft_type, "task_type": TASK_TYPE, "inference_mode": False}
+    fixed = {"peft_type": peft_type, "task_type": TASK_TYPE}
     for name, want in fixed.items():
         if given.get(name, want) != want:
             came = repr(given[name])[:_SHOWN]

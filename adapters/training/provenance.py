@@ -19,7 +19,7 @@ from adapters import synced_files
 from adapters.checkpoint.limits import MIB
 from adapters.errors import ConfigInvalid
 from adapters.field_errors import explain
-from adapters.metadata import AdapterMetadata
+from adapters.metadata import DEFAULT_TEMPERATURE, AdapterMetadata
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import TrainingJob
 
@@ -92,7 +92,7 @@ def metadata_of(job: TrainingJob, metrics: dict[str, Any]) -> AdapterMetadata:
         append_eos=job.append_eos,
         tokenization=job.tokenization,
         base_digest=job.base_digest,
-        recipe=job.model_dump(mode="json"),
+        recipe=job.model_dump(mode="json") | ({DEFAULT_TEMPERATURE: 0.0} if job.labels else {}),
         metrics=metrics,
     )
 

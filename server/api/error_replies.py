@@ -101,6 +101,8 @@ TABLE: dict[type[Exception], Refusal] = {
     ours.NotReady: Refusal(503, "not_ready", "unavailable"),
     ours.JobNotFound: Refusal(404, "job_not_found"),
     ours.UploadNotFound: Refusal(404, "file_not_found"),
+    ours.ResponseNotFound: Refusal(404, "response_not_found"),
+    ours.NoEmbeddings: Refusal(400, "no_embeddings"),
     ours.FilesFull: Refusal(413, "files_full"),
     ours.JobActive: Refusal(400, "job_active"),
     ours.TooManyJobs: Refusal(429, "too_many_jobs", "overloaded"),

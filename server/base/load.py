@@ -8,12 +8,12 @@ the engine, and the conversion of the default base.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +23,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from adapters.base_files import weight_files
 from adapters.base_model import BaseModelSpec, describe
 from adapters.errors import BaseUnsupported, reason_of
 from server.base.architecture import check_layers, text_config
+from server.base.check import check_architecture, check_files, local_directory
 from server.base.convert import quiet_progress_bars, read_manifest
 from server.base.digest import CONFIG_FILE, base_digest
 from server.base.dtypes import DTYPES, default_dtype
@@ -36,11 +36,9 @@ if TYPE_CHECKING:
 
 # These recompute their frequencies from the longest sequence of the batch.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _MANY = 3
+_MOST_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def load_base(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     served = _dtype(dtype or default_dtype(device))
     directory = _directory(path_or_id, revision)
-    _check_files(directory)
+    check_files(directory)
     config = _config(directory)
     check_config(config)
     digest = base_digest(directory, cache_dir)
@@ -128,7 +126,7 @@ def describe_base(
     """
     served = _dtype(dtype or default_dtype("cpu"))
     directory = _directory(path_or_id, revision)
-    _check_files(directory)
+    check_files(directory)
     config = _config(directory)
     check_config(config)
     with torch.device("meta"):
@@ -163,13 +161,9 @@ def check_config(config: PretrainedConfig) -> None:
             encodings that depend on the rest of the batch.
     """
     kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise BaseUnsupported(
-            f"{kind} is an encoder-decoder; expected a decoder-only model",
-            field="is_encoder_decoder",
-            expected="false",
-            came="true",
-        )
+    facts = ("is_encoder_decoder", "is_decoder")
+    read = {name: getattr(config, name, False) for name in facts}
+    check_architecture("the base", {"model_type": kind, **read})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BaseUnsupported(
             f"{kind} has no causal language-modelling class in transformers",
@@ -207,27 +201,8 @@ def _rope_types(config: PretrainedConfig) -> Iterator[str]:
 
 def _directory(path_or_id: str | Path, revision: str | None) -> Path:
     """The local directory of a base, downloaded from the hub if necessary."""
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise BaseUnsupported(
-                f"{path} is a local directory; a revision belongs to a hub id", field="revision"
-            )
-        return path
-    name = str(path_or_id)
-    if path.exists() or not _HUB_ID.fullmatch(name):
-        raise BaseUnsupported(
-            f"{name}: expected a directory with a Hugging Face model, or a hub id", field="base"
-        )
-    if revision is None or not _COMMIT.fullmatch(revision):
-        raise BaseUnsupported(
-            f"{name} is no directory here; as a hub id it needs a pinned revision, the commit's "
-            "40 hex digits: a branch or a tag can change under the adapters made for it",
-            field="revision",
-            expected="40 hex digits",
-            came=str(revision),
-        )
-    return _download(name, revision)
+    directory = local_directory(path_or_id, revision)
+    return _download(str(path_or_id), str(revision)) if directory is None else directory
 
 
 def _download(name: str, revision: str) -> Path:
@@ -236,33 +211,10 @@ def _download(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client raises a dozen unrelated types
+        why = " ".join(str(error).split())[:_MOST_CHARACTERS]
         raise BaseUnsupported(
-            f"{name} at {revision} cannot be had from the hub: {error}"
+            f"{name} at {revision} is not on this disk, and cannot be had from the hub: {why}"
         ) from error
-
-
-def _check_files(directory: Path) -> None:
-    if not (directory / CONFIG_FILE).is_file():
-        adapter = (directory / "adapter_config.json").is_file()
-        kind = "an adapter, not a base model" if adapter else "not a Hugging Face model"
-        raise BaseUnsupported(f"{directory} is {kind}: it has no {CONFIG_FILE}", field=CONFIG_FILE)
-    if (directory / "adapter_config.json").is_file():
-        # transformers would look for PEFT and merge the adapter into the base.
-        raise BaseUnsupported(
-            f"{directory} holds an adapter beside the base; expected the base alone",
-            field="adapter_config.json",
-        )
-    weights = weight_files(directory)
-    if not weights:
-        pickles = sorted(file.name for mask in _PICKLES for file in directory.glob(mask))
-        came = f"only pickles ({', '.join(pickles[:_MANY])}), which are never read" * bool(pickles)
-        raise BaseUnsupported(
-            f"{directory}: expected safetensors weights, came {came or 'none'}",
-            field="model.safetensors",
-        )
-    missing = [file.name for file in weights if not file.is_file()]
-    if missing:
-        raise BaseUnsupported(f"{directory}: shards are missing: {', '.join(missing[:_MANY])}")
 
 
 def _config(directory: Path) -> PretrainedConfig:
@@ -270,10 +222,17 @@ def _config(directory: Path) -> PretrainedConfig:
         raw: dict[str, Any]
         raw, _ = PretrainedConfig.get_config_dict(directory, local_files_only=True)
         kind = raw.get("model_type")
+        if not isinstance(kind, str):
+            raise BaseUnsupported(
+                f"{directory}: {CONFIG_FILE} names no model_type, expected that of a model of "
+                'transformers, such as "llama"',
+                field="model_type",
+                came="none",
+            )
         if kind not in CONFIG_MAPPING:
             raise BaseUnsupported(
-                f"model type {kind!r} is unknown to transformers; code that comes with a "
-                "checkpoint is never run",
+                f"model type {kind!r} is unknown to transformers {transformers.__version__}; code that "
+                "comes with a checkpoint is never run",
                 field="model_type",
                 came=str(kind),
             )

@@ -38,17 +38,28 @@ _SHOWN = (
 _RECIPE = ("method", "num_rows", "trainable_params", "config", "hyperparameters")
 _NOTHING: tuple[Any, ...] = (None, [], {})
 _COLUMNS = ("version", "method", "tokens", "bytes", "status", "residency")
+# Of a running server's requests; a data directory has none.
+_COUNTED = ("requests", "last use")
 
 
 def table_of(records: Sequence[Shown]) -> Table:
     """Adapters, one a line."""
     name = Column("name", overflow="fold")
-    table = Table(name, *_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
+    counted = _COUNTED if any("counters" in one for one in records) else ()
+    table = Table(name, *_COLUMNS, *counted, box=box.SIMPLE_HEAD, pad_edge=False)
     for one in records:
         method, tokens = one["peft_type"].lower(), one["num_virtual_tokens"]
         cells = (one["name"], one["version"], method, tokens, one["bytes"])
-        table.add_row(*(Text(str(value)) for value in (*cells, one["status"], one["residency"])))
+        cells = (*cells, one["status"], one["residency"], *_use(one, len(counted)))
+        table.add_row(*(Text(str(value)) for value in cells))
     return table
+
+
+def _use(record: Shown, num_columns: int) -> tuple[object, ...]:
+    """Requests and the last one's time, for a table with so many columns about them."""
+    counters = record.get("counters") or {}
+    last = str(counters.get("last_used_at") or "-")[:19].replace("T", " ")
+    return (counters.get("requests", 0), last)[:num_columns]
 
 
 def details_of(shown: Shown) -> Table:
@@ -78,7 +89,8 @@ def print_record(record: Shown, remark: str, *, as_json: bool) -> None:
 def print_added(one: Shown) -> None:
     """Report one folder: its adapter on standard output, or its refusal on standard error."""
     if "error" in one:
-        warn(f"{one['path']}: {one['error']}")
+        path, said = one["path"], one["error"]
+        warn(said if said.startswith(path) else f"{path}: {said}")
         return
     what = "registered" if one["created"] else "was there already"
     facts = f"({one['peft_type']}, {one['digest'][:12]})"

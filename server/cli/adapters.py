@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adapters.field_errors import listed
+from server.cli.adapter_folders import AdapterPlace, RefusedPath, find_places
 from server.cli.adapter_tables import details_of, print_added, print_record, table_of
 from server.cli.data import labels_from
 from server.cli.options import (
@@ -24,10 +25,12 @@ from server.cli.options import (
 from server.cli.render import (
     EXIT_FOUND_FAILURE,
     err,
+    errors_as_lines,
     fail,
     print_json,
     print_line,
     print_table,
+    warn,
 )
 from server.config.settings import Settings
 
@@ -84,11 +87,14 @@ def add_adapters(
     *,
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="Folders that PEFT saved, or a .zip or .tar of one."),
+        typer.Argument(
+            metavar="DIR...",
+            help="Folders that PEFT saved, a .zip or .tar of one, or a folder of several.",
+        ),
     ],
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Its name, of one folder; left out, the folder's."),
+        typer.Option("--name", help="Its name, of one folder; left out, that of the folder."),
     ] = None,
     template: Annotated[
         str | None, typer.Option("--template", help="Template of its prompts.")
@@ -107,7 +113,8 @@ def add_adapters(
 ) -> None:
     """Register PEFT folders, with the checks of an upload.
 
-    A folder that is refused does not stop the others; the exit status is 1
+    A folder of such folders adds them all; one of checkpoints asks which. A
+    folder that is refused does not stop the others; the exit status is 1
     then, and 2 where there was only one. Template, labels and recipe of a
     folder that graftwork train made are taken from it; an upload to a server
     has no place for the recipe.
@@ -116,15 +123,16 @@ def add_adapters(
     graftwork adapters add out/complaints
     graftwork adapters add adapters/* --url http://127.0.0.1:8000
     """
-    if name is not None and len(paths) > 1:
-        raise fail(f"--name is for one folder; came {len(paths)}, which are named by their own")
+    with errors_as_lines():
+        places = find_places(paths, name)
+    _say_what_was_found(paths, places)
     options = {"template": template, "labels": labels_from(labels), "description": description}
     given = {key: value for key, value in options.items() if value is not None}
     with open_backend(settings, create=True, reads_base=True) as backend:
-        if len(paths) == 1:
-            results = [_added(backend, paths[0], name, given)]
+        if len(places) == 1:
+            results = [_added(backend, places[0], given)]
         else:
-            results = [_added_or_not(backend, path, given) for path in paths]
+            results = [_added_or_not(backend, place, given) for place in places]
     if as_json:
         print_json(results)
     else:
@@ -286,39 +294,56 @@ def _move(
 # --- add --------------------------------------------------------------------------------------
 
 
-def _source(path: Path, name: str | None, given: Mapping[str, Any]) -> AdapterFiles:
+def _say_what_was_found(
+    paths: Sequence[Path], places: Sequence[AdapterPlace | RefusedPath]
+) -> None:
+    """What a folder of folders holds, and names that are not their folder's."""
+    added = [one for one in places if isinstance(one, AdapterPlace)]
+    if len(added) > len(paths):
+        names = listed([one.name for one in added])
+        warn(f"found {len(added)} adapters: {names}", "yellow")
+    for one in added:
+        if one.title is not None:
+            warn(f"{one.path} is named {one.name}, after {one.title!r}", "yellow")
+
+
+def _source(place: AdapterPlace, given: Mapping[str, Any]) -> AdapterFiles:
     from adapters.template import Template
     from adapters.training.provenance import read_provenance
     from server.cli.backend import AdapterFiles
 
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "expected a folder that PEFT saved", str(path))
+    path = place.path
     provenance = read_provenance(path) if path.is_dir() else None
     metadata = {} if provenance is None else {**vars(provenance.metadata())}
     if "template" in given:
         # White space at a template's end is its separator, as in an upload and in training.
         dropped = Template.parse(given["template"]).dropped
         metadata |= {"target_separator": dropped} if dropped else {}
-    own = path.resolve().name if path.is_dir() else path.name.split(".")[0]
-    return AdapterFiles(path, name or own, {**metadata, **given})
+    if place.title is not None and metadata.get("description") is None:
+        metadata["description"] = place.title
+    return AdapterFiles(path, place.name, {**metadata, **given})
 
 
 def _added(
-    backend: Backend, path: Path, name: str | None, given: Mapping[str, Any]
+    backend: Backend, place: AdapterPlace | RefusedPath, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {"path": str(path), **backend.add(_source(path, name, given))}
+    if isinstance(place, RefusedPath):
+        return {"path": str(place.path), "error": place.error}
+    return {"path": str(place.path), **backend.add(_source(place, given))}
 
 
-def _added_or_not(backend: Backend, path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def _added_or_not(
+    backend: Backend, place: AdapterPlace | RefusedPath, given: Mapping[str, Any]
+) -> dict[str, Any]:
     from adapters.errors import AdapterError
     from server.cli.http_client import ServerRefused
 
     try:
-        return _added(backend, path, None, given)
+        return _added(backend, place, given)
     except (AdapterError, ServerRefused) as error:
-        return {"path": str(path), "error": error.message}
+        return {"path": str(place.path), "error": error.message}
     except OSError as error:
-        return {"path": str(path), "error": error.strerror or str(error)}
+        return {"path": str(place.path), "error": error.strerror or str(error)}
 
 
 def _confirm(question: str, *, yes: bool) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +27,7 @@ from server.store.job_files import no_job
 from server.store.job_states import FINISHED
 
 if TYPE_CHECKING:
-    from adapters.template import Row
-    from adapters.training.job import TrainingRequest
+    from adapters.training.job import JobRequest
 
 Json: TypeAlias = dict[str, Any]
 
@@ -237,14 +236,30 @@ class Backend:
 
     # --- training jobs ---------------------------------------------------------------------------
 
-    def train(self, request: TrainingRequest, rows: Sequence[Row], *, dry_run: bool) -> Json:
-        """Start a training job; the job, or the plan of it where nothing is to be stored."""
-        job = request.model_dump(mode="json", exclude_none=True)
+    def train(
+        self,
+        request: JobRequest,
+        path: Path,
+        selected: Iterable[Json] | None,
+        *,
+        dry_run: bool,
+    ) -> Json:
+        """Start a training job; the job, or the plan of it where nothing is to be stored.
+
+        Args:
+            request: the job.
+            path: the file of its rows.
+            selected: its rows, where they are not all of the file.
+            dry_run: store nothing.
+        """
+        job = request.model_dump(mode="json", exclude_unset=True)
         with tempfile.TemporaryDirectory(prefix="graftwork-") as work:
-            data = Path(work) / "rows.jsonl"
-            with data.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            files = [("data", data.name, data)]
+            data = path
+            if selected is not None:
+                data = Path(work) / "rows.jsonl"
+                with data.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in selected)
+            files = [("data", "rows", data)]
             query = "true" if dry_run else None
             _, reply = self.server.upload("/train", {"job": json.dumps(job)}, files, dry_run=query)
         received: Json = reply
@@ -266,9 +281,9 @@ class Backend:
         job: Json = self.server.post(f"{_job_path(job_id)}/cancel")
         return job
 
-    def remove_job(self, job_id: str) -> None:
-        """Remove a job that has ended, with its rows and log."""
-        self.server.delete(_job_path(job_id))
+    def remove_job(self, job_id: str) -> str:
+        """Remove a job that has ended, with its rows and log; its id."""
+        return str(self.server.delete(_job_path(job_id))["id"])
 
     def job_log(self, job_id: str, tail: int | None) -> str:
         """Output of the job's worker, or the last lines of it."""

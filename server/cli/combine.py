@@ -124,7 +124,7 @@ def merge_adapter(
         if out.exists():
             raise fail(f"--out {out} is there already; name a new folder")
         with _folder(adapter, settings) as (directory, name, base_digest):
-            prepare_base(settings)
+            prepare_base(settings, needs_tokenizer=False)
             from server.base.load import load_base
 
             loaded = load_base(settings.base, revision=settings.revision, device="cpu")

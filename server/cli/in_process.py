@@ -67,7 +67,7 @@ class DataDirectory(Backend):
         if create:
             settings.data_dir.mkdir(parents=True, exist_ok=True)
         else:
-            _require_data_dir(settings.data_dir)
+            require_data_dir(settings.data_dir)
         with ExitStack() as opened:
             self._settings = settings
             self._base_id = base_name(settings)
@@ -138,6 +138,7 @@ class DataDirectory(Backend):
         if follow:
             yield from super().job_events(job_id, after, follow=True)
             return
+        job_id = self._jobs.find(job_id)
         while found := self._jobs.events(job_id, after):
             for event in found:
                 shown = {"id": event.id, "kind": event.kind, "data": event.data}
@@ -269,7 +270,12 @@ def _application(services: Services, *routers: APIRouter) -> FastAPI:
     return app
 
 
-def _require_data_dir(directory: Path) -> None:
+def require_data_dir(directory: Path) -> None:
+    """Refuse a directory that holds no adapters and jobs.
+
+    Raises:
+        RegistryError: it is none.
+    """
     if not directory.is_dir():
         raise RegistryError(
             f"there is no data directory {directory}; name another with --data-dir, or a running "

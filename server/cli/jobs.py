@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from server.cli.job_tables import comparison_of, comparison_table, jobs_table
 from server.cli.options import (
     AsJson,
     open_backend,
@@ -24,7 +25,10 @@ from server.cli.options import (
 from server.cli.render import cell, err, fail, print_json, print_line, print_table
 from server.config.settings import Settings
 
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, such as job-a1ab28fe4d34….")]
+JobId = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="A job's id, or an adapter's name: its newest job."),
+]
 
 jobs_app = typer.Typer(
     help="List, show, compare, follow, cancel and remove training jobs.",
@@ -63,7 +67,7 @@ def worker(settings: Settings) -> None:
     """
     if settings.train_workers == 0:
         raise fail("--train-workers is 0: this command would do nothing; expected 1 or more")
-    prepare_base(settings)
+    prepare_base(settings, needs_tokenizer=False)
     _supervise(settings)
 
 
@@ -120,13 +124,7 @@ def list_jobs(
     if as_json:
         print_json(jobs)
         return
-    table = Table("id", "state", "adapter", "method", "step", "created")
-    for job in jobs:
-        created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
-        state = "interrupted" if job.get("interrupted") else job["state"]
-        cells = (job["id"], state, job["adapter"], job["method"], _step(job), created)
-        table.add_row(*(Text(one) for one in cells))
-    print_table(table)
+    print_table(jobs_table(jobs))
 
 
 @jobs_app.command("show")
@@ -135,7 +133,7 @@ def show_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> N
     """Show a job: its state, its options, its metrics.
 
     \b
-    graftwork jobs show job-a1ab28fe4d34fda420b6c479
+    graftwork jobs show complaints
     """
     with open_backend(settings, jobs=True) as backend:
         shown = backend.job(job_id)
@@ -147,6 +145,33 @@ def show_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) -> N
         if value not in (None, {}, []):
             table.add_row(name, Text(cell(value)))
     print_table(table)
+
+
+@jobs_app.command("compare")
+@takes_settings("url", "data_dir")
+def compare_jobs(
+    *,
+    job_ids: Annotated[
+        list[str],
+        typer.Argument(metavar="JOB...", help="Two or more: ids, or adapters' names."),
+    ],
+    settings: Settings,
+    as_json: AsJson = False,
+) -> None:
+    """Compare jobs: settings that differ, and their metrics.
+
+    \b
+    graftwork jobs compare complaints complaints-ia3
+    """
+    if len(job_ids) < 2:
+        raise fail("expected two jobs or more, such as complaints complaints-ia3; came one")
+    with open_backend(settings, jobs=True) as backend:
+        jobs = [backend.job(job_id) for job_id in job_ids]
+    compared = comparison_of(jobs)
+    if as_json:
+        print_json(compared)
+    else:
+        print_table(comparison_table(compared))
 
 
 @jobs_app.command("cancel")
@@ -163,7 +188,7 @@ def cancel_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) ->
         print_json(job)
         return
     stops = job["cancel_requested"] and job["state"] == "running"
-    print_line(f"{job_id} is about to stop" if stops else f"{job_id} is {job['state']}")
+    print_line(f"{job['id']} is about to stop" if stops else f"{job['id']} is {job['state']}")
 
 
 @jobs_app.command("remove")
@@ -177,11 +202,11 @@ def remove_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) ->
     graftwork jobs remove job-a1ab28fe4d34fda420b6c479
     """
     with open_backend(settings, jobs=True) as backend:
-        backend.remove_job(job_id)
+        removed = backend.remove_job(job_id)
     if as_json:
-        print_json({"id": job_id, "deleted": True})
+        print_json({"id": removed, "deleted": True})
     else:
-        print_line(f"removed {job_id}")
+        print_line(f"removed {removed}")
 
 
 @jobs_app.command("log")
@@ -237,11 +262,6 @@ def event_line(event: Mapping[str, Any]) -> str:
     """An event of a job for people."""
     facts = "  ".join(f"{name} {_figure(value)}" for name, value in event["data"].items())
     return f"{event['id']:>5}  {event['at'][11:19]}  {event['kind']:<10}  {facts}"
-
-
-def _step(job: Mapping[str, Any]) -> str:
-    progress = job["progress"]
-    return f"{progress['step']} of {progress['max_steps']}" if progress else ""
 
 
 def _figure(value: object) -> str:

@@ -37,6 +37,7 @@ from server.cli import adapters, bench, combine, evaluate, generate, jobs, keys,
 from server.cli.doctor import command as doctor
 from server.cli.options import (
     AsJson,
+    check_base,
     prepare_base,
     takes_settings,
 )
@@ -120,7 +121,7 @@ def serve(
 ) -> None:
     """Serve a base model and its adapters over HTTP.
 
-    Without options: the default base (made in .graftwork/base on first use),
+    Without options: the default base (made on first use in the user's cache),
     adapters in .graftwork/data, on http://127.0.0.1:8000, documented under
     /docs.
 
@@ -130,7 +131,6 @@ def serve(
     \b
     graftwork serve --base /models/llama --data-dir /var/lib/graftwork
     """
-    prepare_base(settings)
     raise typer.Exit(_serve(settings, with_demo=demo))
 
 
@@ -191,8 +191,10 @@ def _serve(settings: Settings, *, with_demo: bool) -> int:
     from server.logs import configure
 
     configure(settings.log_format, settings.log_level)
+    check_base(settings)
     _require_data_dir(settings)
     bound = _bind(settings)
+    prepare_base(settings)
     port = bound.getsockname()[1]
     client = EngineClient(settings.engine_config())
     client.launch()

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from adapters.field_errors import explain
 from server.cli.render import errors_as_lines, fail
-from server.config.settings import DEFAULT_BASE, Settings
+from server.config.settings import Settings
 
 if TYPE_CHECKING:
     from server.cli.backend import Backend
@@ -145,7 +145,12 @@ def open_backend(
         jobs: whether it is about jobs, not adapters.
     """
     if settings.url is None and reads_base:
-        prepare_base(settings)
+        if not create:
+            from server.cli.in_process import require_data_dir
+
+            with errors_as_lines():
+                require_data_dir(settings.data_dir)
+        prepare_base(settings, needs_tokenizer=False)
     with errors_as_lines(), _opened(settings, create, reads_base, jobs) as backend:
         yield backend
 
@@ -184,14 +189,34 @@ def api_key(settings: Settings) -> str | None:
     return None if settings.api_key is None else settings.api_key.get_secret_value()
 
 
-def prepare_base(settings: Settings) -> None:
-    """Make the default base if the settings name it and it is not there yet."""
-    if Path(settings.base) != DEFAULT_BASE:
+def check_base(settings: Settings, *, needs_tokenizer: bool = True) -> None:
+    """Refuse a base whose files show that it cannot be served; the default one may not be there yet."""
+    if settings.is_default_base:
+        return
+    from adapters.errors import BaseUnsupported
+    from server.base.check import check_base as check
+
+    try:
+        check(settings.base, settings.revision, needs_tokenizer=needs_tokenizer)
+    except BaseUnsupported as error:
+        raise fail(f"--base: {error.message}") from error
+
+
+def prepare_base(settings: Settings, *, needs_tokenizer: bool = True) -> None:
+    """Check the base; make the default one if the settings name it and it is not there yet."""
+    check_base(settings, needs_tokenizer=needs_tokenizer)
+    if not settings.is_default_base:
         return
     from server.base.convert import TargetTaken, prepare_default_base
     from server.base.fetch import FetchFailed
 
+    directory = Path(settings.base)
     try:
-        prepare_default_base(DEFAULT_BASE)
+        prepare_default_base(directory)
     except (FetchFailed, TargetTaken) as error:
         raise fail(str(error)) from error
+    except OSError as error:
+        raise fail(
+            f"{directory}: the default base cannot be made there: {error.strerror or error}; name "
+            "another place with GRAFTWORK_CACHE_DIR, or another base with --base"
+        ) from error

@@ -11,11 +11,20 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, SecretStr
+from platformdirs import user_cache_path
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    DirectoryPath,
+    Field,
+    SecretStr,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from server.base.convert import read_manifest
 from server.config.limits import Count, Limits
 from server.engine.config import Batching, EngineConfig
 from server.jobs.config import WorkerConfig
@@ -24,7 +33,8 @@ from server.store.job_limits import Retention
 KIB = 1024
 MIB = 1024 * 1024
 HOME = Path(".graftwork")
-DEFAULT_BASE = HOME / "base"
+# What `base` says for the default base, wherever it lies.
+DEFAULT = "default"
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 
@@ -74,9 +84,14 @@ class _OwnSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="GRAFTWORK_", extra="ignore")
 
     base: str = Field(
-        str(DEFAULT_BASE),
+        DEFAULT,
         description="Base model: a Hugging Face directory, or a hub id together with a revision. "
-        "The default directory is created on first use, from a model that ships as a Python package.",
+        "The default base is made on first use, from a model that ships as a Python package.",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Directory of the default base. Left out: .graftwork in the working directory "
+        "where the base is there, else the user's cache (~/.cache/graftwork, XDG_CACHE_HOME).",
     )
     revision: str | None = Field(
         None, description="Revision of a hub id: a commit hash. Unused for a directory."
@@ -258,6 +273,27 @@ class _OwnSettings(BaseSettings):
         "info", description="Minimum level of log lines."
     )
 
+    @model_validator(mode="after")
+    def _locate_default_base(self) -> Self:
+        if self.base == DEFAULT:
+            self.base = str(self.default_base)
+        return self
+
+    @property
+    def default_base(self) -> Path:
+        """Where the default base lies, or will."""
+        here = HOME / "base"
+        if self.cache_dir is not None:
+            return self.cache_dir.expanduser() / "base"
+        if read_manifest(here) is not None:
+            return here
+        return user_cache_path("graftwork", appauthor=False) / "base"
+
+    @property
+    def is_default_base(self) -> bool:
+        """Whether the base is one that is made where it is not there yet."""
+        return Path(self.base) in (self.default_base, HOME / "base")
+
     @property
     def blobs_dir(self) -> Path:
         """Folder of adapters' bytes, one subfolder per digest."""
@@ -337,7 +373,7 @@ class Settings(Limits, _OwnSettings):
             revision=self.revision,
             dtype=self.train_dtype or self.dtype,
             device=self.device,
-            threads=self.train_threads or max(1, _num_cores() // 2),
+            threads=self.train_threads or max(1, num_cores() // 2),
             nice=self.train_nice,
             memory_bytes=None if limit is None else limit * MIB,
         )
@@ -351,7 +387,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use, if the system reports it; else those of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -125,6 +125,7 @@ class EngineClient:
         base_name: what the base calls itself.
         notes: remarks on its weights.
         max_sequence_tokens: positions that one sequence may take, see `request.positions_taken`.
+        max_virtual_tokens: virtual tokens of an adapter that a request can use.
         stats: the engine's latest counts.
         num_restarts: times that the process was replaced.
         lost: whether the process has ended and will not be replaced: only a new server helps.
@@ -136,6 +137,7 @@ class EngineClient:
     base_name: str
     notes: tuple[str, ...]
     max_sequence_tokens: int
+    max_virtual_tokens: int
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -184,6 +186,7 @@ class EngineClient:
         self.base_name = first.base_name
         self.notes = first.notes
         self.max_sequence_tokens = first.max_sequence_tokens
+        self.max_virtual_tokens = first.max_virtual_tokens
         self._serve(engine)
         self._watching = asyncio.create_task(self._watch())
 

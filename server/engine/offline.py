@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -23,6 +23,19 @@ from server.base.tokenizer import load_tokenizer
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.grammar_compiler import Vocabulary
+from server.engine.python_calls import (
+    Choice,
+    EngineError,
+    GenerationFailed,
+    InvalidCall,
+    Prompt,
+    Prompts,
+    UnknownAdapter,
+    check_options,
+    check_targets,
+    choice_of,
+    prompts_of,
+)
 from server.engine.request import (
     AdapterRef,
     Event,
@@ -32,6 +45,17 @@ from server.engine.request import (
     TokenEvent,
 )
 from server.engine.scoring import score_of, scoring
+from server.text.detokenizer import IncrementalDetokenizer
+from server.text.stop import StopStrings
+
+__all__ = [
+    "EngineError",
+    "GenerationFailed",
+    "InvalidCall",
+    "OfflineEngine",
+    "Target",
+    "UnknownAdapter",
+]
 
 # A target to be scored: the adapter's name (None: the base), the ids of a prompt, those of the target.
 Target = tuple[str | None, Sequence[int], Sequence[int]]
@@ -41,8 +65,34 @@ _IN_FLIGHT = 256
 # One token is generated and thrown away: the engine reports a prompt's log-probabilities with it.
 
 
-class GenerationFailed(Exception):
-    """The engine gave a request up; the message says why."""
+class _Output:
+    """The text of one request as it grows.
+
+    Args:
+        decode: ids -> text, without special tokens.
+        prompt_ids: what the output follows.
+        stop: texts that end it.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int], stop: Sequence[str]
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(decode, prompt_ids)
+        self._stops = StopStrings(stop, include=False)
+        self._has_stopped = False
+        self.text = ""
+
+    def feed(self, token_id: int) -> bool:
+        """Add a token; True once a stop text has ended the output."""
+        piece, self._has_stopped = self._stops.feed(self._detokenizer.feed(token_id))
+        self.text += piece
+        return self._has_stopped
+
+    def end(self) -> None:
+        """Add what was held back."""
+        if not self._has_stopped:
+            piece, stopped = self._stops.feed(self._detokenizer.flush())
+            self.text += piece + ("" if stopped else self._stops.flush())
 
 
 class OfflineEngine:
@@ -56,8 +106,11 @@ class OfflineEngine:
         threads: threads within one operation; None leaves torch's choice.
         options: other fields of `EngineConfig`, such as `kv_bytes`.
 
+    A context closes it.
+
     Raises:
         BaseUnsupported: the base cannot be served, with the reason.
+        InvalidCall: an option that `EngineConfig` does not have.
     """
 
     def __init__(
@@ -72,6 +125,7 @@ class OfflineEngine:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        check_options(options)
         loaded = load_base(str(base), dtype=dtype, device=device, revision=revision)
         config = EngineConfig(base=str(base), blobs_dir="", device=device, **options)
         self.spec = loaded.spec
@@ -86,51 +140,89 @@ class OfflineEngine:
         self._engine = Engine(loaded.model, loaded.spec, config, self._read, lambda: vocabulary)
         self._count = 0
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def add_adapter(self, name: str, directory: str | Path) -> CheckedCheckpoint:
         """Check a PEFT checkpoint against the base and make it usable as `name`.
 
+        Args:
+            name: any text that is not empty; one that is in use changes its meaning.
+            directory: the folder that PEFT saved, or a .zip or .tar of it.
+
         Raises:
             CheckpointError: it is not acceptable or does not fit this base.
+            InvalidCall: nothing is there, the name is no text, or no request could use the adapter.
         """
+        if not isinstance(name, str) or not name:
+            raise InvalidCall(f"name is {name!r:.60}, expected a text that is not empty")
         folder = Path(tempfile.mkdtemp(dir=self._staging.name))
         # Checked as an upload is: other files that PEFT or its user left in the folder are not read.
-        files = sorted(path for path in Path(directory).iterdir() if path.is_file())
+        files = _files_of(Path(directory))
         stage_upload([(path.name, path) for path in files], folder, self._limits)
         checked = check_checkpoint(folder, self.spec, self._limits)
-        self._directories[checked.digest] = folder
         facts = checked.facts
-        self._adapters[name] = AdapterRef(
-            checked.digest, facts.num_virtual_tokens, facts.uses_scales
-        )
+        ref = AdapterRef(checked.digest, facts.num_virtual_tokens, facts.uses_scales)
+        shortest = GenerationRequest("", (0,), SamplingParams(max_new_tokens=1), ref)
+        if (reason := self._engine.scheduler.refusal(shortest)) is not None:
+            raise InvalidCall(f"no request could use the adapter {name!r}: {reason}")
+        self._directories[checked.digest] = folder
+        self._adapters[name] = ref
         return checked
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that were added, sorted."""
+        return tuple(sorted(self._adapters))
 
     def generate(
         self,
-        prompts: Iterable[tuple[str | None, str]],
+        prompts: Prompts,
         sampling: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
         **options: Any,
     ) -> list[str]:
         """Generate for all prompts together.
 
         Args:
-            prompts: pairs of an adapter's name (None: the base itself) and a prompt.
+            prompts: a text, or a list of texts, of token ids, or of pairs of an adapter's name (None:
+                the base itself) and one of these.
             sampling: how to choose tokens; greedy if left out.
-            options: fields of `SamplingParams`, such as `max_new_tokens`, in place of `sampling`'s.
+            adapter: the adapter of the prompts that name none; None is the base.
+            options: fields of `SamplingParams` in place of `sampling`'s; also `max_tokens`,
+                `stop` (a text or several, left out of the output) and `stop_token_ids`. A temperature
+                other than 0 draws tokens. Without a length an output has 64 tokens, or what fits.
+
+        Returns:
+            One text a prompt, in their order.
 
         Raises:
-            KeyError: an adapter that was not added.
+            UnknownAdapter: an adapter that was not added.
+            InvalidCall: an argument that is not taken.
             GenerationFailed: a prompt is too long, its adapter cannot be read, or the grammar was refused.
         """
-        params = dataclasses.replace(sampling or SamplingParams(eos_token_ids=self._eos), **options)
-        ids = [
-            self._submit(name, self.tokenizer(prompt)["input_ids"], params)
-            for name, prompt in prompts
-        ]
-        tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
-        while self._engine.has_work:
-            for event in self._engine.step():
-                self._take(event, tokens)
-        return [str(self.tokenizer.decode(tokens[i], skip_special_tokens=True)) for i in ids]
+        choice = choice_of(sampling, options, self._eos)
+        pairs = prompts_of(prompts, adapter, self._adapters)
+        outputs: dict[str, _Output] = {}
+        running: dict[str, int] = {}
+        try:
+            for number, (name, prompt) in enumerate(pairs):
+                ids = self._ids_of(number, prompt)
+                request_id = self._next_id()
+                outputs[request_id] = _Output(self._decode, ids, choice.stop)
+                running[request_id] = number
+                self._submit(request_id, name, ids, self._params(choice, name, ids), number)
+            while running:
+                for event in self._engine.step():
+                    self._take(event, outputs, running)
+        finally:
+            for request_id in running:
+                self._engine.abort(request_id)
+        return [output.text for output in outputs.values()]
 
     def score(
         self, targets: Sequence[Target], on_done: Callable[[int], None] = lambda _: None
@@ -142,12 +234,11 @@ class OfflineEngine:
             on_done: called with the number of targets that are done, whenever it grows.
 
         Raises:
-            KeyError: an adapter that was not added.
-            ValueError: an empty prompt or target.
+            UnknownAdapter: an adapter that was not added.
+            InvalidCall: not such targets, or an empty prompt or target.
             GenerationFailed: prompt and target are too long, or an adapter cannot be read.
         """
-        if any(not prompt or not target for _, prompt, target in targets):
-            raise ValueError("expected a prompt and a target of at least one token each, came none")
+        check_targets(targets, self._adapters)
         scores = [0.0] * len(targets)
         in_flight: dict[str, int] = {}
         waiting = 0  # the first target that was not submitted
@@ -157,11 +248,13 @@ class OfflineEngine:
                 while waiting < len(targets) and len(in_flight) < _IN_FLIGHT:
                     name, prompt, target = targets[waiting]
                     params = scoring(len(prompt))
-                    in_flight[self._submit(name, (*prompt, *target), params)] = waiting
+                    request_id = self._next_id()
+                    in_flight[request_id] = waiting
+                    self._submit(request_id, name, (*prompt, *target), params, waiting)
                     waiting += 1
                 for event in self._engine.step():
                     if isinstance(event, FailedEvent):
-                        raise GenerationFailed(event.message)
+                        raise _failed(in_flight[event.request_id], event)
                     if isinstance(event, TokenEvent):
                         index = in_flight.pop(event.request_id)
                         scores[index] = score_of(event.prompt_logprobs, len(targets[index][2]))
@@ -177,25 +270,73 @@ class OfflineEngine:
         self._engine.close()
         self._staging.cleanup()
 
-    def _submit(self, name: str | None, ids: Sequence[int], params: SamplingParams) -> str:
+    def _next_id(self) -> str:
         self._count += 1
-        request = GenerationRequest(
-            str(self._count),
-            tuple(ids),
-            params,
-            None if name is None else self._adapters[name],
-        )
-        for event in self._engine.submit(request):
-            self._take(event, {})
-        return request.request_id
+        return str(self._count)
 
-    def _take(self, event: Event, tokens: dict[str, list[int]]) -> None:
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _ids_of(self, number: int, prompt: Prompt) -> list[int]:
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise InvalidCall(f"prompt {number} has no tokens, expected at least one")
+        size = self.spec.vocab_size
+        if stray := next((token for token in ids if not 0 <= token < size), None):
+            raise InvalidCall(
+                f"prompt {number} holds the token id {stray}, expected ids of 0 to {size - 1}"
+            )
+        return list(ids)
+
+    def _params(self, choice: Choice, name: str | None, ids: Sequence[int]) -> SamplingParams:
+        """The sampling of one prompt: a length that was not given is at most what fits."""
+        virtual = 0 if name is None else self._adapters[name].num_virtual_tokens
+        fits = self.spec.max_positions + 1 - virtual - len(ids)
+        length = choice.sampling.max_new_tokens
+        if choice.is_length_given or fits >= length:
+            return choice.sampling
+        return dataclasses.replace(choice.sampling, max_new_tokens=max(1, fits))
+
+    def _submit(
+        self,
+        request_id: str,
+        name: str | None,
+        ids: Sequence[int],
+        params: SamplingParams,
+        number: int,
+    ) -> None:
+        adapter = None if name is None else self._adapters[name]
+        for event in self._engine.submit(
+            GenerationRequest(request_id, tuple(ids), params, adapter)
+        ):
+            if isinstance(event, FailedEvent):
+                raise _failed(number, event)
+
+    def _take(self, event: Event, outputs: Mapping[str, _Output], running: dict[str, int]) -> None:
         if isinstance(event, FailedEvent):
-            for request_id in tokens:
-                self._engine.abort(request_id)
-            raise GenerationFailed(event.message)
-        if isinstance(event, TokenEvent):
-            tokens[event.request_id].append(event.token_id)
+            raise _failed(running.pop(event.request_id), event)
+        if not isinstance(event, TokenEvent) or event.request_id not in running:
+            return  # a stop text has ended it within this step
+        output = outputs[event.request_id]
+        if output.feed(event.token_id):
+            self._engine.abort(event.request_id)
+        elif event.finish_reason is None:
+            return
+        else:
+            output.end()
+        del running[event.request_id]
 
     def _read(self, digest: str) -> ServingForm:
         return load_serving_form(self._directories[digest], self.spec, self._limits)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InvalidCall(f"nothing is at {str(path)!r}, expected a folder that PEFT saved")
+    return sorted(file for file in path.iterdir() if file.is_file())
+
+
+def _failed(number: int, event: FailedEvent) -> GenerationFailed:
+    return GenerationFailed(f"prompt {number}: {event.message}")

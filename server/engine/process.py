@@ -49,12 +49,14 @@ class Ready:
         base_name: what the base calls itself.
         notes: remarks on its weights, for the model listing.
         max_sequence_tokens: positions that one sequence may take, see `request.positions_taken`.
+        max_virtual_tokens: virtual tokens that leave a request its room in the KV blocks.
     """
 
     base: dict[str, Any]
     base_name: str
     notes: tuple[str, ...]
     max_sequence_tokens: int
+    max_virtual_tokens: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
         base_name=loaded.name,
         notes=tuple(loaded.notes),
         max_sequence_tokens=min(loaded.spec.max_positions, by_blocks),
+        max_virtual_tokens=engine.scheduler.limits.max_virtual_tokens,
     )
     return engine, ready
 

@@ -80,6 +80,11 @@ class SchedulerLimits:
     prefill_tokens_beside: int | None = None
     per_adapter: bool = False
 
+    @property
+    def max_virtual_tokens(self) -> int:
+        """Virtual tokens of one adapter at most, so that its request has a block left."""
+        return min(self.max_adapter_blocks, self.num_blocks - 1) * self.block_size
+
 
 def _turn_of(sequence: Sequence) -> str | None:
     """Whose turn a sequence takes: its adapter's, and a fold that of the adapter that it makes."""

@@ -24,6 +24,7 @@ import structlog
 from adapters.errors import AdapterCorrupt, BaseMismatch
 from adapters.template import Row, Template
 from server.config.limits import Limits
+from server.config.settings import num_cores
 from server.engine.client import (
     AdapterOverloaded,
     EngineClient,
@@ -41,6 +42,7 @@ from server.engine.request import (
 )
 from server.errors import RequestInvalid, TooLong
 from server.generation.adapter_lookup import Lookups
+from server.generation.fair_threads import FairThreads
 from server.generation.observers import Ended, GenerationObserver, Observer
 from server.store.caller import Caller, PerCaller
 from server.store.registry import AdapterRecord, Registry
@@ -61,7 +63,6 @@ _PIECE_CHARACTERS = 65_536
 _PIECE_TEXTS = 256
 # A resolved adapter counts as in use for this long, even before its request is submitted.
 _RESOLVED_SECONDS = 60.0
-_MAX_THREADS = 16
 # Refusal codes reported to observers for an adapter that exists.
 _REFUSALS: dict[type[Exception], str] = {
     AdapterOverloaded: "adapter_overloaded",
@@ -284,11 +285,12 @@ class Generator(PerCaller):
         self.tokenizer = tokenizer
         self.base_id = base_id
         self._resolved_at: dict[str, float] = {}
-        # A separate limiter: writes blocked on the database lock may exhaust the default one.
-        self._threads = anyio.CapacityLimiter(_MAX_THREADS)
+        self._threads = FairThreads(num_cores())
         self._lookups = Lookups(
             lambda name, caller: registry.seen_by(caller).resolve(name),
-            self._threads,
+            # A limiter of their own: they wait for nothing else, be it tokenisation, or writes that
+            # are blocked on the database's lock.
+            anyio.CapacityLimiter(1),
             registry.data_version,
         )
         self._observers = tuple(observers)
@@ -558,7 +560,11 @@ class Generator(PerCaller):
     async def _run(self, characters: int, work: Callable[[], ResultT]) -> ResultT:
         if characters <= _INLINE_CHARACTERS:
             return work()
-        return await anyio.to_thread.run_sync(work, limiter=self._threads)
+        return await self.run_aside(work, is_long=characters > _PIECE_CHARACTERS)
+
+    async def run_aside(self, work: Callable[[], ResultT], *, is_long: bool = False) -> ResultT:
+        """Run work of the processor on a thread, in turn with other callers: see `FairThreads`."""
+        return await self._threads.run(self._caller, work, is_long=is_long)
 
     @property
     def max_prompt_tokens(self) -> int:

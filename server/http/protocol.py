@@ -4,12 +4,14 @@ uvicorn waits without limit for a request's headers, for the rest of a body that
 for a client that reads nothing. Here each of these ends:
 
     headers     complete within `header_seconds`, or 408
-    unread body read and dropped for `header_seconds`, then the connection is closed
+    unread body read and dropped for `header_seconds`, then the connection is closed; chunks are not parsed
     reader      reads what was sent within `send_seconds`, or the connection is closed
     connections above `max_connections`: an idle one is closed to make room; else 503
 
-The rate of bodies that the app reads is checked by `server.api.middleware.slow_clients`. h11 rather than
-httptools: its limits can be set, and it is readable Python. Independent of routes.
+What a client sends at once is parsed in turns (`server.http.turns`), and so are requests that it sends
+without waiting for replies. The rate of bodies that the app reads is checked by
+`server.api.middleware.slow_clients`. h11 rather than httptools: its limits can be set, and it is readable
+Python; in turns, chunks of one byte delay no stream. Independent of routes.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import h11
 import structlog
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.config.settings import Settings
@@ -30,6 +33,7 @@ from server.errors import RequestTimeout, TooManyConnections
 from server.http.connection_limits import BoundedConnection, ConnectionLimits, path_of
 from server.http.descriptors import room_for
 from server.http.scope import CROWDED, NO_ADAPTER, SEND_NOW, RefusalWriter
+from server.http.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +46,14 @@ _CROWDED_SECONDS = 1.0
 # Time for a refused client to read why; closing at once could discard the reply.
 _LINGER_SECONDS = 1.0
 
+# A request may come in a few small segments, as some clients send a head and a body. Others are gathered:
+# each costs a turn of the event loop, whatever its size.
+_SMALL_BYTES = 1024
+_FREE_SMALL = 8
+_GATHER_SECONDS = 0.005
+# Between two reads of what is dropped.
+_DROP_SECONDS = 0.05
+
 CutHook = Callable[[str], None]
 
 
@@ -52,16 +64,19 @@ class BoundedProtocol(H11Protocol):
         limits: its limits.
         write_refusal: writes the reply to a request that the app never sees.
         on_cut: called with a reason when it is cut, or refused before the app sees it.
+        turns: those of all connections.
         options: uvicorn's.
     """
 
     conn: BoundedConnection
+    flow: _Flow
 
     def __init__(
         self,
         limits: ConnectionLimits,
         write_refusal: RefusalWriter,
         on_cut: CutHook,
+        turns: Turns,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -75,6 +90,10 @@ class BoundedProtocol(H11Protocol):
         self._headers = _Deadline(self.loop)
         self._unwanted = _Deadline(self.loop)
         self._unread = _Deadline(self.loop)
+        self._turns = turns
+        self._awaits_turn = False
+        self._between_requests = False
+        self._num_small = 0
         self._num_unsent = 0
         self._hung_up = False
         # The request whose reply is known to go out in chunks.
@@ -85,6 +104,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept it, or refuse it if there are too many."""
         super().connection_made(transport)
+        self.flow = _Flow(transport)
         self._frames = _Frames(self)
         self.app_state = {**self.app_state, SEND_NOW: self._frames.send}
         # `send` blocks on what the kernel does not accept: at most one message is buffered here.
@@ -111,24 +131,70 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse the data, unless the connection was refused."""
-        if not self._hung_up:
-            super().data_received(data)
+        if self._hung_up:
+            self._pause(_DROP_SECONDS)
+            return
+        super().data_received(data)
+        if self.conn.their_state is h11.DONE:
+            self._num_small = 0
+        elif len(data) < _SMALL_BYTES:
+            self._num_small += 1
+            if self._num_small > _FREE_SMALL:
+                self._pause(_GATHER_SECONDS)
+
+    def _pause(self, seconds: float) -> None:
+        """Read nothing for a while: what comes meanwhile is read at once."""
+        if not self._awaits_turn and not self.transport.is_closing():
+            self.flow.hold()
+            self.loop.call_later(seconds, self._read_on)
+
+    def _read_on(self) -> None:
+        if not self._awaits_turn:
+            self.flow.let_go()
 
     def handle_events(self) -> None:
-        """As uvicorn's; then update the timers."""
+        """As uvicorn's for one turn; then update the timers."""
+        if self._hung_up:
+            return
+        if self._between_requests and self.conn.trailing_data[0]:
+            # Requests of which none waits for a reply: each has its turn.
+            self._await_turn()
+        if self._awaits_turn:
+            # uvicorn reads on wherever a body was consumed.
+            self.transport.pause_reading()
+            return
+        self.conn.begin_turn()
         super().handle_events()
+        if self.conn.is_held:
+            self._await_turn()
         self._update_timers()
 
     def on_response_complete(self) -> None:
         """As uvicorn's; then update the timers."""
+        self._between_requests = True
         super().on_response_complete()
+        self._between_requests = False
         self._update_timers()
+
+    def _await_turn(self) -> None:
+        """Read no more, and parse the rest of what was received in the next turn."""
+        if not self._awaits_turn:
+            self._awaits_turn = True
+            self.flow.hold()
+            self._turns.wait(self.loop, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._awaits_turn = False
+        self.flow.let_go()
+        if not self.transport.is_closing():
+            self.handle_events()
 
     @property
     def is_idle(self) -> bool:
         """Whether it waits between two requests."""
         return (
             self.timeout_keep_alive_task is not None
+            and not self._awaits_turn
             and not self.transport.is_closing()
             and not self.transport.get_write_buffer_size()
         )
@@ -177,9 +243,23 @@ class BoundedProtocol(H11Protocol):
             self._headers.stop()
         # The reply is complete, and the body that it did not wait for is not.
         if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            if self.conn.is_chunked:
+                self._drop_rest()
+                return
             self._unwanted.start(self._limits.header_seconds, lambda: self._cut("body"))
         else:
             self._unwanted.stop()
+
+    def _drop_rest(self) -> None:
+        """Drop the rest of a body without looking for its end; the client closes, or is cut."""
+        self._hung_up = True
+        self._unset_keepalive_if_required()
+        self._headers.stop()
+        self.flow.let_go()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._unwanted.start(self._limits.header_seconds, lambda: self._cut("body"))
 
     def _time_headers(self) -> None:
         self._headers.start(self._header_seconds, self._headers_late)
@@ -275,6 +355,34 @@ class BoundedProtocol(H11Protocol):
         self.transport.abort()
 
 
+class _Flow(FlowControl):
+    """uvicorn's flow control, with reading held between two turns."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._reads = transport
+        self._is_held = False
+
+    def hold(self) -> None:
+        """Read nothing until `let_go`."""
+        self._is_held = True
+        self._reads.pause_reading()
+
+    def let_go(self) -> None:
+        """Read on, unless uvicorn has paused."""
+        if self._is_held:
+            self._is_held = False
+            if not self.read_paused:
+                self._reads.resume_reading()
+
+    def resume_reading(self) -> None:
+        """As uvicorn's; while reading is held, it resumes later."""
+        if self._is_held:
+            self.read_paused = False
+        else:
+            super().resume_reading()
+
+
 class _Frames:
     """A connection as the state of its requests refers to it, until it is closed.
 
@@ -333,9 +441,11 @@ def uvicorn_options(
     limits = ConnectionLimits.of(settings)
     limits = replace(limits, max_connections=room_for(limits.max_connections))
 
+    turns = Turns()
+
     class Connection(BoundedProtocol):
         def __init__(self, **options: Any) -> None:
-            super().__init__(limits, write_refusal, on_cut, **options)
+            super().__init__(limits, write_refusal, on_cut, turns, **options)
 
     # There are no websocket routes; with "auto" an installed library would accept them.
     return {"http": Connection, "ws": "none"}

@@ -17,8 +17,10 @@ from sqlalchemy.orm import Session
 
 from adapters.checkpoint.folder import CheckedCheckpoint, shorten
 from adapters.errors import AdapterExists, AdapterNotFound, NameInvalid, VersionNotFound
+from adapters.field_errors import quoted
 from adapters.metadata import METADATA_FIELDS, AdapterMetadata
 from server.errors import TooManyAliases
+from server.store.adapter_names import is_name, slug_of
 from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -66,8 +68,11 @@ class AdapterRecord(AdapterMetadata):
 
 def no_adapter(name: str) -> NoReturn:
     """Raise AdapterNotFound."""
+    slug = slug_of(name.partition("@")[0])
+    # Says nothing of what there is: it depends on the text alone.
+    hint = f"; did you mean {slug!r}?" if slug and not is_name(name.partition("@")[0]) else ""
     raise AdapterNotFound(
-        f"there is no adapter {shorten(name)!r}", field="adapter", came=shorten(name)
+        f"there is no adapter {quoted(shorten(name))}{hint}", field="adapter", came=shorten(name)
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from adapters import synced_files
 from adapters.errors import TrainingError
+from adapters.field_errors import quoted
 from adapters.training.examples import Examples, from_lines, to_lines
 from adapters.training.job import TrainingJob
 from server.errors import JobNotFound
@@ -127,5 +128,7 @@ class JobFiles:
 
 def no_job(job_id: str) -> JobNotFound:
     """The error for an id that no job has."""
-    shown = ascii(job_id)[1:-1][:80]
-    return JobNotFound(f"there is no training job {shown!r}", field="id", came=shown)
+    by_name = "" if job_id.startswith("job-") else ", and none of an adapter of that name"
+    return JobNotFound(
+        f"there is no training job {quoted(job_id)}{by_name}", field="id", came=job_id[:80]
+    )

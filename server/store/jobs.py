@@ -47,6 +47,7 @@ from adapters.errors import AdapterError
 from adapters.training.examples import Examples
 from adapters.training.job import TrainingJob
 from server.errors import JobActive, LeaseLost
+from server.store.adapter_names import is_name
 from server.store.caller import PerCaller
 from server.store.database import Database
 from server.store.job_files import JobFiles, no_job
@@ -228,6 +229,27 @@ class JobStore(PerCaller):
             return [
                 self._record(row) for row in session.scalars(statement.offset(offset).limit(limit))
             ]
+
+    def find(self, reference: str) -> str:
+        """The id of a job: its own, or that of the newest job of an adapter.
+
+        Args:
+            reference: "job-…", or an adapter's name.
+
+        Raises:
+            JobNotFound: neither.
+        """
+        if not is_name(reference):
+            raise no_job(reference)
+        mine = JobRow.job["adapter"].as_string() == reference
+        statement = select(JobRow.id).where(self._seen(), (JobRow.id == reference) | mine)
+        # An adapter may be called like another one's job: the id means the job.
+        newest = statement.order_by((JobRow.id == reference).desc(), JobRow.number.desc()).limit(1)
+        with self._database.read() as session:
+            found = session.scalar(newest)
+        if found is None:
+            raise no_job(reference)
+        return found
 
     def list_after(
         self,
@@ -628,7 +650,8 @@ class JobStore(PerCaller):
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
-        self._add(session, row, "state", {"state": "queued"})
+        said = {"warnings": job.warnings} if job.warnings else {}
+        self._add(session, row, "state", {"state": "queued", **said})
         session.flush()
         return row
 
@@ -657,7 +680,12 @@ class JobStore(PerCaller):
         row.lease_until = None
         row.num_bytes = self._files.num_bytes(row.id)
         row.finished_at = self._now()
-        facts = {"error": row.error, "adapter_version": row.adapter_version}
+        warning = (row.metrics or {}).get("warning")
+        facts = {
+            "error": row.error,
+            "adapter_version": row.adapter_version,
+            "warning": warning,
+        }
         said = {key: value for key, value in facts.items() if value is not None}
         self._add(session, row, "state", {"state": state, **said})
 

@@ -28,11 +28,10 @@ Threads and processes may share one root: every write holds SQLite's write lock 
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import delete, func, select
@@ -48,8 +47,10 @@ from adapters.errors import (
     AdapterError,
     NameInvalid,
 )
+from adapters.field_errors import quoted
 from adapters.metadata import AdapterMetadata, Source
 from server.store import adapter_rows as rows
+from server.store.adapter_names import check_name, slug_of
 from server.store.adapter_rows import AdapterRecord
 from server.store.blobs import BlobStore
 from server.store.caller import PerCaller
@@ -57,9 +58,6 @@ from server.store.database import Database
 from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
 __all__ = ["AdapterRecord", "Published", "Registry", "SweepReport"]
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62} without '..'"
 
 _NO_METADATA = AdapterMetadata()
 MAX_ALIASES = 100
@@ -114,6 +112,12 @@ class Registry(PerCaller):
     def close(self) -> None:
         """Close the database's connections."""
         self._database.close()
+
+    def limit_virtual_tokens(self, most: int) -> None:
+        """Accept no new adapter of more virtual tokens than the engine has memory for."""
+        if most < self._limits.virtual_tokens:
+            words = "fit into the engine's memory for keys and values, so no request could use it"
+            self._limits = replace(self._limits, virtual_tokens=most, virtual_tokens_words=words)
 
     def data_version(self) -> int | None:
         """See `Database.version`."""
@@ -475,15 +479,15 @@ class Registry(PerCaller):
                 rows.no_adapter(name)
 
     def _check_name(self, name: str, field: str = "name") -> None:
-        if not _NAME.fullmatch(name) or ".." in name:
+        if name.casefold() in self._reserved:
             raise NameInvalid(
-                f"{name[:80]!r} is not an adapter name: expected {_NAME_RULE}",
+                f"{quoted(name)} is reserved: it is the base's name; try "
+                f"{(slug_of(name) or 'my') + '-adapter'!r}",
                 field=field,
-                expected=_NAME_RULE,
+                expected="another name than the base's",
                 came=name[:80],
             )
-        if name.casefold() in self._reserved:
-            raise NameInvalid(f"{name!r} is reserved", field=field, came=name)
+        check_name(name, field)
 
 
 def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> list[str]:

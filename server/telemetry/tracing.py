@@ -37,7 +37,7 @@ CLOSE_SECONDS = 5.0
 MAX_FINISH_REASONS = 64
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_CHAT = "/v1/chat/completions"
+_CHAT = ("/v1/chat/completions", "/v1/responses")
 
 _current: ContextVar[RequestSpan | None] = ContextVar("graftwork_request_span", default=None)
 
@@ -173,7 +173,7 @@ class RequestSpan:
             attributes["graftwork.adapter.version"] = reply.version or ""
         self._span.update_name(f"{reply.method} {reply.route}")
         if self._sampling is not None:
-            operation = "chat" if reply.route == _CHAT else "text_completion"
+            operation = "chat" if reply.route in _CHAT else "text_completion"
             attributes |= self._generation_attributes(self._sampling, operation, reply.adapter)
             self._span.update_name(f"{operation} {reply.adapter or ''}".rstrip())
         self._tell_failure(reply.status, attributes)

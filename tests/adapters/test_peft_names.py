@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import doctest
 import inspect
+import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -18,6 +23,7 @@ import graftwork
 from adapters.errors import MethodUnsupported
 from adapters.peft_names import absent_names
 from tests.adapters.methods import oracle
+from tests.documentation import ROOT
 from tests.server.http_server import byte_level_tokenizer
 
 CONFIGS = (
@@ -69,6 +75,9 @@ def test_the_table_of_absent_names_holds_no_name_that_is_here():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = adapters.nothing
     assert {*adapters.__all__} <= {*dir(adapters)}
+    assert adapters.__version__ == graftwork.__version__
+    with pytest.raises(ImportError, match="import the name from adapters itself"):
+        _ = adapters.tuners
 
 
 def test_the_enumerations_have_pefts_members():
@@ -76,6 +85,16 @@ def test_the_enumerations_have_pefts_members():
         ours, theirs = getattr(adapters, name), getattr(peft, name)
         assert {one.name: one.value for one in ours} == {one.name: one.value for one in theirs}
         assert all(one == one.value for one in ours)
+
+
+def test_the_manuals_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "extend" / "peft-names.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {})
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    missing = {name for name in adapters.__all__ if f"`{name}`" not in text}
+    assert missing == {"IA3Linear", "METHODS", "method_of"}  # not PEFT's
 
 
 # --- calls -----------------------------------------------------------------------------------
@@ -112,7 +131,9 @@ GOOD: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("IA3Config", (), {"target_modules": "all-linear", "feedforward_modules": ["down"]}),
     ("IA3Config", (), {"target_modules": ["k"], "feedforward_modules": ".*down"}),
     ("IA3Config", (), {"feedforward_modules": ["down"]}),
+    ("IA3Config", (), {"feedforward_modules": None, "fan_in_fan_out": True}),
     ("CPTConfig", ("CAUSAL_LM",), {}),
+    ("CPTConfig", ("CAUSAL_LM",), {"opt_projection_epsilon": 1, "tokenizer_name_or_path": "a"}),
     ("CPTConfig", (), {"task_type": "CAUSAL_LM", "cpt_token_ids": [1, 2], "cpt_mask": [1, 1]}),
 ]
 BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
@@ -122,6 +143,7 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("PrefixTuningConfig", (), {"num_virtual_token": 20}, "did you mean 'num_virtual_tokens'"),
     ("PrefixTuningConfig", ("CAUSAL_LM",), {"task_type": "CAUSAL_LM"}, "multiple values"),
     ("PrefixTuningConfig", (None,) * 30, {}, "takes at most 16 arguments, 30 were given"),
+    ("PrefixTuningConfig", (), {"pre_seq_len": 20}, "did you mean 'num_virtual_tokens'"),
     ("PromptTuningConfig", (), TEXT, "TEXT needs tokenizer_name_or_path"),
     (
         "PromptTuningConfig",
@@ -135,13 +157,13 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
         "IA3Config",
         (),
         {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]},
-        "must be a subset of target_modules .'k_proj'., but names 'down_proj'",
+        "feedforward_modules holds 'down_proj', which target_modules .'k_proj'. does not",
     ),
     (
         "IA3Config",
         (),
         {"target_modules": ["down_proj"], "feedforward_modules": ["mlp.down_proj"]},
-        "subset",
+        "holds .mlp.down_proj.",
     ),
     ("CPTConfig", (), {"cpt_token_ids": [1]}, "only supports task_type='CAUSAL_LM', came None"),
     ("CPTConfig", ("SEQ_CLS",), {}, "only supports"),
@@ -183,6 +205,32 @@ def test_calls_that_peft_refuses(name, args, kwargs, words):
     assert "validation error" not in str(ours.value)
 
 
+def test_values_as_notebooks_have_them():
+    ids = [3, 4]
+    for given in (tuple(ids), np.array(ids), torch.tensor(ids)):
+        assert adapters.CPTConfig("CAUSAL_LM", cpt_token_ids=given).cpt_token_ids == ids
+    assert adapters.IA3Config(target_modules=("k", "v")).target_modules == ["k", "v"]
+    assert adapters.PrefixTuningConfig(num_virtual_tokens=np.int64(3)).num_virtual_tokens == 3
+    base = adapters.PeftConfig(base_model_name_or_path=Path("some") / "base")
+    assert base.base_model_name_or_path == "some/base"
+    left_out = adapters.PromptEncoderConfig(encoder_dropout=None, inference_mode=None)
+    assert left_out == adapters.PromptEncoderConfig()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_copied_and_listed_as_dataclasses_are(name):
+    ours, theirs = (getattr(library, name)("CAUSAL_LM") for library in (adapters, peft))
+    assert dataclasses.is_dataclass(ours)
+    assert dataclasses.asdict(ours) == ours.to_dict()
+    for change in (dataclasses.replace, lambda one, **to: one.model_copy(update=to)):
+        assert change(ours, revision="b").revision == "b"
+    assert [one.name for one in dataclasses.fields(ours)] == list(dataclasses.asdict(theirs))
+    for same in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert same == ours
+    with pytest.raises(ValueError, match="invalid task type"):
+        dataclasses.replace(ours, task_type="CAUSAL")
+
+
 def test_fields_are_set_as_attributes():
     config = adapters.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=4)
     other = adapters.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=4)
@@ -218,6 +266,11 @@ def test_folders_and_types_that_do_not_load(tmp_path):
         adapters.PeftConfig.from_pretrained("someone/adapter")
     with pytest.raises(MethodUnsupported, match="LoRA adapters are not served"):
         adapters.PeftConfig.from_peft_type(peft_type=peft.PeftType.LORA, r=8)
+    with pytest.warns(UserWarning, match="ignored, as PEFT ignores them: new_flag .true."):
+        newer = adapters.IA3Config.from_peft_type(peft_type="IA3", new_flag=True)
+    assert newer == adapters.IA3Config()
+    with pytest.raises(ValueError, match="num_virtual_tokens: expected a whole number, came '3'"):
+        adapters.PrefixTuningConfig(num_virtual_tokens="3")
     config = adapters.IA3Config.from_peft_type(target_modules=["k"])
     assert config == adapters.IA3Config(target_modules=["k"])
     with pytest.raises(ValueError, match="only supports task_type"):

@@ -61,6 +61,7 @@ ITEMS = {
     9: Item("growth", "tokens a second over concurrency, context and prefix length", 3),
     10: Item("start", "time to ready, memory at rest", 1),
     11: Item("policies", "--batching per-adapter, fairness between adapters", 8),
+    12: Item("costly_bytes", "a stream beside bytes that are costly to parse", 9),
 }
 
 

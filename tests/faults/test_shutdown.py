@@ -154,6 +154,9 @@ def test_a_drain_waits_refuses_and_is_undone(served):
     assert client.post("/drain").json() == {"status": "drained", "running": 0}
     assert client.get("/readyz").status_code == 503
     assert client.post("/generate", json={"inputs": "x"}).status_code == 503
+    # The route counts, not how its path ends.
+    assert client.put("/adapters/none/aliases/cancel").status_code == 503
+    assert client.post(f"/train/job-{'0' * 24}/cancel").status_code == 404
     assert client.delete("/drain").json() == {"status": "ready", "running": 0}
     assert client.get("/readyz").status_code == 200
     context, _lines = begin(served, "/generate_stream")

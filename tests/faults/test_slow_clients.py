@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,81 @@ def test_a_body_that_nobody_wants_is_not_taken_for_ever(address):
     asked = request("POST", "/nowhere", b"a", length=10**9)
     reply = run(dribbles(address, asked, b"a" * 100))
     assert reply.startswith(b"HTTP/1.1 404 ")
+
+
+def chunked(path: str, body: bytes = b"") -> bytes:
+    """A request whose body goes on in chunks."""
+    head = request("POST", path, body).partition(b"content-length")[0]
+    return head + b"transfer-encoding: chunked\r\n\r\n"
+
+
+def in_chunks(data: bytes, size: int) -> bytes:
+    parts = [data[start : start + size] for start in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate", "/adapters/combine", "/adapters"])
+def test_a_body_of_very_many_very_small_chunks_is_refused(address, path):
+    asked = chunked(path).replace(b"application/json", b"multipart/form-data; boundary=x")
+    body = b"--x\r\n" if path == "/adapters" else b" "
+    status, told = status_and_body(run(talk(address, asked + in_chunks(body * 30_000, 1))))
+    message = told["error"]["message"] if path.startswith("/v1/") else told["error"]
+    if path == "/adapters":  # refused as a form before that
+        assert status in (413, 422)
+    else:
+        assert (status, "small chunks" in message) == (413, True)
+
+
+def test_small_chunks_are_taken_as_some_clients_send_them(address):
+    body = b'{"inputs": "' + b"ab " * 5_000 + b'"}'
+    close = b"connection: close\r\ntransfer-encoding"
+    asked = chunked("/tokenize").replace(b"transfer-encoding", close)
+    reply = run(talk(address, asked + in_chunks(body, 5) + b"0\r\n\r\n"))
+    assert reply.startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_refused_body_of_chunks_is_not_read_to_its_end(address):
+    async def work() -> bytes:
+        async with Slow(address) as client:
+            await client.send(chunked("/nowhere") + in_chunks(b"a" * 1000, 1))
+            return await client.until_closed()  # the end of the body never comes
+
+    began = time.monotonic()
+    assert run(work()).startswith(b"HTTP/1.1 404 ")
+    # At once, not after the time that a body of a known length has.
+    assert time.monotonic() - began < ENOUGH_SECONDS / 2
+
+
+def test_a_head_in_tiny_segments_is_taken(address):
+    asked = GET + b"a: " + b"b" * 3_000 + b"\r\nconnection: close\r\n\r\n"
+
+    async def work() -> bytes:
+        async with Slow(address) as client:
+            for start in range(0, len(asked), 4):
+                await client.send(asked[start : start + 4])
+            return await client.until_closed()
+
+    assert run(work()).startswith(b"HTTP/1.1 200 ")
+
+
+def test_requests_that_wait_for_no_reply_are_answered_in_their_order(address):
+    row = b"".join(request("GET", path) for _ in range(50) for path in ("/livez", "/nowhere"))
+    reply = run(talk(address, row + GET + b"connection: close\r\n\r\n"))
+    statuses = re.findall(rb"HTTP/1.1 (\d+) ", reply)
+    assert statuses == [b"200", b"404"] * 50 + [b"200"]
+
+
+def test_costly_bytes_of_eight_leave_the_server_to_the_others(served, address):
+    async def work() -> list[bytes]:
+        asked = chunked("/generate") + in_chunks(b" " * 200_000, 1)
+        costly = [asyncio.create_task(talk(address, asked)) for _ in range(8)]
+        beside = await asyncio.to_thread(served.client.post, "/generate", json=BODY)
+        assert beside.status_code == 200
+        return list(await asyncio.gather(*costly))
+
+    for reply in run(work()):
+        # Too many chunks; or, with the pace of this server, too few of them in their turns.
+        assert reply.startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 408 "))
 
 
 # --- readers ---------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from typing_extensions import TypedDict
@@ -25,6 +24,8 @@ from server.services import UseServices
 from server.text.tokenizer import TokenSpan
 
 router = APIRouter(tags=["tokenizer"])
+
+_LONG_TOKENS = 20_000
 
 
 class SpannedToken(TypedDict):
@@ -82,7 +83,9 @@ async def tokenize(request: Request, services: UseServices, body: TokenizeBody) 
     field = "inputs" if body.inputs is not None else "prompt"
     spans = await generator.spans(text, add_special_tokens=with_special, field=field)
     if body.inputs is not None:
-        written = await anyio.to_thread.run_sync(_written, spans)
+        written = await generator.run_aside(
+            lambda: _written(spans), is_long=len(spans) > _LONG_TOKENS
+        )
         return Response(written, media_type="application/json")
     reply: TokenIds = {
         "count": len(spans),
@@ -105,10 +108,14 @@ def _written(spans: Sequence[TokenSpan]) -> str:
 async def detokenize(request: Request, services: UseServices, body: DetokenizeBody) -> Detokenized:
     """Special tokens are kept by name."""
     only_query(request)
-    tokenizer = services.need_generator().tokenizer
+    generator = services.need_generator()
+    tokenizer = generator.tokenizer
     if (largest := max(body.tokens, default=0)) >= tokenizer.vocab_size:
         raise invalid("tokens", f"ids from 0 to {tokenizer.vocab_size - 1}", largest)
-    return Detokenized(prompt=await anyio.to_thread.run_sync(tokenizer.decode, body.tokens))
+    text = await generator.run_aside(
+        lambda: tokenizer.decode(body.tokens), is_long=len(body.tokens) > _LONG_TOKENS
+    )
+    return Detokenized(prompt=text)
 
 
 @router.get(

@@ -7,7 +7,7 @@ and requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.routing import compile_path
 
@@ -49,6 +49,10 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/detokenize"): _GENERATE,
     ("POST", "/v1/completions"): _GENERATE,
     ("POST", "/v1/chat/completions"): _GENERATE,
+    ("POST", "/v1/responses"): _GENERATE,
+    ("GET", "/v1/responses/{response_id}"): _GENERATE,
+    ("DELETE", "/v1/responses/{response_id}"): _GENERATE,
+    ("POST", "/v1/embeddings"): _GENERATE,
     # adapters
     ("GET", "/adapters"): _READ,
     ("GET", "/adapters/{name}"): _READ,
@@ -100,6 +104,14 @@ def rule_of(method: str, path: str) -> Rule | None:
 def allowed_methods(path: str) -> list[str]:
     """The methods that `Allow` lists for a path: those that every client may use, sorted."""
     return sorted(method for method in rules_of(path) if (method, path) not in BROWSERS_ONLY)
+
+
+def is_one_of(routes: Collection[tuple[str, str]], method: str, path: str) -> bool:
+    """Whether a request is for one of these entries of the table."""
+    return any(
+        method == one and _PATTERNS[template].fullmatch(path) is not None
+        for one, template in routes
+    )
 
 
 def rules_of(path: str) -> dict[str, Rule]:

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.adapter_choice import only_query
 from server.api.error_replies import reply_to
+from server.api.middleware.route_scopes import is_one_of
 from server.api.reply_fields import ReplyModel, shows
 from server.config.settings import is_loopback
 from server.errors import NotReady, ScopeMissing
@@ -19,6 +20,9 @@ MAX_SECONDS = 3600
 # Checks of the server are no work; a drain would wait for a job's events until the job ends.
 _UNCOUNTED = frozenset({"/livez", "/readyz", "/health", "/metrics", "/drain"})
 _WORK = frozenset({"POST", "PUT"})
+# A job may be cancelled at any time: that is less work, not more.
+_LESS_WORK = (("POST", "/train/{job_id}/cancel"), ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"))
+_FOLLOWS_A_JOB = (("GET", "/train/{job_id}/events"),)
 
 
 class DrainGate:
@@ -32,14 +36,14 @@ class DrainGate:
         if scope["type"] != "http" or scope["path"] in _UNCOUNTED:
             await self._app(scope, receive, send)
             return
-        path: str = scope["path"]
+        method, path = scope["method"], scope["path"]
         services: Services = scope["app"].state.services
         draining = services.draining
-        # A job may be cancelled at any time: that is less work, not more.
-        if draining.active and scope["method"] in _WORK and not path.endswith("/cancel"):
+        is_work = method in _WORK and not is_one_of(_LESS_WORK, method, path)
+        if draining.active and is_work:
             await reply_to(NotReady("not ready: draining"), path)(scope, receive, send)
             return
-        if path.endswith("/events"):
+        if is_one_of(_FOLLOWS_A_JOB, method, path):
             await self._app(scope, receive, send)
             return
         with draining.run():

@@ -50,6 +50,9 @@ class Model(ReplyModel):
     digest: str = shows(_DIGEST, "Of the weights.")
     status: str | None = may_show("ok", "Of an adapter: ok or corrupt.")
     residency: str = shows("device", "Where it is now.")
+    default_temperature: float | None = may_show(
+        0.0, "Of an adapter with labels: the temperature where a request gives none."
+    )
     notes: list[str] | None = may_show([], "Of the base: facts about its weights.")
 
 
@@ -240,5 +243,6 @@ def _adapter_model(services: Services, record: AdapterRecord) -> Model:
         version=record.version,
         digest=record.digest,
         status=record.status,
+        default_temperature=record.default_temperature,
         residency=services.residency(record),
     )

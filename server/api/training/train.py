@@ -1,4 +1,5 @@
-"""`/train`: create, follow, cancel and delete training jobs.
+"""`/train`: create, follow, cancel and delete training jobs. Where an id stands, an adapter's name means
+its newest job.
 
 A request is planned before anything is stored, so a job that cannot be trained is refused at once. The jobs
 table and the supervisor do the rest. Blocking work runs off the event loop.
@@ -6,14 +7,15 @@ table and the supervisor do the rest. Blocking work runs off the event loop.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -26,20 +28,20 @@ from server.api.openapi.refusals import PLANNED, STORED, refuses
 from server.api.openapi.responses import events, plain
 from server.api.training import job_replies
 from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
-from server.errors import JobActive, JobNotFound, RequestInvalid
+from server.api.training.training_data import DataFacts
+from server.errors import JobActive, RequestInvalid
 from server.http.event_stream import EventStream, named_event, ping
 from server.services import Services, UseServices
+from server.store.job_feed import JobFeed
 from server.store.job_states import FINISHED
 from server.store.jobs import JobEvent, JobRecord, JobStore
 
 router = APIRouter(prefix="/train", tags=["training"])
+log = structlog.get_logger(__name__)
 
 
-POLL_SECONDS = 0.25
 PING_SECONDS = 15.0
-_EVENTS_AT_ONCE = 500
 _MAX_LOG_BYTES = 4 * 1024 * 1024
-_JOB_ID = re.compile(r"job-[0-9a-f]{24}")
 
 
 @router.post(
@@ -66,11 +68,12 @@ async def train(
     jobs = services.need_jobs()
     with services.registry.staging_dir() as directory:
         received = await receive_job(request, directory, services.settings)
-        async with services.planning:
-            work = partial(_plan, services, jobs, received, store=not dry_run)
-            plan, record = await run_sync(work)
+        work = partial(_plan, services, jobs, received, store=not dry_run)
+        planned = await services.planning.run(request.state.caller, work)
+    record = planned.record
     if record is None:
-        return JSONResponse(job_replies.Preview.of(plan).model_dump(mode="json"))
+        preview = job_replies.Preview.of(planned.plan, planned.facts)
+        return JSONResponse(preview.model_dump(mode="json"))
     if services.supervisor is not None:
         services.supervisor.wake()
     location = {"location": f"/train/{record.id}"}
@@ -101,7 +104,8 @@ async def list_jobs(
 async def get_job(request: Request, services: UseServices, job_id: str) -> job_replies.Job:
     """`progress` is the last step's event."""
     only_query(request)
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     return job_replies.Job.of(await run_sync(lambda: jobs.get(job_id)))
 
 
@@ -132,7 +136,8 @@ async def job_events(
     JSON. A client that reconnects after the last event of a job gets 204, and so stops.
     """
     only_query(request, "after")
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     record = await run_sync(lambda: jobs.get(job_id))
     resumed = _last_event_id(request)
     start = resumed if resumed is not None else after or 0
@@ -140,7 +145,7 @@ async def job_events(
     # EventSource comes back whenever a stream ends, until it hears 204.
     if over and not await run_sync(lambda: jobs.events(job_id, start, 1)):
         return Response(status_code=204)
-    frames = event_frames(jobs, job_id, start, stopping=services.stopping)
+    frames = event_frames(services.job_feed, jobs, job_id, start, stopping=services.stopping)
     return EventStream(frames, lambda: None)
 
 
@@ -160,7 +165,8 @@ async def job_log(
 ) -> Response:
     """Empty before the job has begun; of a very long one the end."""
     only_query(request, "tail")
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     await run_sync(lambda: jobs.get(job_id))
     return PlainTextResponse(await run_sync(lambda: _log(jobs.directory(job_id), tail)))
 
@@ -176,7 +182,8 @@ async def job_log(
 async def cancel_job(request: Request, services: UseServices, job_id: str) -> Response:
     """202 where it still runs and is about to stop, 200 where it has ended."""
     only_query(request)
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     record = await run_sync(lambda: jobs.cancel(job_id))
     if services.supervisor is not None:
         services.supervisor.wake()
@@ -194,42 +201,53 @@ async def delete_job(
 ) -> job_replies.JobDeleted:
     """The adapter that came of it stays."""
     only_query(request)
-    jobs, job_id = services.need_jobs(), _known_id(job_id)
+    jobs = services.need_jobs()
+    job_id = await _found_id(jobs, job_id)
     await run_sync(lambda: jobs.delete(job_id))
     return job_replies.JobDeleted(id=job_id)
 
 
-def _known_id(job_id: str) -> str:
-    """The id. It becomes the name of a folder.
+async def _found_id(jobs: JobStore, reference: str) -> str:
+    """The id of a job, which an adapter's name means too: its newest one.
 
     Raises:
-        JobNotFound: not a valid job id.
+        JobNotFound: neither.
     """
-    if not _JOB_ID.fullmatch(job_id):
-        raise JobNotFound(
-            f"there is no training job {quoted(job_id)}", field="id", came=quoted(job_id)
-        )
-    return job_id
+    return await run_sync(lambda: jobs.find(reference))
 
 
 # --- a new job -----------------------------------------------------------------------------
 
 
-def _plan(
-    services: Services, jobs: JobStore, received: Received, *, store: bool
-) -> tuple[Plan, JobRecord | None]:
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, what was understood of its data, and the job unless nothing is to be stored."""
+
+    plan: Plan
+    facts: DataFacts
+    record: JobRecord | None
+
+
+def _plan(services: Services, jobs: JobStore, received: Received, *, store: bool) -> _Planned:
     asked = received.request
     services.registry.require_free(asked.adapter, create_only=asked.if_exists == "error")
-    rows = received.read_rows()
-    plan = make_plan(
-        asked,
-        rows,
-        services.need_generator().tokenizer,
-        services.client.base,
-        base_name=services.base_id,
-        max_virtual_tokens=services.settings.max_virtual_tokens,
-    )
-    return plan, jobs.create(plan.job, plan.examples) if store else None
+    tokenizer = services.need_generator().tokenizer
+    data = received.read(tokenizer)
+    with data.told_by_place():
+        plan = make_plan(
+            data.resolve(asked),
+            data.rows,
+            tokenizer,
+            services.client.base,
+            base_name=services.base_id,
+            prompts=data.prompts,
+            max_virtual_tokens=services.max_virtual_tokens,
+            notes=data.warnings,
+        )
+    record = jobs.create(plan.job, plan.examples) if store else None
+    for warning in plan.job.warnings:
+        log.warning("training_data", job=None if record is None else record.id, warning=warning)
+    return _Planned(plan, data.facts, record)
 
 
 # --- events and log ------------------------------------------------------------------------
@@ -250,6 +268,7 @@ def _last_event_id(request: Request) -> int | None:
 
 
 async def event_frames(
+    feed: JobFeed,
     jobs: JobStore,
     job_id: str,
     after: int,
@@ -260,7 +279,8 @@ async def event_frames(
     """All events after an id, and new ones, until the job has ended or is deleted.
 
     Args:
-        jobs: polled for events.
+        feed: polled for events.
+        jobs: with the job.
         job_id: the job.
         after: the last event that the client has; 0 for none.
         ping_seconds: a comment is sent after this long without an event.
@@ -268,25 +288,20 @@ async def event_frames(
     """
     last = after
     silent_since = time.monotonic()
+    news = await feed.now(jobs, job_id, last)
     while not stopping():
-        # The state first: what is read after it ended is all there will be.
-        try:
-            ended = await run_sync(lambda: jobs.get(job_id).state in FINISHED)
-            found = await run_sync(partial(jobs.events, job_id, last, _EVENTS_AT_ONCE))
-        except JobNotFound:
-            return  # deleted meanwhile
-        for event in found:
+        for event in news.events:
             yield _frame(event)
             last = event.id
-        if found:
-            silent_since = time.monotonic()
-        elif ended:
+        if news.ended:
             return
-        else:
-            if time.monotonic() - silent_since >= ping_seconds:
-                yield ping()
-                silent_since = time.monotonic()
-            await asyncio.sleep(POLL_SECONDS)
+        if news.events:
+            silent_since = time.monotonic()
+        elif time.monotonic() - silent_since >= ping_seconds:
+            yield ping()
+            silent_since = time.monotonic()
+        read = feed.now if news.more else feed.later
+        news = await read(jobs, job_id, last)
 
 
 def _frame(event: JobEvent) -> bytes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adapters.errors import AdapterError, BaseUnsupported
 from server.cli.doctor.finding import Finding
-from server.config.settings import DEFAULT_BASE, Settings
+from server.config.settings import Settings
 
 if TYPE_CHECKING:
     from adapters.base_model import BaseModelSpec
@@ -30,18 +30,19 @@ def check_base(settings: Settings, *, deep: bool) -> tuple[list[Finding], BaseMo
         settings: which base.
         deep: load the weights too.
     """
+    from server.base.check import check_base as look_at_files
     from server.base.convert import is_prepared, read_manifest
     from server.base.load import describe_base, load_base
     from server.base.tokenizer import load_tokenizer
 
     directory = Path(settings.base)
-    ours = directory == DEFAULT_BASE
-    if ours and not is_prepared(directory):
+    if settings.is_default_base and not is_prepared(directory):
         hint = "graftwork serve makes it; that needs pip's index once"
         there = "is not whole" if directory.exists() else "is not made yet"
         message = f"the default base in {directory} {there}"
         return [Finding("base", "fail" if directory.exists() else "warning", message, hint)], None
     try:
+        look_at_files(settings.base, settings.revision)
         spec = describe_base(settings.base, dtype=settings.dtype, revision=settings.revision)
         if directory.is_dir():
             load_tokenizer(directory)

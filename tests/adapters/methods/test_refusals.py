@@ -577,7 +577,7 @@ def test_square_modules_are_told_apart_by_shape() -> None:
     path = "model.layers.0.self_attn.q_proj"
     name = f"base_model.model.{path}.ia3_l"
     for shape, side in (((32, 1), "outputs"), ((1, 32), "inputs")):
-        config = IA3Config(target_modules="a regex")
+        config = IA3Config(target_modules="a regex", feedforward_modules="a regex")
         form = IA3_METHOD.serving_form(config, {name: torch.ones(shape)}, LLAMA)
         assert list(getattr(form, side)) == [path]
 

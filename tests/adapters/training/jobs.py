@@ -52,6 +52,7 @@ def spec(max_positions: int = 512) -> BaseModelSpec:
         vocab_size=tokenizer().vocab_size,
         max_positions=max_positions,
         linear_modules=modules,
+        kv_width="config",
     )
 
 

@@ -25,8 +25,17 @@ from adapters.method import parse_config
 from adapters.methods import METHODS
 from adapters.methods.cpt import CPTConfig, with_context
 from adapters.training.job import METHOD_NAMES, TrainingJob, TrainingRequest
+from adapters.training.plan import make_plan
 from adapters.training.recipes import RECIPES
-from tests.adapters.training.jobs import LABELS, ROWS, plan, spec, stored_and_read, tokenizer
+from tests.adapters.training.jobs import (
+    LABELS,
+    ROWS,
+    plan,
+    request,
+    spec,
+    stored_and_read,
+    tokenizer,
+)
 
 METHOD_LIST = list(METHOD_NAMES)
 EOS, NEWLINE = 2, "\n"
@@ -227,12 +236,6 @@ REFUSED = {
     ),
     "another_method": ({"config": {"peft_type": "LORA"}}, JobInvalid, "config.peft_type"),
     "another_task": ({"config": {"task_type": "SEQ_CLS"}}, JobInvalid, "config.task_type"),
-    "inference_mode": ({"config": {"inference_mode": True}}, JobInvalid, "config.inference_mode"),
-    "another_base": (
-        {"config": {"base_model_name_or_path": "gpt2"}},
-        JobInvalid,
-        "config.base_model_name_or_path",
-    ),
     "context_of_ones_own": (
         {"method": "cpt", "config": {"cpt_token_ids": [1, 2]}},
         JobInvalid,
@@ -333,12 +336,29 @@ def test_no_rows():
 
 def test_what_peft_writes_by_itself_passes():
     written = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3).to_dict()
-    written = {
-        name: getattr(value, "value", value)
-        for name, value in written.items()
-        if name != "peft_version"
-    }
+    written = {name: getattr(value, "value", value) for name, value in written.items()}
     assert plan(method="p_tuning", config=written).job.config["num_virtual_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("prefix_tuning", {"num_attention_heads": 4, "token_dim": 32, "num_layers": 2}),
+        ("prefix_tuning", {"num_attention_heads": 4}),
+        ("prefix_tuning", {"token_dim": 5, "num_attention_heads": 7}),
+        ("p_tuning", {"num_layers": 12, "num_attention_heads": 12}),
+        ("prompt_tuning", {"num_layers": 12, "num_attention_heads": 3}),
+        ("cpt", {"num_layers": 12, "num_attention_heads": 3, "token_dim": 7}),
+        ("ia3", {"num_layers": None, "use_dora": False, "notes": ""}),
+        ("p_tuning", {"encoder_dropout": None, "encoder_num_layers": None, "future_field": None}),
+        ("ia3", {"peft_version": "0.4.0", "base_model_name_or_path": "gpt2", "revision": "main"}),
+        ("ia3", {"inference_mode": True, "auto_mapping": {"base_model_class": "X"}}),
+    ],
+)
+def test_fields_that_change_nothing_are_ignored(method, given):
+    """A saved config comes with dimensions of another base, of all heads, or of another version."""
+    job = plan(method=method, config=given).job
+    assert job.config == plan(method=method).job.config
 
 
 # --- starts ----------------------------------------------------------------------------------
@@ -552,3 +572,72 @@ def test_another_base_is_another_job():
     other = replace(spec(), digest="other")
     assert plan(base=other).job.base_digest == "other"
     assert plan().job.base_name == "tiny"
+
+
+# --- what may not be intended ------------------------------------------------------------------
+
+
+def labelled(*values):
+    return [{"text": f"t {number}", "label": value} for number, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["x", "y"] * 3, ["x", "y"]),
+        ([1, 0] * 3, ["0", "1"]),
+        ([True, False] * 3, ["false", "true"]),
+        (["x", "y", "x", "y", "x"], None),  # hardly repeated
+        ([str(number) for number in range(21)] * 3, None),
+        (["x" * 61, "y"] * 3, None),
+        (["x\ny", "y"] * 3, None),
+        (["x", "x "] * 3, None),
+    ],
+)
+def test_labels_that_were_not_given_are_the_few_values_of_the_target(values, labels):
+    made = plan(labelled(*values))
+    assert (made.job.labels, made.job.labels_inferred) == (labels, labels is not None)
+    assert ("labels were not given" in " ".join(made.job.warnings)) is (labels is not None)
+    assert plan(labelled(*values), infer_labels=False).job.labels is None
+    given = plan(labelled("x", "y", "x", "y", "x", "y"), labels=["y", "x"])
+    assert (given.job.labels, given.job.labels_inferred, given.job.warnings) == (
+        ["y", "x"],
+        False,
+        [],
+    )
+
+
+def test_empty_cells_are_counted():
+    rows = [{"text": "" if n % 2 else "t", "in": "x", "label": f"answer {n}"} for n in range(14)]
+    assert plan(rows).job.warnings == [
+        "column 'text' is empty in 7 of 14 rows (rows 2, 4, 6, 8, 10, …)"
+    ]
+    assert "leaves a blank line" in plan(rows, template="{in}\n{text}\n:").job.warnings[0]
+    assert plan(rows, template="{in}\n{?text}\n:").job.warnings == []
+    with pytest.raises(DataInvalid, match="remove rows without an answer"):
+        plan([*labelled("x", "y"), {"text": "t", "label": ""}])
+    made = make_plan(
+        request(), ROWS, tokenizer(), spec(), base_name="tiny", notes=["first", "second"]
+    )
+    assert made.job.warnings[:2] == ["first", "second"]
+
+
+def test_held_out_rows_are_counted_as_they_are():
+    made = plan(hyperparameters={"validation_split": 0.34})
+    assert made.job.num_validation_rows == len(made.examples.held_out) == 2
+    assert plan().job.num_validation_rows == 0
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1.0", True])
+def test_label_names_know_how_pandas_writes_a_value(value):
+    rows = [{"text": "a", "label": value}, {"text": "b", "label": "0"}]
+    names = {"1": "yes", "0": "no", "True": "yes"}
+    assert plan(rows, label_names=names).preview[0]["target"] == " yes"
+
+
+def test_a_token_that_is_part_of_a_character_is_shown_as_bytes():
+    tokens = plan().preview[1]["tokens"]  # "a naïve 漢字 🙂"
+    assert {" na\\xc3", "\\xafve", " 漢\\xe5", "\\xad\\x97", "\\x99\\x82", " complaint"} <= {
+        *tokens
+    }
+    assert not any("ï" in token or "字" in token for token in tokens if token)

@@ -40,6 +40,8 @@ NOT_TOLD = {
     "merge_invalid",  # the command line's
     "base_unsupported",  # a server's that does not start
     "engine_start_failed",
+    "response_not_found",  # of routes that do nothing else, and are not on the page
+    "no_embeddings",
     "url_too_long",  # before a route is known, as the next two
     "headers_too_large",
     "too_many_connections",
@@ -263,8 +265,12 @@ def requests(client, example) -> Iterator[tuple[str, str, dict[str, Any]]]:
     def plain(method: str, path: str, url: str | None = None, **more: Any):
         return method, path, {"url": url or path, **more}
 
-    for path in ("/generate", "/generate_stream", "/", "/v1/completions", "/v1/chat/completions"):
+    openai = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+    for path in ("/generate", "/generate_stream", "/", *openai):
         yield documented("POST", path)
+    reported = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    yield documented("POST", "/v1/responses", **reported)
+    yield documented("POST", "/v1/responses", **reported, stream=True)
     stream = {"stream": True}
     for path in ("/generate", "/"):
         yield documented("POST", path, **stream)

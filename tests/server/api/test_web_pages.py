@@ -128,6 +128,12 @@ def test_the_names_of_loopback_pass(server, host):
     assert server.get("/livez", headers={"host": host}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/livez", "/adapters", "/adapters/complaints", "/v1/models", "/"])
+def test_a_path_that_ends_with_a_line_break_is_none(server, path):
+    for method in ("GET", "POST", "DELETE"):
+        assert server.request(method, f"{path}%0A").status_code == 404, (method, path)
+
+
 # --- settings --------------------------------------------------------------------------------------
 
 

@@ -230,6 +230,12 @@ def test_model_type_that_needs_code_of_its_own(base):
         load_base(base)
 
 
+def test_a_config_that_names_no_model(base):
+    edit_config(base, model_type=None)
+    with pytest.raises(BaseUnsupported, match=r"config\.json names no model_type"):
+        load_base(base)
+
+
 def test_pickles_are_not_read(base):
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")

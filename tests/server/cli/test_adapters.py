@@ -168,14 +168,58 @@ def test_refusals_are_one_line(folders, where, place, words, said):
 
 def test_names_with_brackets_are_told_as_they_came(folders, where):
     told = refusal("adapters", "add", folders / "one", "--name", "Bad[red]", *where)
-    assert "'Bad[red]' is not an adapter name: expected [a-z0-9]" in told
+    assert "'Bad[red]' cannot be an adapter's name: expected 1 to 63 lower-case letters" in told
+    assert told.endswith("try 'bad-red'")
 
 
 def test_one_name_for_several_folders_is_refused(folders, where):
     paths = [folders / "one", folders / "two"]
     assert "--name is for one" in refusal("adapters", "add", *paths, "--name", "x", *where)
-    missing = refusal("adapters", "add", folders / "four", *where)
-    assert "four: expected a folder" in missing
+    missing = refusal("adapters", "add", folders / "thre", *where)
+    assert "thre: expected a folder that PEFT saved; there is no such" in missing
+    assert f"did you mean {folders / 'three'}?" in missing
+    assert "--name is for one" in refusal("adapters", "add", folders, "--name", "x", *where)
+
+
+def test_a_folder_of_folders_adds_them_all(folders, where, place, tmp_path):
+    home = tmp_path / "runs"
+    shutil.copytree(folders, home, ignore=shutil.ignore_patterns("notes.txt"))
+    (home / "two").rename(home / "Zwei Größen")
+    (home / "three").rename(home / "checkpoint-10")
+    added = run("adapters", "add", home, *where)
+    assert added.exit_code == 0, added.output
+    assert [line.split("@")[0] for line in added.stdout.splitlines()] == ["zwei-grossen", "one"]
+    assert "found 2 adapters: zwei-grossen and one" in added.stderr
+    assert run_json("adapters", "show", "zwei-grossen", *place)["description"] == "Zwei Größen"
+    # A file of one means its folder.
+    again = run_json("adapters", "add", home / "one" / "adapter_model.safetensors", *where)
+    assert [(one["name"], one["created"]) for one in again] == [("one", False)]
+
+
+def test_a_folder_of_checkpoints_asks_which(folders, where, tmp_path):
+    home = tmp_path / "run"
+    shutil.copytree(folders / "one", home / "checkpoint-9")
+    (added,) = run_json("adapters", "add", home, *where)
+    assert added["name"] == "run"
+    shutil.copytree(folders / "two", home / "checkpoint-10")
+    said = refusal("adapters", "add", home, *where)
+    assert "2 checkpoints of one adapter: checkpoint-9 and checkpoint-10" in said
+    assert said.endswith(f"graftwork adapters add {home / 'checkpoint-10'} --name run")
+
+
+def test_a_folder_without_adapters_is_told_what_it_holds(folders, where, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "it is empty" in refusal("adapters", "add", tmp_path / "empty", *where)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert "it is a whole model" in refusal("adapters", "add", tmp_path / "model", *where)
+    assert "it holds empty/ and model/" in refusal("adapters", "add", tmp_path, *where)
+
+
+def test_two_folders_of_one_name_are_refused_before_any_is_added(folders, where, place, tmp_path):
+    for name in ("Same Name", "same-name"):
+        shutil.copytree(folders / "one", tmp_path / name)
+    assert "would both be named 'same-name'" in refusal("adapters", "add", tmp_path, *where)
 
 
 def test_a_folder_that_was_trained_elsewhere_is_refused(folders, where, tmp_path):

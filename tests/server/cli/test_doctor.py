@@ -234,9 +234,10 @@ def test_bases(settings, tmp_path):
 
 def test_a_default_base_that_is_not_made_yet_is_no_failure(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRAFTWORK_CACHE_DIR", str(tmp_path))
     (found,), spec = stores.check_base(Settings(), deep=False)
     assert (found.status, spec) == ("warning", None)
-    (tmp_path / ".graftwork" / "base").mkdir(parents=True)
+    (tmp_path / "base").mkdir()
     (found,), _ = stores.check_base(Settings(), deep=False)
     assert (found.status, "not whole" in found.message) == ("fail", True)
 

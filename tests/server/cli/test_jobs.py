@@ -82,6 +82,43 @@ def test_list_shows_the_newest_first(store, running, where):
     assert [one["id"] for one in json.loads(part.output)] == [running[0]]
 
 
+def test_a_job_is_named_by_its_adapter_and_the_newest_is_meant(store, running, where):
+    newer = store.create(a_job("first"), EXAMPLES).id
+    assert run_json("jobs", "show", "first", *where)["id"] == newer
+    assert run("log", "first", *where).output == ""
+    assert f"{newer} is cancelled" in run("cancel", "first", *where).output
+    assert run("events", "first", *where).output.splitlines()[-1].endswith("state cancelled")
+    assert run_json("jobs", "remove", "first", *where) == {"id": newer, "deleted": True}
+    assert run_json("jobs", "show", "first", *where)["id"] == running[0]
+    told = refusal("jobs", "show", "nobody", *where)
+    assert told == "there is no training job 'nobody', and none of an adapter of that name"
+
+
+def test_the_list_has_loss_accuracy_and_time(store, running, where):
+    job_id, claim = running
+    assert "0.1235" in run("list", *where).output
+    evaluation = {"loss": 0.5, "accuracy": 0.75}
+    store.finish(claim, "succeeded", metrics={"loss": 0.25, "steps": 8, "evaluation": evaluation})
+    line = next(one for one in run("list", *where).output.splitlines() if job_id in one)
+    words = line.split()
+    assert words[1:4] == ["succeeded", "first", a_job().method]
+    assert {"0.25", "0.750", "0:00"} <= set(words)
+
+
+def test_jobs_are_compared(store, running, where):
+    job_id, claim = running
+    store.finish(claim, "succeeded", metrics={"loss": 0.25, "evaluation": {"accuracy": 0.75}})
+    compared = run_json("jobs", "compare", "first", store.list()[0].id, *where)
+    assert compared["jobs"] == [job_id, store.list()[0].id]
+    assert compared["settings"] == {"adapter": ["first", "[second]"]}
+    assert compared["metrics"]["loss"] == [0.25, None]
+    assert compared["metrics"]["evaluation accuracy"] == [0.75, None]
+    shown = run("compare", *compared["jobs"], *where).output
+    assert "[second]" in shown
+    assert "evaluation accuracy" in shown
+    assert "expected two jobs or more" in refusal("jobs", "compare", "first", *where)
+
+
 def test_show_tells_what_is_done(store, running, where):
     shown = run("show", running[0], *where).output
     assert "Text : {text} Label :" in shown

@@ -44,7 +44,7 @@ SERVICES = {"serve", "worker"}
 VERBS = (
     "serve generate eval train worker bench doctor settings demo "
     "adapters:list,add,show,remove,rollback,alias,download,preload,unload,combine,merge "
-    "jobs:list,show,cancel,remove,log,events keys:create,list,revoke"
+    "jobs:list,show,compare,cancel,remove,log,events keys:create,list,revoke"
 )
 
 

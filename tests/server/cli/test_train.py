@@ -264,7 +264,7 @@ REFUSED = {
     "no column": (["--out", "x", "--template", "{text}"], "row 1: a column of the template"),
     "label name": (["--out", "x", "--label-name", "1"], "--label-name: expected KEY=VALUE"),
     "data": (["--out", "x", "--data", "no.jsonl"], "no.jsonl: No such file"),
-    "kind of data": (["--out", "x", "--data", "no.txt"], "expected a file named .jsonl"),
+    "kind of data": (["--out", "x", "--data", sys.executable], "it is a program, expected text"),
     "name": (["--register", "Not A Name"], "Not A Name"),
     "resume": (["--out", "x", "--resume"], "holds no run to resume"),
     "too long": (["--out", "x", "--max-length", "8"], "row 1: "),
@@ -384,7 +384,7 @@ def ranked_by_training(tiny_base: Path, data: Path, folder: Path | None):
     directory = loaded.tokenizer_dir
     encoder = TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
     asked = request(template=TEMPLATE, target="Label", labels=LABELS, append_eos=folder is not None)
-    plan = make_plan(asked, read_rows(data, "jsonl"), encoder, loaded.spec, base_name="tiny")
+    plan = make_plan(asked, read_rows(data), encoder, loaded.spec, base_name="tiny")
     prompts = [example.prompt_ids for example in plan.examples.train]
     right = [example.label for example in plan.examples.train]
     base, virtual = PackedBase(loaded.model, loaded.spec), None
@@ -407,7 +407,7 @@ def test_scores_are_those_of_training(folders, tiny_base, data):
         facts = engine.add_adapter(method, folder).facts
         contestants.append(Contestant(method, wording, facts.num_virtual_tokens))
     encoder = TextTokenizer(engine.tokenizer, read_eos_token_ids(engine.tokenizer_dir))
-    rows = read_rows(data, "jsonl")
+    rows = read_rows(data)
     told: list[int] = []
     try:
         found = evaluate(

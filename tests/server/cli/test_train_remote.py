@@ -82,7 +82,7 @@ def test_a_dry_run_shows_the_plan_and_stores_nothing(server, data):
     [
         ([], "expected --register NAME"),
         (["--register", "x", "--resume"], "a server goes on with its jobs by itself"),
-        (["--register", "No"], "'No' is not an adapter name"),
+        (["--register", "No Go"], "'No Go' cannot be an adapter's name"),
         (["--register", "x", "--max-steps", "1", "--epochs", "2"], "max_steps"),
         (["--register", "x", "--label-name", "complaint=nothing"], "nothing"),
         (["--register", "x", "--init-text", "the"], "init_text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save
 
 from server.config.limits import Limits
+from server.engine.client import EngineClient
 from tests.server.conftest import make_settings
 from tests.server.http_server import ServerClient, running_server, save_prefix_adapter, upload
 
@@ -456,10 +458,11 @@ def test_jobs_wait_up_to_the_limit(low):
 
 @pytest.fixture
 def narrow(tiny_base, tmp_path) -> Iterator[ServerClient]:
-    """Two requests at a time, three that wait, and two in all for one adapter."""
+    """Two requests at a time, three that wait, two in all for one adapter, 16 blocks for prefixes."""
     changes = {"max_running": 2, "max_queued": 3, "max_queued_per_adapter": 2}
     settings = make_settings(tiny_base, tmp_path / "data", train_workers=0, **changes)
-    with running_server(settings) as client:
+    config = dataclasses.replace(settings.engine_config(), adapter_kv_share=16 / 4096)
+    with running_server(settings, client=EngineClient(config)) as client:
         for seed, name in enumerate(("first", "second")):
             reply = upload(client, save_prefix_adapter(tmp_path / name, seed=seed), name)
             assert reply.status_code == 201
@@ -551,3 +554,16 @@ def test_labels_that_find_no_place_wait_for_those_before_them(narrow):
 def test_left_out_an_adapter_may_have_half_of_the_queue(tiny_base, tmp_path):
     settings = make_settings(tiny_base, tmp_path, max_running=4, max_queued=9)
     assert settings.engine_config().max_queued_per_adapter == 4 + 5
+
+
+def test_an_adapter_that_no_request_could_use_is_refused_at_once(narrow):
+    fits = adapter(prompt_embeddings=rows(16 * 16))(narrow)
+    assert fits.status_code == 201, fits.text
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 1}}
+    assert narrow.post("/generate?adapter=sent", json=body).status_code == 200
+    refused = adapter(prompt_embeddings=rows(16 * 16 + 1))(narrow)
+    assert refused.status_code == 413, refused.text
+    assert "at most 256 fit into the engine's memory for keys and values" in refused.text
+    job = prefix_job(16 * 16 + 1)(narrow)
+    assert job.status_code == 422, job.text
+    assert "expected at most 256, came 257" in job.text

@@ -118,7 +118,7 @@ def test_a_job_ends_in_an_adapter_with_its_story(at_home):
         after = at_home.wait_for_state(record, "succeeded")
     adapter = at_home.registry.resolve("mine")
     assert (adapter.job_id, adapter.version) == (record.id, after.adapter_version)
-    assert adapter.recipe == record.job.model_dump(mode="json")
+    assert adapter.recipe == record.job.model_dump(mode="json") | {"default_temperature": 0.0}
     assert adapter.metrics == after.metrics
     assert adapter.template == record.job.template
     assert adapter.labels == ("complaint", "no complaint")

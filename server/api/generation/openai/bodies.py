@@ -77,7 +77,7 @@ _Prompt = Annotated[
         json_schema_input_type=str | list[str] | list[int] | list[list[int]] | None,
     ),
 ]
-_Stops = Annotated[
+Stops = Annotated[
     list[StopString] | None,
     AtMost("max_stops"),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str | None] | None),
@@ -167,7 +167,7 @@ class OpenAIBody(OpenBody):
         lt=2**63,
         description="Of the draws; sample i of a prompt draws with seed + i. Left out, one is drawn.",
     )
-    stop: _Stops = Field(None, description="Texts that end the output; they are not part of it.")
+    stop: Stops = Field(None, description="Texts that end the output; they are not part of it.")
     stream: bool | None = Field(
         None, description="Answer as server-sent events; false if left out."
     )
@@ -178,7 +178,11 @@ class OpenAIBody(OpenBody):
         None, description="vLLM's object with json, json_object, regex or choice."
     )
     temperature: float | None = Field(
-        None, ge=0, le=2, description="0 takes the likeliest token; 1 if left out."
+        None,
+        ge=0,
+        le=2,
+        description="0 takes the likeliest token. Left out: the adapter's default_temperature, which "
+        "is 0 if it has labels; else 1.",
     )
     top_k: int | None = Field(None, ge=-1, description="vLLM's; 0 and -1 keep every token.")
     top_p: float | None = Field(

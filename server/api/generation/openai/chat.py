@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -14,7 +13,7 @@ from server.api.error_replies import invalid
 from server.api.generation.openai import openai_types as shapes
 from server.api.generation.openai.bodies import ChatBody
 from server.api.generation.openai.logprobs import chat_logprobs
-from server.api.generation.openai.messages import render_chat, row_of
+from server.api.generation.openai.messages import conversation_prompt, templates_chats
 from server.api.generation.openai.model import chosen_model, note_extras
 from server.api.generation.openai.prepared import (
     Output,
@@ -69,6 +68,7 @@ async def _prepare(request: Request, services: Services, body: ChatBody) -> Prep
         num_logprobs=num_top if with_logprobs else None,
         prompt_field="messages" if body.row is None else "row",
         vocab_size=generator.vocab_size,
+        adapter=record,
     )
     samples = samples_of(body.n, None, services.settings.max_best_of)
     given = await _prompt(generator, body, record)
@@ -126,24 +126,19 @@ def _check_tools(body: ChatBody) -> None:
 async def _prompt(generator: Generator, body: ChatBody, record: AdapterRecord | None) -> Given:
     if body.row is not None:
         return await from_row(generator, body.row, record)
-    messages = body.messages or []
-    templated = record if record is not None and record.template is not None else None
-    if templated is None and body.use_adapter_template:
+    if not templates_chats(record) and body.use_adapter_template:
         raise invalid("use_adapter_template", "an adapter with a stored template", "none")
-    if templated is not None and body.use_adapter_template is not False:
+    if templates_chats(record) and body.use_adapter_template is not False:
         _check_own_template(body)
-        return await from_row(generator, row_of(messages, templated), templated)
     goes_on = bool(body.continue_final_message)
-    text = await anyio.to_thread.run_sync(
-        lambda: render_chat(
-            generator.tokenizer,
-            messages,
-            add_generation_prompt=not goes_on and body.add_generation_prompt is not False,
-            continue_final_message=goes_on,
-        )
+    return await conversation_prompt(
+        generator,
+        body.messages or [],
+        record,
+        use_adapter_template=body.use_adapter_template,
+        add_generation_prompt=not goes_on and body.add_generation_prompt is not False,
+        continue_final_message=goes_on,
     )
-    # The template has written what special tokens there are.
-    return Given(await generator.encode(text, add_special_tokens=False, field="messages"), "text")
 
 
 def _check_own_template(body: ChatBody) -> None:

@@ -64,6 +64,7 @@ async def _prepare(request: Request, services: Services, body: CompletionBody) -
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         prompt_field="prompt" if body.row is None else "row",
         vocab_size=generator.vocab_size,
+        adapter=record,
     )
     if prompt_only:
         options = replace(options, max_new_tokens=1)  # the engine makes one at least

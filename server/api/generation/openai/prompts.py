@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import anyio.to_thread
-
 from server.api.error_replies import both_given, invalid, quoted
 from server.api.schemas import BodyRow
 from server.generation.generator import Generator, Prompt
@@ -30,11 +28,12 @@ class Given:
 
     Attributes:
         prompt: text and ids.
-        kind: "text" (a string), "ids", or "row" (rendered by the adapter's template).
+        kind: "text" (a string), "ids", "row" (rendered by the adapter's template) or "chat" (by the
+            base's chat template).
     """
 
     prompt: Prompt
-    kind: Literal["text", "ids", "row"]
+    kind: Literal["text", "ids", "row", "chat"]
 
 
 def require_one(
@@ -76,7 +75,7 @@ async def encode_all(
     given: list[Given] = []
     for start in range(0, len(values), _PIECE_PROMPTS):
         work = partial(_from_ids, generator.tokenizer, values[start : start + _PIECE_PROMPTS])
-        given += await anyio.to_thread.run_sync(work)
+        given += await generator.run_aside(work)
     return given
 
 
@@ -107,11 +106,11 @@ async def token_offsets(generator: Generator, given: Given) -> list[int]:
     if given.kind == "text":
         return [span.start for span in await generator.spans(text, add_special_tokens=True)]
     if given.kind == "row":
-        _, ranges = await anyio.to_thread.run_sync(
+        _, ranges = await generator.run_aside(
             lambda: tokenizer.encode_with_offsets(text, add_special_tokens=True)
         )
         return [start for start, _ in ranges]
-    return await anyio.to_thread.run_sync(lambda: _offsets_of_ids(tokenizer, ids))
+    return await generator.run_aside(lambda: _offsets_of_ids(tokenizer, ids))
 
 
 def _offsets_of_ids(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ Knows no prompt, no adapter and no reply.
 
 from __future__ import annotations
 
+from adapters.metadata import AdapterMetadata
 from server.api.error_replies import invalid, quoted
 from server.api.generation.openai.bodies import OpenAIBody
 from server.api.generation.sampling import sampling_of
@@ -22,6 +23,7 @@ def options_of(
     prompt_logprobs: bool = False,
     prompt_field: str,
     vocab_size: int,
+    adapter: AdapterMetadata | None,
 ) -> Options:
     """The options of the first sample of every prompt.
 
@@ -33,11 +35,14 @@ def options_of(
         prompt_logprobs: see SamplingParams.
         prompt_field: what this route calls the prompt.
         vocab_size: of the base; a logit bias names a smaller id.
+        adapter: has a default temperature where it was trained on labels; None is the base.
 
     Raises:
         Contradiction: two fields disagree.
         RequestInvalid: a value that does not fit.
     """
+    if body.temperature is None and adapter is not None:
+        body = body.model_copy(update={"temperature": adapter.default_temperature})
     return Options(
         sampling=sampling_of(
             body,

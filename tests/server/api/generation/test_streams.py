@@ -102,6 +102,31 @@ async def test_many_at_once_give_what_each_gives_alone(server):
     assert together == [one["generated_text"] for one in alone]
 
 
+async def test_a_request_with_an_adapter_waits_for_no_long_text(server):
+    """Long texts are tokenised meanwhile; what became of the name is read from the database anew."""
+    ended: list[str] = []
+    began = asyncio.Event()
+
+    async def long(client, number):
+        began.set()
+        reply = await client.post("/tokenize", json={"prompt": f"{number} the tweet " * 10_000})
+        assert reply.status_code == 200
+        ended.append(f"long-{number}")
+
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=120) as client:
+        texts = [asyncio.create_task(long(client, number)) for number in range(24)]
+        await began.wait()
+        await asyncio.sleep(0.2)  # on their way
+        alias = await client.put("/adapters/complaints/aliases/now", json={"version": 1})
+        assert alias.status_code == 200
+        body = {"inputs": "x", "parameters": {"max_new_tokens": 1}}
+        reply = await client.post("/generate?adapter=complaints@now", json=body)
+        assert reply.headers["x-adapter-id"] == "complaints"
+        ended.append("short")
+        await asyncio.gather(*texts)
+    assert ended.index("short") < 8, ended
+
+
 def test_streams_never_hold_half_a_character(server):
     for seed in range(6):
         parameters = {"do_sample": True, "temperature": 3.0, "seed": seed, "max_new_tokens": 40}

@@ -266,6 +266,8 @@ def asked_of(name: str) -> list[tuple[str, str, dict]]:
         ("POST", "/v1/completions", {"json": {"model": name, "prompt": "x", "max_tokens": 1}}),
         ("POST", "/v1/completions", {"json": {"model": f"{name}@1", "prompt": "x"}}),
         ("POST", "/v1/chat/completions", {"json": chat}),
+        ("POST", "/v1/responses", {"json": {"model": name, "input": "x"}}),
+        ("POST", "/v1/embeddings", {"json": {"model": name, "input": "x"}}),
         ("GET", f"/v1/models/{name}", {}),
         ("GET", f"/v1/models/{name}@1", {}),
         ("GET", f"/adapters/{name}", {}),

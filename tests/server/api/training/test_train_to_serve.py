@@ -84,6 +84,7 @@ def test_from_rows_to_answers_without_a_restart(training, tweets):
     assert adapter["job_id"] == job["id"]
     assert adapter["metrics"] == job["metrics"]
     assert adapter["recipe"]["hyperparameters"] == job["hyperparameters"]
+    assert adapter["recipe"]["default_temperature"] == 0
     assert adapter["template"] == JOB["template"]
     assert adapter["labels"] == LABELS
     assert (adapter["target_separator"], adapter["append_eos"]) == (" ", True)

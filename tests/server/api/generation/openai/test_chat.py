@@ -210,3 +210,24 @@ def test_a_base_without_a_template_says_so(server):
     assert "chat template" in reply.json()["error"]["message"]
     # an adapter that brings its own is enough
     assert chat(server, "late", model="complaints").status_code == 200
+
+
+@pytest.mark.parametrize(("model", "default"), [("complaints", 0), ("plain", None), (BASE, None)])
+def test_an_adapter_with_labels_is_greedy_unless_a_temperature_is_given(chatting, model, default):
+    assert chatting.get(f"/v1/models/{model}").json().get("default_temperature") == default
+
+    def drawn(**fields):
+        """What a chat and a completion say by eight seeds, and at a temperature of 0."""
+        body = {"model": model, "max_tokens": 8, "ignore_eos": True, **fields}
+        chats = {"messages": [{"role": "user", "content": "x"}], "use_adapter_template": None}
+        for seed in range(8):
+            said = chatting.post("/v1/chat/completions", json={**body, **chats, "seed": seed})
+            text = chatting.post("/v1/completions", json={**body, "prompt": "x", "seed": seed})
+            yield content_of(said), text.json()["choices"][0]["text"]
+
+    (greedy,) = set(drawn(temperature=0))
+    assert len(set(drawn(temperature=1))) > 1
+    for unsaid in ({}, {"temperature": None, "top_p": 0.9}):
+        said = set(drawn(**unsaid))
+        assert (said == {greedy}) == (default == 0)
+        assert len(said) == 1 or default is None

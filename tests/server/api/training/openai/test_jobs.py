@@ -232,9 +232,9 @@ HYPER = "method.ia3.hyperparameters"
         ({"training_file": NO_FILE}, 404, "file_not_found", "training_file", NO_FILE),
         ({"training_file": "../registry.db"}, 404, "file_not_found", "training_file", "no file"),
         ({"validation_file": NO_FILE}, 404, "file_not_found", "validation_file", NO_FILE),
-        ({"suffix": "Not A Name"}, 422, "name_invalid", "suffix", "not an adapter name"),
+        ({"suffix": "Not A Name"}, 422, "name_invalid", "suffix", "try 'not-a-name'"),
         ({"suffix": "tiny-base"}, 422, "name_invalid", "suffix", "reserved"),
-        ({"suffix": ""}, 422, "name_invalid", "suffix", "not an adapter name"),
+        ({"suffix": ""}, 422, "name_invalid", "suffix", "cannot be an adapter's name"),
         ({"method": {"type": "dpo"}}, 422, "invalid", METHODS, "supervised, prefix_tuning"),
         ({"method": {"type": "lora"}}, 422, "invalid", METHODS, "cpt"),
         ({"method": {"type": "ia3", "cpt": {}}}, 400, "contradiction", "method", "'cpt'"),
@@ -314,9 +314,10 @@ def test_what_is_refused(client, trained, pairs_file, fields, status, code, para
             b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n',
             "same target",
         ),
-        (b"\xff\xfe", "row 1 (line 1)"),
+        (b"\xff\xfe\x00\xd8", "row 1 (line"),
         (b"\n", "no rows"),
         (b'{"text": "a"}\n', "method.supervised.template"),
+        (b'[{"prompt": "a", "completion": [1]}]', "row 1 (line 1), column 'completion'"),
     ],
 )
 def test_lines_that_cannot_be_trained_on(client, content, words):
