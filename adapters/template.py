@@ -137,6 +137,14 @@ class Template:
         return tuple(name for name in self.columns if name not in self.required)
 
     @property
+    def main_column(self) -> str | None:
+        """The column that one text can fill: the only required one, else the only one."""
+        for names in (self.required, self.columns):
+            if len(names) == 1:
+                return names[0]
+        return None
+
+    @property
     def has_words(self) -> bool:
         """Whether a rendered text can be told from a column's value by the template's own text."""
         literal = "".join(part for part in self._always if isinstance(part, str))

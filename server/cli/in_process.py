@@ -118,16 +118,18 @@ class DataDirectory(Backend):
 
         services = self._services
         with self._registry.staging_dir() as directory:
-            ignored = stage(source.path, directory)
+            found = stage(source.path, directory)
+            base = services.need_base()
             published = self._registry.publish(
                 source.name,
                 directory,
-                services.need_base(),
+                base,
                 AdapterMetadata(**source.metadata),
+                warnings=found.warnings(base.vocab_size),
                 base_names=(services.base_id, services.settings.base),
             )
         record = AdapterVersion.of(published.record).model_dump(mode="json", by_alias=True)
-        return {**record, "created": published.created, "ignored_files": [*ignored]}
+        return {**record, "created": published.created, "ignored_files": [*found.ignored]}
 
     def jobs(self, offset: int, limit: int) -> list[Json]:
         """Jobs with all their fields, the newest first; as many as there are."""

@@ -426,8 +426,9 @@ class Generator(PerCaller):
     ) -> list[Prompt]:
         """Texts for an adapter, rendered with its stored template unless they are already.
 
-        A template of one column is filled with the text. A text in the template's own words (see
-        `Template.recognises`) is a prompt as it is, as is every text for an adapter without a template.
+        A template that needs one column is filled with the text. A text in the template's own words
+        (see `Template.recognises`) is a prompt as it is, as is every text for an adapter without a
+        template.
 
         Args:
             texts: at least one.
@@ -448,11 +449,10 @@ class Generator(PerCaller):
         characters = sum(map(len, texts))
         as_is = await self._run(characters, lambda: [template.recognises(text) for text in texts])
         rows = [text for text, whole in zip(texts, as_is, strict=True) if not whole]
-        if rows and len(template.columns) > 1:
+        column = template.main_column
+        if rows and column is None:
             raise _several_columns(template.columns, adapter.name, field)
-        filled = iter(
-            await self.encode_rows([{template.columns[0]: text} for text in rows], adapter)
-        )
+        filled = iter(await self.encode_rows([{column or "": text} for text in rows], adapter))
         whole_texts = [text for text, whole in zip(texts, as_is, strict=True) if whole]
         prompts = iter(await self.encode_all(whole_texts, field=field))
         return [next(prompts) if whole else next(filled) for whole in as_is]
@@ -601,8 +601,9 @@ class Generator(PerCaller):
 
     def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
         asked = options.max_new_tokens
-        # Of new tokens; the last one takes no position, see `positions_taken`.
-        room = self.max_sequence_tokens + 1 - virtual - prompt
+        # The last new token takes no position, see `positions_taken`.
+        fit = self._client.room(virtual) + virtual + 1
+        room = fit - virtual - prompt
         wanted = 1 if asked is None else asked
         if wanted > room:
             taken = f"{prompt} prompt tokens + {wanted} new tokens"
@@ -610,9 +611,9 @@ class Generator(PerCaller):
                 taken += f" + {virtual} virtual tokens of the adapter"
             raise TooLong(
                 f"{options.prompt_field} and {options.length_field} take {taken}, "
-                f"at most {self.max_sequence_tokens + 1} fit in all",
+                f"at most {fit} fit in all",
                 field=options.prompt_field if room < 1 else options.length_field,
-                expected=f"at most {self.max_sequence_tokens + 1} tokens in all",
+                expected=f"at most {fit} tokens in all",
                 came=str(prompt + wanted + virtual),
             )
         if asked is not None:

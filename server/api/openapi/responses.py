@@ -16,6 +16,7 @@ _TIMING_HEADERS = {
     "x-queue-time": "Milliseconds until the engine began.",
     "x-time-to-first-token": "Milliseconds until the first token.",
     "x-ignored-parameters": "Fields of the body that had no effect, if there were any.",
+    "x-did-you-mean": "Fields that were probably meant by those, if that is plain.",
 }
 
 
