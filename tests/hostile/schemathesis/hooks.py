@@ -41,6 +41,8 @@ UNSAYABLE: dict[str, str] = {
     r"labels: (the base|the adapter '.*') has no stored labels": _STORED,
     r"model: expected the base": _STORED,
     r"cannot be an alias": _STORED,
+    r"has \d+ aliases, and the limit is": _STORED,
+    r"is an alias of the adapter": _STORED,
     r"'.*' is reserved": _STORED,
     r"after: expected the id of an event of": _STORED,
     r"is (queued|running); cancel it": _STORED,
