@@ -10,7 +10,8 @@ from typing import Any
 
 from adapters import foreign_configs
 from adapters.errors import MethodUnsupported
-from adapters.method import AdapterMethod, as_json, letters, nearest
+from adapters.field_errors import close_to, quoted
+from adapters.method import AdapterMethod, letters
 from adapters.methods.cpt import CPT_METHOD
 from adapters.methods.ia3 import IA3_METHOD
 from adapters.methods.p_tuning import P_TUNING
@@ -131,7 +132,7 @@ def method_of(raw_config: Mapping[str, Any]) -> AdapterMethod[Any]:
         f"{_reason(came, raw_config)}; served are {served}",
         field="peft_type",
         expected=served,
-        came=as_json(came),
+        came=quoted(came),
     )
 
 
@@ -149,13 +150,13 @@ def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
         missing = "adapter_config.json has no peft_type, so its method is unknown"
         return missing if known is None else f"adapter_config.json has no peft_type: {known}"
     if not isinstance(peft_type, str):
-        return f"peft_type is {as_json(peft_type)}, expected a text"
+        return f"peft_type is {quoted(peft_type)}, expected a text"
     if peft_type in OTHER_PEFT_TYPES:
         default = f"{peft_type} is a method of PEFT that is not served"
         return f"peft_type {peft_type!r}: {REASONS.get(peft_type, default)}. {_instead(peft_type)}"
     if peft_type in FORK_PEFT_TYPES:
         return f"peft_type {peft_type!r} belongs to a fork of PEFT ({FORK_PEFT_TYPES[peft_type]})"
-    unknown = f"peft_type {as_json(peft_type)} is no method of PEFT that is known here"
+    unknown = f"peft_type {quoted(peft_type)} is no method of PEFT that is known here"
     meant = _meant(peft_type)
     return unknown if meant is None else f"{unknown}; did you mean {meant}?"
 
@@ -164,7 +165,7 @@ def _meant(peft_type: str) -> str | None:
     """The name of PEFT's that was probably meant: by alias, or by its letters."""
     name = peft_type.rpartition("PeftType.")[2]
     alias = _ALIASES.get(letters(name[:60]))
-    return alias or nearest(name, [*METHODS, *OTHER_PEFT_TYPES])
+    return alias or close_to(name, [*METHODS, *OTHER_PEFT_TYPES])
 
 
 __all__ = ["METHODS", "method_of"]

@@ -612,8 +612,9 @@ class Generator(PerCaller):
 
     def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
         asked = options.max_new_tokens
-        # Of new tokens; the last one takes no position, see `positions_taken`.
-        room = self.max_sequence_tokens + 1 - virtual - prompt
+        # The last new token takes no position, see `positions_taken`.
+        fit = self._client.room(virtual) + virtual + 1
+        room = fit - virtual - prompt
         wanted = 1 if asked is None else asked
         if wanted > room:
             taken = f"{prompt} prompt tokens + {wanted} new tokens"
@@ -621,9 +622,9 @@ class Generator(PerCaller):
                 taken += f" + {virtual} virtual tokens of the adapter"
             raise TooLong(
                 f"{options.prompt_field} and {options.length_field} take {taken}, "
-                f"at most {self.max_sequence_tokens + 1} fit in all",
+                f"at most {fit} fit in all",
                 field=options.prompt_field if room < 1 else options.length_field,
-                expected=f"at most {self.max_sequence_tokens + 1} tokens in all",
+                expected=f"at most {fit} tokens in all",
                 came=str(prompt + wanted + virtual),
             )
         if asked is not None:

@@ -40,6 +40,8 @@ _ADAPTER = Query(
     description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.",
     json_schema_extra=NOT_BLANK,
 )
+# Where the fields that clients may misspell or misplace belong.
+_FIELDS = {name: f"parameters.{name}" for name in GenerateParameters.model_fields}
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: events(
         GenerateFrame,
@@ -128,7 +130,7 @@ def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParam
         name for name, value in inside.items() if value is not None or name not in LORAX_FIELDS
     ]
     refuse_stray_adapters([*(body.model_extra or {}), *named], also=("model",))
-    note_ignored(request, {*set_extras(body), *set_extras(parameters)})
+    note_ignored(request, {*set_extras(body), *set_extras(parameters)}, _FIELDS)
 
 
 def _check_inputs(body: GenerateBody) -> None:

@@ -17,6 +17,7 @@ _TIMING_HEADERS = {
     "x-time-to-first-token": "Milliseconds until the first token.",
     "x-prompt-warning": "Once a caller: that the prompt looks unlike those of the adapter's training.",
     "x-ignored-parameters": "Fields of the body that had no effect, if there were any.",
+    "x-did-you-mean": "Fields that were probably meant by those, if that is plain.",
 }
 
 

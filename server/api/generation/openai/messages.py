@@ -71,7 +71,7 @@ def render_chat(
 
 
 def row_of(messages: Sequence[Message], record: AdapterRecord, field: str = "messages") -> BodyRow:
-    """The row for an adapter's own template of one column: what the one user message says.
+    """The row for an adapter's own template that needs one column: what the one user message says.
 
     Args:
         messages: the conversation.
