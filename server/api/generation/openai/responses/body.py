@@ -33,7 +33,9 @@ _LOGPROBS = "message.output_text.logprobs"
 _ROLES = ("system", "developer", "user", "assistant")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _PART = 'a text part: {"type": "input_text", "text": ...}'
-# Not supported, and what a request has to say instead. Null and empty values pass.
+# Of these not even an empty value means anything here.
+_NEVER = ("previous_response_id", "conversation", "prompt")
+# Not supported, and what a request has to say instead. Null passes, and elsewhere empty values.
 _UNSUPPORTED: Mapping[str, str] = {
     "previous_response_id": "none: responses are not stored; send the earlier messages in input",
     "conversation": "none: conversations are not stored; send the earlier messages in input",
@@ -118,10 +120,8 @@ class ResponsesBody(OpenBody):
                 "background": {"enum": [False, None]},
                 "include": {"items": {"const": _LOGPROBS}},
                 "text": {"properties": {"format": _FORMAT}},
-                **{
-                    name: {"type": "null"}
-                    for name in ("previous_response_id", "conversation", "prompt", "reasoning")
-                },
+                **{name: {"type": "null"} for name in _NEVER},
+                "reasoning": nullable({**OBJECT, "additionalProperties": {"enum": [None, "none"]}}),
             },
             allOf=[
                 {"anyOf": one_of(input={"type": ["string", "array"]}, row=OBJECT)},
@@ -243,9 +243,11 @@ def _check_supported(body: ResponsesBody) -> None:
     extra = body.model_extra or {}
     for name, expected in _UNSUPPORTED.items():
         value = getattr(body, name, extra.get(name))
-        if name == "reasoning" and isinstance(value, dict):
+        if name == "reasoning" and value is not None:
+            if not isinstance(value, dict):
+                raise invalid(name, expected, quoted(value))
             value = {key: one for key, one in value.items() if one not in (None, "none")}
-        if value:
+        if value or (name in _NEVER and value is not None):
             raise invalid(name, expected, quoted(value))
     if body.tool_choice not in (None, "auto", "none"):
         raise invalid(
@@ -287,7 +289,8 @@ def _response_format(text: dict[str, Any] | None) -> Any:
 
 def _messages(value: str | list[Any]) -> list[Message]:
     if isinstance(value, str):
-        _check_text(value, "input")
+        if not _check_text(value, "input"):
+            raise invalid("input", "a text of at least one character", "''")
         return [Message(role="user", content=value)]
     if not value:
         raise invalid("input", "a text or at least one message", "an empty list")

@@ -136,6 +136,7 @@ def test_logprobs_and_shapes(chatting):
     [
         ({"input": None}, 422, "input"),
         ({"input": []}, 422, "input"),
+        ({"input": ""}, 422, "input"),
         ({"input": 7}, 422, "input"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, 422, "input.0.type"),
         ({"input": [{"role": "tool", "content": "x"}]}, 422, "input.0.role"),
