@@ -26,6 +26,7 @@ EVENTS_A_TURN = 32
 # JSON encoder yields have about five bytes a chunk.
 FREE_CHUNKS = 10_000
 MIN_CHUNK_BYTES = 4
+_CRLF = b"\r\n"
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 # The end of h11's messages, which quotes the input.
 _WHAT_CAME = re.compile(r": b(?:ytearray\(b)?['\"].*", re.DOTALL)
@@ -124,6 +125,19 @@ class BoundedConnection(h11.Connection):
         elif isinstance(event, h11.Data) and self.is_chunked:
             self._count_chunk(event)
         return event
+
+    def send(self, event: Any) -> Any:
+        """The bytes of an event; the reply to a chunked body that has not ended says that it is the last.
+
+        h11 is not told: it would have the connection closed at once, and the reply could be lost.
+        """
+        data = super().send(event)
+        is_unfinished = self.is_chunked and self.their_state is h11.SEND_BODY
+        if not isinstance(event, h11.Response) or not is_unfinished:
+            return data
+        if any(name == b"connection" for name, _ in event.headers):
+            return data
+        return data.removesuffix(_CRLF) + b"connection: close" + 2 * _CRLF
 
     def _begin_request(self, request: h11.Request) -> None:
         self._path = request.target.partition(b"?")[0].decode("ascii", "replace")

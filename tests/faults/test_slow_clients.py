@@ -336,7 +336,9 @@ def test_a_refused_body_of_chunks_is_not_read_to_its_end(address):
             return await client.until_closed()  # the end of the body never comes
 
     began = time.monotonic()
-    assert run(work()).startswith(b"HTTP/1.1 404 ")
+    reply = run(work())
+    assert reply.startswith(b"HTTP/1.1 404 ")
+    assert b"\r\nconnection: close\r\n" in reply
     # At once, not after the time that a body of a known length has.
     assert time.monotonic() - began < ENOUGH_SECONDS / 2
 
