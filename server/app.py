@@ -333,6 +333,7 @@ def _folder_watch(services: Services) -> FolderWatch:
             services.registry,
             also_allowed=settings.load_dirs,
             base_names=(services.base_id, settings.base),
+            record=settings.data_dir / "watched.json",
         )
     return FolderWatch(
         directory, services.client, settings.adapter_dir_seconds, lambda: services.ready

@@ -62,6 +62,7 @@ UNSAYABLE: dict[str, str] = {
     r"row: the template takes the columns": _DATA,
     r"training_file: row \d+": _FILES,
     r"(grammar|response_format)\.(value|json_schema|schema)": "what it must be depends on the type",
+    r"text\.format": "what it must be depends on the type",
     r"row \d+: mixed types in column": _DATA,
     r"row \d+: expected a column name": "white space alone is no name",
     r"does not fit 64 bits": _FLOATS,
