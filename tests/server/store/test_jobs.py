@@ -673,6 +673,7 @@ _CREATOR = """
     from server.store.jobs import JobStore
     from tests.server.jobs.examples import EXAMPLES, a_job, many
     store = JobStore(Path(sys.argv[1]), queue=QueueLimits(10**6))
+    store.create(a_job(num_rows=100), many(50))
     print("ready", flush=True)
     while True:
         job_id = store.create(a_job(num_rows=100), many(50)).id
