@@ -137,6 +137,12 @@ class Template:
         return tuple(name for name in self.columns if name not in self.required)
 
     @property
+    def sole_column(self) -> str | None:
+        """The column that one text fills: the only one, or the only one that is not optional."""
+        names = self.required or self.columns
+        return names[0] if len(names) == 1 else None
+
+    @property
     def has_words(self) -> bool:
         """Whether a rendered text can be told from a column's value by the template's own text."""
         literal = "".join(part for part in self._always if isinstance(part, str))
@@ -264,8 +270,9 @@ def _is_left_out(line: tuple[str | Column, ...], row: Mapping[str, Value]) -> bo
 
 
 def _folded(text: str) -> str:
-    # NFKC: a full-width colon is a colon.
-    return "".join(normalize("NFKC", text).split()).casefold()
+    if not text.isascii():
+        text = normalize("NFKC", text)  # a full-width colon is a colon
+    return "".join(text.split()).casefold()
 
 
 def _column(match: re.Match[str], text: str) -> Column:

@@ -76,6 +76,25 @@ REASONS = {
     "MULTITASK_PROMPT_TUNING": "multitask prompt tuning is not served yet",
 }
 
+# PEFT's methods that it cannot merge into a base, or only for some inputs of theirs.
+_NOT_MERGEABLE = {
+    "ADAPTION_PROMPT",
+    "BEFT",
+    "CARTRIDGE",
+    "LILY",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "SHADOW",
+    "XLORA",
+}
+_MERGE = (
+    "Merge it into its base and serve the result as a base: "
+    "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
+    'AutoPeftModelForCausalLM.from_pretrained("ADAPTER").merge_and_unload().save_pretrained("MERGED"); '
+    'AutoTokenizer.from_pretrained("BASE").save_pretrained("MERGED"); '
+    "then graftwork serve --base MERGED"
+)
+
 # Types that forks of PEFT write. They compute something else than the type whose name they resemble.
 FORK_PEFT_TYPES = {
     "BOTTLENECK": "LLM-Adapters",
@@ -117,6 +136,14 @@ def method_of(raw_config: Mapping[str, Any]) -> AdapterMethod[Any]:
     )
 
 
+def _instead(peft_type: str) -> str:
+    """What to do with an adapter of a method of PEFT that is not served."""
+    if peft_type in _NOT_MERGEABLE:
+        return "PEFT cannot merge it into a base either; serve it with PEFT itself"
+    elsewhere = " (or serve it unmerged with vLLM, say)" if peft_type == "LORA" else ""
+    return _MERGE + elsewhere
+
+
 def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
     if peft_type is None:
         known = foreign_configs.what_it_is(raw_config)
@@ -129,7 +156,7 @@ def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
         return f"peft_type is {quoted(peft_type)}, expected a text"
     if peft_type in OTHER_PEFT_TYPES:
         default = f"{peft_type} is a method of PEFT that is not served"
-        return f"peft_type {peft_type!r}: {REASONS.get(peft_type, default)}"
+        return f"peft_type {peft_type!r}: {REASONS.get(peft_type, default)}. {_instead(peft_type)}"
     if peft_type in FORK_PEFT_TYPES:
         return f"peft_type {peft_type!r} belongs to a fork of PEFT ({FORK_PEFT_TYPES[peft_type]})"
     unknown = f"peft_type {quoted(peft_type)} is no method of PEFT that is known here"

@@ -197,7 +197,7 @@ def _csv_fault(error: csv.Error) -> str:
             "twice)"
         )
     if "new-line character" in fault:
-        return "a carriage return without a line feed"
+        return "a carriage return without a line feed (tr '\\r' '\\n' < FILE > NEW makes lines)"
     if "field limit" in fault:
         return f"a cell of more than {csv.field_size_limit()} characters"
     return fault

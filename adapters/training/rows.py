@@ -7,6 +7,8 @@ the row, counted from 1. Cells that look like formulas are plain text. Independe
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from adapters.template import Row
 from adapters.training.row_files import open_rows
 from adapters.training.row_source import (
     DEFAULT_DATA_LIMITS,
+    MAX_LISTED,
     SHOWN,
     DataLimits,
     FileFacts,
@@ -98,6 +101,7 @@ class _Checker:
     def __init__(self, limits: DataLimits, used: Used | None) -> None:
         self._limits = limits
         self._used = None if used is None else frozenset(used.names)
+        self._required = () if used is None else used.required
         self._kinds: dict[str, tuple[str, str]] = {}  # column -> kind, and the row that set it
         self._names: dict[str, str] = {}
         self._bytes = 0
@@ -121,6 +125,9 @@ class _Checker:
         row = source.row
         if not isinstance(row, Mapping):
             raise refused(source.place, number, "an object of columns", _kind_of_value(row))
+        for name in self._required:
+            if name not in row:
+                raise _missing(name, row, source.place, number)
         if self._used is not None:
             row = {name: value for name, value in row.items() if name in self._used}
         for name, value in row.items():
@@ -163,6 +170,20 @@ class _Checker:
                 expected=first,
                 came=kind,
             )
+
+
+def _missing(column: str, row: Mapping[object, Any], place: str, number: int) -> DataInvalid:
+    names = [name[:SHOWN] for name in itertools.islice(row, MAX_LISTED) if isinstance(name, str)]
+    listed = ", ".join(map(repr, names)) or "none"
+    near = difflib.get_close_matches(column[:SHOWN], names, n=1)
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    return DataInvalid(
+        f"{place}: the column {quoted(column)} is missing; the row has {listed}{hint}",
+        row=number,
+        field=column,
+        expected=f"a column {quoted(column)}",
+        came=listed,
+    )
 
 
 def _check_count(number: int, limits: DataLimits) -> None:

@@ -71,9 +71,11 @@ class DataDirectory(Backend):
         with ExitStack() as opened:
             self._settings = settings
             self._base_id = base_name(settings)
-            self._registry: Registry = Registry(settings.data_dir, reserved=(self._base_id,))
+            self._registry: Registry = Registry(
+                settings.data_dir, reserved=(self._base_id,), max_aliases=settings.max_aliases
+            )
             opened.callback(self._registry.close)
-            self._jobs: JobStore = JobStore(settings.data_dir)
+            self._jobs: JobStore = JobStore(settings.data_dir, queue=settings.queue_limits())
             opened.callback(self._jobs.close)
             self._base: BaseModelSpec | None = None
             if reads_base:

@@ -6,6 +6,7 @@ a PEFT folder needs no data directory, and an interrupted run goes on later, whi
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -587,6 +588,9 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     facts = {
         "data": ", ".join(word for word in what if word),
         "columns": _columns(data),
+        "template": "the base's chat template"
+        if plan["prompts"] == "chat"
+        else f"{plan['template']!r}, then {plan['target_separator']!r} and {plan['target']}",
         "method": f"{plan['method']}, {plan['trainable_params']:,} parameters",
         "rows": f"{plan['num_train']} to train on, {plan['num_held_out']} held out",
         "tokens a row": ", ".join(f"{name} {value:g}" for name, value in plan["lengths"].items()),
@@ -601,7 +605,9 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         print_line(f"warning: {warning}")
     for row in plan["preview"]:
         tokens = "|".join("<special>" if text is None else text for text in row["tokens"])
-        print_line(f"row {row['row']} ({len(row['ids'])} tokens): {tokens}")
+        text = json.dumps(row["text"], ensure_ascii=False)
+        print_line(f"row {row['row']} ({len(row['ids'])} tokens): {text}")
+        print_line(f"  tokens: {tokens}")
 
 
 def _columns(data: dict[str, Any]) -> str:

@@ -86,6 +86,28 @@ def test_optional_columns_beside_others_and_at_the_ends():
         Template.parse("{?}")
 
 
+@pytest.mark.parametrize(
+    ("template", "column"),
+    [
+        ("{a}\n{?b}", "a"),
+        ("{?b} :", "b"),
+        ("{a} {a}", "a"),
+        ("{a} {b}", None),
+        ("{?a} {?b}", None),
+        ("plain", None),
+    ],
+)
+def test_the_column_that_one_text_can_fill(template, column):
+    assert Template.parse(template).sole_column == column
+
+
+def test_a_text_is_recognised_with_and_without_the_lines_that_may_go():
+    template = Template.parse("Human: {i}\nInput: {?in}\n\nAssistant: ")
+    for row in ({"i": "q"}, {"i": "q", "in": "x"}):
+        assert template.recognises(template.render(row))
+    assert not template.recognises("q")
+
+
 def test_values_are_never_parsed():
     template = Template.parse("{a} {b}")
     assert template.render({"a": "{b}", "b": "{{x}}"}) == "{b} {{x}}"

@@ -177,7 +177,7 @@ class UnderstoodData(ReplyModel):
 class PreviewOfRows(ReplyModel):
     """What a dry run says of the rows."""
 
-    data: UnderstoodData = shows({}, "What was understood of the data.")
+    data: UnderstoodData = shows({}, "How the rows were read.")
 
     num_train: int = shows(64, "Rows to train on.")
     num_held_out: int = shows(16, "Rows held out.")

@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.training.job import JobRequest
+from adapters.training.json_rows import DEPTH
 from server.api.content_type import is_json, media_type
 from server.api.error_replies import quoted, refuse_invalid
 from server.api.middleware.headers import body_too_large
@@ -36,8 +37,8 @@ from server.config.settings import MIB, Settings
 from server.errors import Contradiction, RequestInvalid, WrongContentType
 from server.text.tokenizer import TextTokenizer
 
-# The body, its rows, a row, the config, and one level of lists or objects within.
-_DEPTH = 12
+# Columns that nothing names may hold anything, as in a file.
+_DEPTH = DEPTH
 # Bytes that are counted at a time: others may run in between.
 _SLICE = 1 << 16
 _CURL = "-F job=@job.json -F data=@rows.jsonl"
@@ -46,7 +47,6 @@ _CURL = "-F job=@job.json -F data=@rows.jsonl"
 _ROW: Schema = {
     "type": "object",
     "minProperties": 1,
-    "propertyNames": {"minLength": 1},
 }
 _EXAMPLE = {
     "adapter": "mine",
