@@ -97,16 +97,22 @@ _IN_THE_NUMBERS = frozenset(
         "weighting",
     }
 )
-# Unknown fields with such a word that describe a training run.
+# Unknown fields with such a word that describe a training run or the base.
 _HARMLESS = frozenset(
     {
+        "activation_checkpointing",
         "attn_implementation",
         "bf16_full_eval",
         "fp16_scale_window",
         "group_by_position",
         "initial_loss_scale",
-        "layer_freeze",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
         "loss_scale",
+        "max_position_embeddings",
+        "n_layer",
+        "num_hidden_layers",
+        "position_embedding_type",
         "max_grad_norm",
         "base_model_layers",
         "data_source",
@@ -194,9 +200,9 @@ def _warn_of_unknown(unknown: Mapping[str, Any], method: AdapterMethod[Any]) -> 
 
 def shown_fields(fields: Mapping[str, Any]) -> str:
     """Untrusted fields and their values, for a message; at most the first few."""
-    shown = [shown_field(name, fields[name]) for name in sorted(fields)]
-    more = len(shown) - _MOST_NAMED
-    return ", ".join(shown[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    shown = [shown_field(name, fields[name]) for name in sorted(fields)[:_MOST_NAMED]]
+    more = len(fields) - _MOST_NAMED
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def shown_field(name: str, value: object) -> str:

@@ -147,8 +147,11 @@ def _instead(peft_type: str) -> str:
 def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
     if peft_type is None:
         known = foreign_configs.what_it_is(raw_config)
+        if known is not None:
+            return f"adapter_config.json has no peft_type: {known}"
         missing = "adapter_config.json has no peft_type, so its method is unknown"
-        return missing if known is None else f"adapter_config.json has no peft_type: {known}"
+        looks_like = _by_fields(raw_config)
+        return missing if looks_like is None else f"{missing}; its fields are those of {looks_like}"
     if not isinstance(peft_type, str):
         return f"peft_type is {quoted(peft_type)}, expected a text"
     if peft_type in OTHER_PEFT_TYPES:
@@ -159,6 +162,17 @@ def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
     unknown = f"peft_type {quoted(peft_type)} is no method of PEFT that is known here"
     meant = _meant(peft_type)
     return unknown if meant is None else f"{unknown}; did you mean {meant}?"
+
+
+def _by_fields(raw_config: Mapping[str, Any]) -> str | None:
+    """The only method whose own fields a config has."""
+    fields = {name: frozenset(method.config_class.model_fields) for name, method in METHODS.items()}
+    own = {
+        name: found.difference(*(fields[other] for other in fields if other != name))
+        for name, found in fields.items()
+    }
+    alike = [name for name, found in own.items() if not found.isdisjoint(raw_config)]
+    return alike[0] if len(alike) == 1 else None
 
 
 def _meant(peft_type: str) -> str | None:

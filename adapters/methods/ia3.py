@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal
@@ -433,8 +434,7 @@ def _unbound(name: str, hint: str) -> TensorMismatch:
 
 
 def _twice(paths: Mapping[str, str]) -> TensorMismatch:
-    bound = list(paths.values())
-    path = next(path for path in bound if bound.count(path) > 1)
+    path = Counter(paths.values()).most_common(1)[0][0]
     return TensorMismatch(
         f"the checkpoint scales {quoted(path)} twice, with and without {ADAPTER_NAME!r} at the end of the "
         "name; expected one tensor for each module",

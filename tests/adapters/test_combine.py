@@ -263,3 +263,13 @@ def test_the_result_does_not_depend_on_the_order_of_names(tmp_path):
     assert json.loads(json.dumps(config)) == config
     again, _ = combine([(dict(reversed(config.items())), tensors)], [1.0])
     assert list(again) == list(config)
+
+
+def test_names_with_the_adapters_name_add_to_plain_ones(tmp_path):
+    folder = save_ia3(tmp_path / "plain", ia3(["k_proj", "v_proj"], []), seed=3)
+    config, _, tensors = read(folder)
+    named = {f"{name}.default": tensor for name, tensor in tensors.items()}
+    other = write(tmp_path / "named", config, named)
+    total = combine([stored(folder), stored(other)], [0.5, 0.5])[1]
+    assert total.keys() == tensors.keys()
+    assert all(torch.allclose(total[name], tensors[name]) for name in tensors)

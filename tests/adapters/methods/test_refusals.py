@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.checkpoint.config import read_peft_config
 from adapters.checks import TASKS
 from adapters.errors import (
     CheckpointError,
@@ -72,6 +74,8 @@ def rows(width: int, count: int = 5, dtype: str = "F32") -> dict[str, TensorInfo
         ({"peft_type": 3}, "peft_type is 3, expected a text"),
         ({}, "has no peft_type"),
         ({"peft_type": None}, "has no peft_type"),
+        ({"prefix_projection": False}, "has no peft_type.*its fields are those of PREFIX_TUNING"),
+        ({"feedforward_modules": [], "target_modules": []}, "its fields are those of IA3"),
     ],
 )
 def test_method_of_refuses(raw: dict[str, Any], words: str) -> None:
@@ -738,3 +742,14 @@ def test_ia3_names_with_the_adapters_name_bind_as_in_peft() -> None:
     assert check({"peft_type": "IA3"}, infos).uses_scales
     with pytest.raises(TensorMismatch, match="twice, with and without"):
         check({"peft_type": "IA3"}, {**infos, **ia3_infos()})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"cpt_token_ids": ["a"] * 100_000}, {f"field {n}": n for n in range(50_000)}]
+)
+def test_a_config_of_many_faults_is_refused_or_read_at_once(fields: dict[str, Any]) -> None:
+    """Explaining every one of them would take minutes."""
+    start = time.process_time()
+    with contextlib.suppress(ConfigInvalid):
+        read_peft_config(METHODS["CPT"], raw_of("CPT", **fields))
+    assert time.process_time() - start < 10
