@@ -67,6 +67,7 @@ UNSAYABLE: dict[str, str] = {
     r"messages\.\d+\.content": "the base's chat template takes texts only",
     r"(data|training_file|validation_file): it is .*, expected text": _FILES,
     r"the first line names the columns": _FILES,
+    r"its columns are .*; expected": _FILES,
     r"row \d+ \(line \d+\)": _FILES,
     r"the upload is refused: .* is there twice": _FILES,
     r"expected adapter_config.json and adapter_model.safetensors": _FILES,
