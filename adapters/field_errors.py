@@ -169,8 +169,14 @@ def unknown_name(name: str, known: Collection[str], what: str = "field") -> str:
     return f"{said}; known are {listed(sorted(known))}"
 
 
-def close_to(name: str, known: Collection[str]) -> str | None:
-    """The known name that was probably meant; None if none is near."""
+def close_to(name: str, known: Collection[str], cutoff: float = _CUTOFF) -> str | None:
+    """The known name that was probably meant; None if none is near.
+
+    Args:
+        name: as it came.
+        known: what the place has.
+        cutoff: how alike the letters must be, from 0 to 1.
+    """
     plain = {_plain(one): one for one in known}
     asked = _plain(name[:_MAX_CHARACTERS])
     if asked in plain:
@@ -181,7 +187,7 @@ def close_to(name: str, known: Collection[str]) -> str | None:
         outer, dot, _ = ours.partition(".")
         if dot and outer in known:
             return ours
-    near = difflib.get_close_matches(asked, plain, n=1, cutoff=_CUTOFF)
+    near = difflib.get_close_matches(asked, plain, n=1, cutoff=cutoff)
     return plain[near[0]] if near else None
 
 

@@ -137,12 +137,10 @@ class Template:
         return tuple(name for name in self.columns if name not in self.required)
 
     @property
-    def main_column(self) -> str | None:
-        """The column that one text can fill: the only required one, else the only one."""
-        for names in (self.required, self.columns):
-            if len(names) == 1:
-                return names[0]
-        return None
+    def sole_column(self) -> str | None:
+        """The column that one text fills: the only one, or the only one that is not optional."""
+        names = self.required or self.columns
+        return names[0] if len(names) == 1 else None
 
     @property
     def has_words(self) -> bool:
@@ -272,8 +270,9 @@ def _is_left_out(line: tuple[str | Column, ...], row: Mapping[str, Value]) -> bo
 
 
 def _folded(text: str) -> str:
-    # NFKC: a full-width colon is a colon.
-    return "".join(normalize("NFKC", text).split()).casefold()
+    if not text.isascii():
+        text = normalize("NFKC", text)  # a full-width colon is a colon
+    return "".join(text.split()).casefold()
 
 
 def _column(match: re.Match[str], text: str) -> Column:

@@ -141,7 +141,7 @@ def make_plan(
         num_validation_rows=len(rendered.held_out),
         format=request.format or "columns",
         labels_inferred=settings.labels_inferred,
-        warnings=[*notes, *_warnings(settings, rows)],
+        warnings=[*notes, *adapter.warnings, *_warnings(settings, rows)],
         trainable_params=trainable_params,
     )
     preview = [_preview(example, rendered) for example in examples.train[:PREVIEW_ROWS]]

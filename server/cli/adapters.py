@@ -14,6 +14,7 @@ import typer
 from adapters.field_errors import listed
 from server.cli.adapter_folders import AdapterPlace, RefusedPath, find_places
 from server.cli.adapter_tables import details_of, print_added, print_record, table_of
+from server.cli.command_group import CommandGroup
 from server.cli.data import labels_from
 from server.cli.options import (
     AsJson,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from server.cli.backend import AdapterFiles, Backend
 
 adapters_app = typer.Typer(
+    cls=CommandGroup,
     help="List, show, add, remove, download and combine adapters.",
     no_args_is_help=True,
 )
@@ -210,7 +212,7 @@ def set_alias(
     settings: Settings,
     as_json: AsJson = False,
 ) -> None:
-    """Name a version: NAME@ALIAS means it then; or move an alias, or remove it.
+    """Name a version (NAME@ALIAS), or move or remove the name.
 
     \b
     graftwork adapters alias complaints stable 2

@@ -27,6 +27,7 @@ from server.store.job_files import no_job
 from server.store.job_states import FINISHED
 
 if TYPE_CHECKING:
+    from adapters.checkpoint.archive import Staged
     from adapters.training.job import JobRequest
 
 Json: TypeAlias = dict[str, Any]
@@ -144,11 +145,12 @@ class Backend:
             CheckpointError: its files are not there, or refused.
         """
         self._require_base(source.metadata.get("base_digest"))
-        with staged(source.path) as (directory, ignored):
-            files = [("files", file.name, file) for file in sorted(directory.iterdir())]
+        with staged(source.path) as (directory, found):
+            paths = [*sorted(directory.iterdir()), *_token_files(source.path)]
+            files = [("files", path.name, path) for path in paths]
             fields = {"name": source.name, **_form(source.metadata)}
             status, shown = self.server.upload("/adapters", fields, files)
-        return {**shown, "created": status == 201, "ignored_files": [*ignored]}
+        return {**shown, "created": status == 201, "ignored_files": [*found.ignored]}
 
     def remove(self, name: str, version: int | None) -> Json:
         """Remove a version, or all of them; `name` and `deleted_versions`."""
@@ -354,8 +356,8 @@ def split_reference(reference: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """A fresh folder with the two files of a PEFT folder or an archive, and the ignored names.
+def staged(path: Path) -> Iterator[tuple[Path, Staged]]:
+    """A fresh folder with the two files of a PEFT folder or an archive, and what lay beside them.
 
     Raises:
         CheckpointError: they are not there, or refused.
@@ -365,8 +367,16 @@ def staged(path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
         yield directory, stage(path, directory)
 
 
-def stage(path: Path, directory: Path) -> tuple[str, ...]:
-    """Fill an empty folder from a PEFT folder or an archive. Returns the ignored names.
+def _token_files(path: Path) -> list[Path]:
+    """The small files of a folder by which the server finds tokens that its base does not have."""
+    from adapters.checkpoint import added_tokens
+
+    found = [path / name for name in sorted(added_tokens.FILES)] if path.is_dir() else []
+    return [one for one in found if one.is_file() and one.stat().st_size <= added_tokens.MAX_BYTES]
+
+
+def stage(path: Path, directory: Path) -> Staged:
+    """Fill an empty folder from a PEFT folder or an archive. Returns what lay beside the two files.
 
     Raises:
         CheckpointError: as `adapters.checkpoint.archive.stage_upload`, which uploads use too.

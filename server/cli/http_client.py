@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,10 @@ import httpx
 _PATIENCE_SECONDS = 600.0
 _CONNECT_SECONDS = 10.0
 _MOST_CHARACTERS = 300
+# A server that loads its base answers so; commands wait for it so long, and ask so often.
+_LOADING = "still loading"
+_LOADING_SECONDS = 180.0
+_ASK_AGAIN_SECONDS = 1.0
 
 
 class ServerRefused(Exception):
@@ -45,6 +50,8 @@ class RemoteServer:
         patience_seconds: how long a reply may take.
         api_key: sent with every request; None sends none.
         transport: what answers instead of the network, however long it takes.
+        on_loading: called once if a request has to wait until the server has loaded its base; None
+            lets such a request fail.
 
     Raises:
         ServerRefused: not such a URL. Every method raises it too: no reply, or a refusal.
@@ -57,8 +64,10 @@ class RemoteServer:
         patience_seconds: float = _PATIENCE_SECONDS,
         api_key: str | None = None,
         transport: httpx.BaseTransport | None = None,
+        on_loading: Callable[[], None] | None = None,
     ) -> None:
         self.url = checked_url(url)
+        self._on_loading = on_loading
         self._timeout = httpx.Timeout(
             None if transport else patience_seconds, connect=min(patience_seconds, _CONNECT_SECONDS)
         )
@@ -186,6 +195,7 @@ class RemoteServer:
         if options.get("json", ...) is None:
             del options["json"]
         try:
+            self._wait_until_loaded()
             with self._client.stream(method, path, **options) as reply:
                 if not reply.is_success:
                     reply.read()
@@ -193,6 +203,19 @@ class RemoteServer:
                 yield reply
         except httpx.HTTPError as error:
             raise unreachable(self.url, error) from error
+
+    def _wait_until_loaded(self) -> None:
+        """Before the first request: wait while the server loads its base."""
+        on_loading, self._on_loading = self._on_loading, None
+        end, told = time.monotonic() + _LOADING_SECONDS, False
+        while on_loading is not None and time.monotonic() < end:
+            reply = self._client.get("/readyz")
+            if reply.is_success or _LOADING not in refusal_of(reply, self.url).message:
+                return
+            if not told:
+                on_loading()
+            told = True
+            time.sleep(_ASK_AGAIN_SECONDS)
 
 
 def checked_url(url: str) -> str:

@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from server.cli.command_group import CommandGroup
 from server.cli.job_tables import comparison_of, comparison_table, jobs_table
 from server.cli.options import (
     AsJson,
@@ -31,6 +32,7 @@ JobId = Annotated[
 ]
 
 jobs_app = typer.Typer(
+    cls=CommandGroup,
     help="List, show, compare, follow, cancel and remove training jobs.",
     no_args_is_help=True,
 )

@@ -16,6 +16,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from server.cli.command_group import CommandGroup
 from server.cli.options import (
     AsJson,
     takes_settings,
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from server.store.keys import KeyStore
 
 keys_app = typer.Typer(
-    help="Make, list and revoke the API keys of a data directory.", no_args_is_help=True
+    cls=CommandGroup,
+    help="Make, list and revoke the API keys of a data directory.",
+    no_args_is_help=True,
 )
 
 _TIMES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

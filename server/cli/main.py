@@ -34,6 +34,7 @@ import typer
 from rich.table import Table
 
 from server.cli import adapters, bench, combine, evaluate, generate, jobs, keys, train
+from server.cli.command_group import CommandGroup
 from server.cli.doctor import command as doctor
 from server.cli.options import (
     AsJson,
@@ -68,6 +69,7 @@ def _print_version(asked: bool) -> None:
 
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     context_settings={"token_normalize_func": _with_dashes},
     rich_markup_mode=None,

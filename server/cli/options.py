@@ -16,7 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from adapters.field_errors import explain
-from server.cli.render import errors_as_lines, fail
+from server.cli.render import errors_as_lines, fail, warn
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -172,7 +172,11 @@ def connect(settings: Settings) -> Backend:
     from server.cli.backend import Backend
     from server.cli.http_client import RemoteServer
 
-    return Backend(RemoteServer(settings.url or "", api_key=api_key(settings)))
+    def on_loading() -> None:
+        warn(f"{settings.url} is still loading its base; waiting for it", "yellow")
+
+    key = api_key(settings)
+    return Backend(RemoteServer(settings.url or "", api_key=key, on_loading=on_loading))
 
 
 def require_url(settings: Settings, command: str, why: str = "") -> str:

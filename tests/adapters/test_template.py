@@ -98,7 +98,7 @@ def test_optional_columns_beside_others_and_at_the_ends():
     ],
 )
 def test_the_column_that_one_text_can_fill(template, column):
-    assert Template.parse(template).main_column == column
+    assert Template.parse(template).sole_column == column
 
 
 def test_a_text_is_recognised_with_and_without_the_lines_that_may_go():

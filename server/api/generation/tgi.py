@@ -19,6 +19,7 @@ from server.api.adapter_choice import (
 )
 from server.api.adapter_headers import name_adapter
 from server.api.error_replies import both_given, invalid
+from server.api.generation.prompt_warning import warn_of_prompts
 from server.api.generation.sampling import sampling_of
 from server.api.generation.tgi_reply import PreparedRequest, stream, whole
 from server.api.generation.tgi_types import EXAMPLE_EVENTS, Generated, GenerateFrame
@@ -39,6 +40,8 @@ _ADAPTER = Query(
     description="Adapter: NAME, NAME@VERSION or NAME@ALIAS; none is the base.",
     json_schema_extra=NOT_BLANK,
 )
+# Where the fields that clients may misspell or misplace belong.
+_FIELDS = {name: f"parameters.{name}" for name in GenerateParameters.model_fields}
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: events(
         GenerateFrame,
@@ -112,6 +115,8 @@ async def _prepare(
     if streams:
         _check_stream(parameters)
     prompt = await _prompt(generator, body, record)
+    if body.row is None:
+        await warn_of_prompts(request, services, generator, record, [prompt.text])
     # The engine's ids are ours: two requests in flight may carry the same x-request-id.
     engine_request = generator.prepare(prompt, record, options, uuid.uuid4().hex)
     if record is not None:
@@ -125,7 +130,7 @@ def _note_extras(request: Request, body: GenerateBody, parameters: GenerateParam
         name for name, value in inside.items() if value is not None or name not in LORAX_FIELDS
     ]
     refuse_stray_adapters([*(body.model_extra or {}), *named], also=("model",))
-    note_ignored(request, {*set_extras(body), *set_extras(parameters)})
+    note_ignored(request, {*set_extras(body), *set_extras(parameters)}, _FIELDS)
 
 
 def _check_inputs(body: GenerateBody) -> None:

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.field_errors import close_to
 from server.api.middleware.value_count import ValueCount
 from server.errors import BodyTooLarge, WrongContentType
 from server.http.scope import NO_ADAPTER
@@ -24,6 +25,10 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Characters of `x-ignored-parameters`, and of each name in it.
 _MAX_IGNORED = 1_000
 _MAX_NAME = 64
+# Names of which `x-did-you-mean` speaks, and how alike they must be: a field of another server that has no
+# effect here is no mistake.
+_MAX_MEANT = 8
+_SURE = 0.85
 _STATE = "reply_headers"
 # Headers that a web page of an allowed origin may read, besides those that browsers show anyway.
 PAGE_HEADERS = (
@@ -31,6 +36,7 @@ PAGE_HEADERS = (
     "retry-after",
     "x-adapter-id",
     "x-adapter-version",
+    "x-did-you-mean",
     "x-ignored-parameters",
     "x-queue-time",
     "x-request-id",
@@ -135,13 +141,29 @@ def set_headers(connection: HTTPConnection, headers: Mapping[str, str]) -> None:
     reply_headers(connection).update(headers)
 
 
-def note_ignored(connection: HTTPConnection, names: Iterable[str]) -> None:
-    """List in `x-ignored-parameters` the fields of the body that had no effect."""
+def note_ignored(
+    connection: HTTPConnection, names: Iterable[str], known: Mapping[str, str] | None = None
+) -> None:
+    """List in `x-ignored-parameters` the fields of the body that had no effect.
+
+    Args:
+        connection: of the request.
+        names: the fields.
+        known: fields that the route has, and where they belong; `x-did-you-mean` has those that were
+            probably meant.
+    """
     # Only as many as fit: a body may have a hundred thousand, of any length.
     cut = heapq.nsmallest(_MAX_IGNORED, (name[:_MAX_NAME] for name in names))
-    printable = ("".join(c if c.isascii() and c.isalnum() else "_" for c in name) for name in cut)
+    printable = ["".join(c if c.isascii() and c.isalnum() else "_" for c in name) for name in cut]
     if ignored := ", ".join(printable)[:_MAX_IGNORED]:
         set_headers(connection, {"x-ignored-parameters": ignored})
+    meant = [
+        f"{name}: {known[close]}"
+        for name in printable[:_MAX_MEANT]
+        if known and (close := close_to(name, known, _SURE))
+    ]
+    if meant:
+        set_headers(connection, {"x-did-you-mean": ", ".join(meant)})
 
 
 def reply_headers(connection: HTTPConnection) -> dict[str, str]:

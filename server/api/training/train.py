@@ -132,8 +132,9 @@ async def job_events(
 ) -> Response:
     """From the first event on, or from after `Last-Event-ID`, else `after`; ends with the job.
 
-    Events are `state`, `started`, `resumed`, `step`, `evaluation` and `checkpoint`; their `data` is
-    JSON. A client that reconnects after the last event of a job gets 204, and so stops.
+    Events are `state`, `started`, `resumed`, `step`, `evaluation`, `checkpoint`, `worker_lost` and
+    `interrupted`; their `data` is JSON. A client that reconnects after the last event of a job gets
+    204, and so stops.
     """
     only_query(request, "after")
     jobs = services.need_jobs()

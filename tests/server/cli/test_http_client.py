@@ -103,3 +103,35 @@ def test_a_proxy_is_never_asked_for_this_machine(server, monkeypatch):
     assert not uses_proxy("http://localhost:1")
     assert not uses_proxy("http://[::1]:1")
     assert uses_proxy("http://example.org")
+
+
+def test_a_server_that_loads_its_base_is_waited_for():
+    answers = [
+        (503, b'{"error": "not ready: the base model is still loading", "code": "not_ready"}')
+    ]
+    answers += [(200, b'{"status": "ready"}'), (200, b'{"name": "x"}')]
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            status, body = answers.pop(0)
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    loading = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=loading.serve_forever, daemon=True)
+    thread.start()
+    told: list[str] = []
+    url = f"http://127.0.0.1:{loading.server_port}"
+    with RemoteServer(url, on_loading=lambda: told.append("waits")) as remote:
+        assert remote.get("/adapters/x") == {"name": "x"}
+    loading.shutdown()
+    loading.server_close()
+    thread.join()
+    assert (paths, told) == (["/readyz", "/readyz", "/adapters/x"], ["waits"])

@@ -90,8 +90,21 @@ def test_version_and_completion():
     [
         (["train", "--learning-rates", "1"], "--learning-rate"),
         (["generate", "--max-token", "1"], "--max-new-tokens"),
+        (["generate", "--model", "x"], "(Possible options: --adapter, --base)"),
+        (["train", "--output_dir", "x"], "(Possible options: --out)"),
+        (["jobs", "list", "--server", "x"], "(Possible options: --url)"),
+        (["keys", "list", "--zzzz"], "No such option: --zzzz\n"),
+        (["keys", "create"], "Missing options '--name' / '-n' and '--scope' / '-s'."),
+        (["adapters", "alias"], "'NAME' and 'ALIAS'"),
+        (["adapters", "delete", "x"], "No such command 'delete'. Did you mean 'remove'?"),
+        (["predict"], "Did you mean 'generate'?"),
+        (["version"], "Did you mean '--version'?"),
+        (["jobs", "logs", "x"], "Did you mean 'log'?"),
+        (["serve", "--threads", "many"], "expected a whole number, came 'many'"),
+        (["serve", "--dtype", "bf16"], "expected 'bfloat16', 'float32', 'float16'"),
+        (["jobs", "list", "--limit", "0"], "expected a number of at least 1, came"),
+        (["adapters", "rollback", "x", "one"], "expected a whole number, came 'one'"),
         (["adaptors", "list"], "Did you mean 'adapters'?"),
-        (["adapters", "delete", "x"], "No such command 'delete'"),
         (["adapters", "lst"], "Did you mean 'list'?"),
     ],
 )
@@ -99,6 +112,7 @@ def test_a_mistyped_word_gets_the_word_that_was_meant(words, said):
     result = run(*words)
     assert result.exit_code == 2
     assert said in result.stderr
+    assert not re.search("Input should|Value error", result.stderr)
 
 
 def test_an_option_may_be_typed_like_a_field():

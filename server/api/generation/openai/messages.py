@@ -82,9 +82,9 @@ def row_of(messages: Sequence[Message], record: AdapterRecord, field: str = "mes
         RequestInvalid: the template has another number of columns, or there are other messages.
     """
     template = Template.parse(record.template or "")
-    column = template.main_column
+    columns, column = template.columns, template.sole_column
     if column is None:
-        names = ", ".join(repr(name) for name in template.columns) or "none"
+        names = ", ".join(repr(name) for name in columns) or "none"
         raise RequestInvalid(
             f"{field}: the template of the adapter {record.name!r} takes the columns {names}, and "
             f'a message fills one; send "row": {{column: value}} without {field}, or {_INSTEAD}',

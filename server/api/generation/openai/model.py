@@ -57,7 +57,8 @@ def note_extras(request: Request, body: OpenAIBody) -> None:
     """
     only_query(request)
     refuse_stray_adapters(body.model_extra or {}, place="model")
-    note_ignored(request, set_extras(body))
+    fields = {name: name for name in type(body).model_fields}
+    note_ignored(request, set_extras(body), fields)
 
 
 def _not_served(

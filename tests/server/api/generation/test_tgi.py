@@ -231,6 +231,15 @@ def test_unknown_fields_are_named_in_a_header(server):
     reply = server.post("/generate", json=body)
     assert reply.status_code == 200
     assert reply.headers["x-ignored-parameters"] == "extra, watermark"
+    assert "x-did-you-mean" not in reply.headers
+    body = {"inputs": "x", "max_new_tokens": 1, "parameters": {"max_tokens": 1, "temperatur": 1.0}}
+    assert server.post("/generate", json=body).headers["x-did-you-mean"] == (
+        "max_new_tokens: parameters.max_new_tokens, max_tokens: parameters.max_new_tokens, "
+        "temperatur: parameters.temperature"
+    )
+    body = {"model": "other", "prompt": "x", "max_token": 1}
+    meant = server.post("/v1/completions", json=body).headers["x-did-you-mean"]
+    assert meant == "max_token: max_tokens"
 
 
 def test_an_unknown_adapter_is_404(server):
