@@ -31,6 +31,7 @@ from adapters.training.row_source import (
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 _SNIFFED_RECORDS = 20
+_MAX_COMPARED = 1000
 _SEP_LINE = re.compile(r'"?sep=([,;:|\t])"?\r?\n', re.IGNORECASE)
 
 
@@ -212,13 +213,15 @@ def _header(cells: list[str], dialect: _Dialect, used: Used | None, facts: FileF
     wanted = used.names if used is not None else ()
     stripped = {cell.strip() for cell in cells}
     names: list[str | None] = []
+    seen: set[str] = set()
     for index, cell in enumerate(cells, start=1):
         name = cell.strip() if cell not in wanted and cell.strip() in wanted else cell
         if not name.strip():
             names.append(None)
-            facts.notes.append(f"column {index} has no name and is not read")
+            if len(facts.notes) < MAX_LISTED:
+                facts.notes.append(f"column {index} has no name and is not read")
             continue
-        if name in names:
+        if name in seen:
             if name in wanted or used is None:
                 raise DataInvalid(
                     f"the header names the column {quoted(name)} twice",
@@ -228,10 +231,11 @@ def _header(cells: list[str], dialect: _Dialect, used: Used | None, facts: FileF
                 )
             names.append(None)
             continue
+        seen.add(name)
         names.append(name)
     if used is not None and not {*used.required} <= stripped | {*cells}:
         raise _no_such_header(cells, dialect, used)
-    suspects = [name for name in wanted if name in names and _is_number(name)]
+    suspects = [name for name in wanted if name in seen and _is_number(name)]
     if suspects:
         facts.notes.append(
             f"the first line is read as the header, and names a column {quoted(suspects[0])}; if it is "
@@ -243,7 +247,9 @@ def _header(cells: list[str], dialect: _Dialect, used: Used | None, facts: FileF
 def _no_such_header(cells: list[str], dialect: _Dialect, used: Used) -> DataInvalid:
     listed = ", ".join(quoted(cell) for cell in cells[:MAX_LISTED])
     missing = [name for name in used.required if name not in cells]
-    near = difflib.get_close_matches(missing[0], [cell[:SHOWN] for cell in cells], n=1)
+    near = difflib.get_close_matches(
+        missing[0], [cell[:SHOWN] for cell in cells[:_MAX_COMPARED]], n=1
+    )
     if near:
         hint = f"did you mean {near[0]!r}?"
     elif len(missing) < len(used.required):

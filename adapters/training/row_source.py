@@ -16,6 +16,8 @@ from adapters.training.file_bytes import HEAD_BYTES, UTF8_BOM, LineSource, name_
 SHOWN = 80
 # Names that a message lists at most.
 MAX_LISTED = 20
+# Lines for each row that a file may have: bounds the time that blank lines take.
+_LINES_PER_ROW = 50
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,11 @@ class Lines:
         NUL is refused unless the caller refuses it with better words: it indicates a binary file.
         """
         most = self._limits.max_line_bytes
+        max_lines = _LINES_PER_ROW * (self._limits.max_rows + 1)
         while line := self._read(most + 1):
             self.number += 1
+            if self.number > max_lines:
+                raise refused(self.place, self.row, f"at most {max_lines} lines", "more")
             if len(line) > most:
                 came = f"a line of more than {most} bytes"
                 raise refused(self.place, self.row, f"at most {most} bytes", came)

@@ -284,7 +284,8 @@ OPENAPI_BODY: dict[str, Any] = {
                 "example": {
                     "job": '{"adapter": "mine", "method": "ia3", "template": "{text}", '
                     '"target": "label"}',
-                    "data": "rows.jsonl",
+                    "data": '{"text": "late", "label": "complaint"}\n'
+                    '{"text": "fine", "label": "no complaint"}\n',
                 },
             },
         },

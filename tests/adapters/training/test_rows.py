@@ -270,7 +270,8 @@ def test_limits_of_inline_rows(rows, row, words):
         (b'{"a": 1}\n' * 4, 4, "more than 3 rows"),
         (b'{"a": "' + b"x" * 93 + b'"}\n', 1, "a line of more than 100 bytes"),
         ((b'{"a": "' + b"x" * 85 + b'"}\n') * 11, 4, "more than 3 rows"),
-        (b"\n" * 1001, 1, "at most 1000 bytes"),
+        (b'{"a": 1}\n' + (b" " * 90 + b"\n") * 11, 2, "at most 1000 bytes"),
+        (b"\n" * 201, 1, "at most 200 lines"),
     ],
 )
 def test_limits_of_files(data, row, words, written):
