@@ -37,6 +37,7 @@ from server.api.training.openai import jobs as tuning_jobs
 from server.config.base_name import base_name
 from server.config.settings import KIB, MIB, Settings
 from server.engine.client import EngineClient
+from server.engine.errors import EngineStartFailed
 from server.engine.process_memory import give_back_free_memory
 from server.generation.generator import Generator
 from server.generation.observers import Observer
@@ -356,7 +357,9 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
         await on_ready(services)
     except Exception as error:
         services.failure = str(error)
-        log.exception("engine_start_failed")
+        # The engine's process says in a sentence why it ended; where we waited for it says nothing.
+        told = isinstance(error, EngineStartFailed)
+        log.error("engine_start_failed", reason=str(error), exc_info=not told)
         await on_failure(services)
         return
     log.info("ready", base=services.base_id, digest=services.client.base.digest)
