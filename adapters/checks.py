@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from adapters import key_names
 from adapters.errors import MethodUnsupported, NonFinite, TensorMismatch
-from adapters.method import PeftConfig, TensorInfo, as_json, letters, nearest
+from adapters.field_errors import close_to
+from adapters.method import PeftConfig, TensorInfo, letters
 
 if TYPE_CHECKING:
     import torch
@@ -69,13 +70,13 @@ def check_task_type(config: PeftConfig) -> None:
 
 def _no_task(task: str) -> MethodUnsupported:
     name = task.rpartition("TaskType.")[2]
-    meant = _TASK_ALIASES.get(letters(name[:60])) or nearest(name, TASKS)
+    meant = _TASK_ALIASES.get(letters(name[:60])) or close_to(name, TASKS)
     hint = f"did you mean {meant}?" if meant else f"expected {SERVED_TASK!r}"
     return MethodUnsupported(
-        f"task_type {as_json(task)} is no task of PEFT, which does not load it either; {hint}",
+        f"task_type {quoted(task)} is no task of PEFT, which does not load it either; {hint}",
         field="task_type",
         expected=SERVED_TASK,
-        came=as_json(task),
+        came=quoted(task),
     )
 
 

@@ -6,9 +6,7 @@ its checkpoint mapping in both directions, its serving form. This file is indepe
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -16,6 +14,7 @@ from pydantic import ConfigDict, ValidationError
 
 from adapters.base_model import BaseModelSpec
 from adapters.errors import ConfigInvalid
+from adapters.field_errors import explain
 from adapters.parts import ServingForm
 from adapters.python_config import PythonConfig
 from adapters.trainable import FrozenBase, Trainable
@@ -113,8 +112,6 @@ class PromptLearningConfig(PeftConfig):
             )
 
 
-LONGEST_SHOWN = 80  # characters of an untrusted name or value in a message
-
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=PeftConfig, contravariant=True)
 
@@ -210,84 +207,21 @@ def without_nulls(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_refused(config_class: type[PeftConfig], error: ValidationError) -> ConfigInvalid:
-    """The refusal of the first faulty field, in plain words."""
+    """The refusal of the fields that are wrong, in plain words."""
     faults = error.errors(include_url=False)
-    first = faults[0]
-    if not first["loc"]:  # two fields that disagree: the message is a sentence of the config's own
-        return ConfigInvalid(f"adapter_config.json: {_expected(first)}")
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        return _unknown_field(config_class, name, first["input"])
-    # A field of several kinds has a fault for each of them.
-    alike = [fault for fault in faults if fault["loc"] and fault["loc"][0] == name]
-    expected = " or ".join(dict.fromkeys(_expected(fault) for fault in alike))
-    inside = [str(part) for part in first["loc"][1:] if isinstance(part, int)]
-    field, came = ".".join([name, *inside]), as_json(first["input"])
+    if not faults[0][
+        "loc"
+    ]:  # two fields that disagree: the message is a sentence of the config's own
+        return ConfigInvalid(f"adapter_config.json: {faults[0]['ctx']['error']}")
+    found = explain(faults, config_class)
     return ConfigInvalid(
-        f"adapter_config.json: {field} is {came}, expected {expected}",
-        field=field,
-        expected=expected,
-        came=came,
+        f"adapter_config.json: {found.message}",
+        field=found.field,
+        expected=found.expected,
+        came=found.came,
     )
-
-
-def _unknown_field(config_class: type[PeftConfig], name: str, value: object) -> ConfigInvalid:
-    fields, came = sorted(config_class.model_fields), as_json(value)
-    name = printable(name)
-    near = nearest(name, fields)
-    hint = f"did you mean {near}?" if near else f"its fields are {', '.join(fields)}"
-    return ConfigInvalid(
-        f"adapter_config.json: {name} (came: {came}) is no field of "
-        f"{config_class.model_fields['peft_type'].default}; {hint}",
-        field=name,
-        expected=near or ", ".join(fields),
-        came=came,
-    )
-
-
-_KINDS = {
-    "bool_type": "true or false",
-    "dict_type": "an object",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "int_type": "a whole number",
-    "list_type": "a list",
-    "string_type": "a text",
-}
-
-
-def _expected(fault: Any) -> str:
-    """What a validation fault asks for, in plain words."""
-    facts = fault.get("ctx", {})
-    if (kind := _KINDS.get(fault["type"])) is not None:
-        return kind
-    if fault["type"] in ("enum", "literal_error"):
-        return str(facts["expected"])
-    for bound, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most")):
-        if bound in facts:
-            return f"a number of {words} {facts[bound]:g}"
-    return str(facts.get("error", fault["msg"]))
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant: equal but for case and punctuation, or else similar."""
-    by_letters = {letters(one): one for one in known}
-    wanted = letters(name[:LONGEST_SHOWN])
-    found = difflib.get_close_matches(wanted, by_letters, n=1, cutoff=0.75)
-    return by_letters[found[0]] if found else None
 
 
 def letters(name: str) -> str:
     """A name's letters and digits in lower case."""
     return "".join(char for char in name.lower() if char.isalnum())
-
-
-def as_json(value: object) -> str:
-    """An untrusted value as it stands in the file, truncated if long."""
-    return printable(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def printable(text: str) -> str:
-    """An untrusted text in one line, truncated if long."""
-    text = "".join(char if char.isprintable() else "?" for char in text[: LONGEST_SHOWN + 1])
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

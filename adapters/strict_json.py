@@ -25,12 +25,13 @@ class StrictJsonError(ValueError):
     """The document is not acceptable; the message gives the position."""
 
 
-def parse_object(data: bytes, max_depth: int) -> dict[str, Any]:
+def parse_object(data: bytes, max_depth: int, *, allow_nan: bool = False) -> dict[str, Any]:
     """Parse one JSON object.
 
     Args:
         data: UTF-8 without a byte order mark; the caller has bounded its size.
         max_depth: nesting allowed, the outermost object being 1.
+        allow_nan: take NaN and the infinities, which pandas writes for cells without a value.
 
     Raises:
         StrictJsonError: not UTF-8, not JSON, not an object, nested too deeply, a key given twice,
@@ -47,7 +48,7 @@ def parse_object(data: bytes, max_depth: int) -> dict[str, Any]:
         value = json.loads(
             text,
             object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
+            parse_constant=float if allow_nan else _no_constant,
             parse_int=_bounded_int,
             parse_float=_finite_float,
         )

@@ -1,5 +1,8 @@
 """Templates: plain `{column}` substitution, with `{{` and `}}` for the braces themselves.
 
+A column that may be empty is written `{?column}`: a line whose columns are all of that kind and all empty
+is left out, with its line break, as tutorials do with Alpaca's `input`.
+
 No attributes, indexing, conversions or format specs, so an untrusted template can do nothing but
 substitute. Trailing white space of a template is dropped here: it belongs to the target that follows the
 prompt (the tokenizer sees both as one text). The caller can request to keep it, for recipes written
@@ -11,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 from unicodedata import normalize
 
@@ -32,9 +36,15 @@ DEFAULT_SEPARATOR = " "
 
 @dataclass(frozen=True)
 class Column:
-    """A placeholder in a template."""
+    """A placeholder in a template.
+
+    Attributes:
+        name: of the column.
+        is_optional: written `{?name}`; a row may lack it, which is the same as an empty value.
+    """
 
     name: str
+    is_optional: bool = False
 
 
 def text_of(value: Value) -> str:
@@ -44,13 +54,19 @@ def text_of(value: Value) -> str:
     return str(value)
 
 
+def is_empty(value: Value) -> bool:
+    """Whether a value is a text of nothing but white space."""
+    return isinstance(value, str) and not value.strip()
+
+
 @dataclass(frozen=True)
 class Filled:
     """A template with a row's values in it.
 
     Attributes:
         text: the whole text.
-        ranges: for every column in `parts`, the half-open range of characters of its value.
+        ranges: for every column of a line that was not left out, the half-open range of characters of
+            its value.
     """
 
     text: str
@@ -97,7 +113,7 @@ class Template:
             if match.group() in ("{{", "}}"):
                 literal += match.group()[0]
                 continue
-            parts += [literal, Column(_column_name(match, text))]
+            parts += [literal, _column(match, text)]
             literal = ""
         end = literal + text[position:]
         kept = end if keep_trailing_space else end.rstrip()
@@ -110,9 +126,26 @@ class Template:
         return tuple(dict.fromkeys(part.name for part in self.parts if isinstance(part, Column)))
 
     @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the columns that every row must have, in order of first use."""
+        names = (p.name for p in self.parts if isinstance(p, Column) and not p.is_optional)
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Names of the columns that a row may lack."""
+        return tuple(name for name in self.columns if name not in self.required)
+
+    @property
+    def sole_column(self) -> str | None:
+        """The column that one text fills: the only one, or the only one that is not optional."""
+        names = self.required or self.columns
+        return names[0] if len(names) == 1 else None
+
+    @property
     def has_words(self) -> bool:
         """Whether a rendered text can be told from a column's value by the template's own text."""
-        literal = "".join(part for part in self.parts if isinstance(part, str))
+        literal = "".join(part for part in self._always if isinstance(part, str))
         return bool(_WORD.search(literal)) or len("".join(literal.split())) >= _LEAST_PUNCTUATION
 
     def recognises(self, text: str) -> bool:
@@ -122,20 +155,21 @@ class Template:
         Letters' case, width and white space are not compared. False where the template has no text of
         its own, or no more than one punctuation mark.
         """
-        if not self.has_words or not self.parts:
+        parts = self._always
+        if not self.has_words or not parts:
             return False
-        first, last = self.parts[0], self.parts[-1]
+        first, last = parts[0], parts[-1]
         rest = _folded(text)
         if isinstance(last, str):
             if not rest.endswith(_folded(last)):
                 return False
             rest = rest[: len(rest) - len(_folded(last))]
-            if len(self.parts) == 1:
+            if len(parts) == 1:
                 return not rest
         if isinstance(first, str) and not rest.startswith(_folded(first)):
             return False
         position = 0
-        for part in self.parts[: -1 if isinstance(last, str) else None]:
+        for part in parts[: -1 if isinstance(last, str) else None]:
             if isinstance(part, str):
                 found = rest.find(_folded(part), position)
                 if found < 0:
@@ -144,7 +178,7 @@ class Template:
         return True
 
     def render(self, row: Mapping[str, Value]) -> str:
-        """Fill in a row that has exactly the template's columns.
+        """Fill in a row that has exactly the template's columns; optional ones may be missing.
 
         Raises:
             TemplateInvalid: a column is missing from the row, or the row has one too many.
@@ -162,19 +196,49 @@ class Template:
         """
         text = ""
         ranges: list[tuple[int, int]] = []
-        for part in self.parts:
-            if isinstance(part, str):
-                text += part
+        is_first = True
+        for line in self.lines:
+            if _is_left_out(line, row):
                 continue
-            if part.name not in row:
-                raise self._misfit(row, [])
-            start = len(text)
-            text += text_of(row[part.name])
-            ranges.append((start, len(text)))
+            if not is_first:
+                text += "\n"
+            is_first = False
+            for part in line:
+                if isinstance(part, str):
+                    text += part
+                    continue
+                if part.name not in row and not part.is_optional:
+                    raise self._misfit(row, [])
+                start = len(text)
+                text += text_of(row.get(part.name, ""))
+                ranges.append((start, len(text)))
         return Filled(text, tuple(ranges))
 
+    @cached_property
+    def _always(self) -> tuple[str | Column, ...]:
+        """The parts that every rendered text has: of a line that may be left out, its columns only."""
+        kept: list[str | Column] = []
+        for line in self.lines:
+            columns = [part for part in line if isinstance(part, Column)]
+            may_go = bool(columns) and all(column.is_optional for column in columns)
+            kept += columns if may_go else [part for part in line if part != ""]
+        return tuple(kept)
+
+    @cached_property
+    def lines(self) -> tuple[tuple[str | Column, ...], ...]:
+        """The parts of each line, without line breaks."""
+        lines: list[list[str | Column]] = [[]]
+        for part in self.parts:
+            if isinstance(part, Column):
+                lines[-1].append(part)
+                continue
+            first, *others = part.split("\n")
+            lines[-1].append(first)
+            lines += [[other] for other in others]
+        return tuple(map(tuple, lines))
+
     def _misfit(self, row: Mapping[str, Value], unknown: list[str]) -> TemplateInvalid:
-        missing = [name for name in self.columns if name not in row]
+        missing = [name for name in self.required if name not in row]
         return TemplateInvalid(
             f"row: the template takes the columns {_listed(self.columns)}; "
             f"missing: {_listed(missing)}; unknown: {_listed(unknown)}",
@@ -198,21 +262,31 @@ def default_separator(template: str, tokenization: str) -> str:
     return Template.parse(template).dropped or DEFAULT_SEPARATOR
 
 
+def _is_left_out(line: tuple[str | Column, ...], row: Mapping[str, Value]) -> bool:
+    columns = [part for part in line if isinstance(part, Column)]
+    return bool(columns) and all(
+        column.is_optional and is_empty(row.get(column.name, "")) for column in columns
+    )
+
+
 def _folded(text: str) -> str:
-    # NFKC: a full-width colon is a colon.
-    return "".join(normalize("NFKC", text).split()).casefold()
+    if not text.isascii():
+        text = normalize("NFKC", text)  # a full-width colon is a colon
+    return "".join(text.split()).casefold()
 
 
-def _column_name(match: re.Match[str], text: str) -> str:
+def _column(match: re.Match[str], text: str) -> Column:
     name = match.group(1)
     if name is None:
         raise TemplateInvalid(
             f"template: a lone {match.group()!r} at character {match.start()}; "
-            "write {column} for a column, {{ or }} for a brace",
+            "write {column} for a column, {?column} for one that may be empty, {{ or }} for a brace",
             field="template",
-            expected="{column}, {{ or }}",
+            expected="{column}, {?column}, {{ or }}",
             came=text[max(0, match.start() - 10) : match.end() + 10],
         )
+    is_optional = name.startswith("?")
+    name = name.removeprefix("?")
     if not name.strip():
         raise TemplateInvalid(
             f"template: a column without a name at character {match.start()}",
@@ -220,7 +294,7 @@ def _column_name(match: re.Match[str], text: str) -> str:
             expected="{column}",
             came=match.group(),
         )
-    return name
+    return Column(name, is_optional)
 
 
 def _listed(names: object) -> str:

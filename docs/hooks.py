@@ -26,7 +26,8 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 from mkdocs.structure.pages import Page  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from adapters.method import PromptLearningConfig  # noqa: E402
+from adapters.checkpoint.field_names import FORK_FIELDS  # noqa: E402
+from adapters.method import PeftConfig, PromptLearningConfig  # noqa: E402
 from adapters.methods import METHODS  # noqa: E402
 from adapters.peft_names import NOT_SERVED, absent_names  # noqa: E402
 from adapters.training.recipes import RECIPES  # noqa: E402
@@ -347,6 +348,21 @@ def config_fields() -> str:
     return "\n\n".join(parts)
 
 
+def fields_without_effect() -> str:
+    """The fields of each method's config that PEFT does not read when it loads an adapter."""
+    common = sorted(PeftConfig.only_training)
+    rows = [("every method", ", ".join(f"`{name}`" for name in common))]
+    for method in METHODS.values():
+        own = sorted(method.config_class.only_training - PeftConfig.only_training)
+        rows.append((f"`{method.peft_type}`", ", ".join(f"`{name}`" for name in own)))
+    return _table(("method", "fields"), rows)
+
+
+def fork_fields() -> str:
+    """The fields of forks and other programs that are refused unless they are empty."""
+    return _table(("field", "of"), [(f"`{name}`", of) for name, of in FORK_FIELDS.items()])
+
+
 def _type(field: Any) -> str:
     shown = getattr(field.annotation, "__name__", "") if isinstance(field.annotation, type) else ""
     # A bar would end the table's cell, and in code it cannot be escaped.
@@ -396,6 +412,8 @@ GENERATED: Mapping[str, Callable[[], str]] = {
         command_table,
         recipes,
         config_fields,
+        fields_without_effect,
+        fork_fields,
         peft_names,
         examples,
         speed_beside_others,

@@ -36,14 +36,11 @@ if TYPE_CHECKING:
         method_of,
     )
     from graftwork.client import Client, JobFailed, ServerRefused
+    from server.engine.errors import EngineError
     from server.engine.offline import OfflineEngine as Engine
-    from server.engine.python_calls import (
-        EngineError,
-        GenerationFailed,
-        InvalidCall,
-        UnknownAdapter,
-    )
-    from server.engine.request import Grammar, SamplingParams
+    from server.engine.python_calls import GenerationFailed, InvalidCall, UnknownAdapter
+    from server.engine.python_calls import SamplingOptions as SamplingParams
+    from server.engine.request import Grammar
 
 # Public name -> its module, and its name there where it is another.
 _HOMES: dict[str, tuple[str, str | None]] = {
@@ -51,7 +48,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "CPTConfig": ("adapters", None),
     "Client": ("graftwork.client", None),
     "Engine": ("server.engine.offline", "OfflineEngine"),
-    "EngineError": ("server.engine.python_calls", None),
+    "EngineError": ("server.engine.errors", None),
     "GenerationFailed": ("server.engine.python_calls", None),
     "Grammar": ("server.engine.request", None),
     "IA3Config": ("adapters", None),
@@ -64,7 +61,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "PromptEncoderReparameterizationType": ("adapters", None),
     "PromptTuningConfig": ("adapters", None),
     "PromptTuningInit": ("adapters", None),
-    "SamplingParams": ("server.engine.request", None),
+    "SamplingParams": ("server.engine.python_calls", "SamplingOptions"),
     "TaskType": ("adapters", None),
     "UnknownAdapter": ("server.engine.python_calls", None),
     "ServerRefused": ("graftwork.client", None),

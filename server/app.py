@@ -18,6 +18,7 @@ import structlog
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from adapters.errors import BaseUnsupported
 from server.api import error_replies
 from server.api.adapters import combine, management, vllm_loading
 from server.api.bounds import HoldLimits
@@ -332,6 +333,7 @@ def _folder_watch(services: Services) -> FolderWatch:
             services.registry,
             also_allowed=settings.load_dirs,
             base_names=(services.base_id, settings.base),
+            record=settings.data_dir / "watched.json",
         )
     return FolderWatch(
         directory, services.client, settings.adapter_dir_seconds, lambda: services.ready
@@ -357,9 +359,9 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
         await on_ready(services)
     except Exception as error:
         services.failure = str(error)
-        # The engine's process says in a sentence why it ended; where we waited for it says nothing.
-        told = isinstance(error, EngineStartFailed)
-        log.error("engine_start_failed", reason=str(error), exc_info=not told)
+        # A refused base, or what ended the engine's process: no line of this process explains it.
+        is_explained = isinstance(error, EngineStartFailed | BaseUnsupported)
+        log.error("engine_start_failed", reason=str(error), exc_info=not is_explained)
         await on_failure(services)
         return
     log.info("ready", base=services.base_id, digest=services.client.base.digest)

@@ -18,6 +18,7 @@ from server.config.settings import Settings
 from server.draining import Draining
 from server.errors import NotReady
 from server.generation.fair_threads import FairThreads
+from server.generation.told import Told
 from server.store.caller import UNRESTRICTED, Caller
 from server.telemetry.adapter_use import UseByAdapter
 
@@ -63,6 +64,7 @@ class Services:
         keys: the API keys; None if none are required.
         supervisor: runs training jobs here; None if only `graftwork worker` does.
         draining: whether new work is refused, and what runs.
+        prompt_warnings: which callers have been told that their prompts look unlike an adapter's training.
         planning: where jobs are planned: one at a time, since each may hold a whole file.
     """
 
@@ -82,6 +84,7 @@ class Services:
     keys: KeyRing | None = None
     supervisor: Supervisor | None = None
     draining: Draining = field(default_factory=Draining)
+    prompt_warnings: Told = field(default_factory=Told)
     planning: FairThreads = field(default_factory=lambda: FairThreads(1))
 
     def seen_by(self, caller: Caller) -> Services:

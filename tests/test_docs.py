@@ -120,6 +120,8 @@ def test_every_route_has_a_summary():
             "peft_names",
             ["get_peft_model", "LoraConfig", "AutoPeftModelForCausalLM", "AutoAdapterModel"],
         ),
+        ("fields_without_effect", [*METHODS, "inference_mode", "encoder_dropout"]),
+        ("fork_fields", ["origin_prompts", "postprocess_past_key_value_function"]),
         ("examples", [path.name for path in (ROOT / "examples").glob("*.py")]),
     ],
 )

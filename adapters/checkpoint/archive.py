@@ -1,10 +1,10 @@
 """Unpacks an upload into a staging folder with exactly the two files of a checkpoint.
 
 Accepts loose files, or one .zip, .tar or .tar.gz of them. Uploads are usually the folder that PEFT wrote,
-so README.md, `__MACOSX`, dot files and other trainer output are skipped and listed, and the two files may
-be one folder deep. The input is untrusted: names never become paths (the two outputs have fixed names),
-sizes are counted during extraction, never taken from headers, and links, devices, encryption and repeated
-names are refused.
+so README.md, `__MACOSX`, dot files and other trainer output are skipped and listed, a tokenizer's files
+are read for the tokens that they add, and the two files may be one folder deep. The input is untrusted:
+names never become paths (the two outputs have fixed names), sizes are counted during extraction, never
+taken from headers, and links, devices, encryption and repeated names are refused.
 
 The inverse is `zip_blocks`. Handles file names and bytes only; `adapters.checkpoint.folder` validates the
 content of the two files.
@@ -20,12 +20,15 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, Self, cast
 
 from adapters import synced_files
+from adapters.checkpoint import added_tokens
 from adapters.checkpoint.folder import (
     CONFIG_FILE,
     FILES,
@@ -64,6 +67,26 @@ _BROKEN = (
 )
 
 
+@dataclass(frozen=True)
+class Staged:
+    """What an upload held beside the two files of a checkpoint.
+
+    Attributes:
+        ignored: the other names, sorted.
+        tokens: the added and special tokens that tokenizer files among them list.
+    """
+
+    ignored: tuple[str, ...]
+    tokens: added_tokens.Tokens
+
+    def warnings(
+        self, vocab_size: int, knows: Callable[[str], bool] | None = None
+    ) -> tuple[str, ...]:
+        """A warning of tokens that the base does not have, see `added_tokens.warning_of`."""
+        found = added_tokens.warning_of(self.tokens, vocab_size, knows)
+        return () if found is None else (found,)
+
+
 class Readable(Protocol):
     """A readable byte stream."""
 
@@ -76,7 +99,7 @@ def stage_upload(
     parts: Sequence[tuple[str, Path]],
     directory: Path,
     limits: CheckpointLimits = DEFAULT_LIMITS,
-) -> tuple[str, ...]:
+) -> Staged:
     """Fill an empty folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
@@ -85,7 +108,7 @@ def stage_upload(
         limits: size limits, counted during extraction.
 
     Returns:
-        The ignored names, sorted.
+        What was found beside the two files.
 
     Raises:
         UnsupportedFile: only a pickle, or an unsupported kind of archive.
@@ -105,9 +128,7 @@ def stage_upload(
                 ) from error
         else:
             for name, path in parts:
-                if (chosen := picker.choose(name)) is not None:
-                    with path.open("rb") as file:
-                        picker.keep(chosen, file)
+                picker.take(name, partial(_opened, path))
     return picker.finish()
 
 
@@ -120,6 +141,7 @@ class _Picker:
         self._seen: set[str] = set()
         self._picked: dict[str, str] = {}  # file name -> member it came from
         self._ignored: list[str] = []
+        self._tokens: added_tokens.Tokens = {}
         self._members = 0
 
     @property
@@ -133,7 +155,19 @@ class _Picker:
         if name.replace("\\", "/").strip("./") or ".." in name:
             _safe_parts(name)
 
-    def choose(self, name: str) -> str | None:
+    def take(self, name: str, open_file: Callable[[], AbstractContextManager[Readable]]) -> None:
+        """Count a file, and read it if it is one of the two files or lists a tokenizer's tokens."""
+        if (chosen := self._choose(name)) is not None:
+            with open_file() as file:
+                self._keep(chosen, file)
+            return
+        last = _safe_parts(name)[-1]
+        if last in added_tokens.FILES:
+            with suppress(*_BROKEN), open_file() as file:
+                found = added_tokens.tokens_of(last, _start_of(file))
+                added_tokens.merge(self._tokens, found)
+
+    def _choose(self, name: str) -> str | None:
         """Count a file. Returns the output name if it is one of the two files, else None."""
         self._count()
         parts = _safe_parts(name)
@@ -157,8 +191,8 @@ class _Picker:
             )
         return parts[-1]
 
-    def keep(self, file_name: str, file: Readable) -> None:
-        """Copy the bytes of a file selected by `choose`, up to its limit."""
+    def _keep(self, file_name: str, file: Readable) -> None:
+        """Copy the bytes of a file selected by `_choose`, up to its limit."""
         limit = self._limits.config_bytes if file_name == CONFIG_FILE else self._limits.file_bytes
         total = 0
         with (self._directory / file_name).open("xb") as writer:
@@ -185,8 +219,8 @@ class _Picker:
                 expected=f"at most {self._limits.archive_members} files",
             )
 
-    def finish(self) -> tuple[str, ...]:
-        """Check that both files were found in one folder. Returns the ignored names."""
+    def finish(self) -> Staged:
+        """Check that both files were found in one folder. Returns what else was found."""
         if self._picked.keys() != FILES:
             raise wrong_files([*self._picked, *self._ignored])
         config, tensors = self._picked[CONFIG_FILE], self._picked[TENSORS_FILE]
@@ -197,7 +231,22 @@ class _Picker:
                 expected="both files in one folder",
                 came=f"{shorten(config)}, {shorten(tensors)}",
             )
-        return tuple(sorted(shorten(name, 200) for name in self._ignored))
+        ignored = tuple(sorted(shorten(name, 200) for name in self._ignored))
+        return Staged(ignored, self._tokens)
+
+
+def _opened(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _start_of(file: Readable) -> bytes:
+    """The first bytes of a file, however many each read gives."""
+    blocks: list[bytes] = []
+    left = added_tokens.MAX_BYTES
+    while left > 0 and (block := file.read(min(left, _BLOCK))):
+        blocks.append(block)
+        left -= len(block)
+    return b"".join(blocks)
 
 
 def _refused(why: str, name: str) -> ArchiveInvalid:
@@ -319,9 +368,16 @@ def _unpack_zip(path: Path, picker: _Picker) -> None:
             _check_zip_member(member)
             if member.is_dir():
                 picker.folder(member.filename)
-            elif (chosen := picker.choose(member.filename)) is not None:
-                with archive.open(member) as reader:
-                    picker.keep(chosen, _Metered(reader, meter))
+            else:
+                picker.take(member.filename, partial(_metered_member, archive, member, meter))
+
+
+@contextmanager
+def _metered_member(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, meter: _Meter
+) -> Iterator[Readable]:
+    with archive.open(member) as reader:
+        yield _Metered(reader, meter)
 
 
 def _check_zip_member(member: zipfile.ZipInfo) -> None:
@@ -369,12 +425,15 @@ def _unpack_tar_stream(file: Readable, compressed_bytes: int, picker: _Picker) -
                 raise _refused(f"{shorten(member.name)} is a link or a device", member.name)
             if member.isdir():
                 picker.folder(member.name)
-            elif (chosen := picker.choose(member.name)) is not None:
-                reader = archive.extractfile(member)
-                if reader is None:  # only links and devices have no bytes, and they were refused
-                    raise _refused(f"{shorten(member.name)} has no content", member.name)
-                with reader:
-                    picker.keep(chosen, reader)
+            else:
+                picker.take(member.name, partial(_tar_member, archive, member))
+
+
+def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    reader = archive.extractfile(member)
+    if reader is None:  # only links and devices have no bytes, and they were refused
+        raise _refused(f"{shorten(member.name)} has no content", member.name)
+    return reader
 
 
 # --- the way back -------------------------------------------------------------------------

@@ -16,12 +16,11 @@ from pydantic import ValidationError
 
 from adapters.checkpoint.field_names import FORK_FIELDS, PEFT_FIELDS
 from adapters.errors import ConfigInvalid
+from adapters.field_errors import quoted
 from adapters.method import (
     AdapterMethod,
     PeftConfig,
-    as_json,
     config_refused,
-    printable,
     without_nulls,
 )
 
@@ -152,14 +151,14 @@ def read_peft_config(method: AdapterMethod[Any], raw: Mapping[str, Any]) -> Read
     config, idle = _parse(method.config_class, given)
     for name, value in idle.items():
         warnings.append(
-            f"{name} is {as_json(value)}, which is no value for it: ignored, because PEFT does not read it "
+            f"{name} is {quoted(value)}, which is no value for it: ignored, because PEFT does not read it "
             "when it loads an adapter"
         )
     for name in ("num_virtual_tokens", "num_transformer_submodules"):
         used = getattr(config, name, None)
         if name in given and name not in idle and given[name] != used:
             warnings.append(
-                f"{name} is {as_json(given[name])}, this adapter has {used}: ignored, because PEFT "
+                f"{name} is {quoted(given[name])}, this adapter has {used}: ignored, because PEFT "
                 "computes it again"
             )
     return ReadConfig(config, tuple(warnings))
@@ -202,7 +201,7 @@ def shown_fields(fields: Mapping[str, Any]) -> str:
 
 def shown_field(name: str, value: object) -> str:
     """An untrusted field and its value, for a message."""
-    return f"{printable(name)} ({as_json(value)})"
+    return f"{quoted(name)[1:-1]} ({quoted(value)})"
 
 
 def _may_change_numbers(name: str, value: object, reason: str, peft_type: str) -> ConfigInvalid:
@@ -210,9 +209,9 @@ def _may_change_numbers(name: str, value: object, reason: str, peft_type: str) -
         f"adapter_config.json: {shown_field(name, value)} is no field of {peft_type} in PEFT, and "
         f"{reason}, so the adapter's output here might not be that of the program that trained it; "
         "expected null, or the field left out if it had no effect",
-        field=printable(name),
+        field=quoted(name)[1:-1],
         expected="null, or the field left out",
-        came=as_json(value),
+        came=quoted(value),
     )
 
 

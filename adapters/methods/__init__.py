@@ -10,7 +10,8 @@ from typing import Any
 
 from adapters import foreign_configs
 from adapters.errors import MethodUnsupported
-from adapters.method import AdapterMethod, as_json, letters, nearest
+from adapters.field_errors import close_to, quoted
+from adapters.method import AdapterMethod, letters
 from adapters.methods.cpt import CPT_METHOD
 from adapters.methods.ia3 import IA3_METHOD
 from adapters.methods.p_tuning import P_TUNING
@@ -75,6 +76,25 @@ REASONS = {
     "MULTITASK_PROMPT_TUNING": "multitask prompt tuning is not served yet",
 }
 
+# PEFT's methods that it cannot merge into a base, or only for some inputs of theirs.
+_NOT_MERGEABLE = {
+    "ADAPTION_PROMPT",
+    "BEFT",
+    "CARTRIDGE",
+    "LILY",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "SHADOW",
+    "XLORA",
+}
+_MERGE = (
+    "Merge it into its base and serve the result as a base: "
+    "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
+    'AutoPeftModelForCausalLM.from_pretrained("ADAPTER").merge_and_unload().save_pretrained("MERGED"); '
+    'AutoTokenizer.from_pretrained("BASE").save_pretrained("MERGED"); '
+    "then graftwork serve --base MERGED"
+)
+
 # Types that forks of PEFT write. They compute something else than the type whose name they resemble.
 FORK_PEFT_TYPES = {
     "BOTTLENECK": "LLM-Adapters",
@@ -112,8 +132,16 @@ def method_of(raw_config: Mapping[str, Any]) -> AdapterMethod[Any]:
         f"{_reason(came, raw_config)}; served are {served}",
         field="peft_type",
         expected=served,
-        came=as_json(came),
+        came=quoted(came),
     )
+
+
+def _instead(peft_type: str) -> str:
+    """What to do with an adapter of a method of PEFT that is not served."""
+    if peft_type in _NOT_MERGEABLE:
+        return "PEFT cannot merge it into a base either; serve it with PEFT itself"
+    elsewhere = " (or serve it unmerged with vLLM, say)" if peft_type == "LORA" else ""
+    return _MERGE + elsewhere
 
 
 def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
@@ -122,13 +150,13 @@ def _reason(peft_type: object, raw_config: Mapping[str, Any]) -> str:
         missing = "adapter_config.json has no peft_type, so its method is unknown"
         return missing if known is None else f"adapter_config.json has no peft_type: {known}"
     if not isinstance(peft_type, str):
-        return f"peft_type is {as_json(peft_type)}, expected a text"
+        return f"peft_type is {quoted(peft_type)}, expected a text"
     if peft_type in OTHER_PEFT_TYPES:
         default = f"{peft_type} is a method of PEFT that is not served"
-        return f"peft_type {peft_type!r}: {REASONS.get(peft_type, default)}"
+        return f"peft_type {peft_type!r}: {REASONS.get(peft_type, default)}. {_instead(peft_type)}"
     if peft_type in FORK_PEFT_TYPES:
         return f"peft_type {peft_type!r} belongs to a fork of PEFT ({FORK_PEFT_TYPES[peft_type]})"
-    unknown = f"peft_type {as_json(peft_type)} is no method of PEFT that is known here"
+    unknown = f"peft_type {quoted(peft_type)} is no method of PEFT that is known here"
     meant = _meant(peft_type)
     return unknown if meant is None else f"{unknown}; did you mean {meant}?"
 
@@ -137,7 +165,7 @@ def _meant(peft_type: str) -> str | None:
     """The name of PEFT's that was probably meant: by alias, or by its letters."""
     name = peft_type.rpartition("PeftType.")[2]
     alias = _ALIASES.get(letters(name[:60]))
-    return alias or nearest(name, [*METHODS, *OTHER_PEFT_TYPES])
+    return alias or close_to(name, [*METHODS, *OTHER_PEFT_TYPES])
 
 
 __all__ = ["METHODS", "method_of"]

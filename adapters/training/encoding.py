@@ -26,3 +26,7 @@ class Encoder(Protocol):
                 become those tokens, as in a prompt rendered by a chat template.
         """
         ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; it may begin or end inside a character."""
+        ...

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from adapters.template import Tokenization
+from adapters.training.shapes import Format
 
 # Accepted method name -> method. P-Tuning v2 is prefix tuning on every layer.
 METHOD_NAMES: dict[str, str] = {
@@ -144,6 +145,11 @@ class TrainingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    format: Format | None = Field(
+        None,
+        description="Shape of the rows. Left out: columns where template and target are given, else the "
+        "known shape that the columns have.",
+    )
     config: dict[str, Any] = Field(
         default_factory=dict,
         description="Fields of the method's PEFT config. Fields that are left out come from the recipe.",
@@ -151,6 +157,11 @@ class TrainingOptions(BaseModel):
     labels: Annotated[list[str], Field(min_length=2, max_length=1000)] | None = Field(
         None,
         description="All possible outputs of a classifier. Evaluation ranks them.",
+    )
+    infer_labels: bool = Field(
+        True,
+        description="Take the values of the target column as labels where no labels are given and the "
+        "values are few.",
     )
     label_names: dict[str, str] | None = Field(
         None, description="Maps a value of the target column, as text, to its label."
@@ -192,24 +203,33 @@ class TrainingOptions(BaseModel):
     )
 
 
-class TrainingRequest(TrainingOptions):
-    """A training job, without its rows."""
+class JobRequest(TrainingOptions):
+    """A training job, without its rows, which may decide `template` and `target`."""
 
     adapter: str = Field(description="Name of the adapter that is trained.")
     method: Annotated[MethodName, BeforeValidator(method_name)] = Field(
         description="Training method, in any usual spelling; p_tuning_v2 is another name of "
         "prefix_tuning."
     )
-    template: Annotated[str, Field(min_length=1)] = Field(
-        description="Template that turns a row into a prompt: {column} is replaced by its value."
+    template: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Template that turns a row into a prompt: {column} is replaced by its value; a line "
+        "of {?column} alone is left out where the value is empty. Not needed for rows of a known shape.",
     )
-    target: Annotated[str, Field(min_length=1)] = Field(
-        description="Column that holds the expected output."
+    target: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Column that holds the expected output; given where template is."
     )
     hyperparameters: HyperparameterRequest = Field(
         default_factory=HyperparameterRequest,
         description="Settings of the optimisation. Fields that are left out come from the recipe.",
     )
+
+
+class TrainingRequest(JobRequest):
+    """A training job without its rows, whose template and target are known."""
+
+    template: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
 
 
 class TrainingJob(BaseModel):
@@ -225,7 +245,10 @@ class TrainingJob(BaseModel):
         base_digest: digest of the base.
         base_name: name of the base.
         num_rows: rows, held-out ones included.
-        num_validation_rows: number of held-out rows at the end; overrides `validation_split`.
+        format: the shape of the rows.
+        num_validation_rows: rows that are held out.
+        labels_inferred: whether `labels` are the values that the target column has.
+        warnings: what was found in the data that may not be intended, a sentence each.
         prompts: "template": the template makes prompts of data, in which the names of special tokens
             are plain text. "chat": the one column that the template names holds what the base's chat
             template made, its special tokens included; the adapter has no template of its own.
@@ -259,5 +282,8 @@ class TrainingJob(BaseModel):
     base_name: str
     num_rows: int
     num_validation_rows: Annotated[int, Field(ge=0)] = 0
+    format: Format = "columns"
+    labels_inferred: bool = False
+    warnings: list[str] = Field(default_factory=list)
     prompts: Prompts = "template"
     trainable_params: int

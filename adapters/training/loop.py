@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,14 @@ from adapters.checkpoint.folder import write_checkpoint
 from adapters.errors import BaseMismatch, NonFinite, TrainingDiverged
 from adapters.method import parse_config
 from adapters.methods import METHODS
+from adapters.parts import KVPrefix, SoftPrompt
 from adapters.trainable import Trainable
 from adapters.training.batches import Steps, learning_rate
-from adapters.training.examples import Examples
+from adapters.training.examples import Example, Examples
 from adapters.training.job import Hyperparameters, TrainingJob
 from adapters.training.objective import num_targets, summed_loss
 from adapters.training.packed import PackedBase
-from adapters.training.ranking import mean_loss, rank, score
+from adapters.training.ranking import commonest_share, mean_loss, rank, score
 from adapters.training.state import (
     RunState,
     load,
@@ -38,6 +39,10 @@ from adapters.training.state import (
     restore_optimizer,
     save,
 )
+
+# Where no rows are held out, so many training rows are ranked at the end, spread over all of them.
+_RANKED_TRAINING_ROWS = 64
+_MAX_RANKED_LABELS = 50
 
 EventKind = Literal["started", "resumed", "step", "evaluation", "checkpoint"]
 
@@ -56,7 +61,8 @@ class TrainingEvent:
         data: JSON.
             started: max_steps, num_rows, num_held_out, trainable_params; resumed: also step.
             step: step, max_steps, epoch, loss, learning_rate, tokens_per_second, seconds_left.
-            evaluation: step, epoch, loss, num_rows, and with labels accuracy and macro_f1.
+            evaluation: step, epoch, loss, num_rows, and with labels accuracy, macro_f1 and
+            commonest_share, the accuracy of always answering the commonest label.
             checkpoint: step.
     """
 
@@ -73,7 +79,9 @@ class Trained:
         tensors: the checkpoint, PEFT's names, float32.
         metrics: loss (mean over the last epoch), steps, epochs, num_rows, num_tokens (of prompts and
             targets, over all steps), and with held-out rows `evaluation`, measured on the parameters
-            that are kept. Identical for a run that was interrupted and resumed.
+            that are kept. With labels and no held-out rows `on_training_rows` has the same for some of
+            the training rows. `warning` says where an adapter is no better than always answering the
+            commonest label. Identical for a run that was interrupted and resumed.
     """
 
     config: dict[str, Any]
@@ -263,20 +271,46 @@ class _Run:
         evaluations.append(result)
 
     def _evaluate(self) -> dict[str, Any]:
-        held_out, label_ids = self._examples.held_out, self._examples.label_ids
+        held_out = self._examples.held_out
         with torch.no_grad():
             virtual = self._base.fold(self.trainable.virtual())
         loss = mean_loss(self._base, virtual, held_out, self._stop_if_asked)
         self._check_finite(loss, f"the evaluation after step {self._step}")
-        result: dict[str, Any] = {"loss": loss, "num_rows": len(held_out)}
-        if label_ids is not None:
-            prompts = [example.prompt_ids for example in held_out]
-            scores = rank(self._base, virtual, prompts, label_ids, self._stop_if_asked)
-            chosen = scores.argmax(dim=1).tolist()
-            right = [example.label for example in held_out if example.label is not None]
-            found = score(chosen, right)
-            result |= {"accuracy": found.accuracy, "macro_f1": found.macro_f1}
-        return result
+        return {"loss": loss, **self._ranked(held_out, virtual, self._stop_if_asked)}
+
+    def _ranked(
+        self,
+        examples: Sequence[Example],
+        virtual: KVPrefix | SoftPrompt | None,
+        should_stop: Callable[[], None],
+    ) -> dict[str, Any]:
+        """The number of rows, and with labels how many are right."""
+        label_ids = self._examples.label_ids
+        if label_ids is None:
+            return {"num_rows": len(examples)}
+        prompts = [example.prompt_ids for example in examples]
+        scores = rank(self._base, virtual, prompts, label_ids, should_stop)
+        chosen = scores.argmax(dim=1).tolist()
+        right = [example.label for example in examples if example.label is not None]
+        found = score(chosen, right)
+        return {
+            "num_rows": len(examples),
+            "accuracy": found.accuracy,
+            "macro_f1": found.macro_f1,
+            "commonest_share": commonest_share(right),
+        }
+
+    def _rank_training_rows(self) -> dict[str, Any] | None:
+        """How many of some training rows are right, where no rows are held out."""
+        train, label_ids = self._examples.train, self._examples.label_ids
+        if self._facts["evaluations"] or label_ids is None or len(label_ids) > _MAX_RANKED_LABELS:
+            return None
+        stride = -(-len(train) // _RANKED_TRAINING_ROWS)
+        self.trainable.set_training(False)
+        with torch.no_grad():
+            virtual = self._base.fold(self.trainable.virtual())
+            # After the last step there is nothing to stop for.
+            return self._ranked(train[::stride], virtual, lambda: None)
 
     def _is_over(self) -> bool:
         patience = self._options.early_stopping_patience
@@ -347,6 +381,10 @@ class _Run:
         }
         if evaluations:
             metrics["evaluation"] = self._facts.get("best", evaluations[-1])
+        elif (ranked := self._rank_training_rows()) is not None:
+            metrics["on_training_rows"] = ranked
+        if (warning := _no_better(metrics)) is not None:
+            metrics["warning"] = warning
         return Trained(dict(self._job.config), tensors, metrics)
 
     def _check_last_step(self) -> None:
@@ -359,6 +397,18 @@ class _Run:
 
     def _emit(self, kind: EventKind, **data: Any) -> None:
         self._on_event(TrainingEvent(kind, data))
+
+
+def _no_better(metrics: dict[str, Any]) -> str | None:
+    """A sentence, if the labels are ranked no better than by always answering the commonest."""
+    kind = "held-out" if "evaluation" in metrics else "training"
+    found = metrics.get("evaluation") or metrics.get("on_training_rows") or {}
+    if "accuracy" not in found or found["accuracy"] > found["commonest_share"]:
+        return None
+    return (
+        f"no better than always answering the commonest label: accuracy {found['accuracy']:.3f} on "
+        f"{found['num_rows']} {kind} rows, of which {found['commonest_share']:.3f} have that label"
+    )
 
 
 class _Clock:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from adapters.base_model import BaseModelSpec
 from adapters.checkpoint.config import is_neutral, shown_fields
 from adapters.errors import ConfigInvalid, JobInvalid
-from adapters.method import PeftConfig, as_json, parse_config, without_nulls
+from adapters.field_errors import quoted
+from adapters.method import PeftConfig, parse_config, without_nulls
 from adapters.training.job import METHOD_NAMES, TrainingRequest
 from adapters.training.recipes import Recipe
 
@@ -111,7 +112,7 @@ def ignored(request: TrainingRequest) -> tuple[str, ...]:
     """A sentence for each field of a request that is written with the adapter, whatever it says."""
     given = without_nulls(request.config)
     return tuple(
-        f"config.{name} is {as_json(given[name])}: ignored, because {why}"
+        f"config.{name} is {quoted(given[name])}: ignored, because {why}"
         for name, why in _WRITTEN_HERE.items()
         if given.get(name) not in (None, False)
     )

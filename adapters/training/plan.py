@@ -18,7 +18,7 @@ from typing import Any
 
 from adapters.base_model import BaseModelSpec
 from adapters.method import AdapterMethod, PeftConfig
-from adapters.template import Row, default_separator
+from adapters.template import Column, Row, Template, default_separator, is_empty
 from adapters.training import method_config
 from adapters.training.batches import Steps
 from adapters.training.encoding import Encoder
@@ -30,6 +30,7 @@ from adapters.training.job import (
     TrainingJob,
     TrainingRequest,
 )
+from adapters.training.labels import infer_labels
 from adapters.training.method_config import Start, wrong
 from adapters.training.recipes import RECIPES, Recipe
 from adapters.training.rendering import Renderer, RowFormat
@@ -45,6 +46,7 @@ from adapters.training.selection import (
 # Longer rows are rarely intended, and memory grows with every token.
 DEFAULT_MAX_LENGTH = 2048
 PREVIEW_ROWS = 3
+_ROWS_NAMED = 5
 # 4 GiB in float32 with gradients and AdamW's two states.
 MAX_TRAINABLE_PARAMS = 2**28
 _SHOWN = 80
@@ -52,7 +54,7 @@ _SHOWN = 80
 
 @dataclass(frozen=True)
 class Plan:
-    """A validated job with its examples.
+    r"""A validated job with its examples.
 
     Attributes:
         job: the job with every default resolved.
@@ -60,6 +62,7 @@ class Plan:
         preview: the first training rows as rendered: `row`; `text`, `prompt` and `target` (with its
             separator); `tokens`, the characters of each token, None for a token without characters;
             their `ids`; `num_prompt_tokens`, `num_target_tokens`, and `truncated`.
+            Bytes of a token that are no whole character are written as `\xe6`.
         lengths: `min`, `mean` and `max` tokens of prompt and target.
     """
 
@@ -79,6 +82,7 @@ def make_plan(
     num_validation_rows: int = 0,
     prompts: Prompts = "template",
     max_virtual_tokens: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Resolve and check a request.
 
@@ -93,6 +97,7 @@ def make_plan(
         num_validation_rows: number of validation rows at the end of `rows`; fewer than `rows` has.
         prompts: see `TrainingJob.prompts`.
         max_virtual_tokens: limit on an adapter's virtual tokens.
+        notes: what was found while the rows were read; they become the job's first warnings.
 
     Raises:
         JobInvalid: a field is wrong, or two of them disagree.
@@ -101,7 +106,7 @@ def make_plan(
         CheckpointError: the config does not fit the base.
     """
     _check_texts(request)
-    settings = _settings(request, num_validation_rows, prompts)
+    settings = _settings(request, rows, num_validation_rows, prompts)
     rendered = _rendered(settings, rows, encoder)
     adapter = _adapter(settings, rendered, base, base_name)
     count = adapter.num_virtual_tokens
@@ -133,7 +138,10 @@ def make_plan(
         base_digest=base.digest,
         base_name=base_name,
         num_rows=len(rows),
-        num_validation_rows=num_validation_rows,
+        num_validation_rows=len(rendered.held_out),
+        format=request.format or "columns",
+        labels_inferred=settings.labels_inferred,
+        warnings=[*notes, *adapter.warnings, *_warnings(settings, rows)],
         trainable_params=trainable_params,
     )
     preview = [_preview(example, rendered) for example in examples.train[:PREVIEW_ROWS]]
@@ -154,7 +162,7 @@ def _check_texts(request: TrainingRequest) -> None:
 
 @dataclass(frozen=True)
 class _Settings:
-    """A request with every default that depends neither on the rows nor on the base."""
+    """A request with every default that does not depend on the base."""
 
     peft_type: str
     recipe: Recipe
@@ -164,23 +172,29 @@ class _Settings:
     context: ContextSettings
     default_context: bool
     row_format: RowFormat
+    labels_inferred: bool
     hyperparameters: Hyperparameters
     num_validation_rows: int
 
 
-def _settings(request: TrainingRequest, num_validation_rows: int, prompts: Prompts) -> _Settings:
+def _settings(
+    request: TrainingRequest, rows: Sequence[Row], num_validation_rows: int, prompts: Prompts
+) -> _Settings:
     peft_type = METHOD_NAMES[request.method]
     recipe = RECIPES[peft_type]
     config, start = method_config.resolve(request, recipe)
     context = _context_settings(request, recipe)
     labels = _labels(request)
+    inferred = None
+    if labels is None and request.infer_labels and not request.label_names and prompts != "chat":
+        inferred = infer_labels(rows, request.target)
     separator = request.target_separator
     if separator is None:
         separator = default_separator(request.template, request.tokenization)
     row_format = RowFormat(
         template=request.template,
         target=request.target,
-        labels=labels,
+        labels=labels or inferred,
         label_names=request.label_names,
         target_separator=separator,
         append_eos=request.append_eos,
@@ -197,6 +211,7 @@ def _settings(request: TrainingRequest, num_validation_rows: int, prompts: Promp
         context=context,
         default_context=request.context_examples is None,
         row_format=row_format,
+        labels_inferred=inferred is not None,
         hyperparameters=options,
         num_validation_rows=num_validation_rows,
     )
@@ -424,6 +439,44 @@ def _at_most(most: int, value: int, field: str, fault: str) -> int:
     return value
 
 
+# --- what may not be intended ------------------------------------------------------------------
+
+
+def _warnings(settings: _Settings, rows: Sequence[Row]) -> list[str]:
+    """Sentences about empty cells and about labels that were not given."""
+    row_format = settings.row_format
+    found = _empty_cells(Template.parse(row_format.template), rows)
+    if settings.labels_inferred:
+        listed = ", ".join(repr(label[:_SHOWN]) for label in row_format.labels or ())
+        found.append(
+            f"labels were not given: the values of {row_format.target[:_SHOWN]!r} are taken, {listed}; "
+            "infer_labels false takes none"
+        )
+    return found
+
+
+def _empty_cells(template: Template, rows: Sequence[Row]) -> list[str]:
+    found = []
+    for name in template.required:
+        empty = [number for number, row in enumerate(rows, start=1) if is_empty(row[name])]
+        if not empty:
+            continue
+        listed = ", ".join(map(str, empty[:_ROWS_NAMED]))
+        more = ", …" if len(empty) > _ROWS_NAMED else ""
+        hint = ""
+        if any(_stands_alone(line, name) for line in template.lines):
+            hint = f", which leaves a blank line in the prompt; {{?{name}}} leaves the line out"
+        found.append(
+            f"column {name[:_SHOWN]!r} is empty in {len(empty)} of {len(rows)} rows "
+            f"({'row' if len(empty) == 1 else 'rows'} {listed}{more}){hint}"
+        )
+    return found
+
+
+def _stands_alone(line: Sequence[str | Column], name: str) -> bool:
+    return [part for part in line if isinstance(part, Column) or part.strip()] == [Column(name)]
+
+
 # --- what a dry run shows --------------------------------------------------------------------
 
 
@@ -432,8 +485,12 @@ def _preview(example: Example, rendered: _Rendered) -> dict[str, Any]:
     prompt, types = renderer.prompt(row, example.row)
     target = renderer.target(renderer.target_text(row, example.row))
     kept = [prompt.spans[index] for index in kept_tokens(types, len(example.prompt_ids))]
-    tokens = [prompt.text[start:stop] or None for start, stop in kept]
-    tokens += [target.text[start:stop] or None for start, stop in target.spans]
+    ids = zip(kept, example.prompt_ids, strict=True)
+    tokens = [renderer.token_text(one, prompt.text[slice(*span)]) for span, one in ids]
+    tokens += [
+        renderer.token_text(one, target.text[slice(*span)])
+        for span, one in zip(target.spans, target.ids, strict=True)
+    ]
     tokens += [None] * (len(example.target_ids) - len(target.ids))  # the end of sequence
     return {
         "row": example.row,

@@ -6,6 +6,7 @@ training) after the prompt. The prompt is computed once for all labels, which ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,17 @@ def score(chosen: Sequence[int], right: Sequence[int]) -> Scores:
         f1.append(2 * hits / (chosen.count(label) + right.count(label)))
     hits = sum(c == r for c, r in zip(chosen, right, strict=True))
     return Scores(hits / len(right), sum(f1) / len(f1))
+
+
+def commonest_share(right: Sequence[int]) -> float:
+    """The accuracy of always choosing the commonest of these labels.
+
+    Raises:
+        ValueError: no row.
+    """
+    if not right:
+        raise ValueError("expected at least one row")
+    return max(Counter(right).values()) / len(right)
 
 
 @torch.no_grad()

@@ -136,11 +136,12 @@ class Renderer:
             raise _no_column(row_format.target, "the target column", row, number)
         text = text_of(row[row_format.target])
         if row_format.label_names is not None:
-            if text not in row_format.label_names:
+            spelling = next((s for s in _spellings(text) if s in row_format.label_names), None)
+            if spelling is None:
                 raise _unknown(
                     text, row_format.label_names, "a value that label_names has", row_format, number
                 )
-            text = row_format.label_names[text]
+            text = row_format.label_names[spelling]
         if row_format.labels is not None and text not in self._indices:
             raise _unknown(text, row_format.labels, "one of the labels", row_format, number)
         return text
@@ -230,11 +231,25 @@ class Renderer:
         plain = not rendered or self._format.prompts == "template"
         return self._encode(text, add_special_tokens=False, plain=plain).ids
 
+    def token_text(self, token_id: int, covered: str) -> str | None:
+        r"""A token as text; None for one without characters.
+
+        A token that begins or ends inside a character shows that character's bytes, such as `\xe6`.
+
+        Args:
+            token_id: the token.
+            covered: the characters that it covers, wholly or in part.
+        """
+        if not covered or covered.isascii():
+            return covered or None
+        data = self._encoder.token_bytes(token_id)
+        return data.decode("utf-8", "backslashreplace") if not _is_text(data) else covered
+
     def _filled(self, row: Row, number: int) -> Filled:
         try:
             return self._template.fill(row)
         except TemplateInvalid:
-            missing = next(name for name in self._template.columns if name not in row)
+            missing = next(name for name in self._template.required if name not in row)
             raise _no_column(missing, "a column of the template", row, number) from None
 
     def _encode_prompt(self, text: str) -> EncodedText:
@@ -253,7 +268,8 @@ class Renderer:
         target_ids = self.target_ids(target)
         if target == "" or len(target_ids) == len(self._end):
             raise DataInvalid(
-                f"row {number}: the target in column {self._format.target!r} has no tokens",
+                f"row {number}: the target in column {self._format.target[:_SHOWN]!r} has no tokens; "
+                "remove rows without an answer",
                 row=number,
                 field=self._format.target,
                 expected="a target of at least one token",
@@ -295,6 +311,24 @@ def parse_template(row_format: RowFormat) -> Template:
     return template
 
 
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _spellings(text: str) -> tuple[str, ...]:
+    """How a value may be written in `label_names`.
+
+    pandas writes 1 as 1.0 where the column has a cell without a value, and true as True.
+    """
+    whole = text.removesuffix(".0")
+    others = (whole,) if whole.lstrip("-").isdigit() else ()
+    return (text, *others, text.capitalize()) if text in ("true", "false") else (text, *others)
+
+
 def _types(prompt: EncodedText, ranges: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     """The type of every token of a prompt, determined by its last character.
 
@@ -303,7 +337,7 @@ def _types(prompt: EncodedText, ranges: Sequence[tuple[int, int]]) -> tuple[int,
     kinds = bytearray([TEMPLATE_BEFORE]) * len(prompt.text)
     for start, stop in ranges:
         kinds[start:stop] = bytearray([INPUT]) * (stop - start)
-    last = ranges[-1][1]
+    last = ranges[-1][1] if ranges else 0
     kinds[last:] = bytearray([TEMPLATE_AFTER]) * (len(kinds) - last)
     return tuple(kinds[stop - 1] if start < stop else ADDED for start, stop in prompt.spans)
 

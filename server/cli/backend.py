@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ from server.store.job_files import no_job
 from server.store.job_states import FINISHED
 
 if TYPE_CHECKING:
-    from adapters.template import Row
-    from adapters.training.job import TrainingRequest
+    from adapters.checkpoint.archive import Staged
+    from adapters.training.job import JobRequest
 
 Json: TypeAlias = dict[str, Any]
 
@@ -150,11 +150,12 @@ class Backend:
             CheckpointError: its files are not there, or refused.
         """
         self._require_base(source.metadata.get("base_digest"))
-        with staged(source.path) as (directory, ignored):
-            files = [("files", file.name, file) for file in sorted(directory.iterdir())]
+        with staged(source.path) as (directory, found):
+            paths = [*sorted(directory.iterdir()), *_token_files(source.path)]
+            files = [("files", path.name, path) for path in paths]
             fields = {"name": source.name, **_form(source.metadata)}
             status, shown = self.server.upload("/adapters", fields, files)
-        return {**shown, "created": status == 201, "ignored_files": [*ignored]}
+        return {**shown, "created": status == 201, "ignored_files": [*found.ignored]}
 
     def remove(self, name: str, version: int | None) -> Json:
         """Remove a version, or all of them; `name` and `deleted_versions`."""
@@ -242,14 +243,30 @@ class Backend:
 
     # --- training jobs ---------------------------------------------------------------------------
 
-    def train(self, request: TrainingRequest, rows: Sequence[Row], *, dry_run: bool) -> Json:
-        """Start a training job; the job, or the plan of it where nothing is to be stored."""
-        job = request.model_dump(mode="json", exclude_none=True)
+    def train(
+        self,
+        request: JobRequest,
+        path: Path,
+        selected: Iterable[Json] | None,
+        *,
+        dry_run: bool,
+    ) -> Json:
+        """Start a training job; the job, or the plan of it where nothing is to be stored.
+
+        Args:
+            request: the job.
+            path: the file of its rows.
+            selected: its rows, where they are not all of the file.
+            dry_run: store nothing.
+        """
+        job = request.model_dump(mode="json", exclude_unset=True)
         with tempfile.TemporaryDirectory(prefix="graftwork-") as work:
-            data = Path(work) / "rows.jsonl"
-            with data.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            files = [("data", data.name, data)]
+            data = path
+            if selected is not None:
+                data = Path(work) / "rows.jsonl"
+                with data.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in selected)
+            files = [("data", "rows", data)]
             query = "true" if dry_run else None
             _, reply = self.server.upload("/train", {"job": json.dumps(job)}, files, dry_run=query)
         received: Json = reply
@@ -359,8 +376,8 @@ def split_reference(reference: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """A fresh folder with the two files of a PEFT folder or an archive, and the ignored names.
+def staged(path: Path) -> Iterator[tuple[Path, Staged]]:
+    """A fresh folder with the two files of a PEFT folder or an archive, and what lay beside them.
 
     Raises:
         CheckpointError: they are not there, or refused.
@@ -370,8 +387,16 @@ def staged(path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
         yield directory, stage(path, directory)
 
 
-def stage(path: Path, directory: Path) -> tuple[str, ...]:
-    """Fill an empty folder from a PEFT folder or an archive. Returns the ignored names.
+def _token_files(path: Path) -> list[Path]:
+    """The small files of a folder by which the server finds tokens that its base does not have."""
+    from adapters.checkpoint import added_tokens
+
+    found = [path / name for name in sorted(added_tokens.FILES)] if path.is_dir() else []
+    return [one for one in found if one.is_file() and one.stat().st_size <= added_tokens.MAX_BYTES]
+
+
+def stage(path: Path, directory: Path) -> Staged:
+    """Fill an empty folder from a PEFT folder or an archive. Returns what lay beside the two files.
 
     Raises:
         CheckpointError: as `adapters.checkpoint.archive.stage_upload`, which uploads use too.

@@ -5,18 +5,33 @@ Knows no model and no command.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adapters.errors import DataInvalid
 from adapters.template import Row, text_of
-from adapters.training.rows import kind_of, read_rows
+from adapters.training.rows import (
+    DEFAULT_DATA_LIMITS,
+    Source,
+    Used,
+    check_sources,
+    open_rows,
+)
 from server.cli.render import fail
 
-Data = Annotated[Path, typer.Option("--data", help="Rows: a .jsonl or a .csv file.")]
+if TYPE_CHECKING:
+    from server.api.training.training_data import TrainingData, Wish
+    from server.text.tokenizer import TextTokenizer
+
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data", help="Rows: JSON lines, a JSON array, or CSV; what it is, is found out."
+    ),
+]
 Where = Annotated[
     list[str] | None,
     typer.Option(
@@ -113,47 +128,81 @@ def merged_options(flag: str, text: str | None, **named: Any) -> dict[str, Any]:
 
 
 class DataFile:
-    """The rows of a file, or some of them, and their numbers in the file.
+    """A file of rows, or some of them, and their numbers in the file.
 
     Args:
-        path: .jsonl or .csv.
+        path: the file; its content says what it is.
         where: column -> value, as text, of the rows that are taken; None takes all.
 
     Raises:
-        DataInvalid: another kind of file, rows that are refused, or none with those values.
+        UnsupportedFile: the file is no text.
+        DataInvalid: it has no rows, or the first cannot be read.
         OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path, where: dict[str, str] | None = None) -> None:
-        kind = kind_of(path.name)
-        if kind is None:
+        self.path = path
+        self.where = where or {}
+        self._numbers: list[int] = []
+        with open_rows(path, used=Used(())) as file:
+            first = next(file.sources, None)
+            self._columns, self._first = file.facts.columns, None if first is None else first.row
+            self._facts = file.facts
+        if first is None:
             raise DataInvalid(
-                f"{path}: expected a file named .jsonl (one JSON object a line) or .csv",
-                expected=".jsonl or .csv",
-                came=path.suffix or "no ending",
-            )
-        everything = read_rows(path, kind)
-        kept = [
-            (number, row)
-            for number, row in enumerate(everything, start=1)
-            if all(
-                name in row and text_of(row[name]) == text for name, text in (where or {}).items()
-            )
-        ]
-        if not kept:
-            wanted = ", ".join(f"{name}={text}" for name, text in (where or {}).items())
-            raise DataInvalid(
-                f"{path}: none of the {len(everything)} rows has {wanted}",
+                f"{path}: there are no rows: expected at least one",
                 expected="at least one row",
                 came="none",
             )
-        self.rows: list[Row] = [row for _, row in kept]
-        self._numbers = [number for number, _ in kept]
 
     @property
     def columns(self) -> str:
         """The columns of the first row, for messages."""
-        return ", ".join(repr(name) for name in self.rows[0])
+        return ", ".join(repr(name) for name in self._columns)
+
+    def read(self, wish: Wish, tokenizer: TextTokenizer | None) -> TrainingData:
+        """The rows as `POST /train` reads them.
+
+        Args:
+            wish: what the command says of their shape.
+            tokenizer: the base's; None for rows that are no conversations.
+
+        Raises:
+            DataInvalid: rows that are refused, or none with the values of `where`.
+            RequestRefused, JobInvalid: see `server.api.training.training_data`.
+        """
+        from server.api.training.training_data import understand
+
+        with open_rows(self.path, used=self._used(wish.used())) as file:
+            sources = self._kept(file.sources)
+            return understand(sources, file.facts, wish, tokenizer, DEFAULT_DATA_LIMITS)
+
+    def is_chat(self, wish: Wish) -> bool:
+        """Whether the rows are conversations."""
+        from server.api.training.training_data import is_chat
+
+        return is_chat(self._facts, self._first, wish)
+
+    def has_known_shape(self) -> bool:
+        """Whether the rows need no template."""
+        from adapters.training.shapes import find_format
+
+        return isinstance(self._first, dict) and find_format(self._columns, self._first) is not None
+
+    def rows(self, used: Used) -> list[Row]:
+        """The rows with the columns that are used; a row may lack any of them.
+
+        Raises:
+            DataInvalid: rows that are refused, or none with the values of `where`.
+        """
+        with open_rows(self.path, used=self._used(used)) as file:
+            return check_sources(self._kept(file.sources), used=used)
+
+    def selected(self) -> Iterator[dict[str, Any]]:
+        """The rows as they were read, whatever their values."""
+        with open_rows(self.path, used=self._used(None)) as file:
+            for source in self._kept(file.sources):
+                yield source.row
 
     def message_of(self, error: DataInvalid) -> str:
         """The message, with the row's number in the file where that is another one."""
@@ -163,3 +212,30 @@ class DataFile:
         if number == error.row:
             return error.message
         return f"{error.message} (row {number} of the file)"
+
+    def _used(self, used: Used | None) -> Used:
+        used = used or Used(())
+        return Used(used.required, (*used.optional, *self.where))
+
+    def _kept(self, sources: Iterator[Source]) -> Iterator[Source]:
+        """The rows with the values of `where`."""
+        self._numbers = []
+        number = 0
+        for number, source in enumerate(sources, start=1):
+            if isinstance(source.row, dict) and all(
+                name in source.row and _text(source.row[name]) == text
+                for name, text in self.where.items()
+            ):
+                self._numbers.append(number)
+                yield source
+        if not self._numbers:
+            wanted = ", ".join(f"{name}={text}" for name, text in self.where.items())
+            raise DataInvalid(
+                f"{self.path}: none of the {number} rows has {wanted}",
+                expected="at least one row",
+                came="none",
+            )
+
+
+def _text(value: Any) -> str | None:
+    return text_of(value) if isinstance(value, str | int | float) else None

@@ -172,7 +172,7 @@ class _Evaluation:
 
     def here(self, settings: Settings, found: Sequence[FoundAdapter]) -> dict[str, Any]:
         """Rank with an engine of this process; the report."""
-        from server.cli.evaluation import Contestant, evaluate, wording_of
+        from server.cli.evaluation import Contestant, evaluate, used_by, wording_of
         from server.engine.offline import GenerationFailed
         from server.text.tokenizer import TextTokenizer, read_eos_token_ids
 
@@ -193,7 +193,7 @@ class _Evaluation:
                         engine,
                         encoder,
                         contestants,
-                        self.rows.rows,
+                        self.rows.rows(used_by(contestants)),
                         normalization=self.normalization,
                         on_progress=on_progress,
                     )
@@ -203,7 +203,12 @@ class _Evaluation:
 
     def at_server(self, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
         """Let a running server rank; the report."""
-        from server.cli.evaluation import evaluate_remotely, stored_contestant, stored_metadata
+        from server.cli.evaluation import (
+            evaluate_remotely,
+            stored_contestant,
+            stored_metadata,
+            used_by,
+        )
 
         with connect(settings) as backend:
             shown = [backend.adapter(name) for name in names]
@@ -215,7 +220,7 @@ class _Evaluation:
                 evaluation = evaluate_remotely(
                     backend.server,
                     contestants,
-                    self.rows.rows,
+                    self.rows.rows(used_by(contestants)),
                     normalization=self.normalization,
                     on_progress=on_progress,
                 )

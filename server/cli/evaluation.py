@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from adapters.training.examples import Example, Examples, fit
 from adapters.training.job import OnTooLong
 from adapters.training.ranking import Scores, score
 from adapters.training.rendering import LABEL, Renderer, RowFormat
+from adapters.training.row_source import Used
 
 if TYPE_CHECKING:
     from server.cli.http_client import RemoteServer
@@ -144,6 +145,16 @@ def stored_metadata(shown: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: recipe.get(name) for name in ("target", "label_names")}
     found |= {name: shown.get(name) for name in ("template", "labels", "tokenization")}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def used_by(contestants: Iterable[Contestant]) -> Used:
+    """The columns that contestants read; a row that lacks one of them is refused when it is rendered."""
+    names = [
+        name
+        for one in contestants
+        for name in (*Template.parse(one.wording.template).columns, one.wording.target)
+    ]
+    return Used((), tuple(dict.fromkeys(names)))
 
 
 @dataclass(frozen=True)
@@ -345,7 +356,7 @@ def _body(
     try:
         texts = [template.fill(row).text for row in rows]
     except TemplateInvalid as error:
-        number = next(n for n, row in enumerate(rows) if not {*template.columns} <= row.keys())
+        number = next(n for n, row in enumerate(rows) if not {*template.required} <= row.keys())
         raise DataInvalid(
             f"row {begin + number + 1}: {error.message}",
             row=begin + number + 1,
@@ -353,7 +364,7 @@ def _body(
             came=error.came,
         ) from error
     if one.is_stored:  # as in training: what stands in a row is never a special token
-        kept = [{name: row[name] for name in template.columns} for row in rows]
+        kept = [{name: row[name] for name in template.columns if name in row} for row in rows]
         return {**options, "rows": kept}
     return {**options, "inputs": texts, "raw": True}  # rendered here, by another template
 

@@ -71,9 +71,11 @@ class DataDirectory(Backend):
         with ExitStack() as opened:
             self._settings = settings
             self._base_id = base_name(settings)
-            self._registry: Registry = Registry(settings.data_dir, reserved=(self._base_id,))
+            self._registry: Registry = Registry(
+                settings.data_dir, reserved=(self._base_id,), max_aliases=settings.max_aliases
+            )
             opened.callback(self._registry.close)
-            self._jobs: JobStore = JobStore(settings.data_dir)
+            self._jobs: JobStore = JobStore(settings.data_dir, queue=settings.queue_limits())
             opened.callback(self._jobs.close)
             self._base: BaseModelSpec | None = None
             if reads_base:
@@ -116,16 +118,18 @@ class DataDirectory(Backend):
 
         services = self._services
         with self._registry.staging_dir() as directory:
-            ignored = stage(source.path, directory)
+            found = stage(source.path, directory)
+            base = services.need_base()
             published = self._registry.publish(
                 source.name,
                 directory,
-                services.need_base(),
+                base,
                 AdapterMetadata(**source.metadata),
+                warnings=found.warnings(base.vocab_size),
                 base_names=(services.base_id, services.settings.base),
             )
         record = AdapterVersion.of(published.record).model_dump(mode="json", by_alias=True)
-        return {**record, "created": published.created, "ignored_files": [*ignored]}
+        return {**record, "created": published.created, "ignored_files": [*found.ignored]}
 
     def jobs(self, offset: int, limit: int) -> list[Json]:
         """Jobs with all their fields, the newest first; as many as there are."""

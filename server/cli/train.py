@@ -6,6 +6,7 @@ a PEFT folder needs no data directory, and an interrupted run goes on later, whi
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -24,10 +25,11 @@ from adapters.training.job import (
     METHOD_NAMES,
     HyperparameterRequest,
     IfExists,
+    JobRequest,
     OnTooLong,
-    TrainingRequest,
     method_name,
 )
+from adapters.training.shapes import Format
 from server.cli.data import (
     AppendEos,
     Data,
@@ -140,9 +142,24 @@ def train(
             help="Publish it under this name in the data directory, or the server.",
         ),
     ] = None,
+    shape: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="The shape of the rows, where their columns do not say it.",
+            show_default=False,
+        ),
+    ] = None,
     template: TemplateOption = None,
     target: Target = None,
     labels: Labels = None,
+    infer_labels: Annotated[
+        bool,
+        typer.Option(
+            "--infer-labels/--no-infer-labels",
+            help="Without --labels, take the target's values where they are few.",
+        ),
+    ] = True,
     label_name: LabelName = None,
     where: Where = None,
     config: Annotated[
@@ -237,16 +254,15 @@ def train(
         else:
             _check_remote(outcome)
         rows = DataFile(data, pairs_from("--where", where))
-    if template is None or target is None:
-        missing = "--template" if template is None else "--target"
-        raise fail(f"{missing} is needed; the columns of {data} are {rows.columns}")
     request = _request(
         adapter=register or (out_dir.name if out_dir else "") or _UNNAMED,
         method=method,
         config=object_from("--config", config) or {},
+        format=shape,
         template=template,
         target=target,
         labels=labels_from(labels),
+        infer_labels=infer_labels,
         label_names=pairs_from("--label-name", label_name),
         target_separator=target_separator,
         append_eos=append_eos is not False,
@@ -272,6 +288,7 @@ def train(
         ),
     )
     with errors_as_lines(rows):
+        _require_words(request, rows, data)
         if settings.url is None:
             _train_here(request, rows, settings, outcome, partial)
         else:
@@ -281,11 +298,23 @@ def train(
 # --- the request -----------------------------------------------------------------------------
 
 
-def _request(**fields: Any) -> TrainingRequest:
+def _require_words(request: JobRequest, rows: DataFile, path: Path) -> None:
+    """Refuse rows of no known shape without a template and a target, before anything is loaded."""
+    if request.format is not None or (request.template and request.target):
+        return
+    missing = "--template" if request.template is None else "--target"
+    if request.template or request.target or not rows.has_known_shape():
+        raise fail(
+            f"{missing} is needed; the columns of {path} are {rows.columns}, of no known shape (--format)"
+        )
+
+
+def _request(**fields: Any) -> JobRequest:
     try:
-        return TrainingRequest.model_validate(fields)
+        given = {name: value for name, value in fields.items() if value is not None}
+        return JobRequest.model_validate(given)
     except ValidationError as error:
-        raise fail(explain(error.errors(), TrainingRequest, as_option).message) from error
+        raise fail(explain(error.errors(), JobRequest, as_option).message) from error
 
 
 def _check_local(outcome: _Outcome) -> PartialRun | None:
@@ -316,16 +345,19 @@ def _check_remote(outcome: _Outcome) -> None:
 
 
 def _train_there(
-    request: TrainingRequest, rows: DataFile, settings: Settings, outcome: _Outcome
+    request: JobRequest, rows: DataFile, settings: Settings, outcome: _Outcome
 ) -> None:
     """Send the job and its rows, follow it to its end, and print the result."""
     began = time.monotonic()
     url = settings.url or ""
+    selected = rows.selected() if rows.where else None
     with connect(settings) as backend:
-        job = backend.train(request, rows.rows, dry_run=outcome.dry_run)
+        job = backend.train(request, rows.path, selected, dry_run=outcome.dry_run)
         if outcome.dry_run:
             _print_plan(job, as_json=outcome.as_json)
             return
+        for warning in job["warnings"]:
+            say(f"warning: {warning}")
         say(f"{job['id']} is {job['state']} at {url}")
         job = _follow(backend, job["id"], url)
         if job["state"] != "succeeded":
@@ -344,6 +376,8 @@ def _train_there(
     if outcome.as_json:
         print_json(result)
         return
+    if warning := (job["metrics"] or {}).get("warning"):
+        print_line(f"warning: {warning}")
     print_line(f"registered as {name} at {url}")
     if outcome.out is not None:
         print_line(f"written to {outcome.out}")
@@ -370,16 +404,20 @@ def _follow(backend: Backend, job_id: str, url: str) -> dict[str, Any]:
 
 
 def _train_here(
-    request: TrainingRequest,
+    request: JobRequest,
     rows: DataFile,
     settings: Settings,
     outcome: _Outcome,
     partial: PartialRun | None,
 ) -> None:
     from adapters.training.plan import make_plan
+    from server.api.training.training_data import Wish
     from server.cli.local_training import PartialRun
     from server.config.base_name import base_name
 
+    wish = Wish.of(request)
+    # Faults of the rows are found before the base is loaded, unless its chat template is needed.
+    data = None if rows.is_chat(wish) else rows.read(wish, None)
     prepare_base(settings)
     name = base_name(settings)
     if outcome.name is not None and not outcome.dry_run:
@@ -388,19 +426,31 @@ def _train_here(
             partial = PartialRun(settings.data_dir / f"{outcome.name}.partial")
             partial.check(resume=outcome.resume)
     base, tokenizer = _load(settings)
-    plan = make_plan(request, rows.rows, tokenizer, base.spec, base_name=name)
+    data = data or rows.read(wish, tokenizer)
+    with data.told_by_place():
+        plan = make_plan(
+            data.resolve(request),
+            data.rows,
+            tokenizer,
+            base.spec,
+            base_name=name,
+            prompts=data.prompts,
+            notes=data.warnings,
+        )
     if partial is None:
         from server.api.training.job_replies import Preview
 
-        _print_plan(Preview.of(plan).model_dump(mode="json"), as_json=outcome.as_json)
+        _print_plan(Preview.of(plan, data.facts).model_dump(mode="json"), as_json=outcome.as_json)
         return
+    for warning in plan.job.warnings:
+        say(f"warning: {warning}")
     began = time.monotonic()
-    partial.begin(plan.job, rows.rows)
+    partial.begin(plan.job, data.rows)
     trained = _run(plan, base, partial)
     _deliver(plan, trained, base, partial, settings, outcome, time.monotonic() - began)
 
 
-def _require_free(request: TrainingRequest, settings: Settings, base_name: str) -> None:
+def _require_free(request: JobRequest, settings: Settings, base_name: str) -> None:
     from server.store.registry import Registry
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -520,6 +570,8 @@ def _print_result(result: dict[str, Any]) -> None:
     print_line(f"{metrics['steps']} steps in {result['seconds']:.1f} s, loss {metrics['loss']:.3f}")
     if "evaluation" in metrics:
         print_line(evaluation_text(metrics["evaluation"]))
+    if "warning" in metrics:
+        print_line(f"warning: {metrics['warning']}")
     if (folder := result["out"]) is not None:
         print_line(f"written to {folder}; serve it with: graftwork adapters add {folder}")
     if (one := result["registered"]) is not None:
@@ -531,7 +583,14 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         print_json(plan)
         return
     options = {name: value for name, value in plan["hyperparameters"].items() if value is not None}
+    data = plan["data"]
+    what = [data["layout"], data["encoding"], data["separator"], f"format {plan['format']}"]
     facts = {
+        "data": ", ".join(word for word in what if word),
+        "columns": _columns(data),
+        "template": "the base's chat template"
+        if plan["prompts"] == "chat"
+        else f"{plan['template']!r}, then {plan['target_separator']!r} and {plan['target']}",
         "method": f"{plan['method']}, {plan['trainable_params']:,} parameters",
         "rows": f"{plan['num_train']} to train on, {plan['num_held_out']} held out",
         "tokens a row": ", ".join(f"{name} {value:g}" for name, value in plan["lengths"].items()),
@@ -542,6 +601,16 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     for name, value in facts.items():
         table.add_row(name, value)
     print_table(table)
+    for warning in plan["warnings"]:
+        print_line(f"warning: {warning}")
     for row in plan["preview"]:
         tokens = "|".join("<special>" if text is None else text for text in row["tokens"])
-        print_line(f"row {row['row']} ({len(row['ids'])} tokens): {tokens}")
+        text = json.dumps(row["text"], ensure_ascii=False)
+        print_line(f"row {row['row']} ({len(row['ids'])} tokens): {text}")
+        print_line(f"  tokens: {tokens}")
+
+
+def _columns(data: dict[str, Any]) -> str:
+    used = ", ".join(data["columns_used"]) or "none"
+    unused = ", ".join(data["columns_unused"])
+    return f"{used}; not read: {unused}" if unused else used

@@ -34,6 +34,20 @@ def step_text(data: dict[str, Any]) -> str:
     )
 
 
+def life_text(kind: str, data: dict[str, Any]) -> str | None:
+    """What happens to the worker of a job as a line of text; None for other events."""
+    if kind == "state" and data["state"] == "queued":
+        return "waiting for a worker"
+    if kind == "state" and data["state"] == "running":
+        nice = f" at niceness {data['nice']}" if "nice" in data else ""
+        return f"a worker starts{nice}, and reads the base"
+    if kind == "worker_lost":
+        return f"the worker was lost ({data['how']}); another one goes on"
+    if kind == "interrupted":
+        return "interrupted: its server ended; the job goes on once a server runs"
+    return None
+
+
 class TrainingProgress:
     """Shows events; a context manager.
 
@@ -74,7 +88,9 @@ class TrainingProgress:
     def __call__(self, event: TrainingEvent) -> None:
         """Show an event."""
         data = event.data
-        if event.kind == "step":
+        if line := life_text(event.kind, data):
+            self._print(line)
+        elif event.kind == "step":
             self._step(data)
         elif event.kind == "evaluation":
             self._print(f"epoch {data['epoch']}, step {data['step']}: {evaluation_text(data)}")

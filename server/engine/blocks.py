@@ -21,6 +21,11 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def room_in_blocks(num_blocks: int, block_size: int, num_virtual_tokens: int) -> int:
+    """Tokens that fit into all blocks beside a prefix, which shares none of its blocks."""
+    return (num_blocks - blocks_for(num_virtual_tokens, block_size)) * block_size
+
+
 class BlockPool:
     """A fixed number of blocks, each free, held by one or more owners, or idle: cached without a holder.
 

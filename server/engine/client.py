@@ -19,6 +19,7 @@ from typing import Literal
 import structlog
 
 from adapters.base_model import BaseModelSpec
+from server.engine.blocks import room_in_blocks
 from server.engine.config import EngineConfig
 from server.engine.errors import (
     AdapterOverloaded,
@@ -187,8 +188,14 @@ class EngineClient:
         self.notes = first.notes
         self.max_sequence_tokens = first.max_sequence_tokens
         self.max_virtual_tokens = first.max_virtual_tokens
+        self._blocks = first.num_blocks, first.block_size
         self._serve(engine)
         self._watching = asyncio.create_task(self._watch())
+
+    def room(self, num_virtual_tokens: int) -> int:
+        """Positions that a prompt and its output may take beside so many virtual tokens."""
+        in_base = self.base.max_positions - num_virtual_tokens
+        return min(in_base, room_in_blocks(*self._blocks, num_virtual_tokens))
 
     async def stop(self, seconds: float | None = None) -> None:
         """End the process; requests in flight fail with code "aborted".

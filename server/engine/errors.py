@@ -1,10 +1,13 @@
-"""What the asyncio side of the engine raises. Knows nothing of how it comes to that."""
+"""What the asyncio side of the engine raises. Knows nothing of how it comes to that.
+
+A call from Python has kinds of its own under the same base, in `python_calls`.
+"""
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Base of what the client raises.
+    """Base of what the client and calls from Python raise.
 
     |-- EngineStartFailed   the process could not start; the message gives the reason
     |-- EngineUnavailable   the process is not running

@@ -22,14 +22,15 @@ from server.base.load import load_base
 from server.base.tokenizer import load_tokenizer
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.errors import EngineError
 from server.engine.grammar_compiler import Vocabulary
 from server.engine.python_calls import (
     Choice,
-    EngineError,
     GenerationFailed,
     InvalidCall,
     Prompt,
     Prompts,
+    Sampling,
     UnknownAdapter,
     check_options,
     check_targets,
@@ -181,7 +182,7 @@ class OfflineEngine:
     def generate(
         self,
         prompts: Prompts,
-        sampling: SamplingParams | None = None,
+        sampling: Sampling | None = None,
         *,
         adapter: str | None = None,
         **options: Any,
@@ -191,7 +192,8 @@ class OfflineEngine:
         Args:
             prompts: a text, or a list of texts, of token ids, or of pairs of an adapter's name (None:
                 the base itself) and one of these.
-            sampling: how to choose tokens; greedy if left out.
+            sampling: how to choose tokens: options by name, or the engine's own parameters; greedy if
+                left out.
             adapter: the adapter of the prompts that name none; None is the base.
             options: fields of `SamplingParams` in place of `sampling`'s; also `max_tokens`,
                 `stop` (a text or several, left out of the output) and `stop_token_ids`. A temperature
@@ -291,7 +293,8 @@ class OfflineEngine:
     def _params(self, choice: Choice, name: str | None, ids: Sequence[int]) -> SamplingParams:
         """The sampling of one prompt: a length that was not given is at most what fits."""
         virtual = 0 if name is None else self._adapters[name].num_virtual_tokens
-        fits = self.spec.max_positions + 1 - virtual - len(ids)
+        room = min(self.spec.max_positions - virtual, self._engine.limits.room(virtual))
+        fits = room + 1 - len(ids)
         length = choice.sampling.max_new_tokens
         if choice.is_length_given or fits >= length:
             return choice.sampling

@@ -49,6 +49,8 @@ class Ready:
         base_name: what the base calls itself.
         notes: remarks on its weights, for the model listing.
         max_sequence_tokens: positions that one sequence may take, see `request.positions_taken`.
+        num_blocks: KV blocks there are.
+        block_size: tokens of one.
         max_virtual_tokens: virtual tokens that leave a request its room in the KV blocks.
     """
 
@@ -56,6 +58,8 @@ class Ready:
     base_name: str
     notes: tuple[str, ...]
     max_sequence_tokens: int
+    num_blocks: int
+    block_size: int
     max_virtual_tokens: int
 
 
@@ -136,6 +140,8 @@ def _start(config: EngineConfig) -> tuple[Any, Ready]:
         base_name=loaded.name,
         notes=tuple(loaded.notes),
         max_sequence_tokens=min(loaded.spec.max_positions, by_blocks),
+        num_blocks=engine.limits.num_blocks,
+        block_size=engine.limits.block_size,
         max_virtual_tokens=engine.scheduler.limits.max_virtual_tokens,
     )
     return engine, ready

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from server.engine.config import EngineConfig
+from server.engine.errors import EngineError
 from server.engine.request import SamplingParams
 
 # A text, or its token ids.
@@ -45,10 +46,6 @@ _BOUNDS: dict[str, tuple[float, float, bool, str]] = {
 _WHOLE = frozenset({"max_new_tokens", "top_k", "seed"})
 
 
-class EngineError(Exception):
-    """Base of what the engine raises for a call from Python."""
-
-
 class InvalidCall(EngineError, ValueError):
     """An argument that the engine does not take; the message says what it expected."""
 
@@ -59,6 +56,29 @@ class UnknownAdapter(EngineError, LookupError):
 
 class GenerationFailed(EngineError):
     """The engine gave a request up; the message says why."""
+
+
+class SamplingOptions(dict[str, Any]):
+    """Options of `OfflineEngine.generate` to use for several calls, checked when they are made.
+
+    Args:
+        options: see `choice_of`.
+
+    Raises:
+        InvalidCall: as `choice_of`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        choice_of(None, options, ())
+        super().__init__(options)
+
+    def __repr__(self) -> str:
+        listed = ", ".join(f"{name}={value!r}" for name, value in self.items())
+        return f"SamplingParams({listed})"
+
+
+# The engine's own, where a value has its meaning already, or options by name.
+Sampling: TypeAlias = SamplingParams | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -202,7 +222,7 @@ def check_options(options: Iterable[str]) -> None:
 
 
 def choice_of(
-    sampling: SamplingParams | None, options: Mapping[str, Any], eos: tuple[int, ...]
+    sampling: Sampling | None, options: Mapping[str, Any], eos: tuple[int, ...]
 ) -> Choice:
     """The options of a call over those of `sampling`.
 
@@ -217,9 +237,12 @@ def choice_of(
     Raises:
         InvalidCall: an unknown option, one given twice, or a value out of bounds.
     """
+    given = _fields(options)
+    if isinstance(sampling, Mapping):
+        given = {**_fields(sampling), **given}
+        sampling = None
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise InvalidCall(f"sampling is {_kind(sampling)}, expected SamplingParams")
-    given = _fields(options)
     stop = _stops(given.pop("stop", ()))
     start = sampling or SamplingParams()
     ends = given.pop("eos_token_ids", start.eos_token_ids) or eos

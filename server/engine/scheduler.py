@@ -46,7 +46,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from server.engine.adapter_slots import AdapterEntry, AdapterSlots, Residency
-from server.engine.blocks import BlockPool, blocks_for
+from server.engine.blocks import BlockPool, blocks_for, room_in_blocks
 from server.engine.fairness import Budget, Turns, crowd
 from server.engine.prefix_cache import NOTHING, PrefixCache
 from server.engine.request import AdapterRef, GenerationRequest
@@ -79,6 +79,10 @@ class SchedulerLimits:
     prefix_caching: bool = True
     prefill_tokens_beside: int | None = None
     per_adapter: bool = False
+
+    def room(self, num_virtual_tokens: int) -> int:
+        """Positions that prompt and output have in the KV blocks beside a prefix in blocks of its own."""
+        return room_in_blocks(self.num_blocks, self.block_size, num_virtual_tokens)
 
     @property
     def max_virtual_tokens(self) -> int:
@@ -130,7 +134,7 @@ class Scheduler:
         need = blocks_for(prefix, block_size) + blocks_for(tokens, block_size)
         if need > self.limits.num_blocks:
             return (
-                f"{tokens} tokens and {prefix} virtual tokens need {need} KV blocks, "
+                f"{tokens} positions and {prefix} virtual tokens need {need} KV blocks, "
                 f"the engine has {self.limits.num_blocks}"
             )
         return None

@@ -22,7 +22,7 @@ import anyio.to_thread
 import structlog
 
 from adapters.errors import AdapterCorrupt, BaseMismatch
-from adapters.template import Row, Template
+from adapters.template import Row
 from server.config.limits import Limits
 from server.config.settings import num_cores
 from server.engine.client import (
@@ -44,6 +44,7 @@ from server.errors import RequestInvalid, TooLong
 from server.generation.adapter_lookup import Lookups
 from server.generation.fair_threads import FairThreads
 from server.generation.observers import Ended, GenerationObserver, Observer
+from server.generation.prompt_form import Difference, PromptForm, template_of
 from server.store.caller import Caller, PerCaller
 from server.store.registry import AdapterRecord, Registry
 from server.text.detokenizer import IncrementalDetokenizer
@@ -294,6 +295,7 @@ class Generator(PerCaller):
             registry.data_version,
         )
         self._observers = tuple(observers)
+        self._prompt_form = PromptForm(tokenizer.chat_template)
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -426,8 +428,9 @@ class Generator(PerCaller):
     ) -> list[Prompt]:
         """Texts for an adapter, rendered with its stored template unless they are already.
 
-        A template of one column is filled with the text. A text in the template's own words (see
-        `Template.recognises`) is a prompt as it is, as is every text for an adapter without a template.
+        A template of one column (see `Template.sole_column`) is filled with the text. A text in the
+        template's own words (see `Template.recognises`) is a prompt as it is, as is every text for an
+        adapter without a template.
 
         Args:
             texts: at least one.
@@ -448,14 +451,22 @@ class Generator(PerCaller):
         characters = sum(map(len, texts))
         as_is = await self._run(characters, lambda: [template.recognises(text) for text in texts])
         rows = [text for text, whole in zip(texts, as_is, strict=True) if not whole]
-        if rows and len(template.columns) > 1:
+        column = template.sole_column
+        if rows and column is None:
             raise _several_columns(template.columns, adapter.name, field)
-        filled = iter(
-            await self.encode_rows([{template.columns[0]: text} for text in rows], adapter)
-        )
+        filled = iter(await self.encode_rows([{column or "": text} for text in rows], adapter))
         whole_texts = [text for text, whole in zip(texts, as_is, strict=True) if whole]
         prompts = iter(await self.encode_all(whole_texts, field=field))
         return [next(prompts) if whole else next(filled) for whole in as_is]
+
+    async def differences(self, adapter: AdapterRecord, texts: Sequence[str]) -> Difference | None:
+        """How the first prompt that does differs from the adapter's training, see `PromptForm`."""
+
+        def first() -> Difference | None:
+            found = (self._prompt_form.difference(adapter, text) for text in texts)
+            return next((one for one in found if one is not None), None)
+
+        return await self._run(sum(map(len, texts)), first)
 
     async def encode_targets(
         self, texts: Sequence[str], *, append_eos: bool
@@ -601,8 +612,9 @@ class Generator(PerCaller):
 
     def _max_new_tokens(self, prompt: int, virtual: int, options: Options) -> int:
         asked = options.max_new_tokens
-        # Of new tokens; the last one takes no position, see `positions_taken`.
-        room = self.max_sequence_tokens + 1 - virtual - prompt
+        # The last new token takes no position, see `positions_taken`.
+        fit = self._client.room(virtual) + virtual + 1
+        room = fit - virtual - prompt
         wanted = 1 if asked is None else asked
         if wanted > room:
             taken = f"{prompt} prompt tokens + {wanted} new tokens"
@@ -610,9 +622,9 @@ class Generator(PerCaller):
                 taken += f" + {virtual} virtual tokens of the adapter"
             raise TooLong(
                 f"{options.prompt_field} and {options.length_field} take {taken}, "
-                f"at most {self.max_sequence_tokens + 1} fit in all",
+                f"at most {fit} fit in all",
                 field=options.prompt_field if room < 1 else options.length_field,
-                expected=f"at most {self.max_sequence_tokens + 1} tokens in all",
+                expected=f"at most {fit} tokens in all",
                 came=str(prompt + wanted + virtual),
             )
         if asked is not None:
@@ -637,14 +649,6 @@ def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def _num_characters(row: Row) -> int:
     return sum(len(value) for value in row.values() if isinstance(value, str))
-
-
-def template_of(adapter: AdapterRecord) -> Template | None:
-    """An adapter's stored template, as it makes prompts; None if it has none."""
-    if adapter.template is None:
-        return None
-    as_written = adapter.tokenization == "as_written"
-    return Template.parse(adapter.template, keep_trailing_space=as_written)
 
 
 def _several_columns(columns: Sequence[str], name: str, field: str) -> RequestInvalid:

@@ -62,6 +62,8 @@ def run_job(config: WorkerConfig, claim: Claim) -> int:
     except Exception as error:
         log.exception("failed")
         return _fail(store, claim, failures.describe(error))
+    if warning := (outcome.metrics or {}).get("warning"):
+        log.warning("adapter", warning=warning)
     log.info("succeeded", version=outcome.version)
     return 0
 
@@ -70,6 +72,8 @@ def _work(config: WorkerConfig, store: JobStore, claim: Claim) -> Outcome:
     record = store.get(claim.job_id)
     job = record.job
     log.info("claimed", job=claim.job_id, attempt=record.attempts, pid=os.getpid())
+    for warning in job.warnings:
+        log.warning("data", warning=warning)
     registry = Registry(Path(config.data_dir), reserved=(config.base_name,))
     try:
         if (done := published_by(registry, record)) is not None:

@@ -93,7 +93,7 @@ class WorkerProcess:
 def _first_line(job_id: str, nice: int) -> bytes:
     # At once: the worker's own first line comes after its imports, seconds later at its niceness.
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return f"{at} [info     ] started job={job_id} nice={nice}\n".encode()
+    return f"{at} [info     ] worker_started job={job_id} nice={nice}\n".encode()
 
 
 def _append(log: Path, line: bytes) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from adapters.checkpoint.folder import (
 )
 from adapters.checkpoint.limits import CheckpointLimits
 from adapters.errors import AdapterError
+from server.store.checked_blobs import CheckedBlobs
 from server.store.staging import StagingArea
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -43,6 +44,7 @@ class BlobStore:
         self._blobs.mkdir(parents=True, exist_ok=True)
         self.staging = StagingArea(root)
         self._limits = limits
+        self._checked = CheckedBlobs(root, FILES)
 
     def path(self, digest: str) -> Path:
         """The path of a digest's folder, which may not exist.
@@ -89,6 +91,7 @@ class BlobStore:
         synced_files.sync(staged)
         staged.rename(target)
         synced_files.sync(self._blobs)
+        self._checked.add(digest, target)
         return True
 
     def discard(self, digest: str) -> None:
@@ -99,6 +102,20 @@ class BlobStore:
             except FileNotFoundError:
                 return
             synced_files.sync(self._blobs)
+
+    def intact(self, digests: Iterable[str]) -> frozenset[str]:
+        """Those of the digests whose folders are intact, not `deep`: read only where files have changed."""
+        known = self._checked.load()
+        now: dict[str, str] = {}
+        for digest in digests:
+            stamp = self._checked.stamp(self.path(digest))  # before it is read
+            if stamp is None:
+                continue
+            if known.get(digest) == stamp or self.is_intact(digest, deep=False):
+                now[digest] = stamp
+        if now != known:
+            self._checked.replace(now)
+        return frozenset(now)
 
     def is_intact(self, digest: str, *, deep: bool = True) -> bool:
         """Whether the folder's content still matches its digest.

@@ -7,14 +7,18 @@ allowed directory. Folders are validated and published like uploads, with the pr
 The watched directory: every direct subfolder with an adapter_config.json is an adapter of the folder's
 name. A folder is published once two consecutive scans found the same files, and again when they change;
 a refused folder is logged once and retried when it changes. When two scans have missed a folder, its
-versions are removed; other versions of the name stay. Calls may block and belong off the event loop.
-Independent of HTTP and the engine.
+versions are removed; other versions of the name stay. What was published is recorded in a file, so that the
+next start reads no folder that has not changed. Calls may block and belong off the event loop. Independent
+of HTTP and the engine.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -28,7 +32,7 @@ from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, Storag
 from adapters.metadata import AdapterMetadata
 from adapters.training.provenance import PROVENANCE_FILE, read_provenance
 from server.errors import FolderNotFound
-from server.store.registry import AdapterRecord, Published, Registry
+from server.store.registry import AdapterRecord, FolderVersion, Published, Registry
 
 log = structlog.get_logger(__name__)
 
@@ -157,6 +161,8 @@ class AdapterDirectory:
         registry: destination of its adapters.
         also_allowed: directories that symlinks in it may point into.
         base_names: see `Registry.publish`.
+        record: the file that remembers what was published; it may be lost, and costs a read of every
+            folder then. None remembers nothing.
     """
 
     def __init__(
@@ -166,6 +172,7 @@ class AdapterDirectory:
         *,
         also_allowed: Sequence[Path] = (),
         base_names: Collection[str] = (),
+        record: Path | None = None,
     ) -> None:
         self._directory = directory.resolve()
         self._registry = registry
@@ -173,6 +180,8 @@ class AdapterDirectory:
         self._base_names = base_names
         self._seen: dict[str, Stamp] = {}
         self._dealt_with: dict[str, Stamp] = {}
+        self._record = record
+        self._has_synced = False
         self._missing: set[str] = set()
         self._is_unreadable = False
 
@@ -187,13 +196,49 @@ class AdapterDirectory:
         if found is None:
             return changes
         before, self._seen = self._seen, found
+        is_first = not self._has_synced
+        if is_first:
+            self._remember(found, base)
         for name, stamp in found.items():
             is_settled = before.get(name) == stamp
             if is_settled and self._dealt_with.get(name) != stamp:
                 self._take(name, base, changes)
                 self._dealt_with[name] = stamp
         self._let_go(found, changes)
+        if is_first or changes.published or changes.removed:
+            self._write_record(base)
+        self._has_synced = True
         return changes
+
+    def _remember(self, found: Mapping[str, Stamp], base: BaseModelSpec) -> None:
+        """Pass over what an earlier start published for this base, if it is still there and intact."""
+        recorded = _read_record(self._record)
+        newest = {one.folder.name: one for one in self._published()}
+        for name, version in newest.items():
+            stamp = found.get(name)
+            if stamp is None or version.status != "ok":
+                continue
+            if recorded.get(name) == _key(stamp, version, base):
+                self._dealt_with[name] = stamp
+
+    def _write_record(self, base: BaseModelSpec) -> None:
+        if self._record is None:
+            return
+        newest = {one.folder.name: one for one in self._published()}
+        record = {
+            name: _key(self._dealt_with[name], version, base)
+            for name, version in newest.items()
+            if name in self._dealt_with
+        }
+        scratch = self._record.with_suffix(".tmp")
+        with suppress(OSError):  # a full disk costs the next start its reads
+            scratch.write_text(json.dumps(record), "utf-8")
+            scratch.replace(self._record)
+
+    def _published(self) -> list[FolderVersion]:
+        """The versions that came from folders of this directory."""
+        found = self._registry.from_folders("watched")
+        return [one for one in found if one.folder.parent == self._directory]
 
     def _folders(self) -> dict[str, Stamp] | None:
         """Folder name -> stamp; None where the directory cannot be read."""
@@ -262,13 +307,7 @@ class AdapterDirectory:
 
     def _let_go(self, found: Collection[str], changes: Changes) -> None:
         """Remove the versions of folders missing from this scan and the previous one."""
-        gone = {
-            record.name: Path(record.source_path)
-            for record in self._registry.from_source("watched")
-            if record.source_path is not None
-            and Path(record.source_path).parent == self._directory
-            and Path(record.source_path).name not in found
-        }
+        gone = {one.name: one.folder for one in self._published() if one.folder.name not in found}
         for name in gone.keys() & self._missing:
             folder = gone.pop(name)
             self._dealt_with.pop(folder.name, None)
@@ -304,6 +343,21 @@ def remove_versions(
         if chosen(record):
             unused.update(registry.delete(name, record.version))
     return tuple(sorted(unused))
+
+
+def _read_record(path: Path | None) -> dict[str, str]:
+    """Folder name -> key of the stamp; empty if there is no such file, or another one."""
+    try:
+        record = {} if path is None else json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _key(stamp: Stamp, newest: FolderVersion, base: BaseModelSpec) -> str:
+    """What a record says of a folder whose files, newest version and base are these."""
+    text = repr((base.digest, newest.name, newest.version, stamp))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _stamp(folder: Path) -> Stamp | None:

@@ -601,7 +601,11 @@ class JobStore(PerCaller):
                 row.num_bytes = self._files.num_bytes(row.id)
 
     def _record(self, row: JobRow) -> JobRecord:
-        return _record(row, self._clock())
+        gone = row.state == "running" and (
+            (row.lease_until or 0.0) < self._clock()
+            or (row.holder is not None and self._files.is_dead(row.holder))
+        )
+        return _record(row, interrupted=gone)
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
@@ -650,7 +654,8 @@ class JobStore(PerCaller):
         )
         session.add(row)
         session.flush()  # parents first: the tables have foreign keys, the classes no relationships
-        self._add(session, row, "state", {"state": "queued"})
+        said = {"warnings": job.warnings} if job.warnings else {}
+        self._add(session, row, "state", {"state": "queued", **said})
         session.flush()
         return row
 
@@ -679,7 +684,12 @@ class JobStore(PerCaller):
         row.lease_until = None
         row.num_bytes = self._files.num_bytes(row.id)
         row.finished_at = self._now()
-        facts = {"error": row.error, "adapter_version": row.adapter_version}
+        warning = (row.metrics or {}).get("warning")
+        facts = {
+            "error": row.error,
+            "adapter_version": row.adapter_version,
+            "warning": warning,
+        }
         said = {key: value for key, value in facts.items() if value is not None}
         self._add(session, row, "state", {"state": state, **said})
 
@@ -795,7 +805,7 @@ def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(text))
 
 
-def _record(row: JobRow, now: float) -> JobRecord:
+def _record(row: JobRow, *, interrupted: bool) -> JobRecord:
     job = TrainingJob.model_validate(row.job)
     return JobRecord(
         id=row.id,
@@ -812,6 +822,6 @@ def _record(row: JobRow, now: float) -> JobRecord:
         adapter_version=row.adapter_version,
         cancel_requested=row.cancel_requested,
         attempts=row.attempts,
-        interrupted=row.state == "running" and (row.lease_until or 0.0) < now,
+        interrupted=interrupted,
         tuning=row.tuning,
     )

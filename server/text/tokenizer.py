@@ -111,6 +111,10 @@ class TextTokenizer:
             return str(batch[0])
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def has_token(self, text: str) -> bool:
+        """Whether this text is one token of the vocabulary, added and special ones included."""
+        return self._backend.token_to_id(text) is not None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to a text; special tokens by their name.
 

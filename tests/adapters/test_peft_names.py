@@ -266,7 +266,7 @@ def test_folders_and_types_that_do_not_load(tmp_path):
         adapters.PeftConfig.from_pretrained("someone/adapter")
     with pytest.raises(MethodUnsupported, match="LoRA adapters are not served"):
         adapters.PeftConfig.from_peft_type(peft_type=peft.PeftType.LORA, r=8)
-    with pytest.warns(UserWarning, match="ignored, as PEFT ignores them: new_flag .true."):
+    with pytest.warns(UserWarning, match="ignored as in PEFT: new_flag .true."):
         newer = adapters.IA3Config.from_peft_type(peft_type="IA3", new_flag=True)
     assert newer == adapters.IA3Config()
     with pytest.raises(ValueError, match="num_virtual_tokens: expected a whole number, came '3'"):

@@ -10,7 +10,7 @@ from adapters.errors import TemplateInvalid
 from adapters.template import MAX_TEMPLATE_CHARACTERS, Template, text_of
 
 plain = st.text(alphabet=st.characters(exclude_characters="{}", exclude_categories=["Cs"]))
-names = plain.filter(str.strip)
+names = plain.filter(lambda name: name.strip() and not name.startswith("?"))
 
 
 @given(st.lists(st.tuples(plain, names)), plain, st.data())
@@ -49,6 +49,63 @@ def test_a_text_is_recognised_by_the_templates_own_words(template, text, recogni
 def test_escaped_text_renders_to_itself(text):
     escaped = text.replace("{", "{{").replace("}", "}}")
     assert Template.parse(escaped).render({}) == text.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"i": "q", "in": "x"}, "Human: q\nx\n\nAssistant:"),
+        ({"i": "q", "in": ""}, "Human: q\n\nAssistant:"),
+        ({"i": "q", "in": " \n"}, "Human: q\n\nAssistant:"),
+        ({"i": "q"}, "Human: q\n\nAssistant:"),
+        ({"i": "", "in": ""}, "Human: \n\nAssistant:"),
+    ],
+)
+def test_a_line_of_empty_optional_columns_is_left_out(row, prompt):
+    template = Template.parse("Human: {i}\n{?in}\n\nAssistant: ")
+    assert template.render(row) == prompt
+    filled = template.fill(row)
+    assert next(filled.text[slice(*span)] for span in filled.ranges) == row["i"]
+    assert (template.columns, template.required, template.optional) == (
+        ("i", "in"),
+        ("i",),
+        ("in",),
+    )
+
+
+def test_optional_columns_beside_others_and_at_the_ends():
+    assert Template.parse("{?a} {b}").render({"b": "x"}) == " x"
+    assert Template.parse("In: {?a} {?b}\n{c}").render({"c": "x"}) == "x"
+    assert Template.parse("In: {?a} {?b}\n{c}").render({"b": "y", "c": "x"}) == "In:  y\nx"
+    assert Template.parse("{c}\n{?a}").render({"c": "x"}) == "x"
+    assert Template.parse("{?a}").render({"a": ""}) == ""
+    assert Template.parse("{c}\n{?n}").render({"c": "x", "n": 0}) == "x\n0"
+    with pytest.raises(TemplateInvalid, match="missing: 'c'"):
+        Template.parse("{c}{?a}").render({"a": "x"})
+    with pytest.raises(TemplateInvalid, match="without a name"):
+        Template.parse("{?}")
+
+
+@pytest.mark.parametrize(
+    ("template", "column"),
+    [
+        ("{a}\n{?b}", "a"),
+        ("{?b} :", "b"),
+        ("{a} {a}", "a"),
+        ("{a} {b}", None),
+        ("{?a} {?b}", None),
+        ("plain", None),
+    ],
+)
+def test_the_column_that_one_text_can_fill(template, column):
+    assert Template.parse(template).sole_column == column
+
+
+def test_a_text_is_recognised_with_and_without_the_lines_that_may_go():
+    template = Template.parse("Human: {i}\nInput: {?in}\n\nAssistant: ")
+    for row in ({"i": "q"}, {"i": "q", "in": "x"}):
+        assert template.recognises(template.render(row))
+    assert not template.recognises("q")
 
 
 def test_values_are_never_parsed():

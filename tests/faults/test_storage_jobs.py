@@ -64,6 +64,13 @@ def test_what_is_served_has_succeeded(
     assert (after.state, after.adapter_version, after.metrics) == ("succeeded", 1, {"loss": 1.0})
     last = store.events(record.id)[-1]
     assert last.data == {"state": "succeeded", "adapter_version": 1}
+    # Once the job is too old, its adapter still says where it came from.
+    clock.advance(31 * 24 * HOUR)
+    assert store.prune() == (record.id,)
+    registry = Registry(tmp_path / "data")
+    (version,) = registry.versions("mine")
+    assert (version.job_id, version.metrics) == (record.id, {"loss": 1.0})
+    registry.close()
 
 
 def test_a_cancel_before_publishing_still_counts(store: JobStore, clock: Clock) -> None:

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from adapters.checkpoint.archive import stage_upload
 from adapters.checkpoint.folder import read_config, read_header
-from adapters.errors import ArchiveInvalid, CheckpointError, DataInvalid, TemplateInvalid
+from adapters.errors import (
+    ArchiveInvalid,
+    CheckpointError,
+    DataInvalid,
+    TemplateInvalid,
+    UnsupportedFile,
+)
 from adapters.strict_json import StrictJsonError, parse_object
 from adapters.template import Template
 from adapters.training.rows import read_rows
@@ -114,13 +120,19 @@ def test_strict_json(data, depth):
 @settings(max_examples=100)
 @given(mutated(ROWS, *seeds("rows/")))
 def test_json_lines(data):
-    read(data, lambda path: read_rows(path, "jsonl"), DataInvalid)
+    read(data, read_rows, DataInvalid, UnsupportedFile)
+
+
+@settings(max_examples=100)
+@given(mutated(b'{"data": [' + ROWS.replace(b"}\n{", b"},\n{") + b"]}", *seeds("rows/")))
+def test_json_documents(data):
+    read(data, read_rows, DataInvalid, UnsupportedFile)
 
 
 @settings(max_examples=100)
 @given(mutated(CSV, *seeds("rows/")))
 def test_csv(data):
-    read(data, lambda path: read_rows(path, "csv"), DataInvalid)
+    read(data, read_rows, DataInvalid, UnsupportedFile)
 
 
 @settings(max_examples=100)

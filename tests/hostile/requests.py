@@ -95,6 +95,7 @@ _JSON_ROUTES = (
     "/generate_stream",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/classify",
     "/tokenize",
     "/detokenize",

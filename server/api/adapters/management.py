@@ -388,16 +388,19 @@ def _publish(
             "parts called files",
             "nothing",
         )
-    ignored = stage_upload([(file.name, file.path) for file in upload.files], staged)
+    found = stage_upload([(file.name, file.path) for file in upload.files], staged)
+    base, generator = services.client.base, services.generator
+    knows = None if generator is None else generator.tokenizer.has_token
     published = services.registry.publish(
         name,
         staged,
-        services.client.base,
+        base,
         metadata,
+        warnings=found.warnings(base.vocab_size, knows),
         create_only=create_only,
         base_names=(services.base_id, services.settings.base),
     )
-    return published, ignored
+    return published, found.ignored
 
 
 def _create_only(request: Request) -> bool:

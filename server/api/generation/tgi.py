@@ -19,6 +19,7 @@ from server.api.adapter_choice import (
 )
 from server.api.adapter_headers import name_adapter
 from server.api.error_replies import both_given, invalid
+from server.api.generation.prompt_warning import warn_of_prompts
 from server.api.generation.sampling import sampling_of
 from server.api.generation.tgi_reply import PreparedRequest, stream, whole
 from server.api.generation.tgi_types import EXAMPLE_EVENTS, Generated, GenerateFrame
@@ -114,6 +115,8 @@ async def _prepare(
     if streams:
         _check_stream(parameters)
     prompt = await _prompt(generator, body, record)
+    if body.row is None:
+        await warn_of_prompts(request, services, generator, record, [prompt.text])
     # The engine's ids are ours: two requests in flight may carry the same x-request-id.
     engine_request = generator.prepare(prompt, record, options, uuid.uuid4().hex)
     if record is not None:

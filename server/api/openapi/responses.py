@@ -15,6 +15,7 @@ TEXT: dict[str, Any] = {"type": "string"}
 _TIMING_HEADERS = {
     "x-queue-time": "Milliseconds until the engine began.",
     "x-time-to-first-token": "Milliseconds until the first token.",
+    "x-prompt-warning": "Once a caller: that the prompt looks unlike those of the adapter's training.",
     "x-ignored-parameters": "Fields of the body that had no effect, if there were any.",
     "x-did-you-mean": "Fields that were probably meant by those, if that is plain.",
 }

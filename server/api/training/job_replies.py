@@ -14,6 +14,7 @@ from server.store.jobs import JobRecord
 
 if TYPE_CHECKING:
     from adapters.training.plan import Plan
+    from server.api.training.training_data import DataFacts
 
 _JOB = "job-a1ab28fe4d34fda420b6c479"
 EXAMPLE_EVENTS = (
@@ -63,7 +64,10 @@ class Planned(ReplyModel):
     base_digest: str = shows("1a45f6bea123…", "The base that it is for.")
     base_name: str = shows("SmolLM2-135M-Instruct", "What that base is called.")
     num_rows: int = shows(80, "Rows, held-out ones included.")
-    num_validation_rows: int = shows(0, "The last so many rows came to be held out.")
+    num_validation_rows: int = shows(0, "Rows that are held out.")
+    format: str = shows("columns", "The shape of the rows.")
+    labels_inferred: bool = shows(False, "Whether the labels are the values of the target column.")
+    warnings: list[str] = shows([], "What was found in the data that may not be intended.")
     prompts: str = shows("template", "template, or chat where the base's chat template made them.")
     trainable_params: int = shows(57600, "Numbers that are trained.")
 
@@ -141,7 +145,10 @@ class PreviewRow(ReplyModel):
     text: str = shows("Tweet text : late Label : complaint", "Prompt and target.")
     prompt: str = shows("Tweet text : late Label :", "What the template makes.")
     target: str = shows(" complaint", "What is to be answered, with its separator.")
-    tokens: list[str | None] = shows(["Tweet", " text"], "Texts of the tokens; null without text.")
+    tokens: list[str | None] = shows(
+        ["Tweet", " text"],
+        "Texts of the tokens; null without text; bytes as \\xe6 where a token is part of a character.",
+    )
     ids: list[int] = shows([19161, 1694], "The tokens.")
     num_prompt_tokens: int = shows(6, "Tokens of the prompt.")
     num_target_tokens: int = shows(2, "Tokens of the target.")
@@ -156,8 +163,21 @@ class Lengths(ReplyModel):
     max: int = shows(60, "The longest row.")
 
 
+class UnderstoodData(ReplyModel):
+    """What was understood of the data."""
+
+    format: str = shows("columns", "The shape of the rows.")
+    layout: str = shows("CSV", "JSON lines, JSON array, JSON objects, CSV, or rows in the request.")
+    encoding: str | None = shows("UTF-8", "The encoding of the file.")
+    separator: str | None = shows("comma", "What separates the cells of CSV.")
+    columns_used: list[str] = shows(["text", "label"], "Columns that make prompts and targets.")
+    columns_unused: list[str] = shows(["id"], "Columns that are not read.")
+
+
 class PreviewOfRows(ReplyModel):
     """What a dry run says of the rows."""
+
+    data: UnderstoodData = shows({}, "How the rows were read.")
 
     num_train: int = shows(64, "Rows to train on.")
     num_held_out: int = shows(16, "Rows held out.")
@@ -169,10 +189,11 @@ class Preview(PreviewOfRows, Planned):
     """A dry run: what would be done, and three rows of it."""
 
     @classmethod
-    def of(cls, plan: Plan) -> Self:
-        """A plan, and its first rows."""
+    def of(cls, plan: Plan, facts: DataFacts) -> Self:
+        """A plan, its first rows, and what was understood of its data."""
         return cls(
             **plan.job.model_dump(),
+            data=UnderstoodData.model_validate(facts, from_attributes=True),
             num_train=len(plan.examples.train),
             num_held_out=len(plan.examples.held_out),
             lengths=plan.lengths,
@@ -200,5 +221,14 @@ class JobEventData(ReplyModel):
     attempt: int | None = may_show(1, "Of state, when a worker has it.")
     error: JobError | None = may_show(None, "Of state, when it failed.")
     adapter_version: int | None = may_show(1, "Of state, when it succeeded.")
+    commonest_share: float | None = may_show(
+        0.5, "Of evaluation, with labels: the accuracy of always answering the commonest one."
+    )
+    warning: str | None = may_show(
+        None, "Of state, when it succeeded no better than by always answering the commonest label."
+    )
+    warnings: list[str] | None = may_show(
+        None, "Of state, when it is queued: what was found in the data that may not be intended."
+    )
     nice: int | None = may_show(19, "Of state, when a worker has it: the niceness of its process.")
     how: str | None = may_show("it was killed", "Of worker_lost.")

@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -26,6 +28,7 @@ from server.api.openapi.refusals import PLANNED, STORED, refuses
 from server.api.openapi.responses import events, plain
 from server.api.training import job_replies
 from server.api.training.train_body import OPENAPI_BODY, Received, receive_job
+from server.api.training.training_data import DataFacts
 from server.errors import JobActive, RequestInvalid
 from server.http.event_stream import EventStream, named_event, ping
 from server.services import Services, UseServices
@@ -34,6 +37,7 @@ from server.store.job_states import FINISHED
 from server.store.jobs import JobEvent, JobRecord, JobStore
 
 router = APIRouter(prefix="/train", tags=["training"])
+log = structlog.get_logger(__name__)
 
 
 PING_SECONDS = 15.0
@@ -65,9 +69,11 @@ async def train(
     with services.registry.staging_dir() as directory:
         received = await receive_job(request, directory, services.settings)
         work = partial(_plan, services, jobs, received, store=not dry_run)
-        plan, record = await services.planning.run(request.state.caller, work)
+        planned = await services.planning.run(request.state.caller, work)
+    record = planned.record
     if record is None:
-        return JSONResponse(job_replies.Preview.of(plan).model_dump(mode="json"))
+        preview = job_replies.Preview.of(planned.plan, planned.facts)
+        return JSONResponse(preview.model_dump(mode="json"))
     if services.supervisor is not None:
         services.supervisor.wake()
     location = {"location": f"/train/{record.id}"}
@@ -126,8 +132,9 @@ async def job_events(
 ) -> Response:
     """From the first event on, or from after `Last-Event-ID`, else `after`; ends with the job.
 
-    Events are `state`, `started`, `resumed`, `step`, `evaluation` and `checkpoint`; their `data` is
-    JSON. A client that reconnects after the last event of a job gets 204, and so stops.
+    Events are `state`, `started`, `resumed`, `step`, `evaluation`, `checkpoint`, `worker_lost` and
+    `interrupted`; their `data` is JSON. A client that reconnects after the last event of a job gets
+    204, and so stops.
     """
     only_query(request, "after")
     jobs = services.need_jobs()
@@ -213,21 +220,35 @@ async def _found_id(jobs: JobStore, reference: str) -> str:
 # --- a new job -----------------------------------------------------------------------------
 
 
-def _plan(
-    services: Services, jobs: JobStore, received: Received, *, store: bool
-) -> tuple[Plan, JobRecord | None]:
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, what was understood of its data, and the job unless nothing is to be stored."""
+
+    plan: Plan
+    facts: DataFacts
+    record: JobRecord | None
+
+
+def _plan(services: Services, jobs: JobStore, received: Received, *, store: bool) -> _Planned:
     asked = received.request
     services.registry.require_free(asked.adapter, create_only=asked.if_exists == "error")
-    rows = received.read_rows()
-    plan = make_plan(
-        asked,
-        rows,
-        services.need_generator().tokenizer,
-        services.client.base,
-        base_name=services.base_id,
-        max_virtual_tokens=services.max_virtual_tokens,
-    )
-    return plan, jobs.create(plan.job, plan.examples) if store else None
+    tokenizer = services.need_generator().tokenizer
+    data = received.read(tokenizer)
+    with data.told_by_place():
+        plan = make_plan(
+            data.resolve(asked),
+            data.rows,
+            tokenizer,
+            services.client.base,
+            base_name=services.base_id,
+            prompts=data.prompts,
+            max_virtual_tokens=services.max_virtual_tokens,
+            notes=data.warnings,
+        )
+    record = jobs.create(plan.job, plan.examples) if store else None
+    for warning in plan.job.warnings:
+        log.warning("training_data", job=None if record is None else record.id, warning=warning)
+    return _Planned(plan, data.facts, record)
 
 
 # --- events and log ------------------------------------------------------------------------

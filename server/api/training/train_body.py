@@ -1,7 +1,7 @@
 """The body of `POST /train`: JSON with its rows, or a form with a job and a file of rows.
 
-Parses the body within limits. `adapters.training.job` defines the fields of a job, `adapters.training.rows`
-those of rows.
+Parses the body within limits. `adapters.training.job` defines the fields of a job; what rows may be is the
+business of `server.api.training.training_data`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import anyio.to_thread
 from pydantic import ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
-from adapters.errors import UnsupportedFile
 from adapters.strict_json import StrictJsonError, parse_object
-from adapters.template import Row
-from adapters.training.job import TrainingRequest
-from adapters.training.rows import Kind, check_rows, kind_of, read_rows
+from adapters.training.job import JobRequest
+from adapters.training.json_rows import DEPTH
 from server.api.content_type import is_json, media_type
 from server.api.error_replies import quoted, refuse_invalid
 from server.api.middleware.headers import body_too_large
@@ -33,31 +31,22 @@ from server.api.openapi.constraints import (
     not_both,
     only_with,
 )
+from server.api.training.training_data import TrainingData, Wish, read_file, read_inline
 from server.api.upload import Form, Upload, UploadedFile, receive_upload
 from server.config.settings import MIB, Settings
 from server.errors import Contradiction, RequestInvalid, WrongContentType
+from server.text.tokenizer import TextTokenizer
 
-# The body, its rows, a row, the config, and one level of lists or objects within.
-_DEPTH = 12
+# Columns that nothing names may hold anything, as in a file.
+_DEPTH = DEPTH
 # Bytes that are counted at a time: others may run in between.
 _SLICE = 1 << 16
 _CURL = "-F job=@job.json -F data=@rows.jsonl"
-_KINDS: dict[str, Kind] = {
-    "text/csv": "csv",
-    "application/csv": "csv",
-    "application/jsonl": "jsonl",
-    "application/jsonlines": "jsonl",
-    "application/x-jsonlines": "jsonl",
-    "application/x-ndjson": "jsonl",
-    "application/ndjson": "jsonl",
-}
 
 
 _ROW: Schema = {
     "type": "object",
     "minProperties": 1,
-    "propertyNames": {"minLength": 1},
-    "additionalProperties": {"type": ["string", "boolean", "integer", "number"]},
 }
 _EXAMPLE = {
     "adapter": "mine",
@@ -72,12 +61,12 @@ _EXAMPLE = {
 }
 
 
-class TrainBody(TrainingRequest):
+class TrainBody(JobRequest):
     """A job and its rows, as JSON."""
 
     model_config = ConfigDict(
         json_schema_extra=constrained(
-            required=["adapter", "method", "template", "target", "rows"],
+            required=["adapter", "method", "rows"],
             properties={
                 "adapter": NAME,
                 "rows": {"anyOf": [{**SOME_LIST, "items": _ROW}]},
@@ -100,8 +89,10 @@ class TrainBody(TrainingRequest):
         )
     )
 
-    rows: list[dict[str, str | bool | int | float]] | None = Field(
-        None, description="The data, column by column; left out where a file part has it."
+    rows: list[dict[str, Any]] | None = Field(
+        None,
+        description="The data: objects of columns, or conversations. Columns that nothing names are not "
+        "read. Left out where a file part has it.",
     )
 
 
@@ -111,11 +102,12 @@ class Received:
 
     Attributes:
         request: the job.
-        read_rows: reads and checks its rows; slow, to be called off the event loop.
+        read: reads and checks its rows, with the base's tokenizer; slow, to be called off the event
+            loop.
     """
 
-    request: TrainingRequest
-    read_rows: Callable[[], list[Row]]
+    request: JobRequest
+    read: Callable[[TextTokenizer], TrainingData]
 
 
 async def receive_job(request: Request, directory: Path, settings: Settings) -> Received:
@@ -131,7 +123,6 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
         BodyTooLarge: more bytes than the limit, checked while they arrive.
         RequestInvalid: a field is unknown, missing or invalid.
         Contradiction: rows both in the body and in a file.
-        UnsupportedFile: a file that is neither JSON lines nor CSV.
     """
     content_type = request.headers.get("content-type", "")
     if media_type(content_type) == "multipart/form-data":
@@ -146,7 +137,7 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
         )
     raw = await _parse(await _read_body(request, settings), "body", settings)
     rows = raw.pop("rows", None)
-    return Received(_validated(raw), _inline(rows, settings))
+    return _with_rows(_validated(raw), rows, settings)
 
 
 async def _receive_form(request: Request, directory: Path, settings: Settings) -> Received:
@@ -165,7 +156,7 @@ async def _receive_form(request: Request, directory: Path, settings: Settings) -
     rows = raw.pop("rows", None)
     file = _one_file(upload)
     if file is None:
-        return Received(_validated(raw), _inline(rows, settings))
+        return _with_rows(_validated(raw), rows, settings)
     if rows is not None:
         raise Contradiction(
             "rows are in the job and in the file part data; send one of them",
@@ -173,9 +164,9 @@ async def _receive_form(request: Request, directory: Path, settings: Settings) -
             expected="rows or a file",
             came="both",
         )
-    kind = _kind(file)
-    data_limits = settings.data_limits()
-    return Received(_validated(raw), lambda: read_rows(file.path, kind, data_limits))
+    job_request, path, limits = _validated(raw), file.path, settings.data_limits()
+    wish = Wish.of(job_request)
+    return Received(job_request, lambda tokenizer: read_file(path, wish, tokenizer, limits))
 
 
 async def _read_body(request: Request, settings: Settings) -> bytes:
@@ -207,14 +198,14 @@ def _parsed(data: bytes, field: str, max_values: int) -> dict[str, Any]:
         ) from error
 
 
-def _validated(raw: dict[str, Any]) -> TrainingRequest:
+def _validated(raw: dict[str, Any]) -> JobRequest:
     try:
-        return TrainingRequest.model_validate(raw)
+        return JobRequest.model_validate(raw)
     except ValidationError as error:
-        raise refuse_invalid(error, TrainingRequest) from error
+        raise refuse_invalid(error, JobRequest) from error
 
 
-def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:
+def _with_rows(request: JobRequest, rows: Any, settings: Settings) -> Received:
     if rows is None:
         raise RequestInvalid(
             "rows: expected a list of rows, or a file part data in a form; came neither",
@@ -229,7 +220,8 @@ def _inline(rows: Any, settings: Settings) -> Callable[[], list[Row]]:
             expected="a list of objects",
             came=quoted(rows),
         )
-    return lambda: check_rows(rows, settings.data_limits())
+    wish, limits = Wish.of(request), settings.data_limits()
+    return Received(request, lambda tokenizer: read_inline(rows, wish, tokenizer, limits))
 
 
 def _one_file(upload: Upload) -> UploadedFile | None:
@@ -241,20 +233,6 @@ def _one_file(upload: Upload) -> UploadedFile | None:
             came=str(len(upload.files)),
         )
     return upload.files[0] if upload.files else None
-
-
-def _kind(file: UploadedFile) -> Kind:
-    """By the ending of the file's name, else by its content type."""
-    kind = kind_of(file.name) or _KINDS.get(file.content_type)
-    if kind is None:
-        came = f"{quoted(file.name)} ({quoted(file.content_type)})"
-        raise UnsupportedFile(
-            f"data: expected a file named .jsonl (one JSON object a line) or .csv; came: {came}",
-            field="data",
-            expected=".jsonl or .csv",
-            came=came,
-        )
-    return kind
 
 
 # --- for /docs --------------------------------------------------------------------------------
@@ -273,7 +251,7 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     return definition | {key: _inlined(part, definitions) for key, part in own.items()}
 
 
-def _schema(model: type[TrainingRequest]) -> dict[str, Any]:
+def _schema(model: type[JobRequest]) -> dict[str, Any]:
     schema = model.model_json_schema()
     inlined: dict[str, Any] = _inlined(schema, schema.get("$defs", {}))
     return inlined
@@ -298,7 +276,7 @@ OPENAPI_BODY: dict[str, Any] = {
                         "data": {
                             "type": "string",
                             "format": "binary",
-                            "description": "A file of rows, .jsonl or .csv.",
+                            "description": "A file of rows: JSON lines, a JSON array or CSV.",
                         },
                     },
                 },

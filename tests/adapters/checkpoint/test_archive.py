@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from adapters import errors
+from adapters.checkpoint import added_tokens
 from adapters.checkpoint.archive import stage_upload, zip_blocks
 from adapters.checkpoint.folder import FILES, digest_of
 from adapters.checkpoint.limits import CheckpointLimits
@@ -82,15 +84,55 @@ def test_a_folder_is_taken_with_its_extras(
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
         data = out.getvalue()
-    ignored = stage_upload([("upload", _upload(tmp_path, data))], staging)
+    ignored = stage_upload([("upload", _upload(tmp_path, data))], staging).ignored
     _assert_staged(staging)
     assert ignored == tuple(sorted(name.removeprefix("./") for name in extras))
+
+
+TOKENIZER_FILES = {
+    "added_tokens.json": {"<sep>": 50, "<old>": 3},
+    "special_tokens_map.json": {"pad_token": {"content": "[PAD]"}, "eos_token": "</s>", "x": [1]},
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {"51": {"content": "<a>"}, "2": {"content": "</s>"}, "x": 7},
+        "additional_special_tokens": ["<a>", "<b>"],
+    },
+    "tokenizer.json": {"version": "1.0", "added_tokens": [{"id": 52, "content": "<c>"}, 3]},
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "loose"])
+def test_tokens_beside_an_adapter_that_the_base_lacks_are_a_warning(
+    kind: str, tmp_path: Path, staging: Path
+) -> None:
+    files = {name: json.dumps(found).encode() for name, found in TOKENIZER_FILES.items()}
+    files["tokenizer.json"] = files["tokenizer.json"][:-1] + b', "model": {"vocab": ' + b"9" * 2**20
+    for name, data in {**PAIR, **files}.items():
+        (tmp_path / name).write_bytes(data)
+    parts = [(name, tmp_path / name) for name in [*PAIR, *files]]
+    if kind == "zip":
+        parts = [("a.zip", _upload(tmp_path, zip_of({**PAIR, **files})))]
+    found = stage_upload(parts, staging)
+    _assert_staged(staging)
+    assert found.ignored == tuple(sorted(files))
+    assert found.warnings(99) == ()
+    (by_id,) = found.warnings(50)
+    assert "does not have: '<sep>', '<a>', '<c>'; prompts" in by_id
+    (by_name,) = found.warnings(50, {"</s>", "<old>", "<a>", "<c>", "[PAD]"}.__contains__)
+    assert "does not have: '<sep>', '<b>'; prompts" in by_name
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+@pytest.mark.parametrize(
+    "data", [b"", b"[" * 100_000, b'["a"]', b"7", b'{"added_tokens": [', b"\xff"]
+)
+def test_a_tokenizers_file_that_is_none_says_nothing(name: str, data: bytes) -> None:
+    assert added_tokens.tokens_of(name, data) == {}
 
 
 def test_a_zip_made_on_windows_is_taken(tmp_path: Path, staging: Path) -> None:
     data = zip_of({f"folder/{name}": content for name, content in PAIR.items()})
     data = data.replace(b"folder/", b"folder\\")
-    assert stage_upload([("a.zip", _upload(tmp_path, data))], staging) == ()
+    assert stage_upload([("a.zip", _upload(tmp_path, data))], staging).ignored == ()
     _assert_staged(staging)
 
 
@@ -103,7 +145,7 @@ def test_a_real_tar_of_long_names_is_taken(tmp_path: Path, staging: Path) -> Non
                 info = tarfile.TarInfo(f"{long}/{name}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
-        ignored = stage_upload([("a.tar", _upload(tmp_path, out.getvalue()))], staging)
+        ignored = stage_upload([("a.tar", _upload(tmp_path, out.getvalue()))], staging).ignored
         assert ignored == (f"{long}/é.txt",)
         _assert_staged(staging)
         for name in FILES:
@@ -116,7 +158,7 @@ def test_loose_files_are_taken(tmp_path: Path, staging: Path) -> None:
         path = tmp_path / f"part{number}"
         path.write_bytes(data)
         parts.append((name, path))
-    assert stage_upload(parts, staging) == ("README.md",)
+    assert stage_upload(parts, staging).ignored == ("README.md",)
     _assert_staged(staging)
 
 
@@ -192,5 +234,5 @@ def test_a_download_is_the_same_every_time_and_uploads_again(tmp_path: Path, sta
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.testzip() is None
         assert set(archive.namelist()) == FILES
-    assert stage_upload([("a.zip", _upload(tmp_path, data))], staging) == ()
+    assert stage_upload([("a.zip", _upload(tmp_path, data))], staging).ignored == ()
     assert digest_of(staging) == digest_of(directory)

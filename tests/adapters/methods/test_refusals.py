@@ -27,7 +27,9 @@ from adapters.method import TensorInfo, parse_config
 from adapters.methods import METHODS, OTHER_PEFT_TYPES, method_of
 from adapters.methods.ia3 import DEFAULT_TARGETS, IA3_METHOD, IA3Config, ia3_targets, load_ia3
 from adapters.methods.ia3 import attach_ia3 as attach
+from server.base.load import load_base
 from tests.adapters.methods import oracle
+from tests.server.http_server import byte_level_tokenizer
 
 LLAMA = oracle.spec_of(oracle.llama())
 GPT2 = oracle.spec_of(oracle.gpt2())
@@ -77,6 +79,37 @@ def test_method_of_refuses(raw: dict[str, Any], words: str) -> None:
         method_of(raw)
     assert "served are PREFIX_TUNING, P_TUNING, IA3, CPT, PROMPT_TUNING" in str(caught.value)
     assert caught.value.field == "peft_type"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_of_the_refusal_make_a_base_of_a_lora_adapter(tmp_path: Path) -> None:
+    model = oracle.llama()
+    model.save_pretrained(tmp_path / "base")
+    byte_level_tokenizer().save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(model, lora).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MethodUnsupported) as caught:
+        method_of({"peft_type": "LORA"})
+    code = str(caught.value).partition("as a base: ")[2].partition("; then")[0]
+    for name in ("ADAPTER", "BASE", "MERGED"):
+        code = code.replace(f'"{name}"', repr(str(tmp_path / name.lower())))
+    exec(code, {})
+    ids = torch.tensor([[1, 2, 3]])
+    merged = load_base(str(tmp_path / "merged"), dtype="float32").model
+    want = adapted(input_ids=ids).logits
+    assert torch.allclose(merged(input_ids=ids).logits, want, atol=1e-5)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("peft_type", ["MULTITASK_PROMPT_TUNING", "XLORA", "LILY"])
+def test_what_peft_cannot_merge_is_not_said_to_be_merged(peft_type: str) -> None:
+    with pytest.raises(MethodUnsupported, match="cannot merge it") as caught:
+        method_of({"peft_type": peft_type})
+    assert "merge_and_unload" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.errors import DataInvalid, JobInvalid
+from adapters.errors import JobInvalid
 from adapters.training.job import TrainingJob
 from adapters.training.plan import Plan, make_plan
 from adapters.training.provenance import metadata_of
-from adapters.training.rows import DataLimits, read_objects
 from tests.adapters.training.jobs import ROWS, plan, request, spec, stored_and_read, tokenizer
 
 CHAT = [
@@ -86,17 +85,3 @@ def test_rows_to_hold_out_and_a_share_of_them():
     with pytest.raises(JobInvalid) as caught:
         given(num_validation_rows=1, hyperparameters={"validation_split": 0.5})
     assert caught.value.field == "hyperparameters.validation_split"
-
-
-def test_lines_with_nested_values(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": [{"b": 1}]}\n\n  \n{"a": null}')
-    assert list(read_objects(path, 3)) == [(1, {"a": [{"b": 1}]}), (4, {"a": None})]
-    for depth, limits, words in (
-        (2, DataLimits(), r"row 1 \(line 1\): it is nested"),
-        (3, DataLimits(max_rows=1), "more than 1 rows"),
-        (3, DataLimits(max_line_bytes=8), r"row 1 \(line 1\): expected at most 8 bytes"),
-        (3, DataLimits(max_bytes=24), r"\(line 3\): expected at most 24 bytes"),
-    ):
-        with pytest.raises(DataInvalid, match=words):
-            list(read_objects(path, depth, limits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +242,41 @@ def test_without_labels_or_held_out_rows():
     run = Run(job, examples=tiny_examples(num_held_out=0))
     assert run.data("evaluation") == []
     assert "evaluation" not in run.trained.metrics
+    assert (
+        "on_training_rows" not in Run(job, examples=replace(without, held_out=[])).trained.metrics
+    )
+
+
+@pytest.mark.parametrize("num_held_out", [0, 4])
+def test_an_adapter_no_better_than_the_commonest_label_says_so(num_held_out):
+    # Nothing is learned, and nearly all rows have one label, which the base rarely answers: it cannot
+    # answer each of three labels most of the time.
+    job = tiny_job("prefix", spec(), epochs=1, learning_rate=1e-20)
+    given = tiny_examples(num_held_out=num_held_out)
+    kind = "held-out" if num_held_out else "training"
+    num_warned = 0
+    for label in range(3):
+        skewed = replace(
+            given,
+            train=with_label(given.train, label),
+            held_out=with_label(given.held_out, label),
+        )
+        metrics = Run(job, examples=skewed).trained.metrics
+        found = metrics["evaluation" if num_held_out else "on_training_rows"]
+        count = num_held_out or len(given.train)
+        assert (found["num_rows"], found["commonest_share"]) == (count, (count - 1) / count)
+        is_better = found["accuracy"] > found["commonest_share"]
+        assert ("warning" in metrics) is not is_better
+        if not is_better:
+            num_warned += 1
+            words = f"accuracy {found['accuracy']:.3f} on {count} {kind} rows"
+            assert words in metrics["warning"]
+    assert num_warned >= 2
+
+
+def with_label(examples, label):
+    """All but the first of them have this label."""
+    return [replace(one, label=label if n else (label + 1) % 3) for n, one in enumerate(examples)]
 
 
 def test_an_evaluation_changes_no_step():

@@ -25,8 +25,17 @@ from adapters.method import parse_config
 from adapters.methods import METHODS
 from adapters.methods.cpt import CPTConfig, with_context
 from adapters.training.job import METHOD_NAMES, TrainingJob, TrainingRequest
+from adapters.training.plan import make_plan
 from adapters.training.recipes import RECIPES
-from tests.adapters.training.jobs import LABELS, ROWS, plan, spec, stored_and_read, tokenizer
+from tests.adapters.training.jobs import (
+    LABELS,
+    ROWS,
+    plan,
+    request,
+    spec,
+    stored_and_read,
+    tokenizer,
+)
 
 METHOD_LIST = list(METHOD_NAMES)
 EOS, NEWLINE = 2, "\n"
@@ -332,24 +341,32 @@ def test_what_peft_writes_by_itself_passes():
 
 
 @pytest.mark.parametrize(
-    ("method", "given"),
+    ("method", "given", "words"),
     [
-        ("prefix_tuning", {"num_attention_heads": 4, "token_dim": 32, "num_layers": 2}),
-        ("prefix_tuning", {"num_attention_heads": 4}),
-        ("prefix_tuning", {"token_dim": 5, "num_attention_heads": 7}),
-        ("p_tuning", {"num_layers": 12, "num_attention_heads": 12}),
-        ("prompt_tuning", {"num_layers": 12, "num_attention_heads": 3}),
-        ("cpt", {"num_layers": 12, "num_attention_heads": 3, "token_dim": 7}),
-        ("ia3", {"num_layers": None, "use_dora": False, "notes": ""}),
-        ("p_tuning", {"encoder_dropout": None, "encoder_num_layers": None, "future_field": None}),
-        ("ia3", {"peft_version": "0.4.0", "base_model_name_or_path": "gpt2", "revision": "main"}),
-        ("ia3", {"inference_mode": True, "auto_mapping": {"base_model_class": "X"}}),
+        (
+            "prefix_tuning",
+            {"num_attention_heads": 4, "token_dim": 32, "num_layers": 2},
+            "config.token_dim is 32, this base has 16: ignored",
+        ),
+        ("prefix_tuning", {"num_attention_heads": 4}, "config.num_attention_heads is 4"),
+        ("prefix_tuning", {"token_dim": 5, "num_attention_heads": 7}, "config.token_dim is 5"),
+        ("p_tuning", {"num_layers": 12, "num_attention_heads": 12}, "config.num_layers is 12"),
+        ("prompt_tuning", {"num_layers": 12, "num_attention_heads": 3}, "config.num_layers is 12"),
+        ("cpt", {"num_layers": 12, "token_dim": 7}, "config.token_dim is 7, this base has 32"),
+        ("ia3", {"num_layers": None, "use_dora": False}, "num_layers (null), use_dora (false)"),
+        ("p_tuning", {"encoder_dropout": None, "future_field": None}, "future_field (null)"),
+        ("ia3", {"peft_version": "0.4.0"}, "config.peft_version is '0.4.0': ignored"),
+        ("ia3", {"base_model_name_or_path": "gpt2", "revision": "main"}, "the one that is served"),
+        ("ia3", {"inference_mode": True, "auto_mapping": {}}, "config.inference_mode is true"),
+        ("ia3", {"fan_in_fan_out": None, "inference_mode": False}, None),
     ],
 )
-def test_fields_that_change_nothing_are_ignored(method, given):
+def test_fields_that_change_nothing_are_ignored(method, given, words):
     """A saved config comes with dimensions of another base, of all heads, or of another version."""
-    job = plan(method=method, config=given).job
-    assert job.config == plan(method=method).job.config
+    plain, job = plan(method=method).job, plan(method=method, config=given).job
+    assert job.config == plain.config
+    found = [one for one in job.warnings if one not in plain.warnings]
+    assert any(words in one for one in found) if words else not found
 
 
 # --- starts ----------------------------------------------------------------------------------
@@ -563,3 +580,72 @@ def test_another_base_is_another_job():
     other = replace(spec(), digest="other")
     assert plan(base=other).job.base_digest == "other"
     assert plan().job.base_name == "tiny"
+
+
+# --- what may not be intended ------------------------------------------------------------------
+
+
+def labelled(*values):
+    return [{"text": f"t {number}", "label": value} for number, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["x", "y"] * 3, ["x", "y"]),
+        ([1, 0] * 3, ["0", "1"]),
+        ([True, False] * 3, ["false", "true"]),
+        (["x", "y", "x", "y", "x"], None),  # hardly repeated
+        ([str(number) for number in range(21)] * 3, None),
+        (["x" * 61, "y"] * 3, None),
+        (["x\ny", "y"] * 3, None),
+        (["x", "x "] * 3, None),
+    ],
+)
+def test_labels_that_were_not_given_are_the_few_values_of_the_target(values, labels):
+    made = plan(labelled(*values))
+    assert (made.job.labels, made.job.labels_inferred) == (labels, labels is not None)
+    assert ("labels were not given" in " ".join(made.job.warnings)) is (labels is not None)
+    assert plan(labelled(*values), infer_labels=False).job.labels is None
+    given = plan(labelled("x", "y", "x", "y", "x", "y"), labels=["y", "x"])
+    assert (given.job.labels, given.job.labels_inferred, given.job.warnings) == (
+        ["y", "x"],
+        False,
+        [],
+    )
+
+
+def test_empty_cells_are_counted():
+    rows = [{"text": "" if n % 2 else "t", "in": "x", "label": f"answer {n}"} for n in range(14)]
+    assert plan(rows).job.warnings == [
+        "column 'text' is empty in 7 of 14 rows (rows 2, 4, 6, 8, 10, …)"
+    ]
+    assert "leaves a blank line" in plan(rows, template="{in}\n{text}\n:").job.warnings[0]
+    assert plan(rows, template="{in}\n{?text}\n:").job.warnings == []
+    with pytest.raises(DataInvalid, match="remove rows without an answer"):
+        plan([*labelled("x", "y"), {"text": "t", "label": ""}])
+    made = make_plan(
+        request(), ROWS, tokenizer(), spec(), base_name="tiny", notes=["first", "second"]
+    )
+    assert made.job.warnings[:2] == ["first", "second"]
+
+
+def test_held_out_rows_are_counted_as_they_are():
+    made = plan(hyperparameters={"validation_split": 0.34})
+    assert made.job.num_validation_rows == len(made.examples.held_out) == 2
+    assert plan().job.num_validation_rows == 0
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1.0", True])
+def test_label_names_know_how_pandas_writes_a_value(value):
+    rows = [{"text": "a", "label": value}, {"text": "b", "label": "0"}]
+    names = {"1": "yes", "0": "no", "True": "yes"}
+    assert plan(rows, label_names=names).preview[0]["target"] == " yes"
+
+
+def test_a_token_that_is_part_of_a_character_is_shown_as_bytes():
+    tokens = plan().preview[1]["tokens"]  # "a naïve 漢字 🙂"
+    assert {" na\\xc3", "\\xafve", " 漢\\xe5", "\\xad\\x97", "\\x99\\x82", " complaint"} <= {
+        *tokens
+    }
+    assert not any("ï" in token or "字" in token for token in tokens if token)

@@ -71,21 +71,23 @@ PLANS = {
     "truncated": lambda: plan(encoder=tokenizer(bos=True), labels=LABELS, **TRUNCATED, **_split(4)),
     "chat": _chat,
 }
-# SHA-256 of the job and its examples, recorded while a worker still rendered the rows itself.
+# SHA-256 of the job and its examples. Recorded anew when jobs got inferred labels and warnings; without
+# these, and with tokens shown as the characters that they cover, the digests were those from the time
+# when a worker still rendered the rows itself.
 RECORDED: dict[str, str] = {
-    "ia3": "19f59573caa2a231c772901083ca51cc229f6ef0aebcb87229a65338b8e05eb6",
-    "labels": "5f3107c08cf503d4e8e8a93228fcaf8e4c9755d618c8c12853506f4448bc6603",
-    "names": "fab378d640f6015fa3a99bd133b30598d5ee70b1364933fcadf39dd31f88923d",
-    "as_written": "d220e05b37c25ee7e56fd61b8964b7c63bd9f52263d4b16a42c5626aa115eb6e",
-    "prefix": "165a5c0ec02a2b9d3e9fa02f744d33e0813071724ba580ea3d76f90931e81e9c",
-    "prompt": "27b1efe0040681a7c7863430caf37cdce9010a30bd6890fa3b419fa265b5d362",
-    "text": "8f6e8ff24b5d36e384d7331836c83905ce5306b673b8f35e29debbe478e9a00e",
-    "vocabulary": "0b018d309c76d91274dfb4c2a1d919639dea6aa913b84ceb8260d27f78b6bbb2",
-    "p_tuning": "30e7249bf9511d8bee82a26226f97d53b9a4e8209a7ea5a1ead522e33a70a455",
-    "cpt": "a622bad478f9292d0bc2a388cea022911e9c0febe6bdadbddec6d36e6b4fde8e",
-    "context": "a5a36df9a707f0fe54ac6ab8de22d52978acca04953bb97d6d4b92c773e64b7a",
-    "truncated": "a144acbdbd83d83696bd297702d26004b7a5457ff8b911bd28fda80b78d80a45",
-    "chat": "ad293d4c180dbf1ef4718c4283f5a86d600c09b08788ac71d83b69c8f5a75bd4",
+    "ia3": "17b3f0e1749d9bef9e1c6628f81de41a32161a3d3f451fbcd6585b73bd24defe",
+    "labels": "8cb23c5d154e29d224f4f65b38eac68663539de4a383407ccd924959e7576fa9",
+    "names": "77ae1a72747c78e30f25fd6b3c88874a660e424f15d0e465b7231fd184f4c6c0",
+    "as_written": "481b22600e4c4db81b7cf7c556f70103aab38dbfeda4c724e1e4c468339bd5d0",
+    "prefix": "ca8a41638bc46d1d56be1a9fd72aa5a10c8b87761bce74ecd0aa2730741a7803",
+    "prompt": "3479c2ba4dc37f8ce9a0f954acdbbc7439c30c1c3da165c00bd6e908a7bb1ebc",
+    "text": "e99fd29e7f22a56b287ba3309d404bdd19bf4bce54851a55b3e55e638daf7f22",
+    "vocabulary": "48fe17baff33d064660941a9a577063021d934b1c1fbfa272b4490a6b99db0ae",
+    "p_tuning": "38539064ce272e6e6fc1d48d4ff3433f0bff627651ee7a47735516ccdeb39f35",
+    "cpt": "745c9aa3f48a7fcd0e62aeb6c9e59be106b665525a2d9964352d6a710f1f48e4",
+    "context": "8eada2cad4c8bf63d281fe25cc9cf1e781dd0f93ed964ad482af879356617a75",
+    "truncated": "d6fe90db3894b2348ead957cdfdce196196cf3fc2e10e85be26bf8e71d2a282f",
+    "chat": "09e71d82812de7c3ecf58c6e92d5c916c6b5f235b47cedc6cd3fd758d10b709d",
 }
 
 

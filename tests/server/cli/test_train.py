@@ -231,6 +231,33 @@ def test_labels_may_be_repeated_and_values_put_into_words(command, tmp_path):
     assert [row["target"] for row in plan["preview"]] == [" bad, very", " good", " bad, very"]
 
 
+def test_a_dry_run_shows_what_was_understood_of_a_file(tiny_base, tmp_path):
+    data = tmp_path / "rows.json"
+    rows = [
+        {"instruction": "介绍地球", "input": "", "output": "行星", "history": []},
+        {"instruction": "翻译", "input": "hello", "output": "你好", "history": [["a", "b"]]},
+    ]
+    data.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-16")
+    words = ["train", "--method", "ia3", "--base", tiny_base, "--dry-run", "--data", data]
+    table = run(*words).output
+    assert "JSON array, UTF-16, format alpaca" in table
+    assert "instruction, input, output; not read: history" in table
+    assert '"### Instruction:\\n介绍地球\\n\\n### Response:\\n行星"' in table
+    assert "|\\xe4|" in table
+    data.write_text("text;label\n" + "gut, ja;1\n;0\n" * 4, encoding="utf-8-sig")
+    table = run(*words, "--template", "{text} :", "--target", "label").output
+    assert "CSV, UTF-8 with a byte order mark, semicolon" in table
+    assert "warning: column 'text' is empty in 4 of 8 rows" in table
+    assert "warning: labels were not given" in table
+    chats = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    data.write_text(json.dumps(chats))
+    refused = run(*words)
+    assert refused.exit_code == 2
+    assert "the base has no chat template" in refused.output
+    data.write_text("text,label\na,x\n")
+    assert "--template is needed; the columns" in run(*words).output
+
+
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(command, tmp_path):
     out = tmp_path / "never"
     shown = run(
@@ -261,10 +288,13 @@ REFUSED = {
         "--labels: expected at least 2 values, came 1",
     ),
     "template": (["--out", "x", "--template", "{tweet"], "template: a lone"),
-    "no column": (["--out", "x", "--template", "{text}"], "row 1: a column of the template"),
+    "no column": (
+        ["--out", "x", "--template", "{text}"],
+        "the column 'text' is missing; the row has",
+    ),
     "label name": (["--out", "x", "--label-name", "1"], "--label-name: expected KEY=VALUE"),
     "data": (["--out", "x", "--data", "no.jsonl"], "no.jsonl: No such file"),
-    "kind of data": (["--out", "x", "--data", "no.txt"], "expected a file named .jsonl"),
+    "kind of data": (["--out", "x", "--data", sys.executable], "it is a program, expected text"),
     "name": (["--register", "Not A Name"], "Not A Name"),
     "resume": (["--out", "x", "--resume"], "holds no run to resume"),
     "too long": (["--out", "x", "--max-length", "8"], "row 1: "),
@@ -384,7 +414,7 @@ def ranked_by_training(tiny_base: Path, data: Path, folder: Path | None):
     directory = loaded.tokenizer_dir
     encoder = TextTokenizer(load_tokenizer(directory), read_eos_token_ids(directory))
     asked = request(template=TEMPLATE, target="Label", labels=LABELS, append_eos=folder is not None)
-    plan = make_plan(asked, read_rows(data, "jsonl"), encoder, loaded.spec, base_name="tiny")
+    plan = make_plan(asked, read_rows(data), encoder, loaded.spec, base_name="tiny")
     prompts = [example.prompt_ids for example in plan.examples.train]
     right = [example.label for example in plan.examples.train]
     base, virtual = PackedBase(loaded.model, loaded.spec), None
@@ -407,7 +437,7 @@ def test_scores_are_those_of_training(folders, tiny_base, data):
         facts = engine.add_adapter(method, folder).facts
         contestants.append(Contestant(method, wording, facts.num_virtual_tokens))
     encoder = TextTokenizer(engine.tokenizer, read_eos_token_ids(engine.tokenizer_dir))
-    rows = read_rows(data, "jsonl")
+    rows = read_rows(data)
     told: list[int] = []
     try:
         found = evaluate(

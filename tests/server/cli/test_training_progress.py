@@ -49,6 +49,25 @@ def test_what_matters_is_shown(terminal):
     assert ("step 1/4" in text) == (not terminal)
 
 
+def test_a_job_says_that_a_worker_has_it_and_what_became_of_one():
+    console = Console(file=io.StringIO(), width=120)
+    with TrainingProgress(console) as progress:
+        for kind, data in (
+            ("state", {"state": "queued"}),
+            ("state", {"state": "running", "attempt": 1, "nice": 19}),
+            ("worker_lost", {"how": "signal SIGSEGV"}),
+            ("interrupted", {}),
+            ("state", {"state": "succeeded", "adapter_version": 1}),
+        ):
+            progress(TrainingEvent(kind, data))
+    assert console.file.getvalue().splitlines() == [
+        "waiting for a worker",
+        "a worker starts at niceness 19, and reads the base",
+        "the worker was lost (signal SIGSEGV); another one goes on",
+        "interrupted: its server ended; the job goes on once a server runs",
+    ]
+
+
 def test_a_resumed_run_says_from_where():
     console = Console(file=io.StringIO(), width=120)
     text = shown(console, TrainingEvent("resumed", {**STARTED, "step": 2}))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 from peft import CPTConfig, PrefixTuningConfig, PromptTuningConfig
 
+from server.engine.kv_cache import KVBlocks
 from server.engine.request import FailedEvent
-from tests.adapters.methods.oracle import gpt2, peft_save
-from tests.engine_tools import adapter_ref, request, run, tiny_engine, tokens
+from tests.adapters.methods.oracle import gpt2, peft_save, spec_of
+from tests.engine_tools import TINY, adapter_ref, request, run, tiny_engine, tokens
 
 POSITIONS = 64  # of `gpt2`, which are learned: PEFT fails where one more is needed
 
@@ -67,3 +69,19 @@ def test_virtual_prompt_and_new_tokens_but_the_last_fill_the_positions(
     assert refused.code == "too_long"
     assert f"the base has {POSITIONS} positions" in refused.message
     assert f"expected at most {POSITIONS + 1}" in refused.message
+
+
+def test_a_sequence_may_fill_every_block():
+    """Of five blocks of eight, 36 prompt and 5 new tokens take 40 positions."""
+    bytes_per_block = KVBlocks.bytes_per_block(spec_of(gpt2()), TINY.block_size, torch.float32)
+    config = dataclasses.replace(TINY, kv_bytes=5 * bytes_per_block)
+    engine = tiny_engine(gpt2(), config=config)
+    try:
+        ids = list(range(36))
+        made = run(engine, [request("r", ids, None, 5, ignore_eos=True)])["r"]
+        assert len(made) == 5
+        (refused,) = engine.submit(request("more", ids, None, 6))
+    finally:
+        engine.close()
+    assert isinstance(refused, FailedEvent)
+    assert "41 positions and 0 virtual tokens need 6 KV blocks, the engine has 5" in refused.message

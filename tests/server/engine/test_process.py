@@ -94,6 +94,7 @@ async def test_it_tells_what_it_serves(client):
     assert client.base.vocab_size == VOCAB
     assert len(client.base.digest) == 64
     assert client.max_sequence_tokens == 512
+    assert (client.room(0), client.room(7)) == (512, 505)
 
 
 async def test_tokens_are_those_of_an_engine_in_this_process(client, blobs, adapters):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 import graftwork
-from graftwork import EngineError, GenerationFailed, InvalidCall, SamplingParams, UnknownAdapter
+from graftwork import EngineError, GenerationFailed, InvalidCall, UnknownAdapter
 from server.engine.python_calls import choice_of
+from server.engine.request import SamplingParams
 from tests.server.http_server import save_prefix_adapter, save_tiny_base
 
 TEXT = "the tweet"
@@ -77,6 +78,19 @@ def test_a_length_that_is_left_out_is_at_most_what_fits(engine):
     assert engine.generate([TEXT], max_tokens=2) == engine.generate(TEXT, max_tokens=2)
 
 
+def test_what_fits_counts_the_memory_for_keys_and_values(folders):
+    """16 blocks of 16, one of which the prefix fills in part: its 4 tokens take all of it."""
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, float32
+    options = {"dtype": "float32", "threads": 1, "kv_bytes": 16 * 16 * per_token}
+    with graftwork.Engine(folders["base"], **options) as small:
+        small.add_adapter("one", folders["one"])
+        ids = [5] * 230
+        (text,) = small.generate([ids], adapter="one", ignore_eos=True)
+        assert text == small.generate([ids], adapter="one", max_tokens=11, ignore_eos=True)[0]
+        with pytest.raises(GenerationFailed, match="need 17 KV blocks, the engine has 16"):
+            small.generate([ids], adapter="one", max_tokens=12)
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "error", "words"),
     [
@@ -115,7 +129,13 @@ def test_a_length_that_is_left_out_is_at_most_what_fits(engine):
         (TEXT, {"stop": 5}, InvalidCall, "stop is of the type int"),
         (TEXT, {"n": 2}, InvalidCall, "no option n: give the prompt several times"),
         (TEXT, {"lora_request": 1}, InvalidCall, "name an added adapter with adapter="),
-        (TEXT, {"sampling": {"top_p": 1}}, InvalidCall, "sampling is of the type dict, expected"),
+        (TEXT, {"sampling": {"top": 1}}, InvalidCall, "no option top; did you mean"),
+        (
+            TEXT,
+            {"sampling": 5},
+            InvalidCall,
+            "sampling is of the type int, expected SamplingParams",
+        ),
     ],
 )
 def test_calls_that_are_refused(engine, prompts, options, error, words):
@@ -170,3 +190,15 @@ def test_options_by_vllms_names():
     assert choice_of(mine, {}, EOS).sampling.eos_token_ids == EOS
     assert choice_of(mine, {"eos_token_ids": (7,)}, EOS).sampling.eos_token_ids == (7,)
     assert not choice_of(mine, {"temperature": 0}, EOS).sampling.do_sample
+
+
+def test_options_that_are_made_once(engine):
+    greedy = graftwork.SamplingParams(max_tokens=8, temperature=0, stop="\0")
+    assert repr(greedy) == "SamplingParams(max_tokens=8, temperature=0, stop='\\x00')"
+    whole = engine.generate(TEXT, max_tokens=8)
+    assert engine.generate(TEXT, greedy) == whole
+    assert engine.generate([TEXT], {"max_tokens": 8}) == whole
+    shorter = engine.generate(TEXT, greedy, max_new_tokens=3)
+    assert shorter == engine.generate(TEXT, max_tokens=3)
+    with pytest.raises(InvalidCall, match="did you mean temperature"):
+        graftwork.SamplingParams(temprature=0)

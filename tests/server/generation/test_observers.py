@@ -192,9 +192,9 @@ async def test_adapters_go_by_name_and_version(generator, recorder, everything, 
 
 
 async def test_an_engine_that_is_not_there(everything, recorder, settings):
-    _, registry, tokenizer = everything
+    running, registry, tokenizer = everything
     stopped = EngineClient(settings.engine_config())
-    stopped.max_sequence_tokens = 512
+    stopped.base, stopped.room = running.base, running.room
     generator = Generator(stopped, registry, tokenizer, "tiny-base", [recorder])
     with pytest.raises(EngineUnavailable):
         await begin(generator)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import structlog
 
+from adapters.checkpoint.folder import TENSORS_FILE
 from server.errors import FolderNotFound
 from server.store.directories import AdapterDirectory, Changes, find_folder, publish_folder
 from server.store.registry import Registry
@@ -295,6 +297,41 @@ def test_a_new_start_finds_what_changed_and_what_is_gone(watched: Watched) -> No
     (watched.directory.parent / "elsewhere").mkdir()
     Watched(watched.directory.parent / "elsewhere", watched.registry).sync(3)
     assert again.names() == {"same": [1], "changed": [1, 2]}
+
+
+def test_a_new_start_reads_no_folder_that_it_took_before(watched: Watched, tmp_path: Path) -> None:
+    record = tmp_path / "watched.json"
+
+    def start() -> set[str]:
+        """The folders whose weights the first two scans of a start open."""
+        opened: set[str] = set()
+
+        def note(event: str, args: tuple[object, ...]) -> None:
+            path = Path(str(args[0])) if noting and event == "open" else Path()
+            if path.parent.parent == watched.directory and path.name == TENSORS_FILE:
+                opened.add(path.parent.name)
+
+        watcher = AdapterDirectory(watched.directory, watched.registry, record=record)
+        noting = True
+        sys.addaudithook(note)
+        for _ in range(2):
+            watcher.sync(BASE)
+        noting = False
+        return opened
+
+    for seed, name in enumerate(("same", "changed", "removed", "damaged")):
+        soft_prompt(watched.directory / name, seed=seed)
+    assert start() == {"same", "changed", "removed", "damaged"}
+    assert start() == set()
+    watched.replace("changed", seed=7)
+    watched.registry.delete("removed")
+    watched.registry.mark_corrupt(watched.registry.lookup("damaged").digest)
+    assert start() == {"changed", "removed", "damaged"}
+    assert watched.registry.resolve("damaged").status == "ok"
+    assert watched.names() == {"same": [1], "changed": [1, 2], "removed": [2], "damaged": [1]}
+    for lost in (b"", b"[]", b"{", None):
+        record.unlink() if lost is None else record.write_bytes(lost)
+        assert start() == {"same", "changed", "removed", "damaged"}
 
 
 def test_a_directory_that_cannot_be_read_removes_nothing(watched: Watched) -> None:

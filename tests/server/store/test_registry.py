@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -669,6 +669,58 @@ def test_a_shallow_sweep_finds_what_was_cut_short(registry: Registry, one: Path,
     _flip(registry.blob_path(flipped.digest))
     assert registry.sweep(deep=False).corrupt == (cut.digest,)
     assert set(registry.sweep().corrupt) == {cut.digest, flipped.digest}
+
+
+def reads_of_blobs(root: Path, sweep: Callable[[], object]) -> int:
+    """How many of a root's checkpoint files a sweep opens."""
+    opened: list[str] = []
+
+    def note(event: str, args: tuple[object, ...]) -> None:
+        if noting and event == "open" and str(args[0]).startswith(str(root / "blobs")):
+            opened.append(str(args[0]))
+
+    noting = True
+    sys.addaudithook(note)
+    sweep()
+    noting = False
+    return len(opened)
+
+
+def test_a_start_reads_only_what_has_changed(root: Path, one: Path, two: Path) -> None:
+    first = Registry(root)
+    digests = [first.publish(n, d, BASE).record.digest for n, d in (("a", one), ("b", two))]
+    first.close()
+    second = Registry(root)
+    assert reads_of_blobs(root, lambda: second.sweep(deep=False)) == 0
+    # What was touched is read, what was cut is corrupt, and what comes back is not.
+    weights = second.blob_path(digests[0]) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.touch()
+    assert reads_of_blobs(root, lambda: second.sweep(deep=False)) > 0
+    assert reads_of_blobs(root, lambda: second.sweep(deep=False)) == 0
+    weights.write_bytes(whole[:-1])
+    assert second.sweep(deep=False).corrupt == (digests[0],)
+    with pytest.raises(errors.AdapterCorrupt):
+        second.resolve("a")
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of the right form only
+    assert second.sweep(deep=False).corrupt == (digests[0],)
+    weights.write_bytes(whole)
+    assert second.sweep(deep=False).corrupt == ()
+    assert second.resolve("a").status == "ok"
+    # A file that is none, or says something else, costs a read.
+    (root / "checked.txt").write_bytes(b"\xff one two\n" + digests[1].encode() + b" 1,2\n")
+    assert reads_of_blobs(root, lambda: second.sweep(deep=False)) > 0
+    assert second.sweep(deep=False).corrupt == ()
+    second.close()
+
+
+def test_a_blob_that_is_gone_or_has_more_files_is_corrupt_at_the_start(
+    registry: Registry, one: Path, two: Path
+) -> None:
+    gone, more = (registry.publish(n, d, BASE).record for n, d in (("a", one), ("b", two)))
+    shutil.rmtree(registry.blob_path(gone.digest))
+    (registry.blob_path(more.digest) / "extra").write_text("x")
+    assert set(registry.sweep(deep=False).corrupt) == {gone.digest, more.digest}
 
 
 def test_a_reader_may_report_damage_and_repair_is_seen(registry: Registry, one: Path) -> None:

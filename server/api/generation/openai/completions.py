@@ -22,6 +22,7 @@ from server.api.generation.openai.prepared import (
 from server.api.generation.openai.prompts import encode_all, from_row, require_one, token_offsets
 from server.api.generation.openai.reply import stream, whole
 from server.api.generation.openai.sampling import options_of, samples_of
+from server.api.generation.prompt_warning import warn_of_prompts
 from server.api.openapi.refusals import GENERATED, refuses
 from server.api.openapi.responses import events
 from server.generation.generator import Generator, Piece
@@ -74,6 +75,8 @@ async def _prepare(request: Request, services: Services, body: CompletionBody) -
         prompts = await encode_all(
             generator, body.prompt, lambda number: generator.check_length(number, record, options)
         )
+    texts = [given.prompt.text for given in prompts if given.kind == "text"]
+    await warn_of_prompts(request, services, generator, record, texts)
     return prepare_batch(
         services,
         generator,

@@ -71,7 +71,7 @@ def render_chat(
 
 
 def row_of(messages: Sequence[Message], record: AdapterRecord, field: str = "messages") -> BodyRow:
-    """The row for an adapter's own template of one column: what the one user message says.
+    """The row for an adapter's own template that needs one column: what the one user message says.
 
     Args:
         messages: the conversation.
@@ -81,8 +81,9 @@ def row_of(messages: Sequence[Message], record: AdapterRecord, field: str = "mes
     Raises:
         RequestInvalid: the template has another number of columns, or there are other messages.
     """
-    columns = Template.parse(record.template or "").columns
-    if len(columns) != 1:
+    template = Template.parse(record.template or "")
+    columns, column = template.columns, template.sole_column
+    if column is None:
         names = ", ".join(repr(name) for name in columns) or "none"
         raise RequestInvalid(
             f"{field}: the template of the adapter {record.name!r} takes the columns {names}, and "
@@ -100,7 +101,7 @@ def row_of(messages: Sequence[Message], record: AdapterRecord, field: str = "mes
             expected="one user message",
             came=came,
         )
-    return {columns[0]: text_of(messages[0], 0)}
+    return {column: text_of(messages[0], 0)}
 
 
 async def conversation_prompt(

@@ -19,6 +19,7 @@ from adapters.training.job import (
     method_name,
 )
 from adapters.training.recipes import RECIPES
+from adapters.training.shapes import Format
 from server.api.error_replies import describe_validation, quoted
 from server.api.openapi.constraints import (
     NAME,
@@ -182,7 +183,7 @@ class Asked:
         return f"method.{self.type}"
 
     def request(
-        self, adapter: str, template: str, target: str, separator: str | None
+        self, adapter: str, template: str, target: str, separator: str | None, format: Format
     ) -> TrainingRequest:
         """The request for training.
 
@@ -191,8 +192,9 @@ class Asked:
             template: makes prompts.
             target: the column to answer.
             separator: stands between the two, unless the block says otherwise; None leaves it open.
+            format: the shape of the rows.
         """
-        fields = self.block.model_dump(exclude={"hyperparameters", "template", "target"})
+        fields = self.block.model_dump(exclude={"hyperparameters", "template", "target", "format"})
         if fields["target_separator"] is None:
             fields["target_separator"] = separator
         return TrainingRequest(
@@ -201,6 +203,7 @@ class Asked:
             method=METHOD_TYPES[self.type],
             template=template,
             target=target,
+            format=format,
             hyperparameters=self._hyperparameters,
         )
 

@@ -22,6 +22,7 @@ from server.text.tokenizer import TextTokenizer
 MESSAGES = "messages"
 # What may stand beside the messages, and would change what the template makes of them.
 _TOOLS = ("tools", "functions")
+_ROLES = ("system", "developer", "user", "assistant")
 
 
 class Turn(NamedTuple):
@@ -78,6 +79,12 @@ def _list_of(line: dict[str, Any], place: str, row: int) -> list[Any]:
 
 
 def _message(value: Any, number: int, place: str, row: int) -> Message:
+    if not isinstance(value, dict):
+        expected = "an object with role and content"
+        raise _wrong(f"{place}, {MESSAGES}.{number}", row, expected, quoted(value))
+    if value.get("role") not in _ROLES:
+        expected, came = f"one of {', '.join(_ROLES)}", quoted(value.get("role"))
+        raise _wrong(f"{place}, {MESSAGES}.{number}.role", row, expected, came)
     try:
         return Message.model_validate(value)
     except ValidationError as error:

@@ -1,40 +1,34 @@
-"""Uploaded files as rows to train on: OpenAI's two forms, or plain rows for a template.
+"""Uploaded files as rows to train on: those of a training file, then those of a validation file.
 
-    {"messages": [...]}           one row for every assistant message; the base's chat template makes
-                                  the prompt of what stands before it
-    {"prompt": , "completion": }  the two as they are, one after the other
-    any columns                   where the method's block has template and target
-
-The first line decides. A refusal names the file, and the line or the row in it. Knows no method.
+`server.api.training.training_data` reads each. A refusal names the file, and the line or the row in it.
+Knows no method.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from adapters.errors import DataInvalid
+from adapters.errors import DataInvalid, UnsupportedFile
 from adapters.template import Row
 from adapters.training.job import Prompts
-from adapters.training.rows import DataLimits, Kind, check_rows, kind_of, read_objects, read_rows
-from server.api.error_replies import quoted
+from adapters.training.row_source import DataLimits
+from adapters.training.shapes import Format
 from server.api.training.openai.body import Asked
-from server.api.training.openai.conversations import MESSAGES, turns
-from server.errors import Contradiction, RequestInvalid, UploadNotFound
+from server.api.training.training_data import (
+    TrainingData,
+    Wish,
+    given_fields,
+    read_file,
+    tell_place,
+)
+from server.errors import RequestInvalid, UploadNotFound
 from server.store.files import FileStore
 from server.text.tokenizer import TextTokenizer
 
-PROMPT, COMPLETION = "prompt", "completion"
 FileField = Literal["training_file", "validation_file"]
-
-# A line of messages with parts; what else a line may hold is not looked at.
-_DEPTH = 64
-# What only plain rows, or rows with a prompt, have a use for.
-_NOT_WITH_CHAT = ("target_separator", "tokenization")
 
 
 @dataclass(frozen=True)
@@ -46,9 +40,11 @@ class TuningData:
         num_validation_rows: how many the latter are.
         template: makes prompts.
         target: the column to answer.
-        separator: stands between prompt and target; None leaves it to the template.
+        separator: stands between the two; None leaves it to the template.
         prompts: see `adapters.training.job.TrainingJob`.
+        format: the shape of the rows.
         places: where each row stands, for messages.
+        warnings: what a reader might not expect.
     """
 
     rows: list[Row]
@@ -57,7 +53,9 @@ class TuningData:
     target: str
     separator: str | None
     prompts: Prompts
+    format: Format
     places: list[str]
+    warnings: list[str]
 
     @contextmanager
     def told_by_place(self) -> Iterator[None]:
@@ -65,17 +63,9 @@ class TuningData:
         try:
             yield
         except DataInvalid as error:
-            _tell_place(error, self.places, "training_file")
+            place = tell_place(error, self.places)
+            _name_field(error, (place or "training_file").partition(",")[0])
             raise
-
-
-@dataclass(frozen=True)
-class _TuningFile:
-    """One file as rows; `places` has as many."""
-
-    form: Literal["chat", "completion", "plain"]
-    rows: list[Row]
-    places: list[str]
 
 
 def read_data(
@@ -91,31 +81,40 @@ def read_data(
 
     Raises:
         UploadNotFound: no such file.
+        UnsupportedFile: a file that is no text.
         DataInvalid: a line that is not what its file's form wants.
         RequestInvalid: a form that is not known, or that differs between the two files.
         Contradiction: the block says what the form decides.
     """
     reader = _Reader(files, asked, tokenizer, limits)
     training = reader.read("training_file", asked.body.training_file)
-    rows, places, num_validation_rows = training.rows, training.places, 0
+    rows, places = training.rows, _places("training_file", training)
+    warnings, num_validation_rows = training.warnings, 0
     if asked.body.validation_file is not None:
         held_out = reader.read("validation_file", asked.body.validation_file)
-        if held_out.form != training.form:
+        forms = (training.facts.format, held_out.facts.format)
+        if forms[0] != forms[1] or training.template != held_out.template:
             raise RequestInvalid(
-                f"validation_file: its lines are of the form {held_out.form!r}, those of "
-                f"training_file {training.form!r}",
+                f"validation_file: its lines are of the form {forms[1]!r} ({held_out.template!r}), those "
+                f"of training_file {forms[0]!r} ({training.template!r})",
                 field="validation_file",
-                expected=training.form,
-                came=held_out.form,
+                expected=forms[0],
+                came=forms[1],
             )
-        rows, places = rows + held_out.rows, places + held_out.places
+        rows, places = rows + held_out.rows, places + _places("validation_file", held_out)
+        warnings = [*warnings, *(f"validation_file: {one}" for one in held_out.warnings)]
         num_validation_rows = len(held_out.rows)
-    block = asked.block
-    if training.form == "plain":
-        template, target = block.template or "", block.target or ""
-        return TuningData(rows, num_validation_rows, template, target, None, "template", places)
-    prompts: Prompts = "chat" if training.form == "chat" else "template"
-    return TuningData(rows, num_validation_rows, f"{{{PROMPT}}}", COMPLETION, "", prompts, places)
+    return TuningData(
+        rows,
+        num_validation_rows,
+        training.template,
+        training.target,
+        training.separator,
+        training.prompts,
+        training.facts.format,
+        places,
+        warnings,
+    )
 
 
 class _Reader:
@@ -124,95 +123,23 @@ class _Reader:
     def __init__(
         self, files: FileStore, asked: Asked, tokenizer: TextTokenizer, limits: DataLimits
     ) -> None:
+        block = asked.block
+        given = given_fields(block)
+        self._wish = Wish(block.format, block.template, block.target, given, f"{asked.place}.")
         self._files = files
-        self._asked = asked
         self._tokenizer = tokenizer
         self._limits = limits
 
-    def read(self, field: FileField, file_id: str) -> _TuningFile:
+    def read(self, field: FileField, file_id: str) -> TrainingData:
+        wish = replace(self._wish, source=field)
         with _told_by_field(field):
             path = self._files.path(file_id)
-            kind = kind_of(self._files.get(file_id).filename) or "jsonl"
-            if self._is_plain():
-                return self._plain(field, path, kind)
-            columns = self._columns(field, path, kind)
-            if MESSAGES in columns:
-                return self._chat(field, path)
-            if PROMPT in columns and COMPLETION in columns:
-                return self._completions(field, path, kind)
-        raise RequestInvalid(
-            f"{field}: its first line has {_listed(columns)}; expected messages, prompt with "
-            f"completion, or {self._asked.place}.template and .target for other columns",
-            field=field,
-            expected="messages, or prompt and completion",
-            came=_listed(columns),
-        )
+            return read_file(path, wish, self._tokenizer, self._limits)
 
-    def _is_plain(self) -> bool:
-        """Whether the block says how prompts are made; template and target go together."""
-        block, place = self._asked.block, self._asked.place
-        if (block.template is None) == (block.target is None):
-            return block.template is not None
-        missing = "template" if block.template is None else "target"
-        raise RequestInvalid(
-            f"{place}.{missing}: template and target are given together, or neither",
-            field=f"{place}.{missing}",
-            expected="a text",
-            came="nothing",
-        )
 
-    def _columns(self, field: FileField, path: Path, kind: Kind) -> list[str]:
-        """Those of the first line."""
-        if kind == "csv":
-            return list(read_rows(path, kind, self._limits)[0])
-        for _, line in read_objects(path, _DEPTH, self._limits):
-            return list(line)
-        raise DataInvalid(
-            f"{field}: it has no rows: expected at least one",
-            expected="at least one row",
-            came="none",
-        )
-
-    def _plain(self, field: FileField, path: Path, kind: Kind) -> _TuningFile:
-        rows = read_rows(path, kind, self._limits)
-        return _TuningFile("plain", rows, [f"{field}, row {n}" for n in range(1, len(rows) + 1)])
-
-    def _completions(self, field: FileField, path: Path, kind: Kind) -> _TuningFile:
-        plain = self._plain(field, path, kind)
-        return _TuningFile("completion", plain.rows, plain.places)
-
-    def _chat(self, field: FileField, path: Path) -> _TuningFile:
-        for name in _NOT_WITH_CHAT:
-            if name in self._asked.block.model_fields_set:
-                raise Contradiction(
-                    f"{self._asked.place}.{name}: the base's chat template decides it for messages",
-                    field=f"{self._asked.place}.{name}",
-                    expected="the field left out",
-                    came=quoted(getattr(self._asked.block, name)),
-                )
-        if self._tokenizer.chat_template is None:
-            raise RequestInvalid(
-                f"{field}: it has messages, and the base has no chat template; send prompt and "
-                "completion, or a template and a target",
-                field=field,
-                expected="a base with a chat template",
-                came="a base without one",
-            )
-        places: list[str] = []
-
-        def rows() -> Iterator[Row]:
-            for number, line in read_objects(path, _DEPTH, self._limits):
-                place = f"{field}, line {number}"
-                for turn in turns(line, place, len(places) + 1, self._tokenizer):
-                    places.append(place)
-                    yield {PROMPT: turn.prompt, COMPLETION: turn.answer}
-
-        try:
-            # One at a time: a long conversation makes many prompts, and the limits count them.
-            return _TuningFile("chat", check_rows(rows(), self._limits), places)
-        except DataInvalid as error:
-            _tell_place(error, places, field)
-            raise
+def _places(field: FileField, data: TrainingData) -> list[str]:
+    places: Sequence[str] = data.places or [f"row {n}" for n in range(1, len(data.rows) + 1)]
+    return [f"{field}, {place}" for place in places]
 
 
 @contextmanager
@@ -220,30 +147,16 @@ def _told_by_field(field: FileField) -> Iterator[None]:
     """Refusals name the parameter that named the file."""
     try:
         yield
-    except (DataInvalid, UploadNotFound) as error:
-        error.field = field
-        if not error.message.startswith(field):
-            _say(error, f"{field}: {error.message}")
+    except (DataInvalid, UnsupportedFile, UploadNotFound) as error:
+        _name_field(error, field)
         raise
     except FileNotFoundError as error:  # deleted while it was read
         raise UploadNotFound(f"{field}: the file was deleted a moment ago", field=field) from error
 
 
-def _tell_place(error: DataInvalid, places: Sequence[str], otherwise: str) -> None:
-    """Put the place of a row into a refusal that counts rows."""
-    place = otherwise
-    if error.row is not None and error.row <= len(places):
-        place = places[error.row - 1]
-        _say(error, re.sub(rf"\brow {error.row}\b", lambda _: place, error.message, count=1))
-    elif not error.message.startswith(otherwise):
-        _say(error, f"{otherwise}: {error.message}")
-    error.field = place.partition(",")[0]
-
-
-def _say(error: DataInvalid | UploadNotFound, message: str) -> None:
-    error.message = message
-    error.args = (message,)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(quoted(name) for name in names[:10]) or "no column"
+def _name_field(error: DataInvalid | UnsupportedFile | UploadNotFound, field: str) -> None:
+    error.field = field
+    if not error.message.startswith(field):
+        separator = ", " if error.message.startswith("row ") else ": "
+        error.message = f"{field}{separator}{error.message.removeprefix('data: ')}"
+        error.args = (error.message,)

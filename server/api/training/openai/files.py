@@ -52,7 +52,7 @@ _FORM = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": "JSON lines, or CSV under a name that ends in .csv.",
+                            "description": "Rows: JSON lines, a JSON array or CSV.",
                         },
                         "purpose": {
                             "type": "string",

@@ -14,7 +14,13 @@ from typing import Annotated
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 
-from adapters.errors import AdapterExists, JobInvalid, NameInvalid, TemplateInvalid
+from adapters.errors import (
+    AdapterExists,
+    JobInvalid,
+    NameInvalid,
+    TemplateInvalid,
+    UnsupportedFile,
+)
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query, refuse_stray_adapters
 from server.api.error_replies import invalid, quoted
@@ -46,7 +52,7 @@ _METADATA = re.compile(r"metadata\[([^\]]*)\]")
     "",
     summary="Train an adapter on an uploaded file",
     response_description="The job waits.",
-    openapi_extra=refuses(UploadNotFound, *PLANNED),
+    openapi_extra=refuses(UploadNotFound, UnsupportedFile, *PLANNED),
 )
 async def create_job(
     request: Request, services: UseServices, body: TuningBody
@@ -198,7 +204,7 @@ def _create(services: Services, asked: Asked) -> JobRecord:
 def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan:
     try:
         return make_plan(
-            asked.request(name, data.template, data.target, data.separator),
+            asked.request(name, data.template, data.target, data.separator, data.format),
             data.rows,
             services.need_generator().tokenizer,
             services.client.base,
@@ -206,6 +212,7 @@ def _plan(services: Services, asked: Asked, name: str, data: TuningData) -> Plan
             num_validation_rows=data.num_validation_rows,
             prompts=data.prompts,
             max_virtual_tokens=services.max_virtual_tokens,
+            notes=data.warnings,
         )
     except (JobInvalid, TemplateInvalid) as error:
         # Their fields are those of /train, which stand in the method's block here.

@@ -218,7 +218,11 @@ def tuning_event(job_id: str, event: JobEvent) -> TuningEvent:
     level: Literal["info", "warn", "error"] = "info"
     if state == "failed":
         level = "error"
-    elif state == "cancelled" or event.kind in ("worker_lost", "interrupted"):
+    elif (
+        state == "cancelled"
+        or event.kind in ("worker_lost", "interrupted")
+        or event.data.keys() & {"warning", "warnings"}
+    ):
         level = "warn"
     return TuningEvent(
         id=event_id(job_id, event.id),
@@ -238,9 +242,12 @@ def _message(event: JobEvent) -> str:
 
 
 _STATES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "queued": lambda data: "The job waits for a worker",
+    "queued": lambda data: ". ".join(["The job waits for a worker", *data.get("warnings", ())]),
     "running": lambda data: f"A worker has the job (attempt {data['attempt']})",
-    "succeeded": lambda data: f"The job succeeded: version {data.get('adapter_version')} is served",
+    "succeeded": lambda data: (
+        f"The job succeeded: version {data.get('adapter_version')} is served"
+        + (f"; it is {data['warning']}" if data.get("warning") else "")
+    ),
     "failed": lambda data: f"The job failed: {data.get('error', {}).get('message', '')}",
     "cancelled": lambda data: "The job was cancelled",
 }

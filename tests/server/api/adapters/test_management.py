@@ -16,7 +16,7 @@ from server.app import create_app
 from server.engine.request import SamplingParams
 from server.generation.generator import Options
 from tests.server.conftest import make_settings
-from tests.server.http_server import running_server, save_prefix_adapter, upload
+from tests.server.http_server import HIDDEN, running_server, save_prefix_adapter, upload
 
 
 def zipped(directory, folder="") -> bytes:
@@ -96,6 +96,37 @@ def test_upload_look_download_and_delete(server, tmp_path):
         assert gone.status_code == 404
         assert gone.json()["code"] == "adapter_not_found"
     assert server.delete("/adapters/life").status_code == 404
+
+
+def test_a_config_as_people_have_it_is_served_as_the_plain_one(server, tmp_path):
+    """Numbers of all heads, fields of another version, a byte order mark, a tokenizer with more tokens."""
+    plain = upload(server, save_prefix_adapter(tmp_path / "a", seed=71), "plain-config")
+    folder = save_prefix_adapter(tmp_path / "b", seed=71)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"token_dim": HIDDEN, "num_attention_heads": 4, "inference_mode": None}
+    config |= {"use_dora": False, "future_field": None}
+    (folder / "adapter_config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config).encode())
+    tokens = {"added_tokens_decoder": {"0": {"content": "<sep>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    found = upload(server, folder, "peoples-config")
+    assert (plain.status_code, found.status_code) == (201, 201)
+    warnings = found.json()["warnings"]
+    for words in (
+        "tokens that the base's does not have: '<sep>'",
+        "token_dim is 32, this base has",
+    ):
+        assert any(words in one for one in warnings), warnings
+    assert any("future_field (null), use_dora (false)" in one for one in warnings)
+    told = [
+        server.post(f"/generate?adapter={name}", json={"inputs": "a tweet"}).json()
+        for name in ("plain-config", "peoples-config")
+    ]
+    assert told[0] == told[1]
+    with zipfile.ZipFile(
+        io.BytesIO(server.get("/adapters/peoples-config/download").content)
+    ) as archive:
+        (name,) = [one for one in archive.namelist() if one.endswith("adapter_config.json")]
+        assert json.loads(archive.read(name)) == config  # PEFT reads no byte order mark
 
 
 @pytest.mark.parametrize(

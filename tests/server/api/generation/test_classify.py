@@ -116,13 +116,14 @@ COLUMN = {
 PUNCTUATED = {**COLUMN, "template": "{text} =>"}
 MARKED = {**COLUMN, "template": "{text}?"}
 BARE = {**COLUMN, "template": "{text}"}
+OPTIONAL = {**COLUMN, "template": "Task: {text}\n{?input}\nAnswer:"}
 CHINESE = {**COLUMN, "template": "评论:{text} 情感:"}
 
 
 @pytest.fixture(scope="module")
 def one_column(server, adapter_folder):
     templates = {"column": COLUMN, "punctuated": PUNCTUATED, "marked": MARKED, "bare": BARE,
-                 "chinese": CHINESE}  # fmt: skip
+                 "chinese": CHINESE, "optional": OPTIONAL}  # fmt: skip
     for name, fields in templates.items():
         reply = upload(server, adapter_folder, name, **fields)
         assert reply.status_code == 201, reply.text
@@ -140,6 +141,7 @@ def one_column(server, adapter_folder):
         ("marked", "late again?", "text"),  # one mark says nothing
         ("bare", "late </s> again", "text"),
         ("chinese", "太晚了", "text"),
+        ("optional", "late again", "text"),
     ],
 )
 def test_a_text_fills_a_template_of_one_column(server, one_column, adapter, text, column):
@@ -157,6 +159,8 @@ def test_a_text_fills_a_template_of_one_column(server, one_column, adapter, text
         ("column", "tweet text: late again\nlabel:"),
         ("column", "Tweet text : a Label : complaint\n\nTweet text : late Label :"),
         ("punctuated", "late again =>"),
+        ("optional", "Task: late\nagain\nAnswer:"),
+        ("optional", "Task: late Answer:"),
         ("chinese", "评论\uff1a太晚了情感\uff1a "),
         ("ranked", "the tweet and 5 :"),
         ("other", "no template at all"),

@@ -411,7 +411,7 @@ def test_an_unknown_query_parameter_is_refused(counted):
 
 def test_it_answers_where_the_engine_does_not(tiny_base, tmp_path):
     settings = make_settings(tmp_path / "no-base-here", tmp_path / "data")
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
         assert client.get("/readyz").status_code == 503
         now = Scrape(client)
         assert (

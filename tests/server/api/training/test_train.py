@@ -165,6 +165,8 @@ def as_csv(rows):
         ("ROWS.CSV", as_csv(ROWS), "application/octet-stream"),
         ("rows", as_jsonl(ROWS), "application/x-ndjson"),
         ("rows.txt", as_csv(ROWS), "text/csv; charset=utf-8"),
+        ("rows.csv", as_jsonl(ROWS), "text/csv"),
+        ("", as_csv(ROWS), "application/octet-stream"),
     ],
 )
 def test_rows_in_a_file_are_the_same_job(waiting, name, data, kind):
@@ -172,7 +174,117 @@ def test_rows_in_a_file_are_the_same_job(waiting, name, data, kind):
     form = {"job": json.dumps(JOB)}
     reply = waiting.post("/train?dry_run=true", data=form, files={"data": (name, data, kind)})
     assert reply.status_code == 200, reply.text
-    assert reply.json() == inline.json()
+    found = reply.json()
+    assert found.pop("data")["layout"] == ("CSV" if b"text,label" in data else "JSON lines")
+    told = inline.json()
+    assert told.pop("data")["layout"] == "rows"
+    assert found == told
+
+
+def dry_run(client, data, **job):
+    """A dry run of a file, without the template and the target of `JOB`."""
+    words = {"adapter": "mine", "method": "ia3", **job}
+    form = {"job": json.dumps(words)}
+    return client.post("/train?dry_run=true", data=form, files={"data": ("data", data)})
+
+
+ALPACA = [
+    {"instruction": "介绍地球", "input": "", "output": "地球是行星。"},
+    {"instruction": "翻译", "input": "hello", "output": "你好", "history": [["a", "b"]]},
+]
+SHAPES = {
+    "alpaca": (ALPACA, "### Instruction:\n介绍地球\n\n### Response:", "\n地球是行星。"),
+    "adgen": ([{"content": "类型#裤", "summary": "宽松"}, {"content": "a", "summary": "b"}],
+              "类型#裤", "\n宽松"),
+    "prompt_completion": ([{"kind": "NLI", "input": "甲", "target": "乙"},
+                           {"kind": "NLI", "input": "丙", "target": "丁"}], "甲", "\n乙"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_of_a_known_shape_need_no_template(waiting, name):
+    rows, prompt, target = SHAPES[name]
+    found = dry_run(waiting, json.dumps(rows, ensure_ascii=False).encode())
+    assert found.status_code == 200, found.text
+    body = found.json()
+    assert (body["format"], body["data"]["layout"]) == (name, "JSON array")
+    assert (body["preview"][0]["prompt"], body["preview"][0]["target"]) == (prompt, target)
+    named = post(
+        waiting, {"adapter": "a", "method": "ia3", "rows": rows, "format": name}, "?dry_run=1"
+    )
+    assert named.json()["preview"] == body["preview"]
+    wrong = dry_run(waiting, b"text,label\na,x\n", format=name)
+    assert (wrong.status_code, wrong.json()["field"]) == (422, "format")
+    assert "'text', 'label'" in wrong.json()["error"]
+
+
+def test_a_template_is_taken_before_a_known_shape(waiting):
+    words = {"template": "Human: {instruction}\n{input}\n\nAssistant: ", "target": "output"}
+    data = json.dumps(ALPACA, ensure_ascii=False).encode()
+    body = dry_run(waiting, data, **words).json()
+    assert body["format"] == "columns"
+    assert body["preview"][0]["prompt"] == "Human: 介绍地球\n\n\nAssistant:"
+    assert body["warnings"] == [
+        "column 'input' is empty in 1 of 2 rows (row 1), which leaves a blank line in the prompt; "
+        "{?input} leaves the line out"
+    ]
+    words["template"] = words["template"].replace("{input}", "{?input}")
+    body = dry_run(waiting, data, **words).json()
+    assert body["preview"][0]["prompt"] == "Human: 介绍地球\n\nAssistant:"
+    assert body["preview"][1]["prompt"] == "Human: 翻译\nhello\n\nAssistant:"
+    assert body["warnings"] == []
+
+
+def test_what_is_missing_for_a_prompt_is_said_with_the_columns(waiting):
+    neither = dry_run(waiting, as_csv(ROWS))
+    assert (neither.status_code, neither.json()["field"]) == (422, "template")
+    assert "its columns are 'text', 'label'" in neither.json()["error"]
+    one = dry_run(waiting, as_csv(ROWS), template="{text}")
+    assert (one.status_code, one.json()["field"]) == (422, "target")
+    chat = dry_run(waiting, as_jsonl([{"messages": [{"role": "user", "content": "Who?"}]}]))
+    assert (chat.status_code, chat.json()["field"]) == (422, "data")
+    assert "no chat template" in chat.json()["error"]
+
+
+def test_a_dry_run_shows_what_was_understood(waiting):
+    text = 'id;review;label\r\n1;房间;1\r\n2;;0\r\n3;"好; 很好";1\r\n4;x;0\r\n5;y;0\r\n6;z;1\r\n'
+    words = {
+        "template": "{review} 评价：",  # noqa: RUF001
+        "target": "label",
+        "label_names": {"0": "差", "1": "好"},
+    }
+    body = dry_run(waiting, text.encode("utf-16"), **words).json()
+    assert body["data"] == {
+        "format": "columns",
+        "layout": "CSV",
+        "encoding": "UTF-16",
+        "separator": "semicolon",
+        "columns_used": ["review", "label"],
+        "columns_unused": ["id"],
+    }
+    assert body["warnings"] == ["column 'review' is empty in 1 of 6 rows (row 2)"]
+    # A byte-level tokenizer: each of these characters is several tokens.
+    first = body["preview"][0]
+    assert "\\xe6" in first["tokens"]
+    assert not {"房", "间"} & set(first["tokens"])
+    named = dry_run(waiting, "问,答\n头痛怎么办,信息\n".encode("gb18030"), **words).json()
+    assert "iconv -f gb18030" in named["error"]
+
+
+def test_labels_that_were_not_given_are_inferred_and_said(waiting):
+    rows = [{"text": f"t {n}", "label": n % 3} for n in range(12)]
+    words = {"adapter": "a", "method": "ia3", "template": "{text}", "target": "label"}
+    options = {"hyperparameters": {"validation_split": 0.25}}
+    body = post(waiting, {**words, **options, "rows": rows}, "?dry_run=1").json()
+    assert (body["labels"], body["labels_inferred"]) == (["0", "1", "2"], True)
+    assert "labels were not given" in body["warnings"][0]
+    assert (body["num_validation_rows"], body["num_held_out"], body["num_train"]) == (3, 3, 9)
+    declined = post(waiting, {**words, "rows": rows, "infer_labels": False}, "?dry_run=1").json()
+    assert (declined["labels"], declined["labels_inferred"], declined["warnings"]) == (
+        None,
+        False,
+        [],
+    )
 
 
 def test_a_form_that_is_stored(waiting):
@@ -243,7 +355,7 @@ def test_a_job_that_is_wrong_is_refused_with_its_field(waiting, job, status, cod
     ("rows", "row"),
     [
         ([], None),
-        (["x"], 1),
+        ([["x"]], 1),
         ([*ROWS, {"text": "x"}], 13),
         ([*ROWS, {"label": "complaint"}], 13),
         ([*ROWS, {"text": 5, "label": "complaint"}], 13),
@@ -280,9 +392,7 @@ def form(client, **given):
         ({"job": "{"}, 422, "invalid", "job"),
         ({"job": json.dumps({**JOB, "rows": ROWS})}, 400, "contradiction", "rows"),
         ({"job": json.dumps({**JOB, "lr": 1})}, 422, "invalid", "lr"),
-        ({"name": "rows.parquet"}, 415, "unsupported_file", "data"),
-        ({"name": "rows.json"}, 415, "unsupported_file", "data"),
-        ({"name": ""}, 415, "unsupported_file", "data"),
+        ({"data": b"PAR1\x15\x04"}, 415, "unsupported_file", "data"),
         ({"more": [("data", ("b.csv", b"a"))]}, 422, "invalid", "data"),
         ({"more": [("other", (None, b"a"))]}, 422, "invalid", "'other'"),
         ({"data": b"text,label\n\xff,complaint\n"}, 422, "data_invalid", None),
@@ -330,7 +440,7 @@ def test_as_many_jobs_as_may_wait(waiting, job):
 
 
 def test_nothing_of_an_upload_stays(waiting):
-    assert form(waiting, name="rows.parquet").status_code == 415
+    assert form(waiting, data=b"PAR1").status_code == 415
     taken = form(waiting).json()["id"]
     staging = waiting.app_services().settings.data_dir / "staging"
     assert list(staging.glob("*")) == []

@@ -20,7 +20,10 @@ from server.api.openapi.constraints import (
     OBJECT,
     SOME_LIST,
     SOME_TEXT,
+    TEXT,
     constrained,
+    not_both,
+    nullable,
     one_of,
 )
 from server.api.schemas import MAX_TOP_TOKENS, BodyRow, OpenBody, Text
@@ -58,6 +61,48 @@ _Input = Annotated[
 ]
 
 
+_MESSAGE = {
+    **OBJECT,
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"enum": [*_ROLES], "description": "Who speaks."},
+        "type": {"const": "message", "description": "May be left out."},
+        "content": {
+            "description": "A text, or a list of text parts.",
+            "anyOf": [
+                TEXT,
+                {
+                    **SOME_LIST,
+                    "items": {
+                        **OBJECT,
+                        "required": ["type", "text"],
+                        "properties": {
+                            "type": {"enum": [*_TEXT_PARTS], "description": "A text."},
+                            "text": {**TEXT, "description": "The part's text."},
+                        },
+                    },
+                },
+            ],
+        },
+    },
+}
+_FORMAT = {
+    "description": "How the output is constrained.",
+    **nullable(
+        {
+            **OBJECT,
+            "required": ["type"],
+            "properties": {
+                "type": {
+                    "enum": ["text", "json_object", "json_schema"],
+                    "description": "With json_schema stands a schema.",
+                }
+            },
+        }
+    ),
+}
+
+
 class ResponsesBody(OpenBody):
     """Body of `/v1/responses`."""
 
@@ -66,47 +111,22 @@ class ResponsesBody(OpenBody):
             **NO_STRAY_ADAPTERS,
             properties={
                 "model": NOT_BLANK,
-                "input": {
-                    "anyOf": [
-                        SOME_TEXT,
-                        {
-                            **SOME_LIST,
-                            "items": {
-                                **OBJECT,
-                                "required": ["role", "content"],
-                                "properties": {
-                                    "role": {"enum": [*_ROLES], "description": "Who speaks."},
-                                    "type": {"const": "message", "description": "May be left out."},
-                                    "content": {
-                                        **SOME_TEXT,
-                                        "description": "A text, or a list of text parts.",
-                                    },
-                                },
-                            },
-                        },
-                        {"type": "null"},
-                    ]
-                },
+                "input": nullable(SOME_TEXT, {**SOME_LIST, "items": _MESSAGE}),
                 "truncation": {"enum": ["disabled", None]},
                 "tool_choice": {"enum": ["auto", "none", None]},
                 "tools": {"maxItems": 0},
                 "background": {"enum": [False, None]},
                 "include": {"items": {"const": _LOGPROBS}},
-                "text": {
-                    "properties": {
-                        "format": {
-                            **OBJECT,
-                            "description": "How the output is constrained.",
-                            "properties": {"type": {"const": "text", "description": "Any text."}},
-                        }
-                    }
-                },
+                "text": {"properties": {"format": _FORMAT}},
                 **{
                     name: {"type": "null"}
                     for name in ("previous_response_id", "conversation", "prompt", "reasoning")
                 },
             },
-            anyOf=one_of(input={"type": ["string", "array"]}, row=OBJECT),
+            allOf=[
+                {"anyOf": one_of(input={"type": ["string", "array"]}, row=OBJECT)},
+                {"anyOf": not_both("instructions", "row")},
+            ],
             examples=[{"model": "complaints", "input": "Late again.", "max_output_tokens": 8}],
         )
     )
@@ -240,7 +260,7 @@ def _check_supported(body: ResponsesBody) -> None:
             raise invalid(
                 f"include.{number}", f"{_LOGPROBS}, the only part that there is", quoted(one)
             )
-    if body.instructions and body.input is None:
+    if body.instructions is not None and body.input is None:
         raise invalid(
             "instructions", "none with a row, which the adapter's template renders", "some"
         )

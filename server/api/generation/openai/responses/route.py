@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from fastapi import APIRouter, Request
@@ -23,7 +26,7 @@ from server.api.openapi.refusals import GENERATED, refuses
 from server.api.openapi.responses import events
 from server.api.schemas import set_extras
 from server.engine.request import SamplingParams
-from server.errors import ResponseNotFound
+from server.errors import RequestInvalid, ResponseNotFound
 from server.generation.generator import Generator
 from server.services import Services, UseServices
 from server.store.registry import AdapterRecord
@@ -69,8 +72,8 @@ async def _begin(request: Request, services: Services, body: ResponsesBody) -> A
     chat = as_chat(body)
     generator = services.need_generator()
     record = await chosen_model(request, services, body.model)
-    options = replace(
-        options_of(
+    with _names_of_this_route():
+        options = options_of(
             chat,
             max_tokens=body.max_output_tokens,
             default_max_tokens=None,
@@ -78,15 +81,30 @@ async def _begin(request: Request, services: Services, body: ResponsesBody) -> A
             prompt_field="input" if body.row is None else "row",
             vocab_size=generator.vocab_size,
             adapter=record,
-        ),
-        length_field="max_output_tokens",
-    )
+        )
+    options = replace(options, length_field="max_output_tokens")
     given = await _prompt(generator, chat, record)
     prepared = generator.prepare(given.prompt, record, options, uuid.uuid4().hex)
     if record is not None:
         services.adapter_use.count(record.name)
     generation = generator.submit(prepared, options)
     return Answer(generator, generation, _said(body, prepared.sampling), body.num_logprobs)
+
+
+@contextmanager
+def _names_of_this_route() -> Iterator[None]:
+    """A refusal of a chat's `response_format` becomes one of `text.format`."""
+    try:
+        yield
+    except RequestInvalid as error:
+        field = _as_here(error.field or "")
+        raise RequestInvalid(
+            _as_here(error.message), field=field, expected=error.expected, came=error.came
+        ) from error
+
+
+def _as_here(text: str) -> str:
+    return re.sub(r"response_format(\.json_schema)?", "text.format", text)
 
 
 async def _prompt(generator: Generator, chat: ChatBody, record: AdapterRecord | None) -> Given:

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.api.generation.openai.bodies import ChatBody, CompletionBody
+from server.api.generation.openai.responses.body import ResponsesBody
 from tests.server.api.generation.openai.conftest import ADAPTERS, BASE, post
 
 JSON = st.recursive(
@@ -25,11 +26,15 @@ LIKELY: dict[str, st.SearchStrategy] = {
     "echo": st.booleans(),
     "guided_regex": st.sampled_from(["[ab]+", "x{3}"]),
     "ignore_eos": st.booleans(),
+    "max_output_tokens": st.integers(1, 5),
     "logit_bias": st.dictionaries(st.integers(0, 319).map(str), st.integers(-100, 100)),
     "max_completion_tokens": st.integers(1, 9),
     "messages": st.lists(MESSAGE, max_size=3),
     "min_p": st.floats(0, 0.99),
     "n": st.integers(1, 3),
+    "instructions": st.text(),
+    "include": st.just(["message.output_text.logprobs"]),
+    "input": st.text() | st.lists(MESSAGE, max_size=3),
     "presence_penalty": st.floats(-2, 2),
     "prompt": st.text()
     | st.lists(st.text(), max_size=3)
@@ -62,7 +67,9 @@ def bodies(model):
 def check(chatting, path, body):
     reply = post(chatting, path, body)
     if reply.status_code == 200:
-        assert reply.text.endswith("data: [DONE]\n\n") or reply.json()["choices"]
+        ended = ("data: [DONE]\n\n", "event: response.completed", "event: response.incomplete")
+        said = any(one in reply.text for one in ended)
+        assert said or reply.json().get("choices") or reply.json()["output"]
         return
     assert reply.status_code in (400, 404, 422), (reply.text, body)
     assert reply.json()["error"]["message"]
@@ -83,3 +90,9 @@ def test_chat(chatting, body):
     check(
         chatting, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], **body}
     )
+
+
+@calm
+@given(body=bodies(ResponsesBody))
+def test_responses(chatting, body):
+    check(chatting, "/v1/responses", {"input": "x", "max_output_tokens": 3, **body})

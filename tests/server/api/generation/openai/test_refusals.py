@@ -35,7 +35,7 @@ def refused(reply, status: int, param: str | None) -> str:
         ({"prompt": [320]}, 422, "prompt"),
         ({"prompt": [[5], [-1]]}, 422, "prompt"),
         ({"prompt": [2**70]}, 422, "prompt"),
-        ({"prompt": [5] * 512}, 422, "prompt"),
+        ({"prompt": [5] * 513}, 422, "prompt"),
         ({"prompt": ["x"] * 1025}, 422, "prompt"),
         ({"prompt": ["x"] * 200, "n": 8}, 422, "prompt"),
         ({"row": {"first": "x"}}, 400, "row"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import openai
 import pytest
 
-from tests.server.api.training.openai.conftest import WORDS, ended, openai_of, upload
+from tests.server.api.training.openai.conftest import WORDS, ended, lines, openai_of, upload
 
 ANSWERS = ["I am sorry", "thank you"]
 SYSTEM = {"role": "system", "content": "You answer tweets </s> kindly."}
@@ -99,7 +101,7 @@ USER = {"role": "user", "content": "hello"}
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"messages": []}, "line 2: expected a list of messages"),
+        ({"messages": []}, "(line 2): expected a list of messages"),
         ({"messages": [USER]}, "an assistant's message at the end; came a user's"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages.1: expected the"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages.1.content"),
@@ -138,7 +140,7 @@ def test_lines_that_are_no_conversation_to_learn(client, line, words):
         client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
     error = caught.value
     assert (error.param, error.code) == ("training_file", "data_invalid")
-    assert error.body["message"].startswith("training_file, line 2")
+    assert error.body["message"].startswith("training_file, row 2 (line 2)")
     assert words in error.body["message"]
 
 
@@ -154,7 +156,7 @@ def test_a_line_that_is_too_long_is_named_by_its_file(client):
                 method={"type": "ia3", "ia3": block},
             )
         assert caught.value.param == name
-        assert caught.value.body["message"].startswith(f"{name}, line ")
+        assert caught.value.body["message"].startswith(f"{name}, row ")
 
 
 @pytest.mark.parametrize("name", ["target_separator", "tokenization"])
@@ -183,3 +185,40 @@ def test_a_base_without_a_chat_template(server):
         with pytest.raises(openai.UnprocessableEntityError, match="no chat template") as caught:
             client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
         assert caught.value.param == "training_file"
+
+
+# --- the same rows at /train -------------------------------------------------------------------
+
+
+def dry_run(server, data, **job):
+    words = json.dumps({"adapter": "mine", "method": "ia3", **job})
+    return server.post("/train?dry_run=true", data={"job": words}, files={"data": ("data", data)})
+
+
+SHAPES = {
+    "sharegpt": [{"id": "1", "conversations": [{"from": "gpt", "value": "hi"},
+                                              {"from": "human", "value": "Who?"},
+                                              {"from": "gpt", "value": "Me."},
+                                              {"from": "human", "value": "Ok"}]}],
+    "chat": [{"messages": [{"role": "user", "content": "Who?"},
+                           {"role": "assistant", "content": "Me."}]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_chats_are_rendered_by_the_chat_template(tuning_server, name):
+    rows = SHAPES[name]
+    preview = [{"prompt": "<s><s>user\nWho?</s>\n<s>assistant\n", "target": "Me."}]
+    for data in (lines(rows), json.dumps(rows).encode()):
+        body = dry_run(tuning_server, data).json()
+        assert (body["format"], body["prompts"]) == (name, "chat")
+        assert [{key: row[key] for key in preview[0]} for row in body["preview"]] == preview
+    assert ("2 messages are left out" in str(body["warnings"])) is (name == "sharegpt")
+    both = dry_run(tuning_server, data, template="{messages}", target="x", format=name)
+    assert (both.status_code, both.json()["field"]) == (400, "template")
+    tools = [{"conversations": [{"from": "function_call", "value": "x"}]}]
+    told = dry_run(tuning_server, lines(tools)).json()
+    assert (
+        "row 1 (line 1), conversations: expected a message from human, gpt or system"
+        in told["error"]
+    )

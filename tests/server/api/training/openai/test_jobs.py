@@ -314,9 +314,10 @@ def test_what_is_refused(client, trained, pairs_file, fields, status, code, para
             b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n',
             "same target",
         ),
-        (b"\xff\xfe", "row 1 (line 1)"),
+        (b"\xff\xfe\x00\xd8", "row 1 (line"),
         (b"\n", "no rows"),
         (b'{"text": "a"}\n', "method.supervised.template"),
+        (b'[{"prompt": "a", "completion": [1]}]', "row 1 (line 1), column 'completion'"),
     ],
 )
 def test_lines_that_cannot_be_trained_on(client, content, words):
