@@ -15,7 +15,7 @@ import itertools
 import json
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
@@ -263,7 +263,7 @@ def _wrong(errors: Sequence[Any], shown: Callable[[str], str]) -> Iterator[Field
             continue
         deeper = [one for one in found if one["type"] not in _OF_ANOTHER_TYPE] or found
         expected = listed(_distinct(map(_expected, deeper)), "or")
-        came = quoted(deeper[0].get("input"))
+        came = _came(deeper[0])
         at = f"{shown(place)}: " if place else ""
         yield FieldError(f"{at}expected {expected}, came {came}", place, expected, came)
 
@@ -273,6 +273,13 @@ _OF_ANOTHER_TYPE = frozenset(
     {"none_required", "bool_parsing", "int_parsing", "int_from_float", "float_parsing"}
     | {name for name in _EXPECTED if name.endswith("_type")}
 )
+
+
+def _came(error: Mapping[str, Any]) -> str:
+    value = error.get("input")
+    if error["type"] in ("too_short", "too_long", "string_too_long") and isinstance(value, Sized):
+        return str(len(value))
+    return quoted(value)
 
 
 def _distinct(expected: Iterable[str]) -> list[str]:

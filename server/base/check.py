@@ -124,8 +124,9 @@ def local_directory(path_or_id: str | Path, revision: str | None) -> Path | None
         )
     if revision is None or not _COMMIT.fullmatch(revision):
         raise BaseUnsupported(
-            f"{name} is no directory here{_near(path)}; as a hub id it needs --revision, the "
-            "commit's 40 hex digits: a branch or a tag can change under the adapters made for it",
+            f"{name} is no directory here{_near(path)}; as a hub id it needs a pinned revision "
+            "(--revision), the commit's 40 hex digits: a branch or a tag can change under the "
+            "adapters made for it",
             field="revision",
             expected="40 hex digits",
             came=str(revision),

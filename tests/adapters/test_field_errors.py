@@ -34,7 +34,7 @@ def told(raw: object) -> str:
         ({"hyperparameters": {"seed": -1}},
          "hyperparameters.seed: expected a number of at least 0, came -1"),
         ({"labels": "a,b"}, "labels: expected a list, came 'a,b'"),
-        ({"labels": ["投诉"]}, 'labels: expected at least 2 values, came ["投诉"]'),
+        ({"labels": ["投诉"]}, 'labels: expected at least 2 values, came 1'),
         ({"template": ""}, "template: expected text that is not empty, came ''"),
         ({"target": None}, "target: expected text, came null"),
         (

@@ -67,7 +67,7 @@ def test_a_base_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "llama-tiny").mkdir()
     assert "did you mean llama-tiny?" in refused("./llama-tiyn")
     assert "did you mean llama-tiny?" in refused("llama-tinny")
-    assert "as a hub id it needs --revision" in refused("someone/llama")
+    assert "as a hub id it needs a pinned revision" in refused("someone/llama")
     assert check_base("someone/llama", "0" * 40) is None
     assert "a revision belongs to a hub id" in refused("llama-tiny", "0" * 40)
 

@@ -181,6 +181,13 @@ def test_one_name_for_several_folders_is_refused(folders, where):
     assert "--name is for one" in refusal("adapters", "add", folders, "--name", "x", *where)
 
 
+def test_an_unknown_adapter_is_told_with_the_one_that_was_meant(folders, where, place):
+    run_json("adapters", "add", folders / "three", *where)
+    said = refusal("adapters", "show", "thre", *place)
+    assert said == "there is no adapter 'thre'; did you mean 'three'?"
+    assert "three" in refusal("adapters", "show", "qqqq", *place)
+
+
 def test_a_folder_of_folders_adds_them_all(folders, where, place, tmp_path):
     home = tmp_path / "runs"
     shutil.copytree(folders, home, ignore=shutil.ignore_patterns("notes.txt"))

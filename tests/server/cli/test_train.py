@@ -285,7 +285,7 @@ REFUSED = {
     "epochs and steps": (["--out", "x", "--epochs", "1", "--max-steps", "1"], "contradict"),
     "one label": (
         ["--out", "x", "--labels", "complaint"],
-        "--labels: expected at least 2 values",
+        "--labels: expected at least 2 values, came 1",
     ),
     "template": (["--out", "x", "--template", "{tweet"], "template: a lone"),
     "no column": (
