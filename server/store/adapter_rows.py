@@ -70,7 +70,9 @@ def no_adapter(name: str) -> NoReturn:
     """Raise AdapterNotFound."""
     slug = slug_of(name.partition("@")[0])
     # Says nothing of what there is: it depends on the text alone.
-    hint = f"; did you mean {slug!r}?" if slug and not is_name(name.partition("@")[0]) else ""
+    hint = (
+        f"; as a name it would be {slug!r}" if slug and not is_name(name.partition("@")[0]) else ""
+    )
     raise AdapterNotFound(
         f"there is no adapter {quoted(shorten(name))}{hint}", field="adapter", came=shorten(name)
     )

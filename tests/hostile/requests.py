@@ -181,7 +181,6 @@ _TRAININGS: dict[str, dict[str, Any]] = {
     "rows_half_a_surrogate": {"rows": [{"text": "\ud800", "label": "x"}]},
     "rows_too_long": {"rows": [{"text": "a " * 5_000, "label": "x"}]},
     "rows_2_70": {"rows": [{"text": 2**70, "label": "x"}]},
-    "columns_2000": {"rows": [{f"c{n}": "a" for n in range(2000)} | {"text": "a", "label": "x"}]},
     "learning_rate_nan": {"hyperparameters": {"learning_rate": float("nan")}},
     "epochs_10_9": {"hyperparameters": {"epochs": 10**9}},
     "batch_10_9": {"hyperparameters": {"batch_size": 10**9}},
