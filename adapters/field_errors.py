@@ -22,6 +22,9 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel
 
 _MAX_SHOWN = 6
+# Of each kind of finding. Explaining takes time with the square of their number, and a body may have a
+# hundred thousand.
+_MAX_EXPLAINED = 50
 _MAX_CHOICES = 24
 _MAX_CHARACTERS = 80
 _CUTOFF = 0.65
@@ -140,16 +143,16 @@ def explain(
         model: the model or type that was validated; its fields are suggested for unknown ones.
         shown: what a place is called in messages, such as an option of the command line.
     """
-    missing = [one for one in errors if one["type"] == "missing"]
-    unknown = [one for one in errors if one["type"] == "extra_forbidden"]
-    others = [one for one in errors if one not in missing and one not in unknown]
+    by_kind: dict[str, list[Any]] = {"missing": [], "extra_forbidden": [], "": []}
+    for one in errors:
+        by_kind.get(one["type"], by_kind[""]).append(one)
+    left = sum(max(0, len(alike) - _MAX_EXPLAINED) for alike in by_kind.values())
+    missing, unknown, others = (alike[:_MAX_EXPLAINED] for alike in by_kind.values())
     found = [*_unknown(unknown, model, shown), *_missing(missing, shown), *_wrong(others, shown)]
-    if len(found) > _MAX_SHOWN:
-        left = len(found) - _MAX_SHOWN
-        said = "; ".join(one.message for one in found[:_MAX_SHOWN])
-        message = f"{said}; and {left} more"
-    else:
-        message = "; ".join(one.message for one in found)
+    left += max(0, len(found) - _MAX_SHOWN)
+    message = "; ".join(one.message for one in found[:_MAX_SHOWN])
+    if left:
+        message = f"{message}; and {left} more"
     return FieldError(message, found[0].field, found[0].expected, found[0].came)
 
 

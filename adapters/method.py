@@ -112,8 +112,6 @@ class PromptLearningConfig(PeftConfig):
             )
 
 
-_FAULTS_EXPLAINED = 50
-
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=PeftConfig, contravariant=True)
 
@@ -210,8 +208,7 @@ def without_nulls(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_refused(config_class: type[PeftConfig], error: ValidationError) -> ConfigInvalid:
     """The refusal of the fields that are wrong, in plain words."""
-    # Explaining takes time with the square of the faults, and a list may hold a hundred thousand.
-    faults = error.errors(include_url=False)[:_FAULTS_EXPLAINED]
+    faults = error.errors(include_url=False)
     if not faults[0]["loc"]:  # two fields that disagree: the message is a sentence of the config's
         return ConfigInvalid(f"adapter_config.json: {faults[0]['ctx']['error']}")
     found = explain(faults, config_class)

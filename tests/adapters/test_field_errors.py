@@ -72,3 +72,9 @@ def test_values_are_quoted_as_people_write_them():
     assert quoted(["\u202e"]) == r'["\u202e"]'
     assert quoted("x" * 5_000_000).endswith("...")
     assert len(quoted([["x"] * 100] * 100_000)) == 80
+
+
+def test_a_hundred_thousand_wrong_fields_are_counted_and_a_few_told():
+    said = told({**GOOD, **{f"field {n}": n for n in range(100_000)}})
+    assert said.startswith("unknown field 'field 0'")
+    assert said.endswith("; and 99994 more")
