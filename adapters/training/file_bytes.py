@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO, Protocol
 
 from adapters.errors import UnsupportedFile
@@ -158,6 +158,8 @@ def name_encoding(sample: bytes) -> tuple[str, str] | None:
         letters = [letter for letter in text if letter > "\x7f"]
         if expected is _is_small_cyrillic and not _stands_in_words(sample, high):
             continue
+        if expected is _is_hangul and not _has_korean_syllables(letters):
+            continue
         if len(letters) < (1 if expected is _is_western else 2):
             continue
         if sum(map(expected, letters)) >= least * len(letters):
@@ -220,6 +222,15 @@ def _is_hangul(letter: str) -> bool:
     return "\uac00" <= letter <= "\ud7a3" or _two_bytes(letter, "euc_kr")[0] in (0xA1, 0xA3)
 
 
+def _has_korean_syllables(letters: Sequence[str]) -> bool:
+    """Whether endings and particles stand among them: a third of Korean text, and rare as Chinese."""
+    frequent = sum(letter in _KOREAN_ENDINGS for letter in letters)
+    return frequent > 0 and frequent * 20 >= len(letters)
+
+
+_KOREAN_ENDINGS = frozenset("이다는가고에을의를지은하도로한요해음사서니기어있")
+
+
 def _is_kana(letter: str) -> bool:
     return "\u3041" <= letter <= "\u30ff"
 
@@ -233,8 +244,9 @@ def _is_western(letter: str) -> bool:
 
 
 # Tried in this order, with the least share of the letters beyond ASCII that must be expected ones.
-# Chinese text reads as Korean with half of its letters Hanja, hence the high share there. In Western text
-# read as Russian few letters are small Cyrillic ones beside each other; `_stands_in_words` sees to that.
+# Chinese text reads as Korean with half of its letters Hanja, hence the high share there; a short one may
+# read as syllables alone, which `_has_korean_syllables` tells apart. In Western text read as Russian few
+# letters are small Cyrillic ones beside each other; `_stands_in_words` sees to that.
 _ENCODINGS: tuple[tuple[str, str, str, Callable[[str], bool], float], ...] = (
     ("EUC-KR", "euc-kr", "euc_kr", _is_hangul, 0.95),
     ("GB18030 (GBK)", "gb18030", "gb18030", _is_common_chinese, 0.8),

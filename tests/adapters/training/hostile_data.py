@@ -81,6 +81,11 @@ CSV: dict[str, tuple[bytes, int | None, str]] = {
         1,
         "GB18030 (GBK): convert it with iconv",
     ),
+    "gb18030_like_korean": (
+        "text,label\n房间干净,好评\n".encode("gb18030"),
+        1,
+        "iconv -f gb18030 -t utf-8",
+    ),
     "gb18030_list": ('[{"a": "头痛怎么办"}]'.encode("gbk"), 1, "iconv -f gb18030 -t utf-8"),
     "big5": ("問,答\n這是很好的產品,我喜歡\n".encode("big5"), 1, "iconv -f big5"),
     "shift_jis": ("a,b\nこれはとても良い,はい\n".encode("cp932"), 1, "iconv -f shift_jis"),
