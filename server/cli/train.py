@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from adapters.errors import TrainingDiverged
-from adapters.field_errors import explain
+from adapters.field_errors import explain, listed
 from adapters.template import Tokenization
 from adapters.training.job import (
     METHOD_NAMES,
@@ -302,10 +302,13 @@ def _require_words(request: JobRequest, rows: DataFile, path: Path) -> None:
     """Refuse rows of no known shape without a template and a target, before anything is loaded."""
     if request.format is not None or (request.template and request.target):
         return
-    missing = "--template" if request.template is None else "--target"
-    if request.template or request.target or not rows.has_known_shape():
+    given = {"--template": request.template, "--target": request.target}
+    missing = [option for option, value in given.items() if not value]
+    if len(missing) < len(given) or not rows.has_known_shape():
+        needed = "is needed" if len(missing) == 1 else "are needed"
         raise fail(
-            f"{missing} is needed; the columns of {path} are {rows.columns}, of no known shape (--format)"
+            f"{listed(missing)} {needed}; the columns of {path} are {rows.columns}, of no known shape "
+            "(--format)"
         )
 
 

@@ -255,7 +255,7 @@ def test_a_dry_run_shows_what_was_understood_of_a_file(tiny_base, tmp_path):
     assert refused.exit_code == 2
     assert "the base has no chat template" in refused.output
     data.write_text("text,label\na,x\n")
-    assert "--template is needed; the columns" in run(*words).output
+    assert "--template and --target are needed; the columns" in run(*words).output
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(command, tmp_path):
