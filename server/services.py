@@ -169,6 +169,13 @@ class Services:
         """Whether a generation would be accepted now."""
         return self.generator is not None and self.client.alive
 
+    @property
+    def base_digest(self) -> str | None:
+        """Digest of the base that is served; None while it is loading."""
+        if self.base is not None:
+            return self.base.digest
+        return None if self.generator is None else self.client.base.digest
+
     def stopping(self) -> bool:
         """Whether the server is stopping; open-ended streams end then."""
         return self.draining.stopping
