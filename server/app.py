@@ -355,9 +355,11 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
         await anyio.to_thread.run_sync(give_back_free_memory)
         if services.supervisor is not None:
             # Not before: two processes that load the base at once slow each other down.
-            services.supervisor.start()
+            services.supervisor.start(services.client.base.digest)
         await on_ready(services)
     except Exception as error:
+        if services.draining.stopping:  # the signal reached the engine as well
+            return
         services.failure = str(error)
         # A refused base, or what ended the engine's process: no line of this process explains it.
         is_explained = isinstance(error, EngineStartFailed | BaseUnsupported)
