@@ -81,7 +81,8 @@ class AdapterMetadata:
         """Raise BaseMismatch if the adapter was trained here on another base."""
         if self.base_digest not in (None, base.digest):
             raise BaseMismatch(
-                f"the adapter was trained on base {self.base_digest}, {base.digest} is served here",
+                f"the adapter was trained on base {str(self.base_digest)[:12]}, "
+                f"{base.digest[:12]} is served here",
                 field="base_digest",
                 expected=base.digest,
                 came=self.base_digest,

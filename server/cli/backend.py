@@ -235,7 +235,7 @@ class Backend:
     def _require_base(self, digest: str | None) -> None:
         if digest is not None and (served := self.base_digest()) != digest:
             raise BaseMismatch(
-                f"the adapter was trained on base {digest}, {served} is served there",
+                f"the adapter was trained on base {digest[:12]}, {served[:12]} is served there",
                 field="base_digest",
                 expected=served,
                 came=digest,

@@ -120,8 +120,9 @@ def require_base(found: FoundAdapter, base: BaseModelSpec) -> None:
         BaseMismatch: it was.
     """
     if found.base_digest not in (None, base.digest):
+        theirs = str(found.base_digest)[:12]
         raise BaseMismatch(
-            f"{found.name} was trained on the base {found.base_digest}, this is {base.digest}",
+            f"{found.name} was trained on the base {theirs}, this is {base.digest[:12]}",
             field="base_digest",
             expected=found.base_digest,
             came=base.digest,
