@@ -5,11 +5,12 @@ allowed directory. Folders are validated and published like uploads, with the pr
 `graftwork train` wrote beside PEFT's files.
 
 The watched directory: every direct subfolder with an adapter_config.json is an adapter of the folder's
-name. A folder is published once two consecutive scans found the same files, and again when they change;
-a refused folder is logged once and retried when it changes. When two scans have missed a folder, its
-versions are removed; other versions of the name stay. What was published is recorded in a file, so that the
-next start reads no folder that has not changed. Calls may block and belong off the event loop. Independent
-of HTTP and the engine.
+name, or of the nearest one that an adapter can have. An archive there is logged, once. A folder is
+published once two consecutive scans found the same files, and again when they change; a refused folder is
+logged once and retried when it changes. When two scans have missed a folder, its versions are removed;
+other versions of the name stay. What was published is recorded in a file, so that the next start reads no
+folder that has not changed. Calls may block and belong off the event loop. Independent of HTTP and the
+engine.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, Storag
 from adapters.metadata import AdapterMetadata
 from adapters.training.provenance import PROVENANCE_FILE, read_provenance
 from server.errors import FolderNotFound
+from server.store.adapter_names import is_name, slug_of
 from server.store.registry import AdapterRecord, FolderVersion, Published, Registry
 
 log = structlog.get_logger(__name__)
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 Managed = Literal["loaded", "watched"]
 # Name, size, times and path of every relevant file.
@@ -183,6 +187,7 @@ class AdapterDirectory:
         self._record = record
         self._has_synced = False
         self._missing: set[str] = set()
+        self._archives: set[str] = set()
         self._is_unreadable = False
 
     def look(self) -> None:
@@ -251,11 +256,22 @@ class AdapterDirectory:
             self._is_unreadable = True
             return None
         self._is_unreadable = False
+        self._tell_of_archives(entries)
         stamps = {entry.name: _stamp(entry) for entry in entries if entry.name[0] != "."}
         return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
-    def _take(self, name: str, base: BaseModelSpec, changes: Changes) -> None:
-        folder = self._directory / name
+    def _tell_of_archives(self, entries: Sequence[Path]) -> None:
+        """Log each archive once: who put it there waits for its adapter."""
+        found = {entry.name for entry in entries if entry.name.lower().endswith(_ARCHIVES)}
+        for name in sorted(found - self._archives):
+            hint = "only folders are adapters here: unpack it, or use graftwork adapters add"
+            log.warning("adapter_archive_skipped", file=name, hint=hint)
+        self._archives = found
+
+    def _take(self, title: str, base: BaseModelSpec, changes: Changes) -> None:
+        folder = self._directory / title
+        # A title without a letter stays as it is, and is refused as a name.
+        name = title if is_name(title) else slug_of(title) or title
         try:
             mine, newest = self._versions(name, folder)
             if mine is not None and mine != newest and self._holds(folder, mine.digest):
@@ -273,8 +289,10 @@ class AdapterDirectory:
         except StorageFull:
             raise
         except (AdapterError, FolderNotFound, OSError) as error:
-            log.warning("adapter_folder_refused", folder=name, error=str(error))
+            log.warning("adapter_folder_refused", folder=title, error=str(error))
             return
+        if name != title:
+            log.info("adapter_folder_named", folder=title, name=name)
         if published.created:
             changes.published.append(published.record)
 

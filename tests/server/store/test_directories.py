@@ -217,12 +217,40 @@ def test_what_is_no_adapter_is_passed_over_and_what_has_no_name_is_told(watched:
     (watched.directory / "notes.txt").touch()
     (watched.directory / "empty").mkdir()
     soft_prompt(watched.directory / ".hidden")
-    soft_prompt(watched.directory / "Not A Name")
+    soft_prompt(watched.directory / "!!!")
     soft_prompt(watched.directory / "the-base")
     soft_prompt(watched.directory / "fine", seed=3)
     watched.sync(3)
-    assert sorted(watched.logs) == [(REFUSED, "Not A Name"), (REFUSED, "the-base")]
+    assert sorted(watched.logs) == [(REFUSED, "!!!"), (REFUSED, "the-base")]
     assert watched.names() == {"fine": [1]}
+
+
+def test_a_folder_is_named_as_adapters_add_names_it(watched: Watched) -> None:
+    soft_prompt(watched.directory / "My Adapter")
+    soft_prompt(watched.directory / "投诉", seed=1)
+    watched.sync(2)
+    assert watched.names() == {"my-adapter": [1], "tou-su": [1]}
+    assert sorted(watched.logs) == [
+        ("adapter_folder_named", "My Adapter"),
+        ("adapter_folder_named", "投诉"),
+    ]
+    soft_prompt(watched.directory / "my adapter", seed=2)  # its name is another folder's
+    watched.sync(3)
+    assert watched.logs == [(REFUSED, "my adapter")]
+    watched.replace("My Adapter", seed=3)
+    watched.sync(3)
+    assert watched.names() == {"my-adapter": [1, 2], "tou-su": [1]}
+    shutil.rmtree(watched.directory / "My Adapter")
+    watched.sync(3)
+    assert watched.names() == {"tou-su": [1]}
+
+
+def test_an_archive_is_told_once(watched: Watched) -> None:
+    (watched.directory / "one.zip").touch()
+    watched.sync(3)
+    assert watched.logs == [("adapter_archive_skipped", None)]
+    watched.sync(2)
+    assert watched.logs == []
 
 
 def test_refused_folders_that_are_gone_are_forgotten(watched: Watched) -> None:
