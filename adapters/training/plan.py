@@ -33,7 +33,7 @@ from adapters.training.job import (
 from adapters.training.labels import infer_labels
 from adapters.training.method_config import Start, wrong
 from adapters.training.recipes import RECIPES, Recipe
-from adapters.training.rendering import Renderer, RowFormat
+from adapters.training.rendering import Renderer, RowFormat, listed_rows
 from adapters.training.selection import (
     ContextSettings,
     alternating,
@@ -46,7 +46,6 @@ from adapters.training.selection import (
 # Longer rows are rarely intended, and memory grows with every token.
 DEFAULT_MAX_LENGTH = 2048
 PREVIEW_ROWS = 3
-_ROWS_NAMED = 5
 # 4 GiB in float32 with gradients and AdamW's two states.
 MAX_TRAINABLE_PARAMS = 2**28
 _SHOWN = 80
@@ -461,14 +460,12 @@ def _empty_cells(template: Template, rows: Sequence[Row]) -> list[str]:
         empty = [number for number, row in enumerate(rows, start=1) if is_empty(row[name])]
         if not empty:
             continue
-        listed = ", ".join(map(str, empty[:_ROWS_NAMED]))
-        more = ", …" if len(empty) > _ROWS_NAMED else ""
         hint = ""
         if any(_stands_alone(line, name) for line in template.lines):
             hint = f", which leaves a blank line in the prompt; {{?{name}}} leaves the line out"
         found.append(
             f"column {name[:_SHOWN]!r} is empty in {len(empty)} of {len(rows)} rows "
-            f"({'row' if len(empty) == 1 else 'rows'} {listed}{more}){hint}"
+            f"({listed_rows(empty)}){hint}"
         )
     return found
 

@@ -153,7 +153,11 @@ def test_a_target_that_is_no_label_names_near_ones():
     [
         ([{"text": "a"}], 1, "the target column, 'label', is missing; the row has 'text'"),
         ([*ROWS, {"Text": "a", "label": "b"}], 7, "template, 'text', is missing"),
-        ([{"text": "a", "label": ""}, ROWS[0]], 1, "no tokens"),
+        (
+            [{"text": "a", "label": ""}, ROWS[0], {"text": "b", "label": ""}],
+            1,
+            "'label', the target, is empty in 2 of 3 rows (rows 1, 3); write an answer",
+        ),
         ([ROWS[0], ROWS[3]], None, "all 2 rows have the same target, 'complaint'"),
     ],
 )

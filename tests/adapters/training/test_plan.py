@@ -622,8 +622,12 @@ def test_empty_cells_are_counted():
     ]
     assert "leaves a blank line" in plan(rows, template="{in}\n{text}\n:").job.warnings[0]
     assert plan(rows, template="{in}\n{?text}\n:").job.warnings == []
-    with pytest.raises(DataInvalid, match="remove rows without an answer"):
-        plan([*labelled("x", "y"), {"text": "t", "label": ""}])
+    unanswered = [*labelled("x", "y"), *[{"text": "t", "label": ""}] * 6]
+    for options in ({}, {"labels": ["x", "y"]}, {"label_names": {"x": "a", "y": "b"}}):
+        with pytest.raises(DataInvalid, match=r"is empty in 6 of 8 rows \(rows 3, 4, 5, 6, 7, …\)"):
+            plan(unanswered, **options)
+    named = plan(unanswered, label_names={"x": "a", "y": "b", "": "none"})
+    assert named.job.labels == ["a", "b", "none"]
     made = make_plan(
         request(), ROWS, tokenizer(), spec(), base_name="tiny", notes=["first", "second"]
     )
