@@ -238,7 +238,14 @@ def test_a_template_is_taken_before_a_known_shape(waiting):
 def test_what_is_missing_for_a_prompt_is_said_with_the_columns(waiting):
     neither = dry_run(waiting, as_csv(ROWS))
     assert (neither.status_code, neither.json()["field"]) == (422, "template")
-    assert "its columns are 'text', 'label'" in neither.json()["error"]
+    told = neither.json()["error"]
+    assert told.startswith(
+        "template and target are missing; give both for the columns of the data, 'text', 'label', or"
+    )
+    assert told.endswith("if it is data, put a line with the names before it")
+    inline = post(waiting, {"adapter": "a", "method": "ia3", "rows": ROWS}, "?dry_run=1").json()
+    assert "template and target are missing" in inline["error"]
+    assert "first line" not in inline["error"]
     one = dry_run(waiting, as_csv(ROWS), template="{text}")
     assert (one.status_code, one.json()["field"]) == (422, "target")
     chat = dry_run(waiting, as_jsonl([{"messages": [{"role": "user", "content": "Who?"}]}]))
