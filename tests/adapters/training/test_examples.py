@@ -168,6 +168,13 @@ def test_rows_that_cannot_be_trained_on(rows, row, words):
     assert words in error.message
 
 
+def test_double_braces_alone_name_no_column():
+    told = refusal(template="{{text}} :").message
+    assert "names no column" in told
+    assert "write {column} in single braces" in told
+    assert "single" not in refusal(template="text :").message
+
+
 def test_a_prompt_without_tokens():
     rows = [{"text": "a", "label": "b"}, {"text": "", "label": "c"}]
     for bos in (False, True):

@@ -285,6 +285,7 @@ def test_labels_that_were_not_given_are_inferred_and_said(waiting):
     body = post(waiting, {**words, **options, "rows": rows}, "?dry_run=1").json()
     assert (body["labels"], body["labels_inferred"]) == (["0", "1", "2"], True)
     assert "labels were not given" in body["warnings"][0]
+    assert "the labels are numbers" in body["warnings"][1]
     assert (body["num_validation_rows"], body["num_held_out"], body["num_train"]) == (3, 3, 9)
     declined = post(waiting, {**words, "rows": rows, "infer_labels": False}, "?dry_run=1").json()
     assert (declined["labels"], declined["labels_inferred"], declined["warnings"]) == (
