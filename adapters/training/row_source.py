@@ -160,6 +160,7 @@ class Lines:
         try:
             line = self._source.readline(size)
         except UnicodeDecodeError as error:
+            self.number += 1
             came = "bytes that are none"
             raise refused(
                 self.place, self.row, "UTF-16, as its byte order mark says", came

@@ -159,11 +159,18 @@ class TrainingData:
 
 
 def tell_place(error: DataInvalid, places: Sequence[str]) -> str | None:
-    """Put the place of a row into a refusal that counts rows; the place, if it has one."""
+    """Put the places of rows into a refusal that counts rows; the place of the first, if it has one."""
     if error.row is None or error.row > len(places):
         return None
     place = places[error.row - 1]
     message = re.sub(rf"\brow {error.row}\b(?! \()", lambda _: place, error.message, count=1)
+
+    def placed(match: re.Match[str]) -> str:
+        numbers = [int(number) for number in match[1].split(", ")]
+        known = [places[number - 1] for number in numbers if 0 < number <= len(places)]
+        return f"({'; '.join(known)}" if len(known) == len(numbers) else match[0]
+
+    message = re.sub(r"\(rows (\d{1,9}(?:, \d{1,9})*)", placed, message, count=1)
     error.message = message
     error.args = (message,)
     return place
