@@ -28,6 +28,7 @@ from adapters.training.job import (
     JobRequest,
     OnTooLong,
     method_name,
+    why_no_method,
 )
 from adapters.training.shapes import Format
 from server.cli.data import (
@@ -86,7 +87,9 @@ def add_commands(app: typer.Typer) -> None:
 def _method(text: str) -> str:
     name: str = method_name(text)
     if name not in METHOD_NAMES:
-        raise typer.BadParameter(f"expected {', '.join(METHOD_NAMES)}; came {text!r}")
+        raise typer.BadParameter(
+            f"expected {', '.join(METHOD_NAMES)}; came {text!r}{why_no_method(text)}"
+        )
     return name
 
 

@@ -84,9 +84,9 @@ def no_adapter(
         visible: see above.
     """
     asked = name.partition("@")[0]
-    known = [] if session is None else _likely_names(session, asked, visible)
-    near = near_names(asked, known)
     slug = slug_of(asked)
+    known = _likely_names(session, asked, visible) if session is not None and slug else []
+    near = near_names(asked, known)
     if not near and slug and not is_name(asked):
         hint = f"; as a name it would be {slug!r}"
     else:
