@@ -152,6 +152,7 @@ class Lines:
             ) from error
         self._bytes += len(line)
         if self._bytes > self._limits.max_bytes:
+            self.number += 1
             raise too_much(self.place, self.row, self._limits)
         return line.removeprefix(UTF8_BOM) if self.number == 0 else line
 

@@ -194,7 +194,7 @@ def test_register_publishes_with_or_without_a_folder(command, tmp_path):
     registry = Registry(tmp_path / "data")
     record = registry.resolve("tweets")
     registry.close()
-    assert record.recipe == told["job"]
+    assert record.recipe == {**told["job"], "default_temperature": 0.0}
     assert record.metrics == told["metrics"]
     assert record.job_id is None
     assert [path.name for path in tmp_path.glob("**/*.partial")] == []
