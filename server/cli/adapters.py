@@ -13,7 +13,7 @@ import typer
 
 from adapters.field_errors import listed
 from server.cli.adapter_folders import AdapterPlace, RefusedPath, find_places
-from server.cli.adapter_tables import details_of, print_added, print_record, table_of
+from server.cli.adapter_tables import EXPENDABLE, details_of, print_added, print_record, table_of
 from server.cli.command_group import CommandGroup
 from server.cli.data import labels_from
 from server.cli.options import (
@@ -64,7 +64,7 @@ def list_adapters(*, settings: Settings, as_json: AsJson = False) -> None:
     if as_json:
         print_json(records)
         return
-    print_table(table_of(records))
+    print_table(table_of(records), expendable=EXPENDABLE)
 
 
 @adapters_app.command("show")
