@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from urllib.parse import quote
 
-from adapters.errors import AdapterNotFound, BaseMismatch, VersionNotFound
+from adapters.errors import AdapterNotFound, VersionNotFound
 from server.cli.http_client import RemoteServer, ServerRefused
 from server.store.job_files import no_job
 from server.store.job_states import FINISHED
@@ -144,7 +144,7 @@ class Backend:
             BaseMismatch: it was trained on another base than the server's.
             CheckpointError: its files are not there, or refused.
         """
-        self._require_base(source.metadata.get("base_digest"))
+        self._require_base(source.metadata)
         with staged(source.path) as (directory, found):
             paths = [*sorted(directory.iterdir()), *_token_files(source.path)]
             files = [("files", path.name, path) for path in paths]
@@ -227,14 +227,11 @@ class Backend:
         """Digest of the base that is served."""
         return str(self.server.get("/info")["base"]["digest"])
 
-    def _require_base(self, digest: str | None) -> None:
-        if digest is not None and (served := self.base_digest()) != digest:
-            raise BaseMismatch(
-                f"the adapter was trained on base {digest}, {served} is served there",
-                field="base_digest",
-                expected=served,
-                came=digest,
-            )
+    def _require_base(self, metadata: Json) -> None:
+        from adapters.metadata import AdapterMetadata
+
+        if metadata.get("base_digest") is not None:
+            AdapterMetadata(**metadata).require_digest(self.base_digest())
 
     # --- training jobs ---------------------------------------------------------------------------
 
