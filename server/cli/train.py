@@ -311,7 +311,7 @@ def _require_words(request: JobRequest, rows: DataFile, path: Path) -> None:
         needed = "is needed" if len(missing) == 1 else "are needed"
         raise fail(
             f"{listed(missing)} {needed}; the columns of {path} are {rows.columns}, of no known shape "
-            "(--format)"
+            f"(--format){rows.header_hint}"
         )
 
 

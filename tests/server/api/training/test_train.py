@@ -238,7 +238,14 @@ def test_a_template_is_taken_before_a_known_shape(waiting):
 def test_what_is_missing_for_a_prompt_is_said_with_the_columns(waiting):
     neither = dry_run(waiting, as_csv(ROWS))
     assert (neither.status_code, neither.json()["field"]) == (422, "template")
-    assert "its columns are 'text', 'label'" in neither.json()["error"]
+    told = neither.json()["error"]
+    assert told.startswith(
+        "template and target are missing; give both for the columns of the data, 'text', 'label', or"
+    )
+    assert told.endswith("if it is data, put a line with the names before it")
+    inline = post(waiting, {"adapter": "a", "method": "ia3", "rows": ROWS}, "?dry_run=1").json()
+    assert "template and target are missing" in inline["error"]
+    assert "first line" not in inline["error"]
     one = dry_run(waiting, as_csv(ROWS), template="{text}")
     assert (one.status_code, one.json()["field"]) == (422, "target")
     chat = dry_run(waiting, as_jsonl([{"messages": [{"role": "user", "content": "Who?"}]}]))
@@ -278,6 +285,7 @@ def test_labels_that_were_not_given_are_inferred_and_said(waiting):
     body = post(waiting, {**words, **options, "rows": rows}, "?dry_run=1").json()
     assert (body["labels"], body["labels_inferred"]) == (["0", "1", "2"], True)
     assert "labels were not given" in body["warnings"][0]
+    assert "the labels are numbers" in body["warnings"][1]
     assert (body["num_validation_rows"], body["num_held_out"], body["num_train"]) == (3, 3, 9)
     declined = post(waiting, {**words, "rows": rows, "infer_labels": False}, "?dry_run=1").json()
     assert (declined["labels"], declined["labels_inferred"], declined["warnings"]) == (
