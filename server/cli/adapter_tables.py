@@ -42,9 +42,14 @@ _COLUMNS = ("version", "method", "tokens", "bytes", "status", "residency")
 _COUNTED = ("requests", "last use")
 
 
+# Of `table_of`: what a narrow terminal does without, the first ones first.
+EXPENDABLE = ("residency", "last use", "bytes", "tokens", "requests", "status")
+
+
 def table_of(records: Sequence[Shown]) -> Table:
     """Adapters, one a line."""
-    name = Column("name", overflow="fold")
+    # Names are copied from here: never folded.
+    name = Column("name", no_wrap=True, overflow="fold")
     counted = _COUNTED if any("counters" in one for one in records) else ()
     table = Table(name, *_COLUMNS, *counted, box=box.SIMPLE_HEAD, pad_edge=False)
     for one in records:

@@ -177,7 +177,7 @@ def _require_base(name: str, expected: str | None, came: str) -> None:
 
     if expected not in (None, came):
         raise BaseMismatch(
-            f"{name} belongs to the base {expected}, --base is {came}",
+            f"{name} belongs to another base (digest {str(expected)[:12]}) than --base ({came[:12]})",
             field="base",
             expected=expected,
             came=came,

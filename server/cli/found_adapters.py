@@ -121,7 +121,8 @@ def require_base(found: FoundAdapter, base: BaseModelSpec) -> None:
     """
     if found.base_digest not in (None, base.digest):
         raise BaseMismatch(
-            f"{found.name} was trained on the base {found.base_digest}, this is {base.digest}",
+            f"{found.name} was trained on another base (digest {str(found.base_digest)[:12]}) than this "
+            f"one ({base.digest[:12]}); name its base with --base",
             field="base_digest",
             expected=found.base_digest,
             came=base.digest,

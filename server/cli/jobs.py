@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.command_group import CommandGroup
-from server.cli.job_tables import comparison_of, comparison_table, jobs_table
+from server.cli.job_tables import EXPENDABLE, comparison_of, comparison_table, jobs_table
 from server.cli.options import (
     AsJson,
     open_backend,
@@ -126,7 +126,7 @@ def list_jobs(
     if as_json:
         print_json(jobs)
         return
-    print_table(jobs_table(jobs))
+    print_table(jobs_table(jobs), expendable=EXPENDABLE)
 
 
 @jobs_app.command("show")

@@ -6,7 +6,7 @@ Knows no command and no setting.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +51,44 @@ def print_line(line: str) -> None:
     out.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def print_table(table: Table) -> None:
-    """Print a table on standard output: as wide as a terminal, and as wide as it is anywhere else."""
+def print_table(table: Table, *, expendable: Sequence[str] = ()) -> None:
+    """Print a table on standard output: as wide as a terminal, and as wide as it is anywhere else.
+
+    Args:
+        table: its columns that may not be folded have `no_wrap`.
+        expendable: headers of columns that a narrow terminal does without, the first ones first.
+    """
+    wide = Console(width=_WIDEST)
     if out.is_terminal:
-        out.print(table)
+        table = _narrowed(table, expendable, wide)
+        if expendable and wide.measure(table).maximum > out.width:
+            out.width = wide.measure(table).maximum  # the terminal wraps it; nothing is cut
+        out.print(table, crop=False)
         return
     # In a pipe or a file nothing may be cut, whatever COLUMNS says: it may be searched.
-    wide = Console(width=_WIDEST)
     wide.width = max(out.width, wide.measure(table).maximum)
-    wide.print(table, crop=False)
+    with wide.capture() as captured:
+        wide.print(table, crop=False)
+    for line in captured.get().splitlines():
+        print_line(line.rstrip())
+
+
+def _narrowed(table: Table, expendable: Sequence[str], wide: Console) -> Table:
+    """The table without as many columns as it takes to fit the terminal, and with their names."""
+    gone: list[str] = []
+    for header in expendable:
+        if wide.measure(table).maximum <= out.width:
+            break
+        kept = [column for column in table.columns if column.header != header]
+        gone += [header] * (len(kept) < len(table.columns))
+        fewer = Table(*(one.copy() for one in kept), box=table.box, pad_edge=table.pad_edge)
+        for row in zip(*(one.cells for one in kept), strict=True):
+            fewer.add_row(*row)
+        table = fewer
+    if gone:
+        table.caption = f"not shown for want of width: {', '.join(gone)}; --json has all"
+        table.caption_justify = "left"
+    return table
 
 
 def print_json(value: Any) -> None:

@@ -28,6 +28,7 @@ from adapters.training.job import (
     JobRequest,
     OnTooLong,
     method_name,
+    why_no_method,
 )
 from adapters.training.shapes import Format
 from server.cli.data import (
@@ -86,7 +87,9 @@ def add_commands(app: typer.Typer) -> None:
 def _method(text: str) -> str:
     name: str = method_name(text)
     if name not in METHOD_NAMES:
-        raise typer.BadParameter(f"expected {', '.join(METHOD_NAMES)}; came {text!r}")
+        raise typer.BadParameter(
+            f"expected {', '.join(METHOD_NAMES)}; came {text!r}{why_no_method(text)}"
+        )
     return name
 
 
@@ -530,7 +533,7 @@ def _deliver(
     if outcome.as_json:
         print_json(result)
     else:
-        _print_result(result)
+        _print_result(result, settings)
 
 
 def _publish(
@@ -566,7 +569,7 @@ def _publish(
 # --- what is printed -------------------------------------------------------------------------
 
 
-def _print_result(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any], settings: Settings) -> None:
     from server.cli.training_progress import evaluation_text
 
     metrics = result["metrics"]
@@ -576,9 +579,21 @@ def _print_result(result: dict[str, Any]) -> None:
     if "warning" in metrics:
         print_line(f"warning: {metrics['warning']}")
     if (folder := result["out"]) is not None:
-        print_line(f"written to {folder}; serve it with: graftwork adapters add {folder}")
+        base = _base_options(settings)
+        add = shlex.join(["graftwork", "adapters", "add", folder, *base])
+        print_line(f"written to {folder}; serve it with: {add}")
+        if base:
+            print_line(f"and: {shlex.join(['graftwork', 'serve', *base])}")
     if (one := result["registered"]) is not None:
         print_line(f"registered as {one['name']}@{one['version']} ({one['digest'][:12]})")
+
+
+def _base_options(settings: Settings) -> list[str]:
+    """What another command has to say so that it works on the same base."""
+    if settings.is_default_base:
+        return []
+    revision = [] if settings.revision is None else ["--revision", settings.revision]
+    return ["--base", str(settings.base), *revision]
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:

@@ -47,7 +47,7 @@ UNSAYABLE: dict[str, str] = {
     r"after: expected the id of an event of": _STORED,
     r"is (queued|running); cancel it": _STORED,
     r"guided_json: expected the text of a JSON Schema": _TEXT,
-    r"labels: expected 1 to 1000 different texts": _TEXT,
+    r"labels: expected 2 to 1000 different texts": _TEXT,
     r"job: expected a JSON object": _TEXT,
     r"template: ": _TEXT,
     r"structured_outputs: expected one of .* came none of them": "all of its fields are null",

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from adapters.checkpoint.folder import digest_of
 from adapters.training.provenance import Provenance
+from server.base.convert import DEFAULT_BASE_DIGEST
+from server.demo.install import demo_adapters
 from tests.server.cli.runner import refusal, run, run_json
 from tests.server.http_server import HIDDEN, LAYERS, save_prefix_adapter
 from tests.server.jobs.examples import a_job
@@ -233,7 +235,21 @@ def test_a_folder_that_was_trained_elsewhere_is_refused(folders, where, tmp_path
     folder = tmp_path / "trained"
     shutil.copytree(folders / "one", folder)
     Provenance(a_job(), {}, {}).write(folder)
-    assert "trained on base bbbb" in refusal("adapters", "add", folder, *where)
+    told = refusal("adapters", "add", folder, *where)
+    assert "trained on the base 'somebody/base' (digest bbbbbbbbbbbb)" in told
+    assert len(told) < 200
+
+
+def test_the_default_base_is_not_made_for_a_folder_of_another(folders, tmp_path):
+    folder = tmp_path / "trained"
+    shutil.copytree(folders / "one", folder)
+    Provenance(a_job(), {}, {}).write(folder)
+    cache = {"GRAFTWORK_CACHE_DIR": str(tmp_path / "cache")}
+    told = refusal("adapters", "add", folder, "--data-dir", tmp_path / "data", **cache)
+    assert "'somebody/base'" in told
+    assert "--base" in told
+    assert not (tmp_path / "cache").exists()
+    assert {one.job.base_digest for one in demo_adapters()} == {DEFAULT_BASE_DIGEST}
 
 
 def test_preload_and_unload_are_a_server_s(server, tmp_path):
@@ -330,4 +346,4 @@ def test_merge_refuses_another_base_than_the_server_s(ia3, server, tmp_path):
     run("adapters", "add", ia3, *url)
     other = save_tiny(tmp_path / "other")
     told = refusal("adapters", "merge", "doubled", "--out", tmp_path / "m", *url, "--base", other)
-    assert "belongs to the base" in told
+    assert "belongs to another base (digest" in told

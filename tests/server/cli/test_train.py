@@ -119,6 +119,15 @@ def test_every_method_makes_a_folder_that_peft_loads_without_a_warning(folders, 
             peft.PeftModel.from_pretrained(model, folder)
 
 
+def test_the_commands_that_train_prints_name_the_base(command, tiny_base, tmp_path):
+    made = run(*command, "--max-steps", "1", "--out", tmp_path / "my folder")
+    first, second = made.stdout.splitlines()[-2:]
+    words = shlex.split(first.partition("serve it with: graftwork ")[2])
+    assert words == ["adapters", "add", str(tmp_path / "my folder"), "--base", str(tiny_base)]
+    assert run(*words, "--data-dir", tmp_path / "data", "--name", "mine").exit_code == 0
+    assert shlex.split(second) == ["and:", "graftwork", "serve", "--base", str(tiny_base)]
+
+
 def test_the_folder_says_how_it_was_made(folders, tiny_base):
     provenance = read_provenance(folders["ia3"])
     job = provenance.job

@@ -335,10 +335,10 @@ HYPER = "hyperparameters"
          "target_not_found", "target_modules"),
         ({**JOB, "rows": ROWS, "config": {"num_virtual_tokens": 4}}, 422, "job_invalid",
          "config.num_virtual_tokens"),
-        ({**JOB, "rows": ROWS, "adapter": "Bad Name"}, 422, "name_invalid", "name"),
-        ({**JOB, "rows": ROWS, "adapter": "tiny-base"}, 422, "name_invalid", "name"),
+        ({**JOB, "rows": ROWS, "adapter": "Bad Name"}, 422, "name_invalid", "adapter"),
+        ({**JOB, "rows": ROWS, "adapter": "tiny-base"}, 422, "name_invalid", "adapter"),
         ({**JOB, "rows": ROWS, "adapter": "taken", "if_exists": "error"}, 412, "adapter_exists",
-         "name"),
+         "adapter"),
         ({**JOB, "rows": ROWS, "description": "\ud800"}, 422, "invalid", "body"),
         (b'{"adapter": "x", "adapter": "y"}', 422, "invalid", "body"),
         (b"[" * 100_000, 422, "invalid", "body"),
@@ -415,6 +415,30 @@ def test_a_form_that_is_wrong(waiting, given, status, code, field):
     told = reply.json()
     assert (reply.status_code, told["code"]) == (status, code), reply.text
     assert field in (None, told.get("field")), reply.text
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ({**JOB, "rows": ROWS, "dry_run": True}, "POST /train?dry_run=true"),
+        ({**JOB, "data": ROWS}, "unknown field 'data'; did you mean 'rows'?"),
+        (
+            {**JOB, "rows": ROWS, "method": "LoRA"},
+            "(LoRA is a method of PEFT that is neither trained",
+        ),
+    ],
+)
+def test_what_was_meant_is_told(waiting, job, said):
+    reply = post(waiting, job)
+    assert reply.status_code == 422
+    assert said in reply.json()["error"]
+
+
+def test_fields_of_a_job_beside_it_in_the_form_are_told_where_they_go(waiting):
+    reply = waiting.post("/train", data={"adapter": "x", "method": "ia3"}, files={"data": b"{}"})
+    told = reply.json()
+    assert (reply.status_code, told["field"]) == (422, "'adapter'")
+    assert "one JSON object in the form field job: -F 'job={" in told["error"]
 
 
 def test_rows_nowhere_and_other_media_types(waiting):
