@@ -31,6 +31,7 @@ _WHOLE = "JSON Schema takes 1.0 for an integer; bodies are strict"
 UNSAYABLE: dict[str, str] = {
     r"\?adapter= says .* and parameters.adapter_id says": _TWO_PLACES,
     r"hyperparameters\.\w+: .* are both given": _TWO_PLACES,
+    r"\w+ and \w+ are both given; an output follows one of them": _TWO_PLACES,
     r"max_tokens says \d+ and max_completion_tokens says": _TWO_PLACES,
     r"best_of: expected (at least n|1 )": _TWO_PLACES,
     r"weights: expected": _TWO_PLACES,
