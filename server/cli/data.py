@@ -194,6 +194,11 @@ class DataFile:
         """The columns of the first row, for messages."""
         return ", ".join(repr(name) for name in self._columns)
 
+    @property
+    def header_hint(self) -> str:
+        """What to do if the first line is no header; "" where there is none."""
+        return self._facts.header_hint
+
     def read(self, wish: Wish, tokenizer: TextTokenizer | None) -> TrainingData:
         """The rows as `POST /train` reads them.
 

@@ -29,6 +29,7 @@ from adapters.training.job import (
     JobRequest,
     OnTooLong,
     method_name,
+    why_no_method,
 )
 from adapters.training.shapes import Format
 from server.cli.data import (
@@ -88,7 +89,9 @@ def add_commands(app: typer.Typer) -> None:
 def _method(text: str) -> str:
     name: str = method_name(text)
     if name not in METHOD_NAMES:
-        raise typer.BadParameter(f"expected {', '.join(METHOD_NAMES)}; came {text!r}")
+        raise typer.BadParameter(
+            f"expected {', '.join(METHOD_NAMES)}; came {text!r}{why_no_method(text)}"
+        )
     return name
 
 
@@ -310,7 +313,7 @@ def _require_words(request: JobRequest, rows: DataFile, path: Path) -> None:
         needed = "is needed" if len(missing) == 1 else "are needed"
         raise fail(
             f"{listed(missing)} {needed}; the columns of {path} are {rows.columns}, of no known shape "
-            "(--format)"
+            f"(--format){rows.header_hint}"
         )
 
 

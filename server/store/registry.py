@@ -174,7 +174,7 @@ class Registry(PerCaller):
             StorageFull, StorageUnavailable: nothing was stored.
         """
         self._check_name(name)
-        self._require_visible(name)
+        self._require_visible(name, is_new=True)
         metadata.require_base(base)
         metadata = metadata.checked()
         with (
@@ -212,7 +212,7 @@ class Registry(PerCaller):
             NameInvalid, AdapterExists, AdapterNotFound: as `publish`.
         """
         self._check_name(name)
-        self._require_visible(name)
+        self._require_visible(name, is_new=True)
         with self._database.read() as session:
             rows.check_free(session, name, self._caller.adapters, create_only=create_only)
 
@@ -278,7 +278,9 @@ class Registry(PerCaller):
         self._require_visible(name)
         with self._database.read() as session:
             statement = rows.versions().where(VersionRow.name == name).order_by(VersionRow.version)
-            return rows.records(session, statement) or rows.no_adapter(name)
+            return rows.records(session, statement) or rows.no_adapter(
+                name, session, self._caller.adapters
+            )
 
     def from_source(self, source: Source) -> tuple[AdapterRecord, ...]:
         """Every version from one source, by name, oldest first."""
@@ -337,11 +339,11 @@ class Registry(PerCaller):
         with self._database.write() as session:
             mine = [VersionRow.name == name]
             if version is not None:
-                rows.require_version(session, name, version)
+                rows.require_version(session, name, version, self._caller.adapters)
                 mine.append(VersionRow.version == version)
             digests = set(session.scalars(select(VersionRow.digest).where(*mine)))
             if not digests:
-                rows.no_adapter(name)
+                rows.no_adapter(name, session, self._caller.adapters)
             session.execute(delete(VersionRow).where(*mine))
             adapter = session.get_one(AdapterRow, name)
             if version is None or adapter.pinned_version == version:
@@ -367,7 +369,7 @@ class Registry(PerCaller):
                     expected="a name that is neither a number nor an adapter",
                     came=alias,
                 )
-            rows.require_version(session, name, version)
+            rows.require_version(session, name, version, self._caller.adapters)
             rows.check_alias_fits(session, name, alias, self._max_aliases)
             session.merge(AliasRow(name=name, alias=alias, version=version))
             return rows.one(session, name, version)
@@ -380,7 +382,9 @@ class Registry(PerCaller):
         """
         self._require_visible(name)
         with self._database.write() as session:
-            return rows.one(session, name, rows.remove_alias(session, name, alias))
+            return rows.one(
+                session, name, rows.remove_alias(session, name, alias, self._caller.adapters)
+            )
 
     def free_name(self, prefix: str) -> str:
         """Draw an unused name that the caller may use.
@@ -419,7 +423,7 @@ class Registry(PerCaller):
         """
         self._require_visible(name)
         with self._database.write() as session:
-            rows.require_version(session, name, version)
+            rows.require_version(session, name, version, self._caller.adapters)
             session.get_one(AdapterRow, name).pinned_version = version
             return rows.one(session, name, version)
 
@@ -514,11 +518,16 @@ class Registry(PerCaller):
                 session.execute(delete(BlobRow).where(BlobRow.digest == digest))
             return tuple(unused)
 
-    def _require_visible(self, *names: str) -> None:
+    def _require_visible(self, *names: str, is_new: bool = False) -> None:
+        """Raise AdapterNotFound for a hidden name as for a missing one; `is_new` suggests no other."""
         visible = self._caller.adapters
         for name in names:
-            if not rows.is_among(name, visible):
+            if rows.is_among(name, visible):
+                continue
+            if is_new:
                 rows.no_adapter(name)
+            with self._database.read() as session:
+                rows.no_adapter(name, session, visible)
 
     def _check_name(self, name: str, field: str = "name") -> None:
         if name.casefold() in self._reserved:

@@ -96,7 +96,10 @@ def test_a_job_is_named_by_its_adapter_and_the_newest_is_meant(store, running, w
     assert run_json("jobs", "remove", "first", *where) == {"id": newer, "deleted": True}
     assert run_json("jobs", "show", "first", *where)["id"] == running[0]
     told = refusal("jobs", "show", "nobody", *where)
-    assert told == "there is no training job 'nobody', and none of an adapter of that name"
+    nobody = "there is no training job 'nobody', and none of an adapter of that name"
+    assert told == f"{nobody}; GET /train lists the jobs"
+    assert refusal("jobs", "show", "firs", *where).endswith("; did you mean 'first'?")
+    assert refusal("jobs", "show", "job-1", *where).endswith("'job-1'; GET /train lists the jobs")
 
 
 def test_the_list_has_loss_accuracy_and_time(store, running, where):

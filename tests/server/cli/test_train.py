@@ -203,7 +203,7 @@ def test_register_publishes_with_or_without_a_folder(command, tmp_path):
     registry = Registry(tmp_path / "data")
     record = registry.resolve("tweets")
     registry.close()
-    assert record.recipe == told["job"]
+    assert record.recipe == {**told["job"], "default_temperature": 0.0}
     assert record.metrics == told["metrics"]
     assert record.job_id is None
     assert [path.name for path in tmp_path.glob("**/*.partial")] == []
@@ -265,7 +265,9 @@ def test_a_dry_run_shows_what_was_understood_of_a_file(tiny_base, tmp_path):
     assert refused.exit_code == 2
     assert "the base has no chat template" in refused.output
     data.write_text("text,label\na,x\n")
-    assert "--template and --target are needed; the columns" in run(*words).output
+    refused = run(*words)
+    assert "--template and --target are needed; the columns" in refused.output
+    assert "if it is data, put a line with the names before it" in refused.output
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(command, tmp_path):
@@ -341,7 +343,7 @@ def test_missing_options_name_the_columns(tiny_base, data):
     bare = ["train", "--method", "ia3", "--data", data, "--base", tiny_base, "--out", "x"]
     refused = run(*bare)
     assert refused.exit_code == 2
-    assert "--template is needed" in refused.output
+    assert "--template and --target are needed" in refused.output
     assert "'tweet', 'Label', 'split'" in refused.output
     assert "--target is needed" in run(*bare, "--template", "{tweet}").output
 
