@@ -139,8 +139,9 @@ def add_adapters(
     if as_json:
         print_json(results)
     else:
+        told: set[str] = set()
         for one in results:
-            print_added(one)
+            print_added(one, told)
     if any("error" in one for one in results):
         raise typer.Exit(EXIT_FOUND_FAILURE)
 

@@ -26,6 +26,12 @@ EXIT_INTERRUPTED = 130
 _WIDEST = 2_000
 _MOST_CHARACTERS = 400
 
+# Fields of a request in sentences of the library -> the options that set them.
+_TYPED = {
+    "infer_labels false takes none": "--no-infer-labels takes none",
+    "on_too_long='truncate' drops": "--on-too-long truncate drops",
+}
+
 err = Console(stderr=True)
 out = Console()
 
@@ -39,6 +45,13 @@ def fail(message: str) -> typer.Exit:
 def warn(message: str, colour: str = "red") -> None:
     """Print a sentence on standard error, after the program's name in this colour."""
     say(f"[{colour}]graftwork:[/{colour}] {escape(message)}")
+
+
+def as_typed(message: str) -> str:
+    """A sentence of the library or the server, with options where it names fields of a request."""
+    for field, option in _TYPED.items():
+        message = message.replace(field, option)
+    return message
 
 
 def say(line: str) -> None:
@@ -122,9 +135,9 @@ def errors_as_lines(data: DataFile | None = None) -> Iterator[None]:
     try:
         yield
     except DataInvalid as error:
-        raise fail(data.message_of(error) if data else error.message) from error
+        raise fail(as_typed(data.message_of(error) if data else error.message)) from error
     except (AdapterError, RequestRefused, ServerRefused) as error:
-        raise fail(error.message) from error
+        raise fail(as_typed(error.message)) from error
     except EngineError as error:
         raise fail(str(error)) from error
     except OSError as error:

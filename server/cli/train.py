@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.markup import escape
 from rich.table import Table
 
 from adapters.errors import TrainingDiverged
@@ -56,6 +57,7 @@ from server.cli.options import (
 )
 from server.cli.render import (
     EXIT_INTERRUPTED,
+    as_typed,
     err,
     errors_as_lines,
     fail,
@@ -363,7 +365,7 @@ def _train_there(
             _print_plan(job, as_json=outcome.as_json)
             return
         for warning in job["warnings"]:
-            say(f"warning: {warning}")
+            say(f"warning: {escape(as_typed(warning))}")
         say(f"{job['id']} is {job['state']} at {url}")
         job = _follow(backend, job["id"], url)
         if job["state"] != "succeeded":
@@ -449,7 +451,7 @@ def _train_here(
         _print_plan(Preview.of(plan, data.facts).model_dump(mode="json"), as_json=outcome.as_json)
         return
     for warning in plan.job.warnings:
-        say(f"warning: {warning}")
+        say(f"warning: {escape(as_typed(warning))}")
     began = time.monotonic()
     partial.begin(plan.job, data.rows)
     trained = _run(plan, base, partial)
@@ -620,7 +622,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         table.add_row(name, value)
     print_table(table)
     for warning in plan["warnings"]:
-        print_line(f"warning: {warning}")
+        print_line(f"warning: {as_typed(warning)}")
     for row in plan["preview"]:
         tokens = "|".join("<special>" if text is None else text for text in row["tokens"])
         text = json.dumps(row["text"], ensure_ascii=False)

@@ -28,6 +28,7 @@ Threads and processes may share one root: every write holds SQLite's write lock 
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -540,9 +541,17 @@ class Registry(PerCaller):
         check_name(name, field)
 
 
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names of a base are the same, or two paths of the same folder."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False  # one of them is no path here
+
+
 def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> list[str]:
     named = checked.base_name
-    if named is None or not base_names or named in base_names:
+    if named is None or not base_names or any(_is_same(named, one) for one in base_names):
         return []
     return [
         f"adapter_config.json names the base {shorten(named)!r}, this server's is "

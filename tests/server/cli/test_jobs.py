@@ -161,7 +161,8 @@ def test_cancel_ends_what_waits_and_asks_what_runs(store, running, where):
     assert "about to stop" in run("cancel", job_id, *where).output
     assert store.renew(claim, 60) is True
     store.finish(claim, "cancelled")
-    assert f"{job_id} is cancelled" in run("cancel", job_id, *where).output
+    ended = run("cancel", job_id, *where).output
+    assert ended == f"{job_id} had ended before (cancelled); nothing was cancelled\n"
 
 
 def test_log_prints_the_end_or_all_of_it(store, running, where):

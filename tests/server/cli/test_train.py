@@ -258,6 +258,7 @@ def test_a_dry_run_shows_what_was_understood_of_a_file(tiny_base, tmp_path):
     assert "CSV, UTF-8 with a byte order mark, semicolon" in table
     assert "warning: column 'text' is empty in 4 of 8 rows" in table
     assert "warning: labels were not given" in table
+    assert "--no-infer-labels takes none" in table
     chats = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
     data.write_text(json.dumps(chats))
     refused = run(*words)
@@ -308,7 +309,18 @@ REFUSED = {
     "kind of data": (["--out", "x", "--data", sys.executable], "it is a program, expected text"),
     "name": (["--register", "Not A Name"], "Not A Name"),
     "resume": (["--out", "x", "--resume"], "holds no run to resume"),
-    "too long": (["--out", "x", "--max-length", "8"], "row 1: "),
+    "address": (
+        ["--out", "x", "--data", "https://host/rows.csv"],
+        "an address (https) is not fetched; download the file",
+    ),
+    "Python dict": (
+        ["--out", "x", "--hyperparameters", "{'weight_decay': 0}"],
+        """it is a Python dict, in JSON: '{"weight_decay": 0}'""",
+    ),
+    "too long": (
+        ["--out", "x", "--max-length", "8"],
+        "8; --on-too-long truncate drops the prompt's beginning",
+    ),
     "method": (["--out", "x", "--method", "lora"], "lora"),
     "base": (["--out", "x", "--base", "nowhere/at all"], "nowhere/at all"),
 }
