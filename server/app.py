@@ -18,7 +18,7 @@ import structlog
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from adapters.errors import BaseUnsupported
+from adapters.errors import BaseUnsupported, StorageFull, StorageUnavailable
 from server.api import error_replies
 from server.api.adapters import combine, management, vllm_loading
 from server.api.bounds import HoldLimits
@@ -45,7 +45,7 @@ from server.generation.generator import Generator
 from server.generation.observers import Observer
 from server.jobs.supervisor import STOP_SECONDS, Supervisor
 from server.services import Services
-from server.store.data_dir import sweep_folds
+from server.store.data_dir import held_by_server, sweep_folds
 from server.store.directories import AdapterDirectory
 from server.store.files import FileStore
 from server.store.folder_watch import FolderWatch
@@ -220,6 +220,27 @@ def open_services(settings: Settings, client: EngineClient | None = None) -> Ser
     return services
 
 
+def _hold_data_dir(services: Services) -> None:
+    """Keep servers of other bases off the data directory until the services are closed."""
+    hold = held_by_server(services.settings.data_dir, services.base_id, services.client.base.digest)
+    try:
+        others = services.holds.enter_context(hold)
+    except StorageUnavailable as error:
+        if error.field == "data_dir":
+            raise
+        log.warning("data_dir_not_marked", reason=error.message)
+        return
+    except (StorageFull, OSError) as error:  # a full disk keeps no server from serving
+        log.warning("data_dir_not_marked", reason=str(error))
+        return
+    if others:
+        log.warning(
+            "data_dir_shared",
+            pids=[one.pid for one in others],
+            hint="another server of this base uses the data directory; one directory is for one server",
+        )
+
+
 async def start_engine(services: Services) -> Generator:
     """Start the engine and return its generator; the caller sets `Services.generator`.
 
@@ -279,6 +300,7 @@ async def close_services(services: Services) -> None:
     if services.keys is not None:
         await anyio.to_thread.run_sync(services.keys.close)
     services.registry.close()
+    services.holds.close()
 
 
 async def collect_garbage(services: Services) -> tuple[str, ...]:
@@ -345,6 +367,7 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
     try:
         await watch.look()
         generator = await start_engine(services)
+        await anyio.to_thread.run_sync(_hold_data_dir, services)
         # Folders added to the watched directory meanwhile are served from the first request on.
         await watch.sync()
         services.generator = generator
@@ -356,12 +379,14 @@ async def _start(services: Services, watch: FolderWatch, on_ready: Hook, on_fail
         await anyio.to_thread.run_sync(give_back_free_memory)
         if services.supervisor is not None:
             # Not before: two processes that load the base at once slow each other down.
-            services.supervisor.start()
+            services.supervisor.start(services.client.base.digest)
         await on_ready(services)
     except Exception as error:
+        if services.draining.stopping:  # the signal reached the engine as well
+            return
         services.failure = str(error)
         # A refused base, or what ended the engine's process: no line of this process explains it.
-        is_explained = isinstance(error, EngineStartFailed | BaseUnsupported)
+        is_explained = isinstance(error, EngineStartFailed | BaseUnsupported | StorageUnavailable)
         log.error("engine_start_failed", reason=str(error), exc_info=not is_explained)
         await on_failure(services)
         return

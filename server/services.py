@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -66,6 +67,7 @@ class Services:
         draining: whether new work is refused, and what runs.
         prompt_warnings: which callers have been told that their prompts look unlike an adapter's training.
         planning: where jobs are planned: one at a time, since each may hold a whole file.
+        holds: what is held until the services are closed: the mark on the data directory.
     """
 
     settings: Settings
@@ -86,6 +88,7 @@ class Services:
     draining: Draining = field(default_factory=Draining)
     prompt_warnings: Told = field(default_factory=Told)
     planning: FairThreads = field(default_factory=lambda: FairThreads(1))
+    holds: ExitStack = field(default_factory=ExitStack)
 
     def seen_by(self, caller: Caller) -> Services:
         """These services with the stores and the generator as a caller sees them."""
@@ -168,6 +171,13 @@ class Services:
     def ready(self) -> bool:
         """Whether a generation would be accepted now."""
         return self.generator is not None and self.client.alive
+
+    @property
+    def base_digest(self) -> str | None:
+        """Digest of the base that is served; None while it is loading."""
+        if self.base is not None:
+            return self.base.digest
+        return None if self.generator is None else self.client.base.digest
 
     def stopping(self) -> bool:
         """Whether the server is stopping; open-ended streams end then."""

@@ -79,7 +79,7 @@ def _tensor_digests(file: Path) -> dict[str, str]:
             return {name: _entry_digest(raw, start, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseUnsupported(
-            f"{file.name} is not a safetensors file: {error}", field=file.name
+            f"{file} is not a safetensors file: {error}; copy or fetch it again", field=file.name
         ) from error
 
 

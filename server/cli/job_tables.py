@@ -106,7 +106,8 @@ def duration_of(job: Job) -> str:
 
 
 def _state(job: Job) -> str:
-    return "interrupted" if job.get("interrupted") else str(job["state"])
+    state = "interrupted" if job.get("interrupted") else str(job["state"])
+    return f"{state}, for another base" if job.get("waits_for") else state
 
 
 def _step(job: Job) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,6 +83,7 @@ def _supervise(settings: Settings) -> None:
     from server.store.registry import Registry
 
     configure(settings.log_format, settings.log_level)
+    digest = _base_digest(settings)
     name = base_name(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     registry = Registry(settings.data_dir, reserved=(name,))
@@ -94,7 +96,7 @@ def _supervise(settings: Settings) -> None:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stopped.set())
-    supervisor.start()
+    supervisor.start(digest)
     err.print(
         f"Graftwork runs the training jobs of {settings.data_dir}, {settings.train_workers} at once",
         highlight=False,
@@ -103,6 +105,20 @@ def _supervise(settings: Settings) -> None:
     stopped.wait()
     supervisor.stop()
     registry.close()
+
+
+def _base_digest(settings: Settings) -> str:
+    from adapters.errors import BaseUnsupported
+    from server.base.digest import base_digest
+
+    try:
+        if Path(settings.base).is_dir():
+            return base_digest(Path(settings.base))
+        from server.base.load import describe_base
+
+        return describe_base(settings.base, dtype=settings.dtype, revision=settings.revision).digest
+    except (BaseUnsupported, OSError, ValueError) as error:
+        raise fail(f"--base: {error}") from error
 
 
 # --- jobs ------------------------------------------------------------------------------------

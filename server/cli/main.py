@@ -24,6 +24,7 @@ Options win over the environment, the environment over defaults. Knows no engine
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import time
 from collections.abc import Sequence
@@ -246,7 +247,13 @@ def _bind(settings: Settings) -> socket.socket:
         bound.bind((settings.host, settings.port))
     except OSError as error:
         bound.close()
-        raise fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        why = f"cannot listen on {settings.host}:{settings.port}: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            why = (
+                f"port {settings.port} of {settings.host} is in use: end what listens there, or choose "
+                "another with --port"
+            )
+        raise fail(why) from None
     return bound
 
 

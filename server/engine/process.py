@@ -73,7 +73,9 @@ class StartFailed:
 
 def run_engine(config: EngineConfig, connection: Connection) -> None:
     """Body of the engine process: start, then serve until Shutdown or until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    # The parent decides when to stop; both reach the whole group, from a terminal or a supervisor.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         engine, ready = _start(config)

@@ -6,6 +6,7 @@ Knows messages and bytes; not requests, and not whether the process is to be sta
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import multiprocessing
 import queue
@@ -34,6 +35,8 @@ class RunningEngine:
             target=run_engine, args=(config, theirs), name="graftwork-engine", daemon=True
         )
         self.process.start()
+        # At the end of a parent that did not close it, multiprocessing sends SIGTERM, which it ignores.
+        atexit.register(self.kill)
         theirs.close()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -91,6 +94,7 @@ class RunningEngine:
     def close(self, seconds: float = 0.0) -> None:
         """Ask the process to end, kill it after `seconds`, and wait for the threads. Blocks."""
         self._ended = True
+        atexit.unregister(self.kill)
         self._commands.put(Shutdown())
         self._commands.put(None)
         if not self._threads:  # still starting: commands are not read yet

@@ -60,7 +60,7 @@ class GraftworkServer(uvicorn.Server):
         services = self.services
         if services is None or services.generator is None:
             self.should_exit = True
-        else:
+        if services is not None:
             services.draining.stop(hurry=self._num_signals > 1)
 
     async def on_tick(self, counter: int) -> bool:

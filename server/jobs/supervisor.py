@@ -6,7 +6,8 @@ The supervisor, not the worker, holds the lease and renews it while the process 
 exits with its parent, so it never outlives its supervisor's lease. `_settle` alone decides the state of
 a job whose process has ended, from the jobs table and the registry.
 
-Several supervisors may share a data directory; a claim assigns a job to one of them. Independent of
+Several supervisors may share a data directory; a claim assigns a job to one of them. Jobs that were
+planned for another base than the supervisor's wait for one that has it. Independent of
 torch, HTTP and asyncio.
 """
 
@@ -92,6 +93,7 @@ class Supervisor:
         self._stop_seconds = STOP_SECONDS
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._base_digest: str | None = None
         self._held = ExitStack()
         self._holder: str | None = None
 
@@ -100,10 +102,16 @@ class Supervisor:
         """Process ids of the running workers, by job."""
         return {run.claim.job_id: run.process.pid for run in list(self._runs)}
 
-    def start(self) -> None:
-        """Start claiming jobs. With 0 workers nothing is started."""
+    def start(self, base_digest: str | None = None) -> None:
+        """Start claiming jobs. With 0 workers nothing is started.
+
+        Args:
+            base_digest: of the base of `config`; jobs for another one are left alone. None claims any, and
+                the worker refuses a job for another base.
+        """
         if self._workers == 0 or self._thread is not None:
             return
+        self._base_digest = base_digest
         self._thread = threading.Thread(target=self._loop, name="graftwork-jobs", daemon=True)
         self._thread.start()
 
@@ -209,7 +217,10 @@ class Supervisor:
                 self._holder = self._held.enter_context(self._store.held())
             while len(self._runs) < self._workers:
                 claim = self._store.claim(
-                    self._lease_seconds, holder=self._holder, facts={"nice": self._config.nice}
+                    self._lease_seconds,
+                    holder=self._holder,
+                    facts={"nice": self._config.nice},
+                    base_digest=self._base_digest,
                 )
                 if claim is None:
                     break

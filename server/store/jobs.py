@@ -382,6 +382,7 @@ class JobStore(PerCaller):
         *,
         holder: str | None = None,
         facts: Mapping[str, Any] | None = None,
+        base_digest: str | None = None,
     ) -> Claim | None:
         """Claim the next job; None if there is none.
 
@@ -393,12 +394,14 @@ class JobStore(PerCaller):
             lease_seconds: duration of the lease.
             holder: who claims it, of `held`; None is unknown, and only the lease tells of its end.
             facts: more data of the event that the job runs; JSON.
+            base_digest: claim only jobs that were planned for this base; others keep their place. None
+                claims any.
         """
         with self._database.write() as session:
             now = self._clock()
             _shorten_leases(session, now, lease_seconds)
             self._note_dead_holders(session)
-            row = self._next(session, now)
+            row = self._next(session, now, base_digest)
             if row is None:
                 return None
             if row.state == "queued":
@@ -703,14 +706,18 @@ class JobStore(PerCaller):
         said = {key: value for key, value in facts.items() if value is not None}
         self._add(session, row, "state", {"state": state, **said})
 
-    def _next(self, session: Session, now: float) -> JobRow | None:
+    def _next(self, session: Session, now: float, base_digest: str | None) -> JobRow | None:
         """The job to claim next; interrupted ones that are over are finished on the way."""
-        interrupted = (JobRow.state == "running", JobRow.lease_until < now)
-        while (row := _first(session, *interrupted)) is not None:
+        over = (JobRow.state == "running", JobRow.lease_until < now)
+        for row in session.scalars(select(JobRow).where(*over).order_by(JobRow.number)).all():
             self._note_interruption(session, row)
-            if not self._end_lost(session, row):
+            is_mine = base_digest in (None, row.job["base_digest"])
+            if not self._end_lost(session, row) and is_mine:
                 return row
-        return _first(session, JobRow.state == "queued")
+        waiting = JobRow.state == "queued"
+        if base_digest is None:
+            return _first(session, waiting)
+        return _first(session, waiting, JobRow.job["base_digest"].as_string() == base_digest)
 
     def _note_dead_holders(self, session: Session) -> None:
         held = select(JobRow).where(

@@ -2,6 +2,7 @@
 
     <root>/staging/<random>/
     <root>/holders/<random>/    one for each process that runs training jobs; always empty
+    <root>/serving/<random>/    one for each server, with a file that names its base
 
 Content that must appear atomically is built here, then renamed into place on the same disk. Independent
 of the content.

@@ -136,14 +136,15 @@ def _num_running(client: httpx.Client) -> int:
     )
 
 
-def test_a_short_stream_ends_whole(served):
+def test_a_short_stream_ends_whole_though_the_signal_reaches_the_whole_group(served):
     children = descendants(served)
     asked = {"max_new_tokens": 300, "ignore_eos": True, "details": True}
     body = {"inputs": "x", "parameters": asked}
     with served.client.stream("POST", "/generate_stream", json=body) as reply:
         lines = reply.iter_lines()
         next(lines)
-        served.process.send_signal(signal.SIGTERM)
+        for process in (*children, served.process):
+            process.send_signal(signal.SIGTERM)
         frames = data_of(lines)
     assert json.loads(frames[-1])["details"]["generated_tokens"] == 300
     assert_ended(served, children)

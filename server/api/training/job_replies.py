@@ -99,6 +99,10 @@ class JobProgress(ReplyModel):
         False,
         "Whether it runs by its state and has no worker: it is claimed next, before all others.",
     )
+    waits_for: str | None = may_show(
+        "a server of the base SmolLM2-135M-Instruct (1a45f6bea123); this one serves 9d0c52ab7f31",
+        "Why this server leaves the job in the queue, where it is for another base.",
+    )
     created_at: Moment = shows("2026-11-22T20:15:58+00:00", "When it was requested.")
     started_at: Moment | None = shows("2026-11-22T20:16:01+00:00", "When a worker first had it.")
     finished_at: Moment | None = shows(None, "When it ended.")
@@ -108,11 +112,21 @@ class Job(JobProgress, Planned, JobIdentity):
     """A job: what it does and how it stands."""
 
     @classmethod
-    def of(cls, record: JobRecord) -> Self:
-        """A record of the jobs table."""
+    def of(cls, record: JobRecord, served: str | None = None) -> Self:
+        """A record of the jobs table, as a server of the base with the digest `served` tells it."""
         parts = (JobIdentity.model_validate(record), JobProgress.model_validate(record))
         known = {name: value for part in parts for name, value in part}
+        known["waits_for"] = _waits_for(record, served)
         return cls(**known, **record.job.model_dump())
+
+
+def _waits_for(record: JobRecord, served: str | None) -> str | None:
+    needed = record.job.base_digest
+    is_waiting = record.state == "queued" or record.interrupted
+    if not is_waiting or served in (None, needed):
+        return None
+    name = record.job.base_name
+    return f"a server of the base {name} ({needed[:12]}); this one serves {str(served)[:12]}"
 
 
 class ListedJob(Job):

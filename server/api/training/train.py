@@ -77,7 +77,9 @@ async def train(
     if services.supervisor is not None:
         services.supervisor.wake()
     location = {"location": f"/train/{record.id}"}
-    return JSONResponse(job_replies.Job.of(record).model_dump(mode="json"), 202, location)
+    return JSONResponse(
+        job_replies.Job.of(record, services.base_digest).model_dump(mode="json"), 202, location
+    )
 
 
 @router.get("", summary="Training jobs, the newest first")
@@ -93,7 +95,8 @@ async def list_jobs(
     records = await run_sync(lambda: jobs.list(offset, limit))
     total = await run_sync(jobs.count)
     return job_replies.JobList(
-        jobs=[job_replies.ListedJob.of(record) for record in records], total=total
+        jobs=[job_replies.ListedJob.of(record, services.base_digest) for record in records],
+        total=total,
     )
 
 
@@ -106,7 +109,8 @@ async def get_job(request: Request, services: UseServices, job_id: str) -> job_r
     only_query(request)
     jobs = services.need_jobs()
     job_id = await _found_id(jobs, job_id)
-    return job_replies.Job.of(await run_sync(lambda: jobs.get(job_id)))
+    record = await run_sync(lambda: jobs.get(job_id))
+    return job_replies.Job.of(record, services.base_digest)
 
 
 @router.get(
@@ -189,7 +193,9 @@ async def cancel_job(request: Request, services: UseServices, job_id: str) -> Re
     if services.supervisor is not None:
         services.supervisor.wake()
     status = 200 if record.state in FINISHED else 202
-    return JSONResponse(job_replies.Job.of(record).model_dump(mode="json"), status)
+    return JSONResponse(
+        job_replies.Job.of(record, services.base_digest).model_dump(mode="json"), status
+    )
 
 
 @router.delete(

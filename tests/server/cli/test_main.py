@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from server.cli.demo import curl_line
 from server.cli.main import app
 from server.config.settings import Settings
 from server.demo.install import DemoAdapter
+from server.store.data_dir import held_by_server
 from tests.documentation import hooks
 from tests.server.cli.runner import refusal, run, run_json
 from tests.server.jobs.examples import a_job
@@ -174,6 +176,32 @@ def test_the_printed_curl_line_is_one_shell_command(tmp_path):
     words = shlex.split(curl_line("0.0.0.0", 8000, demo))
     assert words[2] == "http://127.0.0.1:8000/generate?adapter=c"
     assert json.loads(words[-1])["inputs"].endswith(" Label:")
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named_with_its_option(tiny_base, tmp_path):
+    command = [sys.executable, "-m", "server", "serve", "--base", str(tiny_base)]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command += ["--data-dir", str(tmp_path / "data"), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    told = " ".join(done.stderr.split())
+    assert f"port {port} of 127.0.0.1 is in use" in told
+    assert "--port" in told
+
+
+@pytest.mark.slow
+def test_serve_refuses_a_data_directory_that_a_server_of_another_base_uses(tiny_base, tmp_path):
+    command = [sys.executable, "-m", "server", "serve", "--base", str(tiny_base), "--port", "0"]
+    command += ["--data-dir", str(tmp_path), "--threads", "1", "--kv-mib", "16"]
+    with held_by_server(tmp_path, "other", "f" * 64):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "a server of another base, other (ffffffffffff)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

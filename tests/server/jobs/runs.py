@@ -91,10 +91,12 @@ def home(base: Path, data_dir: Path, **changes: Any) -> Iterator[Home]:
 
 
 @contextmanager
-def supervised(home: Home, *, workers: int = 1, **options: Any) -> Iterator[Supervisor]:
+def supervised(
+    home: Home, *, workers: int = 1, base_digest: str | None = None, **options: Any
+) -> Iterator[Supervisor]:
     """A supervisor that runs the home's jobs for as long as the block does."""
     supervisor = Supervisor(home.store, home.registry, home.config, workers=workers, **options)
-    supervisor.start()
+    supervisor.start(base_digest)
     try:
         yield supervisor
     finally:

@@ -145,6 +145,16 @@ def test_another_base_fails_the_job(at_home):
     assert "Traceback" not in after.error["message"]
 
 
+@pytest.mark.slow
+def test_a_supervisor_leaves_jobs_for_another_base_in_the_queue(at_home):
+    theirs = at_home.add(job={"base_digest": "0" * 64})
+    mine = at_home.add(adapter="later")
+    with supervised(at_home, base_digest=mine.job.base_digest):
+        at_home.wait_for_state(mine, "succeeded")
+    assert at_home.state(theirs) == "queued"
+    assert at_home.store.get(theirs.id).attempts == 0
+
+
 class _Copied:
     """What a worker had trained when it died: the files of a finished adapter."""
 

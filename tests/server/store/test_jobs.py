@@ -289,6 +289,23 @@ def test_an_interrupted_job_comes_first_then_the_oldest(store: JobStore, clock: 
     assert not any(record.interrupted for record in store.list())
 
 
+def test_a_job_for_another_base_keeps_its_place(store: JobStore, clock: Clock) -> None:
+    """A server of another base claims neither what waits nor what is interrupted; it ends what is over."""
+    ids = [store.create(a_job(base_digest=one * 64), EXAMPLES).id for one in "bbca"]
+    first, second = claimed(store, lease_seconds=1), claimed(store, lease_seconds=1)
+    assert [first.job_id, second.job_id] == ids[:2]
+    store.cancel(second.job_id)
+    clock.advance(2)
+    theirs = store.claim(10, base_digest="a" * 64)
+    assert theirs is not None
+    assert theirs.job_id == ids[3]
+    assert store.claim(10, base_digest="a" * 64) is None
+    assert [store.get(one).state for one in ids[:3]] == ["running", "cancelled", "queued"]
+    mine = store.claim(10, base_digest="b" * 64)
+    assert mine is not None
+    assert mine.job_id == ids[0]
+
+
 def test_a_job_of_a_dead_process_is_interrupted_at_once(root: Path, clock: Clock) -> None:
     """Not when its lease ends; a claim of a process that lives is left alone."""
     store = JobStore(root, clock=clock)

@@ -18,6 +18,7 @@ from server.store.job_limits import QueueLimits
 from server.store.jobs import Claim, JobStore
 from tests.server.conftest import make_settings
 from tests.server.http_server import running_server, save_prefix_adapter, upload
+from tests.server.jobs.examples import EXAMPLES, a_job
 
 ROWS = [
     {"text": f"the tweet number {n}", "label": "complaint" if n % 2 else "no complaint"}
@@ -525,6 +526,19 @@ def run_a_job(waiting, job, *, steps=3, state="succeeded", **ending):
     for step in range(1, steps + 1):
         store.add_event(claim, "step", {"step": step, "loss": 1 / step})
     store.finish(claim, state, **ending)
+
+
+def test_a_job_for_another_base_says_what_it_waits_for(waiting, job):
+    store = waiting.app_services().jobs
+    theirs = store.create(a_job(base_digest="f" * 64), EXAMPLES).id
+    listed = {one["id"]: one for one in waiting.get("/train").json()["jobs"]}
+    served = listed[job]["base_digest"][:12]
+    expected = f"a server of the base somebody/base (ffffffffffff); this one serves {served}"
+    assert waiting.get(f"/train/{theirs}").json()["waits_for"] == expected
+    assert listed[theirs]["waits_for"] == expected
+    assert "waits_for" not in listed[job]
+    assert "waits_for" not in waiting.post(f"/train/{theirs}/cancel").json()
+    store.delete(theirs)
 
 
 def test_events_replay_from_any_id_and_end_with_the_job(waiting, job):
