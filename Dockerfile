@@ -36,7 +36,7 @@ FROM packages AS base
 # default: SmolLM2-135M-Instruct, fetched now. none: /base stays empty, to be mounted.
 ARG BASE=default
 # Only what that imports, so that other changes leave this layer alone.
-COPY adapters/__init__.py adapters/base_files.py adapters/errors.py adapters/
+COPY adapters/__init__.py adapters/base_files.py adapters/errors.py adapters/peft_names.py adapters/
 COPY server/__init__.py server/
 COPY server/base server/base
 RUN mkdir /base && if [ "$BASE" = default ]; then python -m server.base --out /base; fi

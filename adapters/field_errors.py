@@ -233,14 +233,20 @@ def _missing(errors: Sequence[Any], shown: Callable[[str], str]) -> list[FieldEr
 def _unknown(
     errors: Sequence[Any], model: Any, shown: Callable[[str], str]
 ) -> Iterator[FieldError]:
+    listed_for: set[str] = set()
     for one in errors:
         *outer, name = map(str, one["loc"])
         place = "" if outer == ["body"] else place_of(outer)
         here = _model_at(model, one["loc"][:-1])
         known = () if here is None else field_names(here)
-        message, expected = unknown_name(name, known), listed(known) or "a known field"
-        if (inner := _inside(name, here)) and inner != close_to(name, known):
+        near = close_to(name, known)
+        # A place's fields are listed once.
+        told = unknown_name(name, () if place in listed_for and near is None else known)
+        message, expected = told, listed(known) or "a known field"
+        if (inner := _inside(name, here)) and inner != near:
             message = f"unknown field {quoted(name)}; did you mean {quoted(inner)}?"
+        elif near is None:
+            listed_for.add(place)
         at = f"{shown(place)}: " if place else ""
         field = quoted(f"{place}.{name}" if place else name)[1:-1]
         yield FieldError(f"{at}{message}", field, expected, quoted(name))

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from adapters.base_model import BaseModelSpec
 from adapters.checkpoint.folder import shorten
 from adapters.errors import BaseMismatch, ConfigInvalid
+from adapters.field_errors import quoted
 from adapters.template import Tokenization
 
 Source = Literal["uploaded", "trained", "combined", "loaded", "watched"]
@@ -79,14 +80,21 @@ class AdapterMetadata:
 
     def require_base(self, base: BaseModelSpec) -> None:
         """Raise BaseMismatch if the adapter was trained here on another base."""
-        if self.base_digest not in (None, base.digest):
-            raise BaseMismatch(
-                f"the adapter was trained on base {str(self.base_digest)[:12]}, "
-                f"{base.digest[:12]} is served here",
-                field="base_digest",
-                expected=base.digest,
-                came=self.base_digest,
-            )
+        self.require_digest(base.digest)
+
+    def require_digest(self, served: str) -> None:
+        """As `require_base`, with the digest of the base that is served."""
+        if self.base_digest in (None, served):
+            return
+        name = (self.recipe or {}).get("base_name")
+        named = f"{quoted(name)} " if isinstance(name, str) else ""
+        raise BaseMismatch(
+            f"the adapter was trained on the base {named}(digest {str(self.base_digest)[:12]}), this is "
+            f"another one ({served[:12]}); add it where its own base is served (--base)",
+            field="base_digest",
+            expected=served,
+            came=self.base_digest,
+        )
 
     def checked(self) -> AdapterMetadata:
         """The metadata as it is read back once it was stored as JSON.

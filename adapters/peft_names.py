@@ -177,6 +177,35 @@ def absent_names() -> dict[str, str]:
     return {**methods, **lora, **hub, **heads, **modules, **_INSTEAD}
 
 
+def why_not_trained(method: str) -> str | None:
+    """Why a method of PEFT is not trained here; None for any other text.
+
+    Args:
+        method: in any usual spelling, such as "LoRA", "LORA", "PeftType.ADALORA" and "LoraConfig".
+    """
+    plain = _letters(method[:100].rpartition(".")[2])
+    for suffix in ("config", "model"):
+        plain = plain.removesuffix(suffix)
+    words = _BY_LETTERS.get(plain)
+    if words is None:
+        return None
+    merged = "; serve a base that has it merged in" if words in ("LoRA", *_KINDS_OF_LORA) else ""
+    return f"{words} is a method of PEFT that is neither trained nor served here{merged}"
+
+
+def _letters(name: str) -> str:
+    return "".join(one for one in name.lower() if one.isalnum())
+
+
+# What people write for LoRA with an option of its own.
+_KINDS_OF_LORA = ("QLoRA", "DoRA", "rsLoRA", "PiSSA")
+_BY_LETTERS = {
+    **{_letters(name): words for name, words in _OTHER_METHODS.items()},
+    "bone": "Bone",
+    **{_letters(words): words for words in (*_OTHER_METHODS.values(), *_KINDS_OF_LORA)},
+}
+
+
 def check_absent(name: str) -> None:
     """Refuse an import of a name that PEFT or AdapterHub has and this library does not.
 

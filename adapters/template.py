@@ -31,6 +31,7 @@ _WORD = re.compile(r"\w")
 # Shorter punctuation stands at the end of any text.
 _LEAST_PUNCTUATION = 2
 MAX_TEMPLATE_CHARACTERS = 10_000
+_SHOWN = 80
 DEFAULT_SEPARATOR = " "
 
 
@@ -119,6 +120,22 @@ class Template:
         kept = end if keep_trailing_space else end.rstrip()
         parts.append(kept)
         return cls(tuple(part for part in parts if part != ""), dropped=end[len(kept) :])
+
+    def require_column(self) -> None:
+        """Refuse a template that makes the same prompt of every row.
+
+        Raises:
+            TemplateInvalid: it names no column.
+        """
+        if not self.columns:
+            text = "".join(part for part in self.parts if isinstance(part, str)) + self.dropped
+            raise TemplateInvalid(
+                "template: it names no column, so every prompt would be the same; write {column} where "
+                "the text of a row belongs",
+                field="template",
+                expected="at least one {column}",
+                came=repr(text[:_SHOWN]),
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:

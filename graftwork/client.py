@@ -9,20 +9,36 @@ Replies are the server's JSON as dicts; `/docs` of the server describes every fi
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
+from adapters.field_errors import unknown_name
 from server.cli.backend import AdapterFiles, Backend, GenerationInput
-from server.cli.http_client import RemoteServer, ServerRefused
+from server.cli.http_client import RemoteServer, ServerRefused, Words
 from server.store.job_states import FINISHED
 
 __all__ = ["Client", "JobFailed", "ServerRefused"]
 
 Json = dict[str, Any]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_HOW_TO_TRAIN = (
+    "expected the adapter's name, then the rows, such as train('mine', [{'text': 'Late.', 'label': "
+    "'bad'}, ...], method='ia3', template='{text}', target='label')"
+)
 # A prompt as it is, or a row for the adapter's stored template.
 Input = str | Mapping[str, str]
+
+
+_WORDS = Words(
+    url="url",
+    nobody_there="start the server there with graftwork serve, or give another url",
+    no_key="give yours with Client(url, api_key=...)",
+)
 
 
 class JobFailed(Exception):
@@ -37,6 +53,21 @@ class JobFailed(Exception):
         reason = error.get("message") or f"it is {job['state']}"
         super().__init__(f"training job {job['id']} made no adapter: {reason}")
         self.job = job
+
+
+def _explained(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method that says how it is called where its arguments do not fit."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"Client.{method.__name__}: {error}; {_HOW_TO_TRAIN}") from None
+        return method(*args, **kwargs)
+
+    return call
 
 
 class Client:
@@ -58,7 +89,9 @@ class Client:
         api_key: str | None = None,
         timeout_seconds: float = 600.0,
     ) -> None:
-        self._server = RemoteServer(url, patience_seconds=timeout_seconds, api_key=api_key)
+        self._server = RemoteServer(
+            url, patience_seconds=timeout_seconds, api_key=api_key, words=_WORDS
+        )
         self._backend = Backend(self._server)
 
     def __enter__(self) -> Self:
@@ -80,7 +113,11 @@ class Client:
             prompt: a text, or columns for the adapter's stored template.
             adapter: NAME, NAME@VERSION or NAME@ALIAS; None is the base.
             parameters: those of `POST /generate`, such as `max_new_tokens`.
+
+        Raises:
+            TypeError: a parameter that the route does not have.
         """
+        _check_parameters(parameters)
         reply = self._server.post(
             "/generate", {**_prompt(prompt).body(), "parameters": parameters}, adapter=adapter
         )
@@ -90,6 +127,7 @@ class Client:
         self, prompt: Input, *, adapter: str | None = None, **parameters: Any
     ) -> Iterator[str]:
         """Generate one text, piece by piece; arguments as `generate`."""
+        _check_parameters(parameters)
         return self._backend.pieces(adapter, _prompt(prompt), parameters)
 
     def classify(
@@ -148,7 +186,14 @@ class Client:
             name: what the adapter will be called.
             path: where it is on this machine.
             metadata: what to store with it, such as `template`, `labels` and `description`.
+
+        Raises:
+            TypeError: metadata that the server does not store.
+            FileNotFoundError: there is nothing at `path`.
         """
+        from adapters.metadata import SETTABLE_FIELDS
+
+        _check_names("add_adapter", metadata, SETTABLE_FIELDS)
         return self._backend.add(AdapterFiles(Path(path), name, metadata))
 
     def remove_adapter(self, name: str, version: int | None = None) -> Json:
@@ -161,6 +206,7 @@ class Client:
 
     # --- training --------------------------------------------------------------------------------
 
+    @_explained
     def train(
         self,
         adapter: str,
@@ -180,13 +226,22 @@ class Client:
             template: makes prompts of rows: `Tweet text : {text} Label :`.
             target: the column to learn.
             options: other fields of `POST /train`, such as `labels` and `hyperparameters`.
+
+        Raises:
+            TypeError: arguments that are missing or given twice; rows that are a file's name.
         """
+        sent = [] if isinstance(rows, str | Path) else list(rows)
+        if isinstance(rows, str | Path) or not all(isinstance(row, Mapping) for row in sent):
+            raise TypeError(
+                f"Client.train: rows: expected a list of dicts, came {type(rows).__name__}; read the "
+                "file first, or run graftwork train --data FILE --url URL --register NAME"
+            )
         body = {
             "adapter": adapter,
             "method": method,
             "template": template,
             "target": target,
-            "rows": [dict(row) for row in rows],
+            "rows": [dict(row) for row in sent],
             **options,
         }
         return str(self._server.post("/train", body)["id"])
@@ -214,3 +269,16 @@ class Client:
 
 def _prompt(prompt: Input) -> GenerationInput:
     return GenerationInput(prompt) if isinstance(prompt, str) else GenerationInput(row=dict(prompt))
+
+
+def _check_parameters(parameters: Mapping[str, Any]) -> None:
+    # The route takes and ignores what other servers have; here nobody would see that.
+    from server.api.schemas import GenerateParameters
+
+    _check_names("generate", parameters, GenerateParameters.model_fields)
+
+
+def _check_names(method: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(f"Client.{method}: {unknown_name(name, known, 'parameter')}")

@@ -28,6 +28,7 @@ from server.api.generation.openai.responses import route as responses
 from server.api.middleware.authentication import Auth
 from server.api.middleware.headers import PAGE_HEADERS, BodyLimit, ReplyHeaders
 from server.api.middleware.observation import Observation
+from server.api.middleware.route_hints import explained
 from server.api.middleware.slow_clients import SlowClients
 from server.api.middleware.web_pages import WebPages, host_names
 from server.api.openapi.page import DocumentedApp
@@ -139,7 +140,7 @@ def create_app(
         scrape,
     ):
         app.include_router(module.router)
-    error_replies.install(app)
+    error_replies.install(app, explained)
     # The last one added is the outermost.
     app.add_middleware(drain.DrainGate)
     app.add_middleware(

@@ -54,6 +54,28 @@ def test_the_engine_generates_with_an_adapter(base, tmp_path):
     assert plain != adapted
 
 
+def test_the_client_tells_wrong_arguments_in_its_own_words(client, tmp_path):
+    def told(error, call, *args, **kwargs):
+        with pytest.raises(error) as caught:
+            call(*args, **kwargs)
+        return str(caught.value)
+
+    known = "unknown parameter 'max_token'; did you mean 'max_new_tokens'?"
+    assert told(TypeError, client.generate, "x", max_token=3) == f"Client.generate: {known}"
+    assert known in told(TypeError, client.stream, "x", max_token=3)
+    assert "'template'" in told(TypeError, client.add_adapter, "a", tmp_path, templat="{x}")
+    assert "nowhere" in told(FileNotFoundError, client.add_adapter, "a", tmp_path / "nowhere")
+    words = {"method": "ia3", "template": "{x}", "target": "y"}
+    twice = told(TypeError, client.train, "rows.json", adapter="a", **words)
+    assert "multiple values for argument 'adapter'; expected the adapter's name, then" in twice
+    file = told(TypeError, client.train, "a", "rows.json", **words)
+    assert "rows: expected a list of dicts, came str" in file
+    nobody = told(graftwork.ServerRefused, graftwork.Client("http://127.0.0.1:9").info)
+    assert "graftwork serve" in nobody
+    assert "--" not in nobody
+    assert "url: expected" in told(graftwork.ServerRefused, graftwork.Client, "127.0.0.1:8000")
+
+
 def test_the_client_uploads_generates_and_downloads(client, tmp_path):
     folder = save_prefix_adapter(tmp_path / "folder", seed=3)
     added = client.add_adapter("tweets", folder, template=TEMPLATE, labels=LABELS)

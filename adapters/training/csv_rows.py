@@ -32,6 +32,7 @@ from adapters.training.row_source import (
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 _SNIFFED_RECORDS = 20
 _MAX_COMPARED = 1000
+_MAX_NEAR = 4
 _SEP_LINE = re.compile(r'"?sep=([,;:|\t])"?\r?\n', re.IGNORECASE)
 
 
@@ -76,7 +77,9 @@ def csv_rows(
         dialect = _Dialect("\t", dialect.has_sep_line, csv.QUOTE_NONE)
         facts.notes.append("quotation marks are read as text: they do not enclose whole cells")
     records = _csv_records(lines, limits, dialect)
+    lines.in_header = True
     first = next(records, None)
+    lines.in_header = False
     if first is None:
         return
     header = _header(first, dialect, used, facts)
@@ -138,11 +141,17 @@ def _has_plain_quotes(path: Path, head: bytes, limits: DataLimits) -> bool:
     width = None
     with path.open("rb") as file:
         source, _ = line_source(file, head)
-        for line in Lines(source, limits).text(allow_nul=True):
+        lines = Lines(source, limits)
+        lines.in_header = True
+        for line in lines.text(allow_nul=True):
+            lines.in_header = False
             cells = line.rstrip("\r\n").split("\t")
             if cells == [""]:
                 continue
-            width = len(cells) if width is None else width
+            if width is None:
+                width = len(cells)
+            else:
+                lines.row += 1
             if len(cells) != width:
                 return False
             found = found or any(map(_is_open, cells))
@@ -246,12 +255,11 @@ def _header(cells: list[str], dialect: _Dialect, used: Used | None, facts: FileF
 
 def _no_such_header(cells: list[str], dialect: _Dialect, used: Used) -> DataInvalid:
     listed = ", ".join(quoted(cell) for cell in cells[:MAX_LISTED])
-    missing = [name for name in used.required if name not in cells]
-    near = difflib.get_close_matches(
-        missing[0], [cell[:SHOWN] for cell in cells[:_MAX_COMPARED]], n=1
-    )
+    stripped = {cell.strip() for cell in cells}
+    missing = [name for name in used.required if name not in stripped and name not in cells]
+    near = [found for name in missing[:_MAX_NEAR] if (found := _near(name, cells)) is not None]
     if near:
-        hint = f"did you mean {near[0]!r}?"
+        hint = f"; did you mean {' and '.join(map(repr, dict.fromkeys(near)))}?"
     elif len(missing) < len(used.required):
         hint = ""
     else:
@@ -260,15 +268,24 @@ def _no_such_header(cells: list[str], dialect: _Dialect, used: Used) -> DataInva
         line = (
             f"put a line with the names before it, {header[:SHOWN]!r}, separated by a {separator}"
         )
-        looks = "It looks like data: " if _looks_like_data(cells) else "If it is data, "
+        looks = ". It looks like data: " if _looks_like_data(cells) else ". If it is data, "
         hint = looks + line
     wanted = ", ".join(map(quoted, missing))
     return DataInvalid(
-        f"the first line names the columns: {listed}; there is no column {wanted}. {hint}".rstrip(),
+        f"the first line names the columns: {listed}; there is no column {wanted}{hint}",
         field="data",
         expected=f"a header with {wanted}",
         came=listed,
     )
+
+
+def _near(name: str, cells: list[str]) -> str | None:
+    """The cell of a header that is most like a name, whatever the case of its letters."""
+    shown = {
+        cell.strip()[:SHOWN].casefold(): cell.strip()[:SHOWN] for cell in cells[:_MAX_COMPARED]
+    }
+    near = difflib.get_close_matches(name[:SHOWN].casefold(), shown, n=1)
+    return shown[near[0]] if near else None
 
 
 def _looks_like_data(cells: Collection[str]) -> bool:

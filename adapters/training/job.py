@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from adapters.field_errors import listed
+from adapters.peft_names import why_not_trained
 from adapters.template import Tokenization
 from adapters.training.shapes import Format
 
@@ -48,6 +50,19 @@ def method_name(text: Any) -> Any:
         return text
     plain = unicodedata.normalize("NFKC", text).lower().removeprefix("pefttype.")
     return _SPELLINGS.get("".join(one for one in plain if one.isalnum()), text)
+
+
+def why_no_method(text: str) -> str:
+    """ " (the reason)" for a method of PEFT that is not trained here; empty for any other text."""
+    reason = why_not_trained(text)
+    return f" ({reason})" if reason else ""
+
+
+def _trained_method(text: Any) -> Any:
+    name = method_name(text)
+    if isinstance(name, str) and name not in METHOD_NAMES and (reason := why_no_method(name)):
+        raise ValueError(f"{listed([repr(one) for one in METHOD_NAMES], 'or')}{reason}")
+    return name
 
 
 OnTooLong = Literal["error", "truncate"]
@@ -207,7 +222,7 @@ class JobRequest(TrainingOptions):
     """A training job, without its rows, which may decide `template` and `target`."""
 
     adapter: str = Field(description="Name of the adapter that is trained.")
-    method: Annotated[MethodName, BeforeValidator(method_name)] = Field(
+    method: Annotated[MethodName, BeforeValidator(_trained_method)] = Field(
         description="Training method, in any usual spelling; p_tuning_v2 is another name of "
         "prefix_tuning."
     )

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +34,7 @@ from adapters.training.job import (
 from adapters.training.labels import infer_labels
 from adapters.training.method_config import Start, wrong
 from adapters.training.recipes import RECIPES, Recipe
-from adapters.training.rendering import Renderer, RowFormat
+from adapters.training.rendering import Renderer, RowFormat, listed_rows
 from adapters.training.selection import (
     ContextSettings,
     alternating,
@@ -46,10 +47,15 @@ from adapters.training.selection import (
 # Longer rows are rarely intended, and memory grows with every token.
 DEFAULT_MAX_LENGTH = 2048
 PREVIEW_ROWS = 3
-_ROWS_NAMED = 5
 # 4 GiB in float32 with gradients and AdamW's two states.
 MAX_TRAINABLE_PARAMS = 2**28
 _SHOWN = 80
+_LABELS_SHOWN = 5
+# Targets of more values than this are texts, not labels.
+_MAX_ALIKE = 100
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+# What programs write for a cell without a value, unlike pandas, which leaves it empty.
+_WORDS_FOR_NOTHING = frozenset(("NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A"))
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def make_plan(
         num_validation_rows=len(rendered.held_out),
         format=request.format or "columns",
         labels_inferred=settings.labels_inferred,
-        warnings=[*notes, *adapter.warnings, *_warnings(settings, rows)],
+        warnings=[*notes, *adapter.warnings, *_warnings(settings, rendered)],
         trainable_params=trainable_params,
     )
     preview = [_preview(example, rendered) for example in examples.train[:PREVIEW_ROWS]]
@@ -442,17 +448,21 @@ def _at_most(most: int, value: int, field: str, fault: str) -> int:
 # --- what may not be intended ------------------------------------------------------------------
 
 
-def _warnings(settings: _Settings, rows: Sequence[Row]) -> list[str]:
-    """Sentences about empty cells and about labels that were not given."""
-    row_format = settings.row_format
-    found = _empty_cells(Template.parse(row_format.template), rows)
+def _warnings(settings: _Settings, rendered: _Rendered) -> list[str]:
+    """Sentences about cells without a value, labels, and the learning rate."""
+    row_format, rows = settings.row_format, rendered.rows
+    template = Template.parse(row_format.template)
+    found = _empty_cells(template, rows)
     if settings.labels_inferred:
         listed = ", ".join(repr(label[:_SHOWN]) for label in row_format.labels or ())
         found.append(
             f"labels were not given: the values of {row_format.target[:_SHOWN]!r} are taken, {listed}; "
             "infer_labels false takes none"
         )
-    return found
+    if row_format.prompts == "template":
+        found += _words_for_nothing(template, row_format, rows)
+        found += _doubtful_labels(row_format, rendered)
+    return found + _high_rate(settings)
 
 
 def _empty_cells(template: Template, rows: Sequence[Row]) -> list[str]:
@@ -461,16 +471,80 @@ def _empty_cells(template: Template, rows: Sequence[Row]) -> list[str]:
         empty = [number for number, row in enumerate(rows, start=1) if is_empty(row[name])]
         if not empty:
             continue
-        listed = ", ".join(map(str, empty[:_ROWS_NAMED]))
-        more = ", …" if len(empty) > _ROWS_NAMED else ""
         hint = ""
         if any(_stands_alone(line, name) for line in template.lines):
             hint = f", which leaves a blank line in the prompt; {{?{name}}} leaves the line out"
         found.append(
             f"column {name[:_SHOWN]!r} is empty in {len(empty)} of {len(rows)} rows "
-            f"({'row' if len(empty) == 1 else 'rows'} {listed}{more}){hint}"
+            f"({listed_rows(empty)}){hint}"
         )
     return found
+
+
+def _words_for_nothing(template: Template, row_format: RowFormat, rows: Sequence[Row]) -> list[str]:
+    """Sentences about columns with texts such as "NaN", except in a target whose values are named."""
+    names = [*template.columns]
+    if row_format.label_names is None and not _WORDS_FOR_NOTHING & {*(row_format.labels or ())}:
+        names.append(row_format.target)
+    found = []
+    for name in names:
+        cells = [(number, row.get(name)) for number, row in enumerate(rows, start=1)]
+        numbers = [number for number, value in cells if value in _WORDS_FOR_NOTHING]
+        if not numbers:
+            continue
+        words = sorted({str(value) for _, value in cells if value in _WORDS_FOR_NOTHING})
+        found.append(
+            f"column {name[:_SHOWN]!r} is {' or '.join(map(repr, words))} in {len(numbers)} of "
+            f"{len(rows)} rows ({listed_rows(numbers)}); it is read as text: leave the cell empty "
+            "if it stands for a missing value"
+        )
+    return found
+
+
+def _doubtful_labels(row_format: RowFormat, rendered: _Rendered) -> list[str]:
+    """Sentences about labels that are numbers, and about targets that are hard to tell apart."""
+    found = []
+    labels = row_format.labels or []
+    if labels and row_format.label_names is None and all(map(_NUMBER.fullmatch, labels)):
+        listed = ", ".join(repr(label) for label in labels[:_LABELS_SHOWN])
+        found.append(
+            f"the labels are numbers, {listed}: a base knows words, not what these numbers mean; "
+            f'label_names puts them into words, such as {{{json.dumps(labels[0])}: "complaint"}}'
+        )
+    alike = _alike(rendered)
+    if alike:
+        found.append(
+            f"values of {row_format.target[:_SHOWN]!r} differ only in case or in spaces around them: "
+            f"{' and '.join(repr(text[:_SHOWN]) for text in alike[:_LABELS_SHOWN])}; they are learned "
+            "as different answers: write them alike"
+        )
+    return found
+
+
+def _alike(rendered: _Rendered) -> list[str]:
+    """The first targets that differ only in case or in spaces around them; none where all are texts."""
+    groups: dict[str, dict[str, None]] = {}
+    known: set[str] = set()
+    for number, row in enumerate(rendered.rows, start=1):
+        text = rendered.renderer.target_text(row, number)
+        if text in known:
+            continue
+        known.add(text)
+        if len(known) > _MAX_ALIKE:
+            return []
+        groups.setdefault(text.strip().casefold(), {})[text] = None
+    return next((list(group) for group in groups.values() if len(group) > 1), [])
+
+
+def _high_rate(settings: _Settings) -> list[str]:
+    rate = settings.hyperparameters.learning_rate
+    if rate <= 1:
+        return []
+    usual = settings.recipe.hyperparameters.learning_rate
+    return [
+        f"hyperparameters.learning_rate is {rate:g}, which is likely to ruin the adapter; the "
+        f"method's recipe has {usual:g}"
+    ]
 
 
 def _stands_alone(line: Sequence[str | Column], name: str) -> bool:

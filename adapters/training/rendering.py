@@ -22,6 +22,7 @@ ADDED, TEMPLATE_BEFORE, INPUT, TEMPLATE_AFTER, LABEL = 0, 1, 2, 3, 4
 EXAMPLE_SEPARATOR = "\n"
 _SHOWN = 80
 _COMPARED = 200
+_ROWS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Renderer:
         """Examples for all rows, in order, without a length limit.
 
         Raises:
-            DataInvalid: no rows, a single class, a missing column, or a target that is not a label.
+            DataInvalid: no rows, a single class, a missing column, or a target that is empty or not a
+                label.
         """
         if not rows:
             raise DataInvalid(
@@ -111,6 +113,7 @@ class Renderer:
                 expected="at least one row",
                 came="none",
             )
+        self._refuse_empty_targets(rows)
         texts = [self.target_text(row, number) for number, row in enumerate(rows, start=1)]
         if len(texts) > 1 and len(set(texts)) == 1:
             raise DataInvalid(
@@ -245,6 +248,22 @@ class Renderer:
         data = self._encoder.token_bytes(token_id)
         return data.decode("utf-8", "backslashreplace") if not _is_text(data) else covered
 
+    def _refuse_empty_targets(self, rows: Sequence[Row]) -> None:
+        """Refuse all rows without an answer at once: who cleans a file wants to know each of them."""
+        target = self._format.target
+        if "" in (self._format.label_names or ()):
+            return
+        empty = [number for number, row in enumerate(rows, start=1) if row.get(target) == ""]
+        if empty:
+            raise DataInvalid(
+                f"column {target[:_SHOWN]!r}, the target, is empty in {len(empty)} of {len(rows)} rows "
+                f"({listed_rows(empty)}); write an answer there, or remove these rows",
+                row=empty[0],
+                field=target,
+                expected="an answer in every row",
+                came=f"{len(empty)} empty",
+            )
+
     def _filled(self, row: Row, number: int) -> Filled:
         try:
             return self._template.fill(row)
@@ -266,7 +285,7 @@ class Renderer:
     def _example(self, row: Row, target: str, number: int) -> Example:
         prompt, types = self.prompt(row, number)
         target_ids = self.target_ids(target)
-        if target == "" or len(target_ids) == len(self._end):
+        if len(target_ids) == len(self._end):
             raise DataInvalid(
                 f"row {number}: the target in column {self._format.target[:_SHOWN]!r} has no tokens; "
                 "remove rows without an answer",
@@ -284,6 +303,13 @@ class Renderer:
         )
 
 
+def listed_rows(numbers: Sequence[int]) -> str:
+    """The first of some row numbers, for a message: "rows 1, 2, 3, 4, 5, …"."""
+    listed = ", ".join(map(str, numbers[:_ROWS_NAMED]))
+    more = ", …" if len(numbers) > _ROWS_NAMED else ""
+    return f"{'row' if len(numbers) == 1 else 'rows'} {listed}{more}"
+
+
 def parse_template(row_format: RowFormat) -> Template:
     """Parse the template; "as_written" keeps its trailing white space.
 
@@ -294,8 +320,10 @@ def parse_template(row_format: RowFormat) -> Template:
     as_written = row_format.tokenization == "as_written"
     template = Template.parse(row_format.template, keep_trailing_space=as_written)
     if not template.columns:
+        hint = "; {{ and }} are the braces themselves: write {column} in single braces"
         raise JobInvalid(
-            "template: it names no column, so every prompt would be the same",
+            "template: it names no column, so every prompt would be the same"
+            f"{hint if '{{' in row_format.template else ''}",
             field="template",
             expected="at least one {column}",
             came=repr(row_format.template[:_SHOWN]),

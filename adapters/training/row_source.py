@@ -78,6 +78,16 @@ class FileFacts:
     columns: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def header_hint(self) -> str:
+        """A sentence for columns that are not known, after a space; "" where there is no header."""
+        if self.layout != "CSV":
+            return ""
+        return (
+            ". The first line was read as the names of the columns; if it is data, put a line with the "
+            "names before it"
+        )
+
 
 @dataclass(frozen=True)
 class Source:
@@ -96,6 +106,7 @@ class Lines:
     Attributes:
         number: number of the last line read.
         row: row number for error messages; set by the row reader.
+        in_header: whether the lines are a header's, which is no row; set by the row reader.
     """
 
     def __init__(self, source: LineSource, limits: DataLimits) -> None:
@@ -105,10 +116,13 @@ class Lines:
         self._has_utf8 = False
         self.number = 0
         self.row = 1
+        self.in_header = False
 
     @property
     def place(self) -> str:
         """The current row and line."""
+        if self.in_header:
+            return f"line {self.number}, the header"
         return f"row {self.row} (line {self.number})"
 
     def text(self, *, allow_nul: bool = False) -> Iterator[str]:
@@ -146,12 +160,14 @@ class Lines:
         try:
             line = self._source.readline(size)
         except UnicodeDecodeError as error:
+            self.number += 1
             came = "bytes that are none"
             raise refused(
                 self.place, self.row, "UTF-16, as its byte order mark says", came
             ) from error
         self._bytes += len(line)
         if self._bytes > self._limits.max_bytes:
+            self.number += 1
             raise too_much(self.place, self.row, self._limits)
         return line.removeprefix(UTF8_BOM) if self.number == 0 else line
 
@@ -159,7 +175,7 @@ class Lines:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            came = f"byte {error.start + 1} of the line is not"
+            came = f"a byte that is not (byte {error.start + 1} of the line)"
             raise self._foreign(line, "UTF-8", came) from error
         self._has_utf8 = self._has_utf8 or not text.isascii()
         return text

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,8 +281,13 @@ def refusal_reply(error: Exception, path: str) -> RefusalReply:
     return RefusalReply(report.refusal.status, report.refusal.code, report.headers, body)
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the tables, and the framework's own, in our shapes."""
+def install(app: FastAPI, explained: Callable[[HTTPException, str], HTTPException]) -> None:
+    """Answer every error of the tables, and the framework's own, in our shapes.
+
+    Args:
+        app: gets the handlers.
+        explained: the framework's refusal of a path, with what was probably meant.
+    """
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):
@@ -290,6 +295,8 @@ def install(app: FastAPI) -> None:
                 return reply_to(refused, request.url.path)
             report = describe_validation(error.errors(), _body_model(request))
             return JSONResponse(body_of(report, request.url.path), report.refusal.status)
+        if isinstance(error, HTTPException):
+            error = explained(error, request.scope["path"])
         return reply_to(error, request.url.path)
 
     async def no_reply(_request: Request, _error: Exception) -> Response:

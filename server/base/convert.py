@@ -22,6 +22,8 @@ from server.base import fetch
 from server.base.digest import base_digest
 
 DEFAULT_BASE_NAME = "SmolLM2-135M-Instruct"
+# Of the base that is made here: what adapters trained on it carry, known before it is made.
+DEFAULT_BASE_DIGEST = "1a45f6bea1237d5986621d196e9e3dda7a052123f714a27513a4e86413a111bb"
 MANIFEST_FILE = "graftwork_base.json"
 QUANTIZATION_NOTE = (
     "dequantized from Q4_1; weights are not those of the hub's model of the same name"

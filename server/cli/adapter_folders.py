@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from adapters.errors import FileSetInvalid, NameInvalid
 from adapters.field_errors import listed
@@ -96,7 +97,7 @@ def _check_distinct(places: Sequence[AdapterPlace]) -> None:
             )
 
 
-def _places(path: Path) -> Iterator[AdapterPlace]:
+def _places(path: Path) -> Iterator[AdapterPlace | RefusedPath]:
     if not path.exists():
         raise FileSetInvalid(
             f"{path}: expected a folder that PEFT saved; there is no such file or folder{_near(path)}",
@@ -104,6 +105,7 @@ def _places(path: Path) -> Iterator[AdapterPlace]:
         )
     if path.is_file() and path.suffix not in _ARCHIVES and (path.parent / CONFIG_FILE).is_file():
         path = path.parent  # one of its files was named
+    _refuse_several(path)
     if path.is_file() or (path / CONFIG_FILE).is_file():
         yield _named(path, path)
         return
@@ -112,6 +114,7 @@ def _places(path: Path) -> Iterator[AdapterPlace]:
     others = [one for one in inside if one not in checkpoints]
     if others:
         yield from (_named(one, one) for one in others)
+        yield from _without_config(path)
     elif len(checkpoints) == 1:
         yield _named(checkpoints[0], path)
     elif checkpoints:
@@ -125,6 +128,32 @@ def _places(path: Path) -> Iterator[AdapterPlace]:
         )
     else:
         raise FileSetInvalid(f"{path} holds no adapter: {_instead(path)}", field="path")
+
+
+def _refuse_several(path: Path) -> None:
+    """Refuse a zip of several adapters, which an upload could not name apart."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = [PurePosixPath(one) for one in archive.namelist()]
+    inside = sorted(str(one.parent) for one in names if one.name == CONFIG_FILE)
+    if len(inside) > 1:
+        raise FileSetInvalid(
+            f"{path} holds {len(inside)} adapters: {_some(inside)}; unzip it, and add the folder, which "
+            "adds them all: graftwork adapters add FOLDER",
+            field="path",
+        )
+
+
+def _without_config(path: Path) -> Iterator[RefusedPath]:
+    """Folders in a folder of adapters that have weights and nothing that says whose."""
+    for weights in sorted(path.glob("*/adapter_model.*")):
+        if not (weights.parent / CONFIG_FILE).is_file():
+            yield RefusedPath(
+                weights.parent,
+                f"{weights.parent} holds {weights.name} and no {CONFIG_FILE}, so it was left out; copy "
+                "the one that PEFT saved with it",
+            )
 
 
 def _named(path: Path, after: Path) -> AdapterPlace:

@@ -42,9 +42,14 @@ _COLUMNS = ("version", "method", "tokens", "bytes", "status", "residency")
 _COUNTED = ("requests", "last use")
 
 
+# Of `table_of`: what a narrow terminal does without, the first ones first.
+EXPENDABLE = ("residency", "last use", "bytes", "tokens", "requests", "status")
+
+
 def table_of(records: Sequence[Shown]) -> Table:
     """Adapters, one a line."""
-    name = Column("name", overflow="fold")
+    # Names are copied from here: never folded.
+    name = Column("name", no_wrap=True, overflow="fold")
     counted = _COUNTED if any("counters" in one for one in records) else ()
     table = Table(name, *_COLUMNS, *counted, box=box.SIMPLE_HEAD, pad_edge=False)
     for one in records:
@@ -86,8 +91,13 @@ def print_record(record: Shown, remark: str, *, as_json: bool) -> None:
         print_line(f"{record['name']}@{record['version']} {remark}")
 
 
-def print_added(one: Shown) -> None:
-    """Report one folder: its adapter on standard output, or its refusal on standard error."""
+def print_added(one: Shown, told: set[str]) -> None:
+    """Report one folder: its adapter on standard output, or its refusal on standard error.
+
+    Args:
+        one: its record, or `path` and `error`.
+        told: warnings that were printed before, and are not again; grows.
+    """
     if "error" in one:
         path, said = one["path"], one["error"]
         warn(said if said.startswith(path) else f"{path}: {said}")
@@ -96,7 +106,9 @@ def print_added(one: Shown) -> None:
     facts = f"({one['peft_type']}, {one['digest'][:12]})"
     print_line(f"{one['name']}@{one['version']} {what} {facts}")
     for warning in one["warnings"]:
-        warn(warning, "yellow")
+        if warning not in told:
+            warn(warning, "yellow")
+        told.add(warning)
 
 
 def _versions(versions: Sequence[Shown]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import typer
 
 from adapters.field_errors import listed
 from server.cli.adapter_folders import AdapterPlace, RefusedPath, find_places
-from server.cli.adapter_tables import details_of, print_added, print_record, table_of
+from server.cli.adapter_tables import EXPENDABLE, details_of, print_added, print_record, table_of
 from server.cli.command_group import CommandGroup
 from server.cli.data import labels_from
 from server.cli.options import (
@@ -64,7 +64,7 @@ def list_adapters(*, settings: Settings, as_json: AsJson = False) -> None:
     if as_json:
         print_json(records)
         return
-    print_table(table_of(records))
+    print_table(table_of(records), expendable=EXPENDABLE)
 
 
 @adapters_app.command("show")
@@ -127,6 +127,7 @@ def add_adapters(
     """
     with errors_as_lines():
         places = find_places(paths, name)
+        _require_default_base(places, settings)
     _say_what_was_found(paths, places)
     options = {"template": template, "labels": labels_from(labels), "description": description}
     given = {key: value for key, value in options.items() if value is not None}
@@ -138,8 +139,9 @@ def add_adapters(
     if as_json:
         print_json(results)
     else:
+        told: set[str] = set()
         for one in results:
-            print_added(one)
+            print_added(one, told)
     if any("error" in one for one in results):
         raise typer.Exit(EXIT_FOUND_FAILURE)
 
@@ -307,6 +309,32 @@ def _say_what_was_found(
     for one in added:
         if one.title is not None:
             warn(f"{one.path} is named {one.name}, after {one.title!r}", "yellow")
+
+
+def _require_default_base(places: Sequence[AdapterPlace | RefusedPath], settings: Settings) -> None:
+    """Refuse folders of another base before the default one is fetched and made for them.
+
+    Raises:
+        BaseMismatch: none of them can be added to it.
+    """
+    from adapters.errors import BaseMismatch, ConfigInvalid
+    from adapters.training.provenance import read_provenance
+    from server.base.convert import DEFAULT_BASE_DIGEST, is_prepared
+
+    if settings.url is not None or not settings.is_default_base or is_prepared(Path(settings.base)):
+        return
+    refused: list[BaseMismatch] = []
+    for place in places:
+        try:
+            provenance = read_provenance(place.path) if place.path.is_dir() else None
+            if provenance is not None:
+                provenance.metadata().require_digest(DEFAULT_BASE_DIGEST)
+        except BaseMismatch as error:
+            refused.append(error)
+        except ConfigInvalid:
+            continue  # told when it is added
+    if refused and len(refused) == len(places):
+        raise refused[0]
 
 
 def _source(place: AdapterPlace, given: Mapping[str, Any]) -> AdapterFiles:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from urllib.parse import quote
 
-from adapters.errors import AdapterNotFound, BaseMismatch, VersionNotFound
-from adapters.field_errors import close_to, listed
+from adapters.errors import AdapterNotFound, VersionNotFound
 from server.cli.http_client import RemoteServer, ServerRefused
 from server.store.job_files import no_job
 from server.store.job_states import FINISHED
@@ -37,9 +35,6 @@ Json: TypeAlias = dict[str, Any]
 # Requests in flight at a running server, where there are many prompts.
 _AT_ONCE = 16
 _PAGE = 1000
-_UNKNOWN = re.compile(r"there is no adapter '([^']+)'")
-# So many adapters are listed where an unknown one was named.
-_FEW = 5
 # Before a stream of events that ended without its job is opened again.
 _AGAIN_SECONDS = 0.5
 # A server sends the events it has at once, and then looks four times a second: after so long a silence
@@ -149,7 +144,7 @@ class Backend:
             BaseMismatch: it was trained on another base than the server's.
             CheckpointError: its files are not there, or refused.
         """
-        self._require_base(source.metadata.get("base_digest"))
+        self._require_base(source.metadata)
         with staged(source.path) as (directory, found):
             paths = [*sorted(directory.iterdir()), *_token_files(source.path)]
             files = [("files", path.name, path) for path in paths]
@@ -232,14 +227,11 @@ class Backend:
         """Digest of the base that is served."""
         return str(self.server.get("/info")["base"]["digest"])
 
-    def _require_base(self, digest: str | None) -> None:
-        if digest is not None and (served := self.base_digest()) != digest:
-            raise BaseMismatch(
-                f"the adapter was trained on base {digest[:12]}, {served[:12]} is served there",
-                field="base_digest",
-                expected=served,
-                came=digest,
-            )
+    def _require_base(self, metadata: Json) -> None:
+        from adapters.metadata import AdapterMetadata
+
+        if metadata.get("base_digest") is not None:
+            AdapterMetadata(**metadata).require_digest(self.base_digest())
 
     # --- training jobs ---------------------------------------------------------------------------
 
@@ -352,21 +344,6 @@ class Backend:
                 raise ServerRefused(str(frame["error"]))
             if not frame["token"]["special"]:
                 yield frame["token"]["text"]
-
-    def with_near_name(self, error: ServerRefused) -> ServerRefused:
-        """A refusal of an unknown adapter, with the name that resembles it; any other as it is."""
-        asked = _UNKNOWN.search(error.message)
-        if error.code != "adapter_not_found" or asked is None:
-            return error
-        try:
-            names = [one["name"] for one in self.adapters()]
-        except ServerRefused:
-            return error
-        near = close_to(asked[1], names)
-        if near is None or "did you mean" in error.message:
-            few = f"; there are {listed(names)}" if 0 < len(names) <= _FEW else ""
-            return ServerRefused(f"{error.message}{few}", error.status, error.code)
-        return ServerRefused(f"{error.message}; did you mean {near!r}?", error.status, error.code)
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:

@@ -177,7 +177,7 @@ def _require_base(name: str, expected: str | None, came: str) -> None:
 
     if expected not in (None, came):
         raise BaseMismatch(
-            f"{name} belongs to the base {str(expected)[:12]}, --base is {str(came)[:12]}",
+            f"{name} belongs to another base (digest {str(expected)[:12]}) than --base ({came[:12]})",
             field="base",
             expected=expected,
             came=came,

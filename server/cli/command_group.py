@@ -7,6 +7,7 @@ with pydantic, whose words are replaced. Knows no command.
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
 import typer
@@ -73,6 +74,8 @@ _OTHER_COMMANDS = {
     "stop": "cancel",
     "kill": "cancel",
     "logs": "log",
+    "follow": "events",
+    "watch": "events",
     "diff": "compare",
     "start": "serve",
     "run": "serve",
@@ -90,6 +93,9 @@ _OTHER_COMMANDS = {
     "version": "--version",
     "help": "--help",
 }
+# What a word without an option is meant for, by the first one that the command has.
+_OF_BARE_WORDS = ("--prompt", "--data")
+_EXTRA = re.compile(r"argument\S* \((.*)\)\.?$", re.DOTALL)
 _KINDS = "arguments and options:"
 _NOT_ONE_OF = re.compile(r"(?:Value error, )?'(.*)' is not one of (.+?)\.?")
 
@@ -120,8 +126,10 @@ def _explain(error: Any, group: TyperGroup) -> None:
         name = error.option_name.replace("_", "-")
         has = {flag for one in error.ctx.command.params for flag in one.opts}
         named = [one for one in _OTHER_NAMES.get(name, ()) if one in has]
-        near = [one for one in error.possibilities or () if one not in ("--help", *named)]
+        near = [one for one in error.possibilities or () if one not in ("--help", "-h", *named)]
         error.possibilities = named or near
+    elif error.message.startswith("Got unexpected extra argument") and error.ctx is not None:
+        error.message += _as_option_of(error)
     elif error.message.startswith("No such command") and "Did you mean" not in error.message:
         words = error.message.split("'")
         meant = _OTHER_COMMANDS.get(words[1]) if len(words) > 1 else None
@@ -129,6 +137,14 @@ def _explain(error: Any, group: TyperGroup) -> None:
             meant in group.commands or (meant.startswith("-") and "serve" in group.commands)
         ):
             error.message += f" Did you mean {meant!r}?"
+
+
+def _as_option_of(error: Any) -> str:
+    """The option that a word without one was probably meant for; empty where none is known."""
+    has = {flag for one in error.ctx.command.params for flag in one.opts}
+    words = _EXTRA.search(error.message)
+    option = next((one for one in _OF_BARE_WORDS if one in has), None)
+    return f"; did you mean {option} {shlex.quote(words[1])}?" if option and words else ""
 
 
 def _lacks(parameter: Any, given: dict[str, Any]) -> bool:

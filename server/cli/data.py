@@ -5,6 +5,10 @@ Knows no model and no command.
 
 from __future__ import annotations
 
+import ast
+import json
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +29,9 @@ from server.cli.render import fail
 if TYPE_CHECKING:
     from server.api.training.training_data import TrainingData, Wish
     from server.text.tokenizer import TextTokenizer
+
+# A path has lost one of the slashes.
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
 
 Data = Annotated[
     Path,
@@ -99,10 +106,31 @@ def pairs_from(flag: str, given: Sequence[str] | None) -> dict[str, str] | None:
     for text in given:
         key, sign, value = text.partition("=")
         if not sign or not key:
-            raise fail(f"{flag}: expected KEY=VALUE, came {text!r}")
+            raise fail(f"{flag}: expected KEY=VALUE, came {text!r}{_as_pairs(flag, text)}")
         if pairs.setdefault(key, value) != value:
             raise fail(f"{flag}: {key!r} is given twice, as {pairs[key]!r} and {value!r}")
     return pairs
+
+
+def _as_pairs(flag: str, text: str) -> str:
+    """How an object is said in options; empty where the text is none."""
+    from adapters.strict_json import StrictJsonError, parse_object
+
+    try:
+        given = parse_object(text.encode("utf-8", "surrogatepass"), 2)
+    except StrictJsonError:
+        return ""
+    return "; write " + " ".join(f"{flag} {shlex.quote(f'{key}={given[key]}')}" for key in given)
+
+
+def _as_json(text: str) -> str:
+    """How a Python dict is said in JSON; empty where the text is none."""
+    try:
+        value = ast.literal_eval(text.strip())
+        said = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return ""
+    return f"; it is a Python dict, in JSON: {shlex.quote(said)}" if isinstance(value, dict) else ""
 
 
 def object_from(flag: str, text: str | None) -> dict[str, Any] | None:
@@ -114,7 +142,7 @@ def object_from(flag: str, text: str | None) -> dict[str, Any] | None:
     try:
         return parse_object(text.encode("utf-8", "surrogatepass"), 8)
     except StrictJsonError as error:
-        raise fail(f"{flag}: expected a JSON object; {error}") from error
+        raise fail(f"{flag}: expected a JSON object; {error}{_as_json(text)}") from error
 
 
 def merged_options(flag: str, text: str | None, **named: Any) -> dict[str, Any]:
@@ -144,6 +172,12 @@ class DataFile:
         self.path = path
         self.where = where or {}
         self._numbers: list[int] = []
+        if address := _ADDRESS.match(str(path)):
+            raise DataInvalid(
+                f"{path}: an address ({address[1]}) is not fetched; download the file, and give its path",
+                expected="a file on this machine",
+                came="an address",
+            )
         with open_rows(path, used=Used(())) as file:
             first = next(file.sources, None)
             self._columns, self._first = file.facts.columns, None if first is None else first.row
@@ -159,6 +193,11 @@ class DataFile:
     def columns(self) -> str:
         """The columns of the first row, for messages."""
         return ", ".join(repr(name) for name in self._columns)
+
+    @property
+    def header_hint(self) -> str:
+        """What to do if the first line is no header; "" where there is none."""
+        return self._facts.header_hint
 
     def read(self, wish: Wish, tokenizer: TextTokenizer | None) -> TrainingData:
         """The rows as `POST /train` reads them.

@@ -120,9 +120,9 @@ def require_base(found: FoundAdapter, base: BaseModelSpec) -> None:
         BaseMismatch: it was.
     """
     if found.base_digest not in (None, base.digest):
-        theirs = str(found.base_digest)[:12]
         raise BaseMismatch(
-            f"{found.name} was trained on the base {theirs}, this is {base.digest[:12]}",
+            f"{found.name} was trained on another base (digest {str(found.base_digest)[:12]}) than this "
+            f"one ({base.digest[:12]}); name its base with --base",
             field="base_digest",
             expected=found.base_digest,
             came=base.digest,

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,28 @@ _MOST_CHARACTERS = 300
 _LOADING = "still loading"
 _LOADING_SECONDS = 180.0
 _ASK_AGAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the caller's own means are called in refusals that are made on this side.
+
+    Attributes:
+        url: what the URL was given by.
+        nobody_there: what to do where nothing answers.
+        no_key: where the key comes from.
+    """
+
+    url: str
+    nobody_there: str
+    no_key: str
+
+
+COMMAND_WORDS = Words(
+    url="--url",
+    nobody_there="start it with graftwork serve, or name the data directory with --data-dir",
+    no_key="commands send the one in GRAFTWORK_API_KEY",
+)
 
 
 class ServerRefused(Exception):
@@ -52,6 +75,7 @@ class RemoteServer:
         transport: what answers instead of the network, however long it takes.
         on_loading: called once if a request has to wait until the server has loaded its base; None
             lets such a request fail.
+        words: for refusals.
 
     Raises:
         ServerRefused: not such a URL. Every method raises it too: no reply, or a refusal.
@@ -65,8 +89,10 @@ class RemoteServer:
         api_key: str | None = None,
         transport: httpx.BaseTransport | None = None,
         on_loading: Callable[[], None] | None = None,
+        words: Words = COMMAND_WORDS,
     ) -> None:
-        self.url = checked_url(url)
+        self.url = checked_url(url, words)
+        self._words = words
         self._on_loading = on_loading
         self._timeout = httpx.Timeout(
             None if transport else patience_seconds, connect=min(patience_seconds, _CONNECT_SECONDS)
@@ -199,10 +225,10 @@ class RemoteServer:
             with self._client.stream(method, path, **options) as reply:
                 if not reply.is_success:
                     reply.read()
-                    raise refusal_of(reply, self.url)
+                    raise refusal_of(reply, self.url, self._words)
                 yield reply
         except httpx.HTTPError as error:
-            raise unreachable(self.url, error) from error
+            raise unreachable(self.url, error, self._words) from error
 
     def _wait_until_loaded(self) -> None:
         """Before the first request: wait while the server loads its base."""
@@ -218,7 +244,7 @@ class RemoteServer:
             time.sleep(_ASK_AGAIN_SECONDS)
 
 
-def checked_url(url: str) -> str:
+def checked_url(url: str, words: Words = COMMAND_WORDS) -> str:
     """The URL, if it can be a server's.
 
     Raises:
@@ -227,9 +253,11 @@ def checked_url(url: str) -> str:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise ServerRefused(f"--url: {error}; expected http://HOST:PORT, came {url!r}") from error
+        raise ServerRefused(
+            f"{words.url}: {error}; expected http://HOST:PORT, came {url!r}"
+        ) from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ServerRefused(f"--url: expected http://HOST:PORT, came {url!r}")
+        raise ServerRefused(f"{words.url}: expected http://HOST:PORT, came {url!r}")
     return url.rstrip("/")
 
 
@@ -254,17 +282,14 @@ def uses_proxy(url: str) -> bool:
         return True
 
 
-def unreachable(url: str, error: httpx.HTTPError) -> ServerRefused:
+def unreachable(url: str, error: httpx.HTTPError, words: Words = COMMAND_WORDS) -> ServerRefused:
     """The refusal that stands for no reply."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return ServerRefused(
-            f"nothing answers at {url}: {error}; start it with graftwork serve, or name the data "
-            "directory with --data-dir"
-        )
+        return ServerRefused(f"nothing answers at {url}: {error}; {words.nobody_there}")
     return ServerRefused(f"{url}: {type(error).__name__}: {error}")
 
 
-def refusal_of(reply: httpx.Response, url: str) -> ServerRefused:
+def refusal_of(reply: httpx.Response, url: str, words: Words = COMMAND_WORDS) -> ServerRefused:
     """A reply that is no success, with the server's own sentence; its body has been read."""
     try:
         body = reply.json()
@@ -275,7 +300,7 @@ def refusal_of(reply: httpx.Response, url: str) -> ServerRefused:
         text = " ".join(reply.text.split())[:_MOST_CHARACTERS]
         message = f"{url} answered {reply.status_code} {text}; is it a Graftwork server?"
     if reply.status_code == httpx.codes.UNAUTHORIZED:
-        message += "; commands send the one in GRAFTWORK_API_KEY"
+        message += f"; {words.no_key}"
     return ServerRefused(message, reply.status_code, code)
 
 

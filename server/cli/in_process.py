@@ -262,11 +262,12 @@ def _application(services: Services, *routers: APIRouter) -> FastAPI:
     from server.api.bounds import HoldLimits
     from server.api.middleware.authentication import Auth
     from server.api.middleware.headers import ReplyHeaders
+    from server.api.middleware.route_hints import explained
 
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     for router in routers:
         app.include_router(router)
-    error_replies.install(app)
+    error_replies.install(app, explained)
     app.add_middleware(Auth, required=False)
     app.add_middleware(HoldLimits, by=services.settings)
     app.add_middleware(ReplyHeaders)

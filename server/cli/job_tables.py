@@ -39,6 +39,10 @@ _SETTINGS = (
     "trainable_params",
 )
 _NESTED = ("hyperparameters", "config")
+# Of `jobs_table`: what a narrow terminal does without, the first ones first.
+EXPENDABLE = ("created", "method", "accuracy", "time", "step", "loss")
+# Columns of a comparison stay beside one another, whatever a job's longest value is.
+_WIDEST_VALUE = 60
 # Of a config: long, or the same thing said again.
 _LEFT_OUT = frozenset({"cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "peft_type"})
 
@@ -46,7 +50,11 @@ _LEFT_OUT = frozenset({"cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "pef
 def jobs_table(jobs: Sequence[Job]) -> Table:
     """Jobs, one a line."""
     columns = ("state", "adapter", "method", "step", "loss", "accuracy", "time", "created")
-    table = Table(Column("id", overflow="fold"), *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    # Ids and names are copied from here: never folded.
+    whole = {"state", "adapter"}
+    named = [Column(one, no_wrap=one in whole, overflow="fold") for one in columns]
+    identity = Column("id", no_wrap=True, overflow="fold")
+    table = Table(identity, *named, box=box.SIMPLE_HEAD, pad_edge=False)
     for job in jobs:
         created = f"{job['created_at'][:19].replace('T', ' ')} UTC"
         cells = (job["id"], _state(job), job["adapter"], job["method"], _step(job))
@@ -71,7 +79,12 @@ def comparison_of(jobs: Sequence[Job]) -> dict[str, Any]:
 
 def comparison_table(compared: Mapping[str, Any]) -> Table:
     """A comparison with a column for each job."""
-    columns = [Column(one, overflow="fold") for one in compared["jobs"]]
+    columns = [
+        Column(
+            one, overflow="fold", max_width=_WIDEST_VALUE, min_width=min(len(one), _WIDEST_VALUE)
+        )
+        for one in compared["jobs"]
+    ]
     table = Table("", *columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for part in ("settings", "metrics"):
         for name, values in compared[part].items():

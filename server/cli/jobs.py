@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.command_group import CommandGroup
-from server.cli.job_tables import comparison_of, comparison_table, jobs_table
+from server.cli.job_tables import EXPENDABLE, comparison_of, comparison_table, jobs_table
 from server.cli.options import (
     AsJson,
     open_backend,
@@ -26,6 +26,7 @@ from server.cli.options import (
 )
 from server.cli.render import cell, err, fail, print_json, print_line, print_table
 from server.config.settings import Settings
+from server.store.job_states import FINISHED
 
 JobId = Annotated[
     str,
@@ -142,7 +143,7 @@ def list_jobs(
     if as_json:
         print_json(jobs)
         return
-    print_table(jobs_table(jobs))
+    print_table(jobs_table(jobs), expendable=EXPENDABLE)
 
 
 @jobs_app.command("show")
@@ -201,9 +202,13 @@ def cancel_job(job_id: JobId, *, settings: Settings, as_json: AsJson = False) ->
     graftwork jobs cancel job-a1ab28fe4d34fda420b6c479
     """
     with open_backend(settings, jobs=True) as backend:
-        job = backend.cancel_job(job_id)
+        before = backend.job(job_id)
+        job = backend.cancel_job(before["id"])
     if as_json:
         print_json(job)
+        return
+    if before["state"] in FINISHED:
+        print_line(f"{job['id']} had ended before ({job['state']}); nothing was cancelled")
         return
     stops = job["cancel_requested"] and job["state"] == "running"
     print_line(f"{job['id']} is about to stop" if stops else f"{job['id']} is {job['state']}")

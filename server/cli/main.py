@@ -72,7 +72,10 @@ def _print_version(asked: bool) -> None:
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    context_settings={"token_normalize_func": _with_dashes},
+    context_settings={
+        "token_normalize_func": _with_dashes,
+        "help_option_names": ["--help", "-h"],
+    },
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
 )

@@ -151,13 +151,8 @@ def open_backend(
             with errors_as_lines():
                 require_data_dir(settings.data_dir)
         prepare_base(settings, needs_tokenizer=False)
-    from server.cli.http_client import ServerRefused
-
     with errors_as_lines(), _opened(settings, create, reads_base, jobs) as backend:
-        try:
-            yield backend
-        except ServerRefused as error:
-            raise backend.with_near_name(error) from error
+        yield backend
 
 
 def _opened(settings: Settings, create: bool, reads_base: bool, jobs: bool) -> Backend:

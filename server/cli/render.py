@@ -6,7 +6,7 @@ Knows no command and no setting.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,12 @@ EXIT_INTERRUPTED = 130
 _WIDEST = 2_000
 _MOST_CHARACTERS = 400
 
+# Fields of a request in sentences of the library -> the options that set them.
+_TYPED = {
+    "infer_labels false takes none": "--no-infer-labels takes none",
+    "on_too_long='truncate' drops": "--on-too-long truncate drops",
+}
+
 err = Console(stderr=True)
 out = Console()
 
@@ -41,6 +47,13 @@ def warn(message: str, colour: str = "red") -> None:
     say(f"[{colour}]graftwork:[/{colour}] {escape(message)}")
 
 
+def as_typed(message: str) -> str:
+    """A sentence of the library or the server, with options where it names fields of a request."""
+    for field, option in _TYPED.items():
+        message = message.replace(field, option)
+    return message
+
+
 def say(line: str) -> None:
     """Print a line of rich's markup on standard error; never wrapped, so that it can be searched."""
     err.print(line, highlight=False, soft_wrap=True)
@@ -51,15 +64,44 @@ def print_line(line: str) -> None:
     out.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def print_table(table: Table) -> None:
-    """Print a table on standard output: as wide as a terminal, and as wide as it is anywhere else."""
+def print_table(table: Table, *, expendable: Sequence[str] = ()) -> None:
+    """Print a table on standard output: as wide as a terminal, and as wide as it is anywhere else.
+
+    Args:
+        table: its columns that may not be folded have `no_wrap`.
+        expendable: headers of columns that a narrow terminal does without, the first ones first.
+    """
+    wide = Console(width=_WIDEST)
     if out.is_terminal:
-        out.print(table)
+        table = _narrowed(table, expendable, wide)
+        if expendable and wide.measure(table).maximum > out.width:
+            out.width = wide.measure(table).maximum  # the terminal wraps it; nothing is cut
+        out.print(table, crop=False)
         return
     # In a pipe or a file nothing may be cut, whatever COLUMNS says: it may be searched.
-    wide = Console(width=_WIDEST)
     wide.width = max(out.width, wide.measure(table).maximum)
-    wide.print(table, crop=False)
+    with wide.capture() as captured:
+        wide.print(table, crop=False)
+    for line in captured.get().splitlines():
+        print_line(line.rstrip())
+
+
+def _narrowed(table: Table, expendable: Sequence[str], wide: Console) -> Table:
+    """The table without as many columns as it takes to fit the terminal, and with their names."""
+    gone: list[str] = []
+    for header in expendable:
+        if wide.measure(table).maximum <= out.width:
+            break
+        kept = [column for column in table.columns if column.header != header]
+        gone += [header] * (len(kept) < len(table.columns))
+        fewer = Table(*(one.copy() for one in kept), box=table.box, pad_edge=table.pad_edge)
+        for row in zip(*(one.cells for one in kept), strict=True):
+            fewer.add_row(*row)
+        table = fewer
+    if gone:
+        table.caption = f"not shown for want of width: {', '.join(gone)}; --json has all"
+        table.caption_justify = "left"
+    return table
 
 
 def print_json(value: Any) -> None:
@@ -93,9 +135,9 @@ def errors_as_lines(data: DataFile | None = None) -> Iterator[None]:
     try:
         yield
     except DataInvalid as error:
-        raise fail(data.message_of(error) if data else error.message) from error
+        raise fail(as_typed(data.message_of(error) if data else error.message)) from error
     except (AdapterError, RequestRefused, ServerRefused) as error:
-        raise fail(error.message) from error
+        raise fail(as_typed(error.message)) from error
     except EngineError as error:
         raise fail(str(error)) from error
     except OSError as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.markup import escape
 from rich.table import Table
 
 from adapters.errors import TrainingDiverged
@@ -28,6 +29,7 @@ from adapters.training.job import (
     JobRequest,
     OnTooLong,
     method_name,
+    why_no_method,
 )
 from adapters.training.shapes import Format
 from server.cli.data import (
@@ -55,6 +57,7 @@ from server.cli.options import (
 )
 from server.cli.render import (
     EXIT_INTERRUPTED,
+    as_typed,
     err,
     errors_as_lines,
     fail,
@@ -86,7 +89,9 @@ def add_commands(app: typer.Typer) -> None:
 def _method(text: str) -> str:
     name: str = method_name(text)
     if name not in METHOD_NAMES:
-        raise typer.BadParameter(f"expected {', '.join(METHOD_NAMES)}; came {text!r}")
+        raise typer.BadParameter(
+            f"expected {', '.join(METHOD_NAMES)}; came {text!r}{why_no_method(text)}"
+        )
     return name
 
 
@@ -308,7 +313,7 @@ def _require_words(request: JobRequest, rows: DataFile, path: Path) -> None:
         needed = "is needed" if len(missing) == 1 else "are needed"
         raise fail(
             f"{listed(missing)} {needed}; the columns of {path} are {rows.columns}, of no known shape "
-            "(--format)"
+            f"(--format){rows.header_hint}"
         )
 
 
@@ -360,7 +365,7 @@ def _train_there(
             _print_plan(job, as_json=outcome.as_json)
             return
         for warning in job["warnings"]:
-            say(f"warning: {warning}")
+            say(f"warning: {escape(as_typed(warning))}")
         say(f"{job['id']} is {job['state']} at {url}")
         job = _follow(backend, job["id"], url)
         if job["state"] != "succeeded":
@@ -446,7 +451,7 @@ def _train_here(
         _print_plan(Preview.of(plan, data.facts).model_dump(mode="json"), as_json=outcome.as_json)
         return
     for warning in plan.job.warnings:
-        say(f"warning: {warning}")
+        say(f"warning: {escape(as_typed(warning))}")
     began = time.monotonic()
     partial.begin(plan.job, data.rows)
     trained = _run(plan, base, partial)
@@ -530,7 +535,7 @@ def _deliver(
     if outcome.as_json:
         print_json(result)
     else:
-        _print_result(result)
+        _print_result(result, settings)
 
 
 def _publish(
@@ -566,7 +571,7 @@ def _publish(
 # --- what is printed -------------------------------------------------------------------------
 
 
-def _print_result(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any], settings: Settings) -> None:
     from server.cli.training_progress import evaluation_text
 
     metrics = result["metrics"]
@@ -576,9 +581,21 @@ def _print_result(result: dict[str, Any]) -> None:
     if "warning" in metrics:
         print_line(f"warning: {metrics['warning']}")
     if (folder := result["out"]) is not None:
-        print_line(f"written to {folder}; serve it with: graftwork adapters add {folder}")
+        base = _base_options(settings)
+        add = shlex.join(["graftwork", "adapters", "add", folder, *base])
+        print_line(f"written to {folder}; serve it with: {add}")
+        if base:
+            print_line(f"and: {shlex.join(['graftwork', 'serve', *base])}")
     if (one := result["registered"]) is not None:
         print_line(f"registered as {one['name']}@{one['version']} ({one['digest'][:12]})")
+
+
+def _base_options(settings: Settings) -> list[str]:
+    """What another command has to say so that it works on the same base."""
+    if settings.is_default_base:
+        return []
+    revision = [] if settings.revision is None else ["--revision", settings.revision]
+    return ["--base", str(settings.base), *revision]
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
@@ -605,7 +622,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         table.add_row(name, value)
     print_table(table)
     for warning in plan["warnings"]:
-        print_line(f"warning: {warning}")
+        print_line(f"warning: {as_typed(warning)}")
     for row in plan["preview"]:
         tokens = "|".join("<special>" if text is None else text for text in row["tokens"])
         text = json.dumps(row["text"], ensure_ascii=False)

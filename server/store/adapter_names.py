@@ -6,13 +6,15 @@ dots, dashes, underscores. Any text of any script has a slug. Independent of the
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from anyascii import anyascii
 
 from adapters.errors import NameInvalid
-from adapters.field_errors import quoted
+from adapters.field_errors import listed, quoted
 
 MAX_CHARACTERS = 63
 NAME_RULE = (
@@ -40,6 +42,38 @@ def slug_of(text: str) -> str | None:
     dashed = re.sub(r"\.\.+", ".", dashed)
     slug = dashed.strip("-._")[:MAX_CHARACTERS].strip("-._")
     return slug or None
+
+
+# Comparing texts takes time, and every name that is not there would take it.
+MOST_COMPARED = 500
+_FEW = 5
+_ALIKE = 0.7
+
+
+def near_names(asked: str, known: Sequence[str]) -> list[str]:
+    """The names that were probably meant, the likeliest first; at most three.
+
+    Args:
+        asked: as it came.
+        known: names that exist; no more than `MOST_COMPARED` are looked at.
+    """
+    name = slug_of(asked)
+    if name is None:
+        return []
+    return difflib.get_close_matches(name, known[:MOST_COMPARED], n=3, cutoff=_ALIKE)
+
+
+def did_you_mean(near: Sequence[str]) -> str:
+    """The end of a sentence about a name that does not exist; empty without near names."""
+    return f"; did you mean {listed([quoted(one) for one in near], 'or')}?" if near else ""
+
+
+def what_there_is(known: Sequence[str], where: str) -> str:
+    """The end of such a sentence where no name is near: the names if they are few, else `where`."""
+    if len(known) > _FEW:
+        return f"; {where}"
+    there = "is" if len(known) == 1 else "are"
+    return f"; there {there} {listed([quoted(one) for one in known])}" if known else ""
 
 
 def check_name(name: str, field: str = "name") -> None:

@@ -20,7 +20,14 @@ from adapters.errors import AdapterExists, AdapterNotFound, NameInvalid, Version
 from adapters.field_errors import quoted
 from adapters.metadata import METADATA_FIELDS, AdapterMetadata
 from server.errors import TooManyAliases
-from server.store.adapter_names import is_name, slug_of
+from server.store.adapter_names import (
+    MOST_COMPARED,
+    did_you_mean,
+    is_name,
+    near_names,
+    slug_of,
+    what_there_is,
+)
 from server.store.tables import AdapterRow, AliasRow, BlobRow, VersionRow
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -66,16 +73,39 @@ class AdapterRecord(AdapterMetadata):
 # --- lookup -----------------------------------------------------------------------------------
 
 
-def no_adapter(name: str) -> NoReturn:
-    """Raise AdapterNotFound."""
-    slug = slug_of(name.partition("@")[0])
-    # Says nothing of what there is: it depends on the text alone.
-    hint = (
-        f"; as a name it would be {slug!r}" if slug and not is_name(name.partition("@")[0]) else ""
-    )
+def no_adapter(
+    name: str, session: Session | None = None, visible: Collection[str] | None = ()
+) -> NoReturn:
+    """Raise AdapterNotFound, which depends on the text and on the adapters that are visible alone.
+
+    Args:
+        name: what was asked for.
+        session: for names that resemble it; None suggests none.
+        visible: see above.
+    """
+    asked = name.partition("@")[0]
+    slug = slug_of(asked)
+    known = _likely_names(session, asked, visible) if session is not None and slug else []
+    near = near_names(asked, known)
+    if not near and slug and not is_name(asked):
+        hint = f"; as a name it would be {slug!r}"
+    else:
+        hint = did_you_mean(near) or what_there_is(known, "GET /adapters lists the adapters")
     raise AdapterNotFound(
-        f"there is no adapter {quoted(shorten(name))}{hint}", field="adapter", came=shorten(name)
+        f"there is no adapter {quoted(shorten(name))}{hint}",
+        field="adapter",
+        expected=near[0] if near else None,
+        came=shorten(name),
     )
+
+
+def _likely_names(session: Session, asked: str, visible: Collection[str] | None) -> Sequence[str]:
+    """Some visible names, those with the same beginning first."""
+    alike = VersionRow.name.startswith(asked[:1].lower(), autoescape=True)
+    statement = select(VersionRow.name).where(among(visible)).distinct()
+    return session.scalars(
+        statement.order_by(alike.desc(), VersionRow.name).limit(MOST_COMPARED)
+    ).all()
 
 
 def _no_version(name: str, version: str) -> NoReturn:
@@ -91,11 +121,13 @@ def newest(session: Session, name: str) -> int | None:
     return session.scalar(select(func.max(VersionRow.version)).where(VersionRow.name == name))
 
 
-def require_version(session: Session, name: str, version: int) -> None:
+def require_version(
+    session: Session, name: str, version: int, visible: Collection[str] | None
+) -> None:
     """Raise AdapterNotFound or VersionNotFound unless the version exists."""
     if session.get(VersionRow, (name, version)) is None:
         if newest(session, name) is None:
-            no_adapter(name)
+            no_adapter(name, session, visible)
         _no_version(name, str(version))
 
 
@@ -134,7 +166,11 @@ def locate(session: Session, reference: str, visible: Collection[str] | None) ->
     if is_among(name, visible):
         default = session.execute(default_versions().where(AdapterRow.name == name)).first()
     if default is None:
-        return no_adapter(reference) if at else _locate_bare_alias(session, name, visible)
+        return (
+            no_adapter(reference, session, visible)
+            if at
+            else _locate_bare_alias(session, name, visible)
+        )
     if not at:
         if others := alias_of(session, name, visible):
             _ambiguous(name, [f"{name}@{default.version}", *(f"{one}@{name}" for one in others)])
@@ -152,7 +188,7 @@ def _locate_bare_alias(
 ) -> tuple[str, int]:
     found = alias_of(session, alias, visible)
     if not found:
-        no_adapter(alias)
+        no_adapter(alias, session, visible)
     if len(found) > 1:
         _ambiguous(alias, [f"{name}@{alias}" for name in found])
     return found[0], session.get_one(AliasRow, (found[0], alias)).version
@@ -208,7 +244,7 @@ def check_alias_fits(session: Session, name: str, alias: str, max_aliases: int) 
         )
 
 
-def remove_alias(session: Session, name: str, alias: str) -> int:
+def remove_alias(session: Session, name: str, alias: str, visible: Collection[str] | None) -> int:
     """Remove an alias; the version that it named.
 
     Raises:
@@ -217,7 +253,7 @@ def remove_alias(session: Session, name: str, alias: str) -> int:
     row = session.get(AliasRow, (name, alias))
     if row is None:
         if newest(session, name) is None:
-            no_adapter(name)
+            no_adapter(name, session, visible)
         _no_version(name, alias)
     version = row.version
     session.delete(row)

@@ -126,9 +126,9 @@ class JobFiles:
         return self._staging.sweep()
 
 
-def no_job(job_id: str) -> JobNotFound:
-    """The error for an id that no job has."""
+def no_job(job_id: str, instead: str = "") -> JobNotFound:
+    """The error for an id that no job has; `instead` goes on with what there is."""
     by_name = "" if job_id.startswith("job-") else ", and none of an adapter of that name"
     return JobNotFound(
-        f"there is no training job {quoted(job_id)}{by_name}", field="id", came=job_id[:80]
+        f"there is no training job {quoted(job_id)}{by_name}{instead}", field="id", came=job_id[:80]
     )

@@ -47,7 +47,7 @@ from adapters.errors import AdapterError
 from adapters.training.examples import Examples
 from adapters.training.job import TrainingJob
 from server.errors import JobActive, LeaseLost
-from server.store.adapter_names import is_name
+from server.store.adapter_names import MOST_COMPARED, did_you_mean, is_name, near_names
 from server.store.caller import PerCaller
 from server.store.database import Database
 from server.store.job_files import JobFiles, no_job
@@ -247,9 +247,19 @@ class JobStore(PerCaller):
         newest = statement.order_by((JobRow.id == reference).desc(), JobRow.number.desc()).limit(1)
         with self._database.read() as session:
             found = session.scalar(newest)
-        if found is None:
-            raise no_job(reference)
+            if found is None:
+                raise no_job(reference, self._instead_of(session, reference))
         return found
+
+    def _instead_of(self, session: Session, reference: str) -> str:
+        """What to ask for where neither a job nor an adapter with one is called so."""
+        adapter = JobRow.job["adapter"].as_string().label("adapter")
+        jobs = select(adapter).where(self._seen()).order_by(JobRow.number.desc())
+        recent = jobs.limit(MOST_COMPARED).subquery()
+        names = sorted(session.scalars(select(recent.c.adapter).distinct()))
+        # Ids resemble one another, so that a near one is not what was meant.
+        near = [] if reference.startswith("job-") else near_names(reference, names)
+        return did_you_mean(near) or "; GET /train lists the jobs"
 
     def list_after(
         self,

@@ -28,6 +28,7 @@ Threads and processes may share one root: every write holds SQLite's write lock 
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -173,7 +174,7 @@ class Registry(PerCaller):
             StorageFull, StorageUnavailable: nothing was stored.
         """
         self._check_name(name)
-        self._require_visible(name)
+        self._require_visible(name, is_new=True)
         metadata.require_base(base)
         metadata = metadata.checked()
         with (
@@ -211,7 +212,7 @@ class Registry(PerCaller):
             NameInvalid, AdapterExists, AdapterNotFound: as `publish`.
         """
         self._check_name(name)
-        self._require_visible(name)
+        self._require_visible(name, is_new=True)
         with self._database.read() as session:
             rows.check_free(session, name, self._caller.adapters, create_only=create_only)
 
@@ -277,7 +278,9 @@ class Registry(PerCaller):
         self._require_visible(name)
         with self._database.read() as session:
             statement = rows.versions().where(VersionRow.name == name).order_by(VersionRow.version)
-            return rows.records(session, statement) or rows.no_adapter(name)
+            return rows.records(session, statement) or rows.no_adapter(
+                name, session, self._caller.adapters
+            )
 
     def from_source(self, source: Source) -> tuple[AdapterRecord, ...]:
         """Every version from one source, by name, oldest first."""
@@ -336,11 +339,11 @@ class Registry(PerCaller):
         with self._database.write() as session:
             mine = [VersionRow.name == name]
             if version is not None:
-                rows.require_version(session, name, version)
+                rows.require_version(session, name, version, self._caller.adapters)
                 mine.append(VersionRow.version == version)
             digests = set(session.scalars(select(VersionRow.digest).where(*mine)))
             if not digests:
-                rows.no_adapter(name)
+                rows.no_adapter(name, session, self._caller.adapters)
             session.execute(delete(VersionRow).where(*mine))
             adapter = session.get_one(AdapterRow, name)
             if version is None or adapter.pinned_version == version:
@@ -366,7 +369,7 @@ class Registry(PerCaller):
                     expected="a name that is neither a number nor an adapter",
                     came=alias,
                 )
-            rows.require_version(session, name, version)
+            rows.require_version(session, name, version, self._caller.adapters)
             rows.check_alias_fits(session, name, alias, self._max_aliases)
             session.merge(AliasRow(name=name, alias=alias, version=version))
             return rows.one(session, name, version)
@@ -379,7 +382,9 @@ class Registry(PerCaller):
         """
         self._require_visible(name)
         with self._database.write() as session:
-            return rows.one(session, name, rows.remove_alias(session, name, alias))
+            return rows.one(
+                session, name, rows.remove_alias(session, name, alias, self._caller.adapters)
+            )
 
     def free_name(self, prefix: str) -> str:
         """Draw an unused name that the caller may use.
@@ -418,7 +423,7 @@ class Registry(PerCaller):
         """
         self._require_visible(name)
         with self._database.write() as session:
-            rows.require_version(session, name, version)
+            rows.require_version(session, name, version, self._caller.adapters)
             session.get_one(AdapterRow, name).pinned_version = version
             return rows.one(session, name, version)
 
@@ -513,11 +518,16 @@ class Registry(PerCaller):
                 session.execute(delete(BlobRow).where(BlobRow.digest == digest))
             return tuple(unused)
 
-    def _require_visible(self, *names: str) -> None:
+    def _require_visible(self, *names: str, is_new: bool = False) -> None:
+        """Raise AdapterNotFound for a hidden name as for a missing one; `is_new` suggests no other."""
         visible = self._caller.adapters
         for name in names:
-            if not rows.is_among(name, visible):
+            if rows.is_among(name, visible):
+                continue
+            if is_new:
                 rows.no_adapter(name)
+            with self._database.read() as session:
+                rows.no_adapter(name, session, visible)
 
     def _check_name(self, name: str, field: str = "name") -> None:
         if name.casefold() in self._reserved:
@@ -531,9 +541,17 @@ class Registry(PerCaller):
         check_name(name, field)
 
 
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names of a base are the same, or two paths of the same folder."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False  # one of them is no path here
+
+
 def _base_warnings(checked: CheckedCheckpoint, base_names: Collection[str]) -> list[str]:
     named = checked.base_name
-    if named is None or not base_names or named in base_names:
+    if named is None or not base_names or any(_is_same(named, one) for one in base_names):
         return []
     return [
         f"adapter_config.json names the base {shorten(named)!r}, this server's is "

@@ -6,7 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.field_errors import close_to, explain, quoted
-from adapters.training.job import TrainingRequest
+from adapters.methods import METHODS, OTHER_PEFT_TYPES
+from adapters.peft_names import why_not_trained
+from adapters.training.job import METHOD_NAMES, TrainingRequest
 
 GOOD = {"adapter": "mine", "method": "ia3", "template": "{text}", "target": "label"}
 
@@ -35,6 +37,21 @@ def told(raw: object) -> str:
          "hyperparameters.seed: expected a number of at least 0, came -1"),
         ({"labels": "a,b"}, "labels: expected a list, came 'a,b'"),
         ({"labels": ["投诉"]}, 'labels: expected at least 2 values, came 1'),
+        *(
+            (
+                {"method": name},
+                "method: expected 'prefix_tuning', 'p_tuning_v2', 'p_tuning', 'ia3', 'cpt' or "
+                f"'prompt_tuning' ({words} is a method of PEFT that is neither trained nor served "
+                f"here{more}), came {name!r}",
+            )
+            for name, words, more in (
+                ("LoRA", "LoRA", "; serve a base that has it merged in"),
+                ("PeftType.LORA", "LoRA", "; serve a base that has it merged in"),
+                ("qlora", "QLoRA", "; serve a base that has it merged in"),
+                ("ADAPTION_PROMPT", "adaption prompt tuning", ""),
+                ("LoKrConfig", "LoKr", ""),
+            )
+        ),
         ({"template": ""}, "template: expected text that is not empty, came ''"),
         ({"target": None}, "target: expected text, came null"),
         (
@@ -58,6 +75,10 @@ def test_all_missing_fields_and_all_unknown_ones_are_told_together():
 def test_a_name_that_resembles_none_gets_the_list():
     message = told({**GOOD, "zzz": 1})
     assert message.startswith("unknown field 'zzz'; known are adapter, append_eos,")
+    several = told({**GOOD, "zzz": 1, "qqq": 1, "hyperparameters": {"zzz": 1, "lr": 1, "qqq": 1}})
+    assert several.count("known are") == 2  # once for each place
+    assert several.endswith(f"; {message}; unknown field 'qqq'")
+    assert "; hyperparameters: unknown field 'qqq'; " in several
 
 
 def test_no_suggestion_names_a_field_that_is_not_there():
@@ -78,3 +99,8 @@ def test_a_hundred_thousand_wrong_fields_are_counted_and_a_few_told():
     said = told({**GOOD, **{f"field {n}": n for n in range(100_000)}})
     assert said.startswith("unknown field 'field 0'")
     assert said.endswith("; and 99994 more")
+
+
+def test_every_other_method_of_peft_is_known_not_to_be_trained():
+    assert all(why_not_trained(one) for one in OTHER_PEFT_TYPES)
+    assert not any(why_not_trained(one) for one in (*METHODS, *METHOD_NAMES, "", "sft"))

@@ -165,7 +165,7 @@ _FIELDS: dict[str, dict[str, str]] = {
     "labels_5000_digits": _labels("[" + "9" * 5_000 + "]"),
     "labels_numbers": _labels([1, 2]),
     "labels_10000": _labels([str(number) for number in range(10_000)]),
-    "labels_half_a_surrogate": _labels('["\\ud800"]'),
+    "labels_half_a_surrogate": _labels('["\\ud800", "a"]'),
     "append_eos_text": {"append_eos": "yes; please"},
     "tokenization_unknown": {"tokenization": "__import__('os')"},
 }

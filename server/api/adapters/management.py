@@ -53,6 +53,9 @@ Version = Annotated[
     int | None, Query(ge=1, lt=2**63, description="A version; left out, see the route.")
 ]
 
+_LABELS = 'a JSON list such as ["complaint", "no complaint"], or the field repeated'
+# Longer lists are not shown whole.
+_MAX_SHOWN_LIST = 300
 FORM_FIELDS = ("name", *SETTABLE_FIELDS)
 _CURL = "-F name=NAME -F files=@adapter_config.json -F files=@adapter_model.safetensors"
 _FORM = {
@@ -74,7 +77,7 @@ _FORM = {
                         "labels": {
                             "type": "string",
                             "contentMediaType": "application/json",
-                            "description": "A JSON list of texts, or the field repeated.",
+                            "description": "At least two texts: a JSON list, or the field repeated.",
                         },
                         "target_separator": {
                             "type": "string",
@@ -413,9 +416,9 @@ def _create_only(request: Request) -> bool:
 
 
 def _separator(given: str | None, template: str | None, tokenization: str) -> str:
-    """What stands between prompt and target; a template that does not parse is refused here."""
+    """What stands between prompt and target; a template that cannot be used is refused here."""
     if template is not None:
-        Template.parse(template)
+        Template.parse(template).require_column()
     return default_separator(template or "", tokenization) if given is None else given
 
 
@@ -432,27 +435,40 @@ def _labels(upload: Upload, most: int) -> tuple[str, ...] | None:
     values = upload.fields.get("labels")
     if values is None:
         return None
-    labels = (
-        _json_list(values[0], most) if len(values) == 1 and values[0].startswith("[") else values
-    )
+    is_json = len(values) == 1 and values[0].lstrip().startswith("[")
+    labels = _json_list(values[0], most) if is_json else values
     texts = [label for label in labels if isinstance(label, str) and label.strip()]
     if len(texts) != len(labels) or len(set(texts)) != len(texts) or not texts:
-        raise _labels_invalid(most, "with an empty, repeated or non-text label, or without any")
+        raise _labels_invalid(
+            most, "a list with an empty, repeated or non-text label, or without any"
+        )
+    if len(texts) == 1:
+        raise _labels_invalid(most, "a list of 1" if is_json else _one_text(texts[0]))
     if len(texts) > most:
-        raise _labels_invalid(most, f"of {len(texts)}")
+        raise _labels_invalid(most, f"a list of {len(texts)}")
     return tuple(texts)
+
+
+def _one_text(text: str) -> str:
+    """What came where one text did: often a list with commas, shown as the list that it may mean."""
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    came = f"the one text {quoted(text)}"
+    meant = json.dumps(parts, ensure_ascii=False)
+    if len(parts) < 2 or len(meant) > _MAX_SHOWN_LIST:
+        return came
+    return f"{came}; if its commas separate labels, send labels={meant}"
 
 
 def _json_list(text: str, most: int) -> list[Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
-        raise _labels_invalid(most, "that is not JSON") from None
+        raise _labels_invalid(most, "a list that is not JSON") from None
     if not isinstance(parsed, list):
-        raise _labels_invalid(most, "that is not JSON")
+        raise _labels_invalid(most, "a list that is not JSON")
     return parsed
 
 
 def _labels_invalid(most: int, came: str) -> RequestInvalid:
-    expected = f"1 to {most} different texts: a JSON list, or the field repeated"
-    return invalid("labels", expected, f"a list {came}")
+    expected = f"2 to {most} different texts: {_LABELS}"
+    return invalid("labels", expected, came)

@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.error_replies import reply_to
-from server.api.middleware.route_scopes import PUBLIC, Rule, allowed_methods, rule_of, rules_of
+from server.api.middleware.route_hints import no_route
+from server.api.middleware.route_scopes import PUBLIC, Rule, rule_of, rules_of
 from server.errors import KeyRequired, RequestRefused, ScopeMissing
 from server.services import Services
 from server.store.caller import Caller
@@ -72,7 +73,7 @@ class Auth:
         method, path = scope["method"], scope["path"]
         rule = rule_of(method, path)
         if rule is None and PUBLIC in rules_of(path).values():
-            raise _no_route(path)
+            raise no_route(path)
         if rule == PUBLIC or (rule is not None and path == _METRICS and self._metrics_public):
             return None
         services: Services = scope["app"].state.services
@@ -83,7 +84,7 @@ class Auth:
         scope.setdefault("state", {})["key_id"] = key.id
         services.quotas.count_request(key)
         if rule is None:
-            raise _no_route(path)
+            raise no_route(path)
         if not key.may(rule):
             raise _scope_missing(rule)
         return key
@@ -110,13 +111,6 @@ def _key_text(headers: Headers) -> str | None:
         found = _BEARER.fullmatch(value)
         given.add(found.group(1) if found else "")
     return given.pop() if len(given) == 1 else None
-
-
-def _no_route(path: str) -> HTTPException:
-    methods = allowed_methods(path)
-    if methods:
-        return HTTPException(405, headers={"allow": ", ".join(methods)})
-    return HTTPException(404)
 
 
 def _scope_missing(rule: Rule) -> ScopeMissing:

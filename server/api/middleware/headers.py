@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,8 @@ from adapters.field_errors import close_to
 from server.api.middleware.value_count import ValueCount
 from server.errors import BodyTooLarge, WrongContentType
 from server.http.scope import NO_ADAPTER
+
+log = structlog.get_logger(__name__)
 
 # Request ids that are safe in a header and a log line.
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -163,7 +166,10 @@ def note_ignored(
         if known and (close := close_to(name, known, _SURE))
     ]
     if meant:
-        set_headers(connection, {"x-did-you-mean": ", ".join(meant)})
+        hint = ", ".join(meant)
+        set_headers(connection, {"x-did-you-mean": hint})
+        path, request_id = connection.scope["path"], reply_headers(connection)["x-request-id"]
+        log.warning("parameters_ignored", path=path, did_you_mean=hint, request_id=request_id)
 
 
 def reply_headers(connection: HTTPConnection) -> dict[str, str]:

@@ -91,8 +91,6 @@ ACCESS: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/load_lora_adapter"): _ADMIN,
     ("POST", "/v1/unload_lora_adapter"): _ADMIN,
 }
-# Answered for clients that accept HTML; for others the method does not exist.
-BROWSERS_ONLY = frozenset({("GET", "/")})
 _PATTERNS = {template: compile_path(template)[0] for _, template in ACCESS}
 
 
@@ -102,8 +100,14 @@ def rule_of(method: str, path: str) -> Rule | None:
 
 
 def allowed_methods(path: str) -> list[str]:
-    """The methods that `Allow` lists for a path: those that every client may use, sorted."""
-    return sorted(method for method in rules_of(path) if (method, path) not in BROWSERS_ONLY)
+    """The methods that `Allow` lists for a path, sorted."""
+    return sorted(rules_of(path))
+
+
+def template_of(path: str) -> str | None:
+    """The first template of the table that a path fits, whatever the method; None if none does."""
+    fitting = (one for _, one in ACCESS if _PATTERNS[one].fullmatch(path) is not None)
+    return next(fitting, None)
 
 
 def is_one_of(routes: Collection[tuple[str, str]], method: str, path: str) -> bool:

@@ -1,7 +1,4 @@
-"""`GET /` in a browser: what is served, and where to go on.
-
-A client that does not ask for HTML gets what it gets from every path with other methods: 405.
-"""
+"""`GET /`: what is served, and where to go on; a page for browsers, JSON for other clients."""
 
 from __future__ import annotations
 
@@ -12,11 +9,9 @@ from importlib.metadata import version
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import JSONResponse, Response
 
 from server.api.html_page import html_page, policy
-from server.api.middleware.route_scopes import allowed_methods
 from server.services import Services, UseServices
 
 router = APIRouter(include_in_schema=False)
@@ -57,16 +52,29 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
-@router.get("/")
-async def front_page(request: Request, services: UseServices) -> HTMLResponse:
-    """The page, for a browser."""
+# For whoever tries the address with curl.
+_PATHS = {
+    "documentation": "/docs",
+    "openapi": "/openapi.json",
+    "models": "/v1/models",
+    "generate": "POST /generate",
+    "openai_base_url": "/v1",
+}
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def front_page(request: Request, services: UseServices) -> Response:
+    """The page for a browser, its facts as JSON for any other client."""
+    number = await anyio.to_thread.run_sync(services.registry.count)
     if not _wants_html(request.headers.get("accept", "")):
-        raise HTTPException(405, headers={"allow": ", ".join(allowed_methods("/"))})
+        facts = {"server": "Graftwork", "version": version("graftwork"), "state": _state(services)}
+        served = {"base": services.base_id, "adapters": number}
+        return JSONResponse({**facts, **served, **_PATHS}, headers={"vary": "accept"})
     page = _PAGE.format(
         style=_STYLE,
         state=_state(services),
         base=escape(services.base_id),
-        adapters=await anyio.to_thread.run_sync(services.registry.count),
+        adapters=number,
         version=escape(version("graftwork")),
     )
     return html_page(page, _POLICY)

@@ -20,7 +20,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from adapters.errors import UnsupportedFile
+from adapters.errors import AdapterExists, NameInvalid, UnsupportedFile
 from adapters.training.plan import Plan, make_plan
 from server.api.adapter_choice import only_query
 from server.api.error_replies import quoted
@@ -237,7 +237,11 @@ class _Planned:
 
 def _plan(services: Services, jobs: JobStore, received: Received, *, store: bool) -> _Planned:
     asked = received.request
-    services.registry.require_free(asked.adapter, create_only=asked.if_exists == "error")
+    try:
+        services.registry.require_free(asked.adapter, create_only=asked.if_exists == "error")
+    except (NameInvalid, AdapterExists) as error:
+        error.field = "adapter"  # which the registry knows as a name
+        raise
     tokenizer = services.need_generator().tokenizer
     data = received.read(tokenizer)
     with data.told_by_place():

@@ -42,6 +42,7 @@ _DEPTH = DEPTH
 # Bytes that are counted at a time: others may run in between.
 _SLICE = 1 << 16
 _CURL = "-F job=@job.json -F data=@rows.jsonl"
+_FLAT = """-F 'job={"adapter": "mine", "method": "ia3"}' -F data=@rows.jsonl"""
 
 
 _ROW: Schema = {
@@ -143,7 +144,17 @@ async def receive_job(request: Request, directory: Path, settings: Settings) -> 
 async def _receive_form(request: Request, directory: Path, settings: Settings) -> Received:
     max_job, max_data = settings.max_body_mib * MIB, settings.max_data_mib * MIB
     form = Form({"job": max_job}, "data", max_job + max_data, settings.max_parts, _CURL)
-    upload = await receive_upload(request, directory, form)
+    try:
+        upload = await receive_upload(request, directory, form)
+    except RequestInvalid as error:
+        if error.field not in [quoted(name) for name in TrainBody.model_fields]:
+            raise
+        raise RequestInvalid(
+            f"{error.message}; the fields of a job go as one JSON object in the form field job: {_FLAT}",
+            field=error.field,
+            expected="a field of the JSON object job",
+            came=error.came,
+        ) from error
     job = upload.one("job")
     if job is None:
         raise RequestInvalid(
@@ -199,10 +210,17 @@ def _parsed(data: bytes, field: str, max_values: int) -> dict[str, Any]:
 
 
 def _validated(raw: dict[str, Any]) -> JobRequest:
+    if "dry_run" in raw:
+        raise RequestInvalid(
+            "dry_run: expected as a query parameter, POST /train?dry_run=true; came a field of the body",
+            field="dry_run",
+            expected="?dry_run=true",
+            came="a field of the body",
+        )
     try:
         return JobRequest.model_validate(raw)
     except ValidationError as error:
-        raise refuse_invalid(error, JobRequest) from error
+        raise refuse_invalid(error, TrainBody) from error  # `rows` may have been meant too
 
 
 def _with_rows(request: JobRequest, rows: Any, settings: Settings) -> Received:

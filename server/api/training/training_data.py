@@ -159,11 +159,18 @@ class TrainingData:
 
 
 def tell_place(error: DataInvalid, places: Sequence[str]) -> str | None:
-    """Put the place of a row into a refusal that counts rows; the place, if it has one."""
+    """Put the places of rows into a refusal that counts rows; the place of the first, if it has one."""
     if error.row is None or error.row > len(places):
         return None
     place = places[error.row - 1]
     message = re.sub(rf"\brow {error.row}\b(?! \()", lambda _: place, error.message, count=1)
+
+    def placed(match: re.Match[str]) -> str:
+        numbers = [int(number) for number in match[1].split(", ")]
+        known = [places[number - 1] for number in numbers if 0 < number <= len(places)]
+        return f"({'; '.join(known)}" if len(known) == len(numbers) else match[0]
+
+    message = re.sub(r"\(rows (\d{1,9}(?:, \d{1,9})*)", placed, message, count=1)
     error.message = message
     error.args = (message,)
     return place
@@ -219,7 +226,7 @@ def understand(
         check_sources(first, limits)  # raises
     row = first[0].row
     columns = facts.columns or tuple(name for name in row if isinstance(name, str))
-    chosen = _format(wish, columns, row)
+    chosen = _format(wish, columns, row, facts.header_hint)
     known = replace(facts, columns=columns, notes=facts.notes)
     everything = itertools.chain(first, iterator)
     if chosen in CHATS:
@@ -245,7 +252,7 @@ def _expected(wish: Wish) -> Used | None:
     return None if wish.format in CHATS else wish.used()
 
 
-def _format(wish: Wish, columns: tuple[str, ...], row: dict[str, Any]) -> Format:
+def _format(wish: Wish, columns: tuple[str, ...], row: dict[str, Any], hint: str) -> Format:
     """The shape that was asked for, or that the columns plainly have."""
     if wish.format is not None and wish.format != "columns":
         return wish.format
@@ -263,9 +270,9 @@ def _format(wish: Wish, columns: tuple[str, ...], row: dict[str, Any]) -> Format
     found = None if wish.format == "columns" else find_format(columns, row)
     if found is None:
         raise RequestInvalid(
-            f"{'template' if wish.source == 'data' else wish.source}: its columns are "
-            f"{_listed(columns)}; expected {wish.place}template and {wish.place}target for them, or the "
-            f"columns of a known shape: {known_shapes()}",
+            f"{'' if wish.source == 'data' else f'{wish.source}: '}{wish.place}template and "
+            f"{wish.place}target are missing; give both for the columns of the data, {_listed(columns)}, "
+            f"or rows of a known shape ({known_shapes()}){hint}",
             field="template" if wish.source == "data" else wish.source,
             expected="template and target, or rows of a known shape",
             came=_listed(columns),

@@ -79,7 +79,8 @@ CSV: dict[str, tuple[bytes, int | None, str]] = {
     "gb18030": (
         "问,答\n口腔,头痛怎么办\n".encode("gb18030"),
         1,
-        "GB18030 (GBK): convert it with iconv",
+        "line 1, the header: expected UTF-8, came a byte that is not (byte 1 of the line); the file "
+        "looks like GB18030 (GBK): convert it with iconv",
     ),
     "gb18030_like_korean": (
         "text,label\n房间干净,好评\n".encode("gb18030"),
@@ -91,7 +92,12 @@ CSV: dict[str, tuple[bytes, int | None, str]] = {
     "shift_jis": ("a,b\nこれはとても良い,はい\n".encode("cp932"), 1, "iconv -f shift_jis"),
     "euc_kr": ("a,b\n이 제품은 정말 좋습니다,네\n".encode("euc-kr"), 1, "iconv -f euc-kr"),
     "windows_1251": (b"a,b\n\xce\xf7\xe5\xed\xfc \xf5\xee\xf0\xee\xf8\xee,x\n", 1, "windows-1251"),
-    "damaged_utf_8": ("a,b\n漢字,1\n".encode() + b"\xe6\xe6,2\n", 2, "byte 1 of the line is not"),
+    "damaged_utf_8": (
+        "a,b\n漢字,1\n".encode() + b"\xe6\xe6,2\n",
+        2,
+        "row 2 (line 3): expected UTF-8, came a byte that is not (byte 1 of",
+    ),
+    "damaged_utf_8_between_tabs": (b"a\tb\n1\t2\n\xe6\xe6\t2\n", 2, "row 2 (line 3): expected"),
     "carriage_returns": (b"text,label\ra,x\rb,y\r", 1, "carriage return"),
     "cell_over_the_parsers_limit": (b"text,label\n" + b"a" * 200_000 + b",x\n", 1, "131072"),
 }

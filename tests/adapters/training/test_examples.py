@@ -153,7 +153,11 @@ def test_a_target_that_is_no_label_names_near_ones():
     [
         ([{"text": "a"}], 1, "the target column, 'label', is missing; the row has 'text'"),
         ([*ROWS, {"Text": "a", "label": "b"}], 7, "template, 'text', is missing"),
-        ([{"text": "a", "label": ""}, ROWS[0]], 1, "no tokens"),
+        (
+            [{"text": "a", "label": ""}, ROWS[0], {"text": "b", "label": ""}],
+            1,
+            "'label', the target, is empty in 2 of 3 rows (rows 1, 3); write an answer",
+        ),
         ([ROWS[0], ROWS[3]], None, "all 2 rows have the same target, 'complaint'"),
     ],
 )
@@ -162,6 +166,13 @@ def test_rows_that_cannot_be_trained_on(rows, row, words):
     assert isinstance(error, DataInvalid)
     assert error.row == row
     assert words in error.message
+
+
+def test_double_braces_alone_name_no_column():
+    told = refusal(template="{{text}} :").message
+    assert "names no column" in told
+    assert "write {column} in single braces" in told
+    assert "single" not in refusal(template="text :").message
 
 
 def test_a_prompt_without_tokens():

@@ -622,12 +622,57 @@ def test_empty_cells_are_counted():
     ]
     assert "leaves a blank line" in plan(rows, template="{in}\n{text}\n:").job.warnings[0]
     assert plan(rows, template="{in}\n{?text}\n:").job.warnings == []
-    with pytest.raises(DataInvalid, match="remove rows without an answer"):
-        plan([*labelled("x", "y"), {"text": "t", "label": ""}])
+    unanswered = [*labelled("x", "y"), *[{"text": "t", "label": ""}] * 6]
+    for options in ({}, {"labels": ["x", "y"]}, {"label_names": {"x": "a", "y": "b"}}):
+        with pytest.raises(DataInvalid, match=r"is empty in 6 of 8 rows \(rows 3, 4, 5, 6, 7, …\)"):
+            plan(unanswered, **options)
+    named = plan(unanswered, label_names={"x": "a", "y": "b", "": "none"})
+    assert named.job.labels == ["a", "b", "none"]
     made = make_plan(
         request(), ROWS, tokenizer(), spec(), base_name="tiny", notes=["first", "second"]
     )
     assert made.job.warnings[:2] == ["first", "second"]
+
+
+def test_words_for_a_missing_value_are_counted():
+    rows = [{"text": word, "label": f"answer {word}"} for word in ("a", "NaN", "b", "NULL")]
+    assert plan(rows).job.warnings == [
+        "column 'text' is 'NULL' or 'NaN' in 2 of 4 rows (rows 2, 4); it is read as text: leave the "
+        "cell empty if it stands for a missing value"
+    ]
+    assert plan(rows, template="{?text} :").job.warnings == plan(rows).job.warnings
+    unanswered = labelled("x", "None", "y")
+    assert "column 'label' is 'None' in 1 of 3 rows (row 2)" in plan(unanswered).job.warnings[0]
+    assert plan(unanswered, labels=["x", "y", "None"]).job.warnings == []
+
+
+def test_labels_that_are_numbers_are_a_warning():
+    told = " ".join(plan(labelled(*[0, 1] * 3)).job.warnings)
+    assert "the labels are numbers, '0', '1'" in told
+    assert 'label_names puts them into words, such as {"0": "complaint"}' in told
+    assert "numbers" in plan(labelled("-1", "2.5"), labels=["-1", "2.5"]).job.warnings[0]
+    named = plan(labelled(*[0, 1] * 3), label_names={"0": "no", "1": "yes"})
+    assert named.job.warnings == []
+
+
+def test_labels_that_differ_in_case_or_space_are_a_warning():
+    values = ["Complaint", "complaint", "complaint ", "praise"]
+    told = " ".join(plan(labelled(*values)).job.warnings)
+    assert "'Complaint' and 'complaint' and 'complaint '; they are learned as different" in told
+    names = {"Complaint": "c", "complaint": "c", "complaint ": "c", "praise": "p"}
+    assert plan(labelled(*values), label_names=names).job.warnings == []
+    texts = [*labelled("Yes", "yes"), *labelled(*[f"answer {n}" for n in range(100)])]
+    assert plan(texts).job.warnings == []
+
+
+def test_a_learning_rate_above_1_is_a_warning():
+    assert "learning_rate" not in " ".join(
+        plan(hyperparameters={"learning_rate": 1.0}).job.warnings
+    )
+    assert plan(hyperparameters={"learning_rate": 5.0}).job.warnings[1:] == [
+        "hyperparameters.learning_rate is 5, which is likely to ruin the adapter; the method's recipe "
+        f"has {RECIPES['IA3'].hyperparameters.learning_rate:g}"
+    ]
 
 
 def test_held_out_rows_are_counted_as_they_are():

@@ -151,6 +151,8 @@ def test_a_cell_without_a_value_is_the_empty_text(written):
         ("房间干净\t1\n早餐差,服务慢\t0\n", "It looks like data: put a line"),
         ("nice room\tgood\nbad\tpoor\n", "If it is data, put a line with the names"),
         ("txt,label\na,x\n", "did you mean 'txt'?"),
+        ("Text;Label\na;x\n", "did you mean 'Text' and 'Label'?"),
+        ("id,TEXT,label \n1,a,x\n", "did you mean 'TEXT'?"),
         ("text,id\na,x\n", "there is no column 'label'"),
     ],
 )

@@ -106,6 +106,37 @@ def test_framework_errors_have_our_shape(server):
         assert server.get(path).headers["x-adapter-id"] == "-"
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions? (an OpenAI client's base_url ends in /v1)"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions? (an OpenAI client's base_url ends in"),
+        ("/v1/generate", "/generate?"),
+        ("/adapter", "/adapters?"),
+        ("/adapters/", "/adapters?"),
+        ("/trian", "/train?"),
+        ("/trian/job-1/cancel", "/train/{job_id}/cancel?"),
+        ("/v1/chat/completion", "/v1/chat/completions?"),
+    ],
+)
+def test_a_path_that_is_none_is_told_with_the_one_that_was_meant(server, path, meant):
+    for method in ("GET", "POST"):
+        reply = server.request(method, path)
+        assert reply.status_code == 404
+        told = reply.json()["error"]
+        assert f"did you mean {meant}" in (told["message"] if path.startswith("/v1/") else told)
+
+
+def test_a_path_that_resembles_none_and_a_method_that_is_none(server):
+    for path in ("/qqqqqq", "/" + "a" * 5000):
+        assert server.get(path).json()["error"].startswith("Not Found: there is no such path")
+    reply = server.put("/adapters")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "GET, POST")
+    assert reply.json()["error"] == "Method Not Allowed: this path takes GET and POST"
+    told = server.get("/v1/chat/completions").json()["error"]
+    assert told["message"] == "Method Not Allowed: this path takes POST"
+
+
 # --- wrong bodies ------------------------------------------------------------------------------------
 
 # Words of pydantic, FastAPI and Python that no message may have.

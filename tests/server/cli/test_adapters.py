@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from adapters.checkpoint.folder import digest_of
 from adapters.training.provenance import Provenance
+from server.base.convert import DEFAULT_BASE_DIGEST
+from server.demo.install import demo_adapters
 from tests.server.cli.runner import refusal, run, run_json
 from tests.server.http_server import HIDDEN, LAYERS, save_prefix_adapter
 from tests.server.jobs.examples import a_job
@@ -203,6 +205,41 @@ def test_a_folder_of_folders_adds_them_all(folders, where, place, tmp_path):
     assert [(one["name"], one["created"]) for one in again] == [("one", False)]
 
 
+def test_a_folder_of_folders_names_the_one_without_a_config(folders, where, tmp_path):
+    home = tmp_path / "runs"
+    shutil.copytree(folders, home)
+    (home / "two" / "adapter_config.json").unlink()
+    added = run("adapters", "add", home, *where)
+    assert added.exit_code == 1, added.output
+    assert sorted(one.split("@")[0] for one in added.stdout.splitlines()) == ["one", "three"]
+    assert f"{home / 'two'} holds adapter_model.safetensors and no adapter_config" in added.stderr
+
+
+def test_a_zip_of_several_adapters_says_what_to_do(folders, where, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "all"), "zip", folders)
+    told = refusal("adapters", "add", archive, *where)
+    assert "all.zip holds 3 adapters: one, three and two; unzip it, and add the folder" in told
+
+
+def test_a_warning_is_told_once_and_none_of_one_folder_under_two_paths(tiny_base, tmp_path):
+    for number in range(2):
+        folder = save_prefix_adapter(tmp_path / "other" / f"o{number}", seed=number)
+        _name_base(folder, "nobody/base")
+        _name_base(
+            save_prefix_adapter(tmp_path / "same" / f"s{number}", seed=number + 2),
+            f"{tiny_base.parent}/./{tiny_base.name}",
+        )
+    options = ["--data-dir", tmp_path / "data", "--base", tiny_base]
+    assert run("adapters", "add", tmp_path / "other", *options).stderr.count("nobody/base") == 1
+    assert "names the base" not in run("adapters", "add", tmp_path / "same", *options).stderr
+
+
+def _name_base(folder: Path, name: str) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": name}))
+
+
 def test_a_folder_of_checkpoints_asks_which(folders, where, tmp_path):
     home = tmp_path / "run"
     shutil.copytree(folders / "one", home / "checkpoint-9")
@@ -233,7 +270,21 @@ def test_a_folder_that_was_trained_elsewhere_is_refused(folders, where, tmp_path
     folder = tmp_path / "trained"
     shutil.copytree(folders / "one", folder)
     Provenance(a_job(), {}, {}).write(folder)
-    assert "trained on base bbbb" in refusal("adapters", "add", folder, *where)
+    told = refusal("adapters", "add", folder, *where)
+    assert "trained on the base 'somebody/base' (digest bbbbbbbbbbbb)" in told
+    assert len(told) < 200
+
+
+def test_the_default_base_is_not_made_for_a_folder_of_another(folders, tmp_path):
+    folder = tmp_path / "trained"
+    shutil.copytree(folders / "one", folder)
+    Provenance(a_job(), {}, {}).write(folder)
+    cache = {"GRAFTWORK_CACHE_DIR": str(tmp_path / "cache")}
+    told = refusal("adapters", "add", folder, "--data-dir", tmp_path / "data", **cache)
+    assert "'somebody/base'" in told
+    assert "--base" in told
+    assert not (tmp_path / "cache").exists()
+    assert {one.job.base_digest for one in demo_adapters()} == {DEFAULT_BASE_DIGEST}
 
 
 def test_preload_and_unload_are_a_server_s(server, tmp_path):
@@ -330,4 +381,4 @@ def test_merge_refuses_another_base_than_the_server_s(ia3, server, tmp_path):
     run("adapters", "add", ia3, *url)
     other = save_tiny(tmp_path / "other")
     told = refusal("adapters", "merge", "doubled", "--out", tmp_path / "m", *url, "--base", other)
-    assert "belongs to the base" in told
+    assert "belongs to another base (digest" in told

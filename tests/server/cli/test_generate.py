@@ -168,6 +168,7 @@ def test_lines_of_standard_input_are_prompts(online):
         ),
         (["-p", "x", "--parameters", "[]"], "expected a JSON object"),
         (["-p", "x", "--parameters", '{"max_new_tokens": 3}'], "max_new_tokens is given twice"),
+        (["--row", '{"Text": "hi you"}'], "write --row 'Text=hi you'"),
         (["-p", "x", "--row", "a=b"], "--prompt and --row are both given"),
         (["-p", "x", "-p", "y", "--stream"], "--stream is for one prompt"),
         (["-p", "x", "--stream", "--json"], "--stream and --json"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
+from server.cli import render
+from server.cli.job_tables import EXPENDABLE, jobs_table
 from server.store.jobs import JobStore
 from tests.server.cli.runner import refusal, run_json
 from tests.server.cli.runner import run as run_graftwork
@@ -91,7 +96,10 @@ def test_a_job_is_named_by_its_adapter_and_the_newest_is_meant(store, running, w
     assert run_json("jobs", "remove", "first", *where) == {"id": newer, "deleted": True}
     assert run_json("jobs", "show", "first", *where)["id"] == running[0]
     told = refusal("jobs", "show", "nobody", *where)
-    assert told == "there is no training job 'nobody', and none of an adapter of that name"
+    nobody = "there is no training job 'nobody', and none of an adapter of that name"
+    assert told == f"{nobody}; GET /train lists the jobs"
+    assert refusal("jobs", "show", "firs", *where).endswith("; did you mean 'first'?")
+    assert refusal("jobs", "show", "job-1", *where).endswith("'job-1'; GET /train lists the jobs")
 
 
 def test_the_list_has_loss_accuracy_and_time(store, running, where):
@@ -103,6 +111,26 @@ def test_the_list_has_loss_accuracy_and_time(store, running, where):
     words = line.split()
     assert words[1:4] == ["succeeded", "first", a_job().method]
     assert {"0.25", "0.750", "0:00"} <= set(words)
+
+
+def test_a_narrow_terminal_gets_ids_and_names_whole(store, running, where, monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(render, "out", terminal)
+    jobs = run_json("jobs", "list", *where)
+    render.print_table(jobs_table(jobs), expendable=EXPENDABLE)
+    lines = terminal.file.getvalue().splitlines()
+    for one in jobs:
+        assert any(one["id"] in line and one["adapter"] in line for line in lines)
+    assert any("3 of 8" in line for line in lines)
+    assert any("not shown for want of width: created" in line for line in lines)
+    assert all(Text.from_ansi(line).cell_len <= 80 for line in lines)
+
+
+def test_a_pipe_gets_no_padding(store, running, where):
+    ids = [one.id for one in store.list()]
+    for words in (["list"], ["show", running[0]], ["compare", *ids]):
+        lines = run(*words, *where).output.splitlines()
+        assert all(line == line.rstrip() for line in lines)
 
 
 def test_jobs_are_compared(store, running, where):
@@ -133,7 +161,8 @@ def test_cancel_ends_what_waits_and_asks_what_runs(store, running, where):
     assert "about to stop" in run("cancel", job_id, *where).output
     assert store.renew(claim, 60) is True
     store.finish(claim, "cancelled")
-    assert f"{job_id} is cancelled" in run("cancel", job_id, *where).output
+    ended = run("cancel", job_id, *where).output
+    assert ended == f"{job_id} had ended before (cancelled); nothing was cancelled\n"
 
 
 def test_log_prints_the_end_or_all_of_it(store, running, where):

@@ -85,6 +85,7 @@ def test_help_fits_a_terminal_of_80_columns(words):
 def test_version_and_completion():
     assert run("--version").output == f"graftwork {version('graftwork')}\n"
     assert "--install-completion" in run("--help").output
+    assert run("adapters", "add", "-h").output == run("adapters", "add", "--help").output
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,9 @@ def test_version_and_completion():
         (["predict"], "Did you mean 'generate'?"),
         (["version"], "Did you mean '--version'?"),
         (["jobs", "logs", "x"], "Did you mean 'log'?"),
+        (["jobs", "follow", "x"], "Did you mean 'events'?"),
+        (["generate", "-a", "x", "hello", "you"], "did you mean --prompt 'hello you'?"),
+        (["train", "--method", "ia3", "--data", "a.csv", "b.csv"], "did you mean --data b.csv?"),
         (["serve", "--threads", "many"], "expected a whole number, came 'many'"),
         (["serve", "--dtype", "bf16"], "expected 'bfloat16', 'float32', 'float16'"),
         (["jobs", "list", "--limit", "0"], "expected a number of at least 1, came"),

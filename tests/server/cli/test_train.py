@@ -119,6 +119,15 @@ def test_every_method_makes_a_folder_that_peft_loads_without_a_warning(folders, 
             peft.PeftModel.from_pretrained(model, folder)
 
 
+def test_the_commands_that_train_prints_name_the_base(command, tiny_base, tmp_path):
+    made = run(*command, "--max-steps", "1", "--out", tmp_path / "my folder")
+    first, second = made.stdout.splitlines()[-2:]
+    words = shlex.split(first.partition("serve it with: graftwork ")[2])
+    assert words == ["adapters", "add", str(tmp_path / "my folder"), "--base", str(tiny_base)]
+    assert run(*words, "--data-dir", tmp_path / "data", "--name", "mine").exit_code == 0
+    assert shlex.split(second) == ["and:", "graftwork", "serve", "--base", str(tiny_base)]
+
+
 def test_the_folder_says_how_it_was_made(folders, tiny_base):
     provenance = read_provenance(folders["ia3"])
     job = provenance.job
@@ -194,7 +203,7 @@ def test_register_publishes_with_or_without_a_folder(command, tmp_path):
     registry = Registry(tmp_path / "data")
     record = registry.resolve("tweets")
     registry.close()
-    assert record.recipe == told["job"]
+    assert record.recipe == {**told["job"], "default_temperature": 0.0}
     assert record.metrics == told["metrics"]
     assert record.job_id is None
     assert [path.name for path in tmp_path.glob("**/*.partial")] == []
@@ -249,13 +258,16 @@ def test_a_dry_run_shows_what_was_understood_of_a_file(tiny_base, tmp_path):
     assert "CSV, UTF-8 with a byte order mark, semicolon" in table
     assert "warning: column 'text' is empty in 4 of 8 rows" in table
     assert "warning: labels were not given" in table
+    assert "--no-infer-labels takes none" in table
     chats = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
     data.write_text(json.dumps(chats))
     refused = run(*words)
     assert refused.exit_code == 2
     assert "the base has no chat template" in refused.output
     data.write_text("text,label\na,x\n")
-    assert "--template and --target are needed; the columns" in run(*words).output
+    refused = run(*words)
+    assert "--template and --target are needed; the columns" in refused.output
+    assert "if it is data, put a line with the names before it" in refused.output
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(command, tmp_path):
@@ -297,7 +309,18 @@ REFUSED = {
     "kind of data": (["--out", "x", "--data", sys.executable], "it is a program, expected text"),
     "name": (["--register", "Not A Name"], "Not A Name"),
     "resume": (["--out", "x", "--resume"], "holds no run to resume"),
-    "too long": (["--out", "x", "--max-length", "8"], "row 1: "),
+    "address": (
+        ["--out", "x", "--data", "https://host/rows.csv"],
+        "an address (https) is not fetched; download the file",
+    ),
+    "Python dict": (
+        ["--out", "x", "--hyperparameters", "{'weight_decay': 0}"],
+        """it is a Python dict, in JSON: '{"weight_decay": 0}'""",
+    ),
+    "too long": (
+        ["--out", "x", "--max-length", "8"],
+        "8; --on-too-long truncate drops the prompt's beginning",
+    ),
     "method": (["--out", "x", "--method", "lora"], "lora"),
     "base": (["--out", "x", "--base", "nowhere/at all"], "nowhere/at all"),
 }
@@ -320,7 +343,7 @@ def test_missing_options_name_the_columns(tiny_base, data):
     bare = ["train", "--method", "ia3", "--data", data, "--base", tiny_base, "--out", "x"]
     refused = run(*bare)
     assert refused.exit_code == 2
-    assert "--template is needed" in refused.output
+    assert "--template and --target are needed" in refused.output
     assert "'tweet', 'Label', 'split'" in refused.output
     assert "--target is needed" in run(*bare, "--template", "{tweet}").output
 

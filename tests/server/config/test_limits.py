@@ -289,7 +289,7 @@ ABOVE: list[tuple[str, Send, int, str, str]] = [
         form(labels='["x", "y", "z", "w"]'),
         422,
         "invalid",
-        "labels: expected 1 to 3 different texts",
+        "labels: expected 2 to 3 different texts",
     ),
     (
         "max_aliases",

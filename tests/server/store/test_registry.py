@@ -370,6 +370,35 @@ def test_an_alias_and_an_adapter_never_share_a_name(registry: Registry, one: Pat
             registry.set_alias("a", alias, 1)
 
 
+def test_the_adapter_that_was_meant_is_named_where_the_caller_sees_it(
+    registry: Registry, one: Path
+) -> None:
+    for name in ("complaints", "team-secret", "team-a", "b", "c", "d"):
+        registry.publish(name, one, BASE)
+    near = "there is no adapter {!r}; did you mean 'complaints'?"
+    for asked in ("complaint", "Complaints", "complaint@2"):
+        with pytest.raises(errors.AdapterNotFound, match=re.escape(near.format(asked))) as found:
+            registry.resolve(asked)
+        assert found.value.expected == "complaints"
+    for call in (registry.versions, registry.delete):
+        with pytest.raises(errors.AdapterNotFound, match="did you mean 'complaints'"):
+            call("complaint")
+    with pytest.raises(errors.AdapterNotFound, match="; GET /adapters lists the adapters"):
+        registry.resolve("zzz")
+
+    theirs = registry.seen_by(caller("a", "complaints", "mine-*"))
+    for asked in ("team-secret", "team-secre"):  # hidden and missing: the same words
+        with pytest.raises(errors.AdapterNotFound) as found:
+            theirs.resolve(asked)
+        assert str(found.value) == f"there is no adapter {asked!r}; there is 'complaints'"
+        with pytest.raises(errors.AdapterNotFound) as found:
+            theirs.versions(asked)
+        assert str(found.value) == f"there is no adapter {asked!r}; there is 'complaints'"
+        with pytest.raises(errors.AdapterNotFound) as found:
+            theirs.require_free(asked)
+        assert str(found.value) == f"there is no adapter {asked!r}"
+
+
 def test_what_is_not_there_is_said(registry: Registry, one: Path) -> None:
     for reference in ("a", "a@1", "a@x", "", "@", "@1"):
         with pytest.raises(errors.AdapterNotFound):

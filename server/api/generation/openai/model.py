@@ -67,8 +67,9 @@ def _not_served(
     # What cannot be an adapter's name is a model that is not here, as any other is.
     expected = error.expected if isinstance(error, AdapterNotFound) else None
     reason = error.message if expected else f"there is no adapter {quoted(name)}"
+    rest = " The" if reason.endswith("?") else "; the"
     return AdapterNotFound(
-        f"{reason}; the base is {services.base_id!r}, and GET /v1/models lists what is served",
+        f"{reason}{rest} base is {services.base_id!r}, and GET /v1/models lists what is served",
         field="model",
         expected=expected or "an adapter or the base",
         came=quoted(name),

@@ -17,6 +17,7 @@ from adapters.training.job import (
     TrainingOptions,
     TrainingRequest,
     method_name,
+    why_no_method,
 )
 from adapters.training.recipes import RECIPES
 from adapters.training.shapes import Format
@@ -213,7 +214,7 @@ def _known_type(name: str) -> str:
     if name not in METHOD_TYPES:
         listed = ", ".join(METHOD_TYPES)
         raise RequestInvalid(
-            f"method.type: expected one of {listed}; came {quoted(name)}",
+            f"method.type: expected one of {listed}; came {quoted(name)}{why_no_method(name)}",
             field="method.type",
             expected=listed,
             came=quoted(name),

@@ -186,7 +186,10 @@ def test_create_only(server, tmp_path):
         ({"name": "tiny-base"}, 422, "name_invalid"),
         ({}, 422, "invalid"),
         ({"name": "x", "template": "{"}, 422, "template_invalid"),
+        ({"name": "x", "template": "Tweet text"}, 422, "template_invalid"),
+        ({"name": "x", "template": ""}, 422, "template_invalid"),
         ({"name": "x", "labels": "[1]"}, 422, "invalid"),
+        ({"name": "x", "labels": '["complaint"]'}, 422, "invalid"),
         ({"name": "x", "labels": "[oops"}, 422, "invalid"),
         ({"name": "x", "labels": "[]"}, 422, "invalid"),
         ({"name": "x", "append_eos": "yes"}, 422, "invalid"),
@@ -201,6 +204,19 @@ def test_a_form_that_is_wrong_is_refused_with_its_field(server, tmp_path, fields
     reply = server.post("/adapters", data=fields, files=files)
     assert (reply.status_code, reply.json()["code"]) == (status, code), reply.text
     assert reply.json()["field"]
+
+
+def test_labels_as_one_text_with_commas_are_shown_as_the_list_that_may_be_meant(server, tmp_path):
+    folder = save_prefix_adapter(tmp_path / "l")
+    reply = upload(server, folder, "listed", labels="complaint,no complaint, complaint")
+    assert reply.status_code == 422
+    said = reply.json()["error"]
+    meant = said.partition("send labels=")[2]
+    assert meant == '["complaint", "no complaint"]'
+    assert upload(server, folder, "listed", labels=meant).json()["labels"] == json.loads(meant)
+    one = upload(server, folder, "listed", labels="complaint")
+    assert (one.status_code, "send labels=" in one.json()["error"]) == (422, False)
+    server.delete("/adapters/listed")
 
 
 def test_what_people_really_try(server, tmp_path):

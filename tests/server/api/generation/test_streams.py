@@ -180,7 +180,7 @@ def test_a_dead_engine_is_503_and_the_server_still_answers(tiny_base, tmp_path):
             next(lines)
             client.app_services().client._engine.kill()
             last = json.loads([line for line in lines if line][-1].removeprefix("data:"))
-        assert last["error_type"] == "generation"
+        assert last["error_type"] == "unavailable"
         wait_until(lambda: client.get("/readyz").status_code == 503)
         reply = client.post("/generate", json=body)
         assert reply.status_code == 503

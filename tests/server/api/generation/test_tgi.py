@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import structlog
+from starlette.requests import HTTPConnection
+
+from server.api.middleware import headers
 
 
 def frames(reply) -> list[dict]:
@@ -240,6 +244,22 @@ def test_unknown_fields_are_named_in_a_header(server):
     body = {"model": "other", "prompt": "x", "max_token": 1}
     meant = server.post("/v1/completions", json=body).headers["x-did-you-mean"]
     assert meant == "max_token: max_tokens"
+
+
+def test_a_parameter_with_a_near_name_is_logged(monkeypatch):
+    # The servers of these tests log faults only.
+    captured = structlog.testing.LogCapture()
+    level = structlog.make_filtering_bound_logger("warning")
+    log = structlog.wrap_logger(None, processors=[captured], wrapper_class=level)
+    monkeypatch.setattr(headers, "log", log)
+    state = {"reply_headers": {"x-request-id": "r1"}}
+    request = HTTPConnection({"type": "http", "path": "/generate", "state": state})
+    known = {"max_new_tokens": "parameters.max_new_tokens"}
+    headers.note_ignored(request, ["watermark"], known)
+    headers.note_ignored(request, ["max_new_token"], known)
+    (line,) = captured.entries
+    assert (line["log_level"], line["request_id"]) == ("warning", "r1")
+    assert line["did_you_mean"] == "max_new_token: parameters.max_new_tokens"
 
 
 def test_an_unknown_adapter_is_404(server):

@@ -216,8 +216,9 @@ def test_a_route_that_is_none_and_a_method_that_is_none(guarded, keys):
     reply = guarded.ask("PUT", "/adapters", keys["generate"])
     assert (reply.status_code, reply.json()["code"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "GET, POST"
-    # Only browsers are shown a page there.
-    assert guarded.ask("PUT", "/", keys["generate"]).headers["allow"] == "POST"
+    assert guarded.ask("PUT", "/", keys["generate"]).headers["allow"] == "GET, POST"
+    assert "/adapters?" in guarded.ask("GET", "/adapter", keys["admin"]).json()["error"]
+    assert guarded.ask("GET", "/adapter").status_code == 401
     assert guarded.ask("HEAD", "/docs", keys["generate"]).status_code == 200
     # What everybody may read has no methods to hide.
     reply = guarded.ask("TRACE", "/livez")

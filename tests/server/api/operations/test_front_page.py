@@ -1,4 +1,4 @@
-"""`GET /`: a page for browsers; to every other client what it was before there was one."""
+"""`GET /`: a page for browsers, and the same as JSON for every other client."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "", "text/plain", "text/html2"])
-def test_other_clients_get_what_they_got_before(accept, server):
+def test_other_clients_are_told_the_same_as_json(accept, server):
     reply = server.get("/", headers={"accept": accept})
-    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
-    assert reply.headers["content-type"] == "application/json"
-    assert reply.json() == {"error": "Method Not Allowed", "error_type": "validation"}
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
+    told = reply.json()
+    assert (told["base"], told["state"]) == ("tiny-base", "ready")
+    assert told["adapters"] == server.get("/adapters").json()["total"]
+    for name in ("documentation", "openapi", "models"):
+        assert server.get(told[name]).status_code == 200
     assert "content-security-policy" not in reply.headers
 
 
-def test_head_and_the_other_methods_are_as_before(server):
-    for method in ("HEAD", "PUT", "DELETE"):
+def test_head_and_the_other_methods(server):
+    assert server.head("/").status_code == 200
+    for method in ("PUT", "DELETE"):
         reply = server.request(method, "/", headers=BROWSER)
-        assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+        assert (reply.status_code, reply.headers["allow"]) == (405, "GET, POST")
+        assert reply.json()["error"] == "Method Not Allowed: this path takes GET and POST"
     said = {"inputs": "x", "parameters": {"max_new_tokens": 1}}
     assert server.post("/", json=said, headers=BROWSER).status_code == 200
 

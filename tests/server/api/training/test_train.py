@@ -239,7 +239,14 @@ def test_a_template_is_taken_before_a_known_shape(waiting):
 def test_what_is_missing_for_a_prompt_is_said_with_the_columns(waiting):
     neither = dry_run(waiting, as_csv(ROWS))
     assert (neither.status_code, neither.json()["field"]) == (422, "template")
-    assert "its columns are 'text', 'label'" in neither.json()["error"]
+    told = neither.json()["error"]
+    assert told.startswith(
+        "template and target are missing; give both for the columns of the data, 'text', 'label', or"
+    )
+    assert told.endswith("if it is data, put a line with the names before it")
+    inline = post(waiting, {"adapter": "a", "method": "ia3", "rows": ROWS}, "?dry_run=1").json()
+    assert "template and target are missing" in inline["error"]
+    assert "first line" not in inline["error"]
     one = dry_run(waiting, as_csv(ROWS), template="{text}")
     assert (one.status_code, one.json()["field"]) == (422, "target")
     chat = dry_run(waiting, as_jsonl([{"messages": [{"role": "user", "content": "Who?"}]}]))
@@ -279,6 +286,7 @@ def test_labels_that_were_not_given_are_inferred_and_said(waiting):
     body = post(waiting, {**words, **options, "rows": rows}, "?dry_run=1").json()
     assert (body["labels"], body["labels_inferred"]) == (["0", "1", "2"], True)
     assert "labels were not given" in body["warnings"][0]
+    assert "the labels are numbers" in body["warnings"][1]
     assert (body["num_validation_rows"], body["num_held_out"], body["num_train"]) == (3, 3, 9)
     declined = post(waiting, {**words, "rows": rows, "infer_labels": False}, "?dry_run=1").json()
     assert (declined["labels"], declined["labels_inferred"], declined["warnings"]) == (
@@ -328,10 +336,10 @@ HYPER = "hyperparameters"
          "target_not_found", "target_modules"),
         ({**JOB, "rows": ROWS, "config": {"num_virtual_tokens": 4}}, 422, "job_invalid",
          "config.num_virtual_tokens"),
-        ({**JOB, "rows": ROWS, "adapter": "Bad Name"}, 422, "name_invalid", "name"),
-        ({**JOB, "rows": ROWS, "adapter": "tiny-base"}, 422, "name_invalid", "name"),
+        ({**JOB, "rows": ROWS, "adapter": "Bad Name"}, 422, "name_invalid", "adapter"),
+        ({**JOB, "rows": ROWS, "adapter": "tiny-base"}, 422, "name_invalid", "adapter"),
         ({**JOB, "rows": ROWS, "adapter": "taken", "if_exists": "error"}, 412, "adapter_exists",
-         "name"),
+         "adapter"),
         ({**JOB, "rows": ROWS, "description": "\ud800"}, 422, "invalid", "body"),
         (b'{"adapter": "x", "adapter": "y"}', 422, "invalid", "body"),
         (b"[" * 100_000, 422, "invalid", "body"),
@@ -408,6 +416,30 @@ def test_a_form_that_is_wrong(waiting, given, status, code, field):
     told = reply.json()
     assert (reply.status_code, told["code"]) == (status, code), reply.text
     assert field in (None, told.get("field")), reply.text
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ({**JOB, "rows": ROWS, "dry_run": True}, "POST /train?dry_run=true"),
+        ({**JOB, "data": ROWS}, "unknown field 'data'; did you mean 'rows'?"),
+        (
+            {**JOB, "rows": ROWS, "method": "LoRA"},
+            "(LoRA is a method of PEFT that is neither trained",
+        ),
+    ],
+)
+def test_what_was_meant_is_told(waiting, job, said):
+    reply = post(waiting, job)
+    assert reply.status_code == 422
+    assert said in reply.json()["error"]
+
+
+def test_fields_of_a_job_beside_it_in_the_form_are_told_where_they_go(waiting):
+    reply = waiting.post("/train", data={"adapter": "x", "method": "ia3"}, files={"data": b"{}"})
+    told = reply.json()
+    assert (reply.status_code, told["field"]) == (422, "'adapter'")
+    assert "one JSON object in the form field job: -F 'job={" in told["error"]
 
 
 def test_rows_nowhere_and_other_media_types(waiting):

@@ -317,7 +317,11 @@ def test_what_is_refused(client, trained, pairs_file, fields, status, code, para
             b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n',
             "same target",
         ),
-        (b"\xff\xfe\x00\xd8", "row 1 (line"),
+        (
+            b'{"prompt": "a", "completion": "b"}\n' + b'{"prompt": "c", "completion": ""}\n' * 2,
+            "_file, row 2; ",
+        ),
+        (b"\xff\xfe\x00\xd8", "line 1, the header"),
         (b"\n", "no rows"),
         (b'{"text": "a"}\n', "method.supervised.template"),
         (b'[{"prompt": "a", "completion": [1]}]', "row 1 (line 1), column 'completion'"),
