@@ -90,7 +90,9 @@ def no_adapter(
     if not near and slug and not is_name(asked):
         hint = f"; as a name it would be {slug!r}"
     else:
-        hint = did_you_mean(near) or what_there_is(known, "GET /adapters lists the adapters")
+        hint = did_you_mean(near) or what_there_is(
+            sorted(known), "GET /adapters lists the adapters"
+        )
     raise AdapterNotFound(
         f"there is no adapter {quoted(shorten(name))}{hint}",
         field="adapter",

@@ -180,7 +180,7 @@ ABOVE: list[tuple[str, Send, int, str, str]] = [
     ),
     (
         "max_parts",
-        form(description="a", labels='["x"]', append_eos="true"),
+        form(description="a", labels='["x", "y"]', append_eos="true"),
         422,
         "invalid",
         "the form cannot be read: more than 4 parts",
@@ -346,7 +346,7 @@ ABOVE: list[tuple[str, Send, int, str, str]] = [
 WITHIN: list[tuple[str, Send]] = [
     ("max_body_mib", text("a" * (2**20 - 100))),
     ("max_json_values", complete(x=[1] * 174)),
-    ("max_parts", form(description="a", labels='["x"]')),
+    ("max_parts", form(description="a", labels='["x", "y"]')),
     ("max_field_kib", form(description="a" * 1024)),
     ("max_upload_mib", upload_of(2 * 2**20 - 1000)),
     ("max_inflated_mib", adapter(prompt_embeddings=rows(4))),
