@@ -106,8 +106,7 @@ def duration_of(job: Job) -> str:
 
 
 def _state(job: Job) -> str:
-    state = "interrupted" if job.get("interrupted") else str(job["state"])
-    return f"{state}, for another base" if job.get("waits_for") else state
+    return "interrupted" if job.get("interrupted") else str(job["state"])
 
 
 def _step(job: Job) -> str:
