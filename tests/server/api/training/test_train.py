@@ -511,6 +511,9 @@ UNKNOWN = "job-" + "0" * 24
 )
 def test_a_job_that_is_not_there(waiting, job_id, method, path):
     reply = waiting.request(method, f"/train/{job_id}{path}")
+    if (method, reply.url.path) == ("GET", "/"):  # what the client made of ".."
+        assert "job" not in reply.text
+        return
     assert reply.status_code == (404 if job_id not in ("..", "%2e%2e") else reply.status_code)
     if job_id in (UNKNOWN, "job-1", "job-%00", "JOB-" + "0" * 24):
         assert reply.json()["code"] == "job_not_found"
