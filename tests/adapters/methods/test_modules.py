@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,13 +177,13 @@ def test_prompt_embedding_from_the_vocabulary_is_pefts() -> None:
     assert_same(ours, theirs)
 
 
-def test_prompt_embedding_from_text_repeats_and_cuts_the_tokens() -> None:
+def test_prompt_embedding_from_text_repeats_and_cuts_the_tokens(tmp_path: Path) -> None:
     words = nn.Embedding(32, 8)
     config = PromptTuningConfig(
         **DIMENSIONS,
         prompt_tuning_init="TEXT",  # type: ignore[arg-type]
         prompt_tuning_init_text="a b c",
-        tokenizer_name_or_path="somewhere",
+        tokenizer_name_or_path=str(tmp_path / "nowhere"),  # a name would be asked for on the hub
     )
     short = PromptEmbedding(config, words, init_token_ids=[1, 2, 3])
     assert torch.equal(short.embedding.weight, words.weight[torch.tensor([1, 2, 3, 1])])
