@@ -154,6 +154,8 @@ async def crowd(
         )
         if now - begun == NUM_STREAMS and descriptors(served.process.pid) <= num_open:
             break
+    # Long texts are tokenized two at a time: the last few replies may have begun only now.
+    await asyncio.sleep(2 * SECONDS)
     cut.set()
     return [list(await asyncio.gather(*kind)) for kind in tasks], hurried
 
