@@ -43,6 +43,23 @@ class GenerationObserver(Protocol):
         ...
 
 
+class _Ignored:
+    """A `GenerationObserver` that looks at nothing."""
+
+    def first_token(self, seconds: float, queue_seconds: float | None) -> None:
+        pass
+
+    def token(self, seconds: float) -> None:
+        pass
+
+    def ended(self, how: Ended, seconds: float, code: str | None) -> None:
+        pass
+
+
+# For generations of which only the start matters to an observer, or nothing.
+IGNORED: GenerationObserver = _Ignored()
+
+
 class Observer(Protocol):
     """Observes all generations."""
 

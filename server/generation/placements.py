@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from server.engine.request import AdapterRef, GenerationRequest
-from server.generation.observers import Ended, GenerationObserver
+from server.generation.observers import IGNORED, GenerationObserver
 from server.store.caller import Caller
 
 Residency = Literal["disk", "host", "device"]
@@ -71,23 +71,7 @@ class Placements:
         """A request was submitted to the engine."""
         if request.adapter is not None:
             self.use(request.adapter)
-        return _NOTHING_MORE
+        return IGNORED
 
     def refused(self, adapter: str | None, code: str) -> None:
         """A refused generation moves nothing."""
-
-
-class _NothingMore:
-    """`server.generation.observers.GenerationObserver` for what matters only at its start."""
-
-    def first_token(self, seconds: float, queue_seconds: float | None) -> None:
-        pass
-
-    def token(self, seconds: float) -> None:
-        pass
-
-    def ended(self, how: Ended, seconds: float, code: str | None) -> None:
-        pass
-
-
-_NOTHING_MORE = _NothingMore()

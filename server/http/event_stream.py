@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -64,6 +64,31 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, ResultT]) -> R
         working.cancel()
         disconnecting.cancel()
         await asyncio.gather(working, disconnecting, return_exceptions=True)
+
+
+async def first_of(
+    pieces: AsyncIterator[ResultT], receive: Receive, abort: Callable[[], object]
+) -> ResultT:
+    """The first of what a reply will stream: awaited before its status is sent, so that it is a real one.
+
+    Args:
+        pieces: what will be streamed.
+        receive: as for `unless_gone`.
+        abort: ends the work behind `pieces`; called if there is no first one.
+
+    Raises:
+        ClientGone: the client disconnected first.
+        Exception: what `pieces` raised.
+    """
+
+    async def read() -> ResultT:
+        return await anext(pieces)
+
+    try:
+        return await unless_gone(receive, read())
+    except BaseException:
+        abort()
+        raise
 
 
 async def _disconnected(receive: Receive) -> None:

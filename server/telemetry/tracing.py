@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from server.engine.request import GenerationRequest, SamplingParams
-from server.generation.observers import Ended, GenerationObserver
+from server.generation.observers import IGNORED, Ended, GenerationObserver
 from server.store.caller import UNRESTRICTED, Caller
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Tracing:
     ) -> GenerationObserver:
         """Start a generation of the current task's request."""
         span = _current.get()
-        return _UNTRACED if span is None else span.observe(request)
+        return IGNORED if span is None else span.observe(request)
 
     def refused(self, adapter: str | None, code: str) -> None:
         """No-op: the reply's status records the refusal."""
@@ -153,7 +153,7 @@ class RequestSpan:
     def observe(self, request: GenerationRequest) -> GenerationObserver:
         """Add a generation."""
         if not self._span.is_recording():
-            return _UNTRACED
+            return IGNORED
         self._sampling = self._sampling or request.sampling
         self._prompts[id(request.prompt_token_ids)] = request.prompt_token_ids
         self._num_choices += 1
@@ -239,19 +239,3 @@ class _Observer:
         span._failure = span._failure or code
         if len(span._finish_reasons) < MAX_FINISH_REASONS:
             span._finish_reasons.append(how)
-
-
-class _Untraced:
-    """A generation outside any request, or of a request that is not sampled."""
-
-    def first_token(self, seconds: float, queue_seconds: float | None) -> None:
-        pass
-
-    def token(self, seconds: float) -> None:
-        pass
-
-    def ended(self, how: Ended, seconds: float, code: str | None) -> None:
-        pass
-
-
-_UNTRACED = _Untraced()

@@ -29,7 +29,7 @@ from server.generation.generator import (
     Prompt,
     mean_logprob,
 )
-from server.http.event_stream import EventStream, event, unless_gone
+from server.http.event_stream import EventStream, event, first_of, unless_gone
 from server.text.tokenizer import TextTokenizer
 
 
@@ -202,15 +202,7 @@ async def stream(request: Request, prepared: PreparedRequest) -> Response:
     generation = prepared.generator.submit(prepared.request, prepared.options)
     note_work(request, prepared.num_prompt_tokens, [generation])
     pieces = aiter(generation)
-
-    async def read_first() -> Piece:
-        return await anext(pieces)
-
-    try:
-        first = await unless_gone(request.receive, read_first())
-    except BaseException:
-        generation.abort()
-        raise
+    first = await first_of(pieces, request.receive, generation.abort)
     set_headers(request, timing_headers(generation))
     return EventStream(_frames(request, prepared, generation, first, pieces), generation.abort)
 

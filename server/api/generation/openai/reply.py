@@ -22,7 +22,7 @@ from server.api.generation.openai.prepared import Output, PreparedBatch
 from server.api.middleware.headers import set_headers
 from server.api.middleware.work import note_work, timing_headers
 from server.generation.generator import Piece, mean_logprob
-from server.http.event_stream import EventStream, compact, unless_gone
+from server.http.event_stream import EventStream, compact, first_of, unless_gone
 
 log = structlog.get_logger(__name__)
 
@@ -75,15 +75,7 @@ async def stream(
     batch = prepared.batch()
     note_work(request, prepared.num_prompt_tokens, batch.generations)
     pieces = batch.pieces()
-
-    async def read_first() -> tuple[int, Piece]:
-        return await anext(pieces)
-
-    try:
-        first = await unless_gone(request.receive, read_first())
-    except BaseException:
-        batch.abort()
-        raise
+    first = await first_of(pieces, request.receive, batch.abort)
     set_headers(request, timing_headers(*batch.generations))
     frames = _Frames(prepared, batch, options or StreamOptions())
     return EventStream(frames.all(request, first, pieces), batch.abort)

@@ -19,7 +19,7 @@ from server.api.generation.openai.responses import types as shapes
 from server.api.middleware.headers import set_headers
 from server.api.middleware.work import note_work, timing_headers
 from server.generation.generator import Generation, Generator, Piece
-from server.http.event_stream import EventStream, compact, unless_gone
+from server.http.event_stream import EventStream, compact, first_of, unless_gone
 
 log = structlog.get_logger(__name__)
 
@@ -134,15 +134,7 @@ async def stream(request: Request, answer: Answer) -> Response:
     generation = answer.generation
     note_work(request, len(generation.request.prompt_token_ids), [generation])
     pieces = aiter(generation)
-
-    async def read_first() -> Piece:
-        return await anext(pieces)
-
-    try:
-        first = await unless_gone(request.receive, read_first())
-    except BaseException:
-        generation.abort()
-        raise
+    first = await first_of(pieces, request.receive, generation.abort)
     set_headers(request, timing_headers(generation))
     return EventStream(_Events(answer).all(request, first, pieces), generation.abort)
 
