@@ -20,10 +20,11 @@ PAIR = {"adapter_config.json": CONFIG, "adapter_model.safetensors": TENSORS}
 
 
 def zip_of(files: dict[str, bytes], **options: int) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", options.get("method", zipfile.ZIP_DEFLATED)) as archive:
+    out, method = io.BytesIO(), options.get("method", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(out, "w") as archive:
         for name, data in files.items():
-            archive.writestr(name, data)
+            # A ZipInfo has a fixed time: the bytes of the clock's can be those of `CONFIG`.
+            archive.writestr(zipfile.ZipInfo(name), data, compress_type=method)
     return out.getvalue()
 
 
