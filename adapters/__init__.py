@@ -7,7 +7,6 @@ base's description does not load torch.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from adapters.peft_names import check_absent
@@ -90,7 +89,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("graftwork")
+        from importlib.metadata import version
+
+        return version("graftwork")
     home = _HOMES.get(name)
     if home is None:
         check_absent(name)

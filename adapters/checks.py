@@ -12,22 +12,15 @@ from typing import TYPE_CHECKING
 from adapters import key_names
 from adapters.errors import MethodUnsupported, NonFinite, TensorMismatch
 from adapters.field_errors import close_to
-from adapters.method import PeftConfig, TensorInfo, letters
+from adapters.method import PeftConfig, TensorInfo
+from adapters.peft_names import letters
+from adapters.peft_types import TaskType
 
 if TYPE_CHECKING:
     import torch
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 SERVED_TASK = "CAUSAL_LM"
-# Source: peft/utils/peft_types.py, `TaskType`.
-TASKS = (
-    "CAUSAL_LM",
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
 # What people write for a task: letters and digits -> PEFT's name.
 _TASK_ALIASES = {
     "causal": "CAUSAL_LM",
@@ -54,7 +47,7 @@ def check_task_type(config: PeftConfig) -> None:
     task = config.task_type
     if task is None or task == SERVED_TASK:
         return
-    if task not in TASKS:
+    if task not in list(TaskType):
         raise _no_task(task)
     if task == "SEQ_2_SEQ_LM":
         reason = "it was trained on an encoder-decoder, and only decoder-only bases are served"
@@ -70,7 +63,7 @@ def check_task_type(config: PeftConfig) -> None:
 
 def _no_task(task: str) -> MethodUnsupported:
     name = task.rpartition("TaskType.")[2]
-    meant = _TASK_ALIASES.get(letters(name[:60])) or close_to(name, TASKS)
+    meant = _TASK_ALIASES.get(letters(name[:60])) or close_to(name, list(TaskType))
     hint = f"did you mean {meant}?" if meant else f"expected {SERVED_TASK!r}"
     return MethodUnsupported(
         f"task_type {quoted(task)} is no task of PEFT, which does not load it either; {hint}",

@@ -218,8 +218,3 @@ def config_refused(config_class: type[PeftConfig], error: ValidationError) -> Co
         expected=found.expected,
         came=found.came,
     )
-
-
-def letters(name: str) -> str:
-    """A name's letters and digits in lower case."""
-    return "".join(char for char in name.lower() if char.isalnum())

@@ -183,7 +183,7 @@ def why_not_trained(method: str) -> str | None:
     Args:
         method: in any usual spelling, such as "LoRA", "LORA", "PeftType.ADALORA" and "LoraConfig".
     """
-    plain = _letters(method[:100].rpartition(".")[2])
+    plain = letters(method[:100].rpartition(".")[2])
     for suffix in ("config", "model"):
         plain = plain.removesuffix(suffix)
     words = _BY_LETTERS.get(plain)
@@ -193,16 +193,17 @@ def why_not_trained(method: str) -> str | None:
     return f"{words} is a method of PEFT that is neither trained nor served here{merged}"
 
 
-def _letters(name: str) -> str:
+def letters(name: str) -> str:
+    """A name's letters and digits in lower case."""
     return "".join(one for one in name.lower() if one.isalnum())
 
 
 # What people write for LoRA with an option of its own.
 _KINDS_OF_LORA = ("QLoRA", "DoRA", "rsLoRA", "PiSSA")
 _BY_LETTERS = {
-    **{_letters(name): words for name, words in _OTHER_METHODS.items()},
+    **{letters(name): words for name, words in _OTHER_METHODS.items()},
     "bone": "Bone",
-    **{_letters(words): words for words in (*_OTHER_METHODS.values(), *_KINDS_OF_LORA)},
+    **{letters(words): words for words in (*_OTHER_METHODS.values(), *_KINDS_OF_LORA)},
 }
 
 

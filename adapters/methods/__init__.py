@@ -11,12 +11,14 @@ from typing import Any
 from adapters import foreign_configs
 from adapters.errors import MethodUnsupported
 from adapters.field_errors import close_to, quoted
-from adapters.method import AdapterMethod, letters
+from adapters.method import AdapterMethod
 from adapters.methods.cpt import CPT_METHOD
 from adapters.methods.ia3 import IA3_METHOD
 from adapters.methods.p_tuning import P_TUNING
 from adapters.methods.prefix_tuning import PREFIX_TUNING
 from adapters.methods.prompt_tuning import PROMPT_TUNING
+from adapters.peft_names import letters
+from adapters.peft_types import PeftType
 
 METHODS: dict[str, AdapterMethod[Any]] = {
     "PREFIX_TUNING": PREFIX_TUNING,
@@ -26,50 +28,8 @@ METHODS: dict[str, AdapterMethod[Any]] = {
     "PROMPT_TUNING": PROMPT_TUNING,
 }
 
-# Other values of PEFT's peft_type, up to 0.21. Source: peft/utils/peft_types.py.
-OTHER_PEFT_TYPES = {
-    "ADALORA",
-    "ADAMSS",
-    "ADAPTION_PROMPT",
-    "BEFT",
-    "BOFT",
-    "BONE",
-    "C3A",
-    "CARTRIDGE",
-    "DEFT",
-    "DELORA",
-    "FOURIERFT",
-    "FROD",
-    "GLORA",
-    "GRALORA",
-    "HIRA",
-    "HRA",
-    "LILY",
-    "LN_TUNING",
-    "LOHA",
-    "LOKR",
-    "LORA",
-    "MISS",
-    "MULTITASK_PROMPT_TUNING",
-    "OFT",
-    "OSF",
-    "PEANUT",
-    "POLY",
-    "PSOFT",
-    "PVERA",
-    "RANDLORA",
-    "ROAD",
-    "SHADOW",
-    "SHIRA",
-    "SUPERTUNING",
-    "TINYLORA",
-    "TRAINABLE_TOKENS",
-    "UNILORA",
-    "VBLORA",
-    "VERA",
-    "WAVEFT",
-    "XLORA",
-}
+# Other values of PEFT's peft_type; "BONE" is one of older versions.
+OTHER_PEFT_TYPES = frozenset(PeftType).difference(METHODS) | {"BONE"}
 
 REASONS = {
     "LORA": "LoRA adapters are not served",

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.checkpoint.config import read_peft_config
-from adapters.checks import TASKS
 from adapters.errors import (
     CheckpointError,
     ConfigInvalid,
@@ -29,6 +28,7 @@ from adapters.method import TensorInfo, parse_config
 from adapters.methods import METHODS, OTHER_PEFT_TYPES, method_of
 from adapters.methods.ia3 import DEFAULT_TARGETS, IA3_METHOD, IA3Config, ia3_targets, load_ia3
 from adapters.methods.ia3 import attach_ia3 as attach
+from adapters.peft_types import TaskType
 from server.base.load import load_base
 from tests.adapters.methods import oracle
 from tests.server.http_server import byte_level_tokenizer
@@ -191,7 +191,7 @@ def test_the_table_is_keyed_by_peft_type() -> None:
 
 
 def test_every_task_of_pefts_is_known() -> None:
-    assert {str(task.value) for task in peft.TaskType} == set(TASKS)
+    assert {str(task.value) for task in peft.TaskType} == set(TaskType)
 
 
 def test_every_peft_type_of_pefts_is_known() -> None:
