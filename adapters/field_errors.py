@@ -241,8 +241,8 @@ def _unknown(
         known = () if here is None else field_names(here)
         near = close_to(name, known)
         # A place's fields are listed once.
-        told = unknown_name(name, () if place in listed_for and near is None else known)
-        message, expected = told, listed(known) or "a known field"
+        message = unknown_name(name, () if place in listed_for and near is None else known)
+        expected = listed(known) or "a known field"
         if (inner := _inside(name, here)) and inner != near:
             message = f"unknown field {quoted(name)}; did you mean {quoted(inner)}?"
         elif near is None:

@@ -161,7 +161,7 @@ class Template:
 
     @property
     def has_words(self) -> bool:
-        """Whether a rendered text can be told from a column's value by the template's own text."""
+        """Whether a rendered text can be distinguished from a column's value by the template's own text."""
         literal = "".join(part for part in self._always if isinstance(part, str))
         return bool(_WORD.search(literal)) or len("".join(literal.split())) >= _LEAST_PUNCTUATION
 

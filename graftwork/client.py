@@ -272,7 +272,7 @@ def _prompt(prompt: Input) -> GenerationInput:
 
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
-    # The route takes and ignores what other servers have; here nobody would see that.
+    # The route takes and ignores what other servers have; a caller of this client would not see that.
     from server.api.schemas import GenerateParameters
 
     _check_names("generate", parameters, GenerateParameters.model_fields)

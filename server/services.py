@@ -19,7 +19,7 @@ from server.config.settings import Settings
 from server.draining import Draining
 from server.errors import NotReady
 from server.generation.fair_threads import FairThreads
-from server.generation.told import Told
+from server.generation.sent_warnings import SentWarnings
 from server.store.caller import UNRESTRICTED, Caller
 from server.telemetry.adapter_use import UseByAdapter
 
@@ -65,7 +65,7 @@ class Services:
         keys: the API keys; None if none are required.
         supervisor: runs training jobs here; None if only `graftwork worker` does.
         draining: whether new work is refused, and what runs.
-        prompt_warnings: which callers have been told that their prompts look unlike an adapter's training.
+        prompt_warnings: warnings about prompts that look unlike an adapter's training.
         planning: where jobs are planned: one at a time, since each may hold a whole file.
         holds: what is held until the services are closed: the mark on the data directory.
     """
@@ -86,7 +86,7 @@ class Services:
     keys: KeyRing | None = None
     supervisor: Supervisor | None = None
     draining: Draining = field(default_factory=Draining)
-    prompt_warnings: Told = field(default_factory=Told)
+    prompt_warnings: SentWarnings = field(default_factory=SentWarnings)
     planning: FairThreads = field(default_factory=lambda: FairThreads(1))
     holds: ExitStack = field(default_factory=ExitStack)
 

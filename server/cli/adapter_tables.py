@@ -91,12 +91,12 @@ def print_record(record: Shown, remark: str, *, as_json: bool) -> None:
         print_line(f"{record['name']}@{record['version']} {remark}")
 
 
-def print_added(one: Shown, told: set[str]) -> None:
+def print_added(one: Shown, printed: set[str]) -> None:
     """Report one folder: its adapter on standard output, or its refusal on standard error.
 
     Args:
         one: its record, or `path` and `error`.
-        told: warnings that were printed before, and are not again; grows.
+        printed: warnings that were printed before, and are not again; grows.
     """
     if "error" in one:
         path, said = one["path"], one["error"]
@@ -106,9 +106,9 @@ def print_added(one: Shown, told: set[str]) -> None:
     facts = f"({one['peft_type']}, {one['digest'][:12]})"
     print_line(f"{one['name']}@{one['version']} {what} {facts}")
     for warning in one["warnings"]:
-        if warning not in told:
+        if warning not in printed:
             warn(warning, "yellow")
-        told.add(warning)
+        printed.add(warning)
 
 
 def _versions(versions: Sequence[Shown]) -> list[tuple[str, str]]:

@@ -139,9 +139,9 @@ def add_adapters(
     if as_json:
         print_json(results)
     else:
-        told: set[str] = set()
+        printed: set[str] = set()
         for one in results:
-            print_added(one, told)
+            print_added(one, printed)
     if any("error" in one for one in results):
         raise typer.Exit(EXIT_FOUND_FAILURE)
 
@@ -332,7 +332,7 @@ def _require_default_base(places: Sequence[AdapterPlace | RefusedPath], settings
         except BaseMismatch as error:
             refused.append(error)
         except ConfigInvalid:
-            continue  # told when it is added
+            continue  # refused when it is added
     if refused and len(refused) == len(places):
         raise refused[0]
 

@@ -104,7 +104,7 @@ class CommandGroup(TyperGroup):
     """As typer's, with better words about what was typed wrongly."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; what is wrong on the command line is told with what was meant."""
+        """Run the command; a wrong command line is refused with what was probably meant."""
         try:
             return super().invoke(ctx)
         except UsageError as error:
@@ -117,7 +117,7 @@ def _explain(error: Any, group: TyperGroup) -> None:
     if isinstance(error.__cause__, ValidationError):
         error.message = _about_a_value(error.__cause__)
     elif hasattr(error, "param_type") and error.ctx is not None and error.param is not None:
-        # The given ones were read before: all that are required and not there are told at once.
+        # The given ones were read before: all missing required ones are reported at once.
         lacking = [one for one in error.ctx.command.params if _lacks(one, error.ctx.params)]
         if len(lacking) > 1:
             error.param_hint = listed([one.get_error_hint() for one in lacking])

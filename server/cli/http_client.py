@@ -233,14 +233,14 @@ class RemoteServer:
     def _wait_until_loaded(self) -> None:
         """Before the first request: wait while the server loads its base."""
         on_loading, self._on_loading = self._on_loading, None
-        end, told = time.monotonic() + _LOADING_SECONDS, False
+        end, is_announced = time.monotonic() + _LOADING_SECONDS, False
         while on_loading is not None and time.monotonic() < end:
             reply = self._client.get("/readyz")
             if reply.is_success or _LOADING not in refusal_of(reply, self.url).message:
                 return
-            if not told:
+            if not is_announced:
                 on_loading()
-            told = True
+            is_announced = True
             time.sleep(_ASK_AGAIN_SECONDS)
 
 

@@ -435,7 +435,7 @@ def _train_here(
             partial.check(resume=outcome.resume)
     base, tokenizer = _load(settings)
     data = data or rows.read(wish, tokenizer)
-    with data.told_by_place():
+    with data.naming_places():
         plan = make_plan(
             data.resolve(request),
             data.rows,

@@ -1,4 +1,4 @@
-"""What a Python caller of the engine may pass, and what it is told when it passes something else.
+"""What a Python caller of the engine may pass, and the errors that it gets when it passes something else.
 
 Turns prompts and options, also by vLLM's names, into the engine's own. Independent of models and
 tokenizers.

@@ -129,7 +129,7 @@ class BoundedConnection(h11.Connection):
     def send(self, event: Any) -> Any:
         """The bytes of an event; the reply to a chunked body that has not ended says that it is the last.
 
-        h11 is not told: it would have the connection closed at once, and the reply could be lost.
+        h11 does not learn of it: it would have the connection closed at once, and the reply could be lost.
         """
         data = super().send(event)
         is_unfinished = self.is_chunked and self.their_state is h11.SEND_BODY

@@ -247,7 +247,7 @@ class Supervisor:
         try:
             record = self._store.get(job_id)
             if record.state in FINISHED:
-                # The outcome counts: however its process left afterwards concerns nobody.
+                # The outcome counts, however its process ended afterwards.
                 log.info("job_ended", job=job_id, state=record.state)
                 return
             if record.state == "running":

@@ -61,7 +61,7 @@ class JobFeed:
 
     async def _poll(self, jobs: JobStore, key: tuple[str, int]) -> News:
         await asyncio.sleep(POLL_SECONDS)
-        # Who asks from now on has a read that begins later.
+        # Later callers share a read that begins later.
         del self._reads[key]
         return await self.now(jobs, *key)
 

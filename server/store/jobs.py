@@ -392,7 +392,7 @@ class JobStore(PerCaller):
 
         Args:
             lease_seconds: duration of the lease.
-            holder: who claims it, of `held`; None is unknown, and only the lease tells of its end.
+            holder: who claims it, of `held`; None is unknown: its end shows only when the lease expires.
             facts: more data of the event that the job runs; JSON.
             base_digest: claim only jobs that were planned for this base; others keep their place. None
                 claims any.

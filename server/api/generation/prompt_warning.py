@@ -58,7 +58,7 @@ async def warn_of_prompts(
 
 
 def _caller(request: Request) -> str:
-    """Who asks: the key, or without keys the client's address."""
+    """The caller: its key, or without keys the client's address."""
     key = request.state.caller.key
     if key is not None:
         return str(key.id)

@@ -13,7 +13,7 @@ from adapters.field_errors import listed
 from server.api.middleware.route_scopes import ACCESS, allowed_methods, template_of
 
 _OPENAI = "/v1"
-# Longer ones are nobody's slip.
+# Longer ones are no slips of the keyboard.
 _MAX_CHARACTERS = 200
 _ALIKE = 0.75
 _TEMPLATES = tuple(dict.fromkeys(template for _, template in ACCESS))

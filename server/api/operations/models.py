@@ -77,7 +77,7 @@ class BaseInfo(ReplyModel):
 
 
 class EngineInfo(ReplyModel):
-    """The engine. How busy it is tells of other callers' requests, and is the admin's to know."""
+    """The engine. Its load reveals other callers' requests, so only an admin gets it."""
 
     num_running: int | None = may_show(0, "For admin: sequences in the batch.")
     num_waiting: int | None = may_show(0, "For admin: sequences that wait.")

@@ -113,7 +113,7 @@ class Job(JobProgress, Planned, JobIdentity):
 
     @classmethod
     def of(cls, record: JobRecord, served: str | None = None) -> Self:
-        """A record of the jobs table, as a server of the base with the digest `served` tells it."""
+        """A record of the jobs table, as a server of the base with the digest `served` reports it."""
         parts = (JobIdentity.model_validate(record), JobProgress.model_validate(record))
         known = {name: value for part in parts for name, value in part}
         known["waits_for"] = _waits_for(record, served)

@@ -244,7 +244,7 @@ def _plan(services: Services, jobs: JobStore, received: Received, *, store: bool
         raise
     tokenizer = services.need_generator().tokenizer
     data = received.read(tokenizer)
-    with data.told_by_place():
+    with data.naming_places():
         plan = make_plan(
             data.resolve(asked),
             data.rows,

@@ -148,7 +148,7 @@ class TrainingData:
         return TrainingRequest.model_validate(known)
 
     @contextmanager
-    def told_by_place(self) -> Iterator[None]:
+    def naming_places(self) -> Iterator[None]:
         """Refusals of a row that a conversation became name the conversation."""
         try:
             yield

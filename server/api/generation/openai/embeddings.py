@@ -28,7 +28,7 @@ class EmbeddingsBody(OpenBody):
 
 @router.post("/v1/embeddings", include_in_schema=False)
 async def embeddings(request: Request, services: UseServices, body: EmbeddingsBody) -> Response:
-    """Refused; `model` is looked up first, so that a wrong name is said to be one."""
+    """Refused; `model` is looked up first, so that a wrong name gets its own error."""
     only_query(request)
     refuse_stray_adapters(body.model_extra or {}, place="model")
     await chosen_model(request, services, body.model)

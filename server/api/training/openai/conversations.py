@@ -54,7 +54,7 @@ def turns(line: dict[str, Any], place: str, row: int, tokenizer: TextTokenizer) 
     for number, message in enumerate(messages):
         if message.role != "assistant" or _weight(message, number, place, row) == 0:
             continue
-        with _told_here(place, row):
+        with _naming_place(place, row):
             answer = text_of(message, number)
             prompt = render_chat(tokenizer, messages[:number]) if number else ""
         if not answer or not prompt:
@@ -103,7 +103,7 @@ def _weight(message: Message, number: int, place: str, row: int) -> int:
 
 
 @contextmanager
-def _told_here(place: str, row: int) -> Iterator[None]:
+def _naming_place(place: str, row: int) -> Iterator[None]:
     """Refusals of a request's messages become those of a line."""
     try:
         yield

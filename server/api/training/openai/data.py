@@ -58,7 +58,7 @@ class TuningData:
     warnings: list[str]
 
     @contextmanager
-    def told_by_place(self) -> Iterator[None]:
+    def naming_places(self) -> Iterator[None]:
         """Refusals of a row name its file and line, and the file as the parameter at fault."""
         try:
             yield
@@ -132,7 +132,7 @@ class _Reader:
 
     def read(self, field: FileField, file_id: str) -> TrainingData:
         wish = replace(self._wish, source=field)
-        with _told_by_field(field):
+        with _naming_field(field):
             path = self._files.path(file_id)
             return read_file(path, wish, self._tokenizer, self._limits)
 
@@ -143,7 +143,7 @@ def _places(field: FileField, data: TrainingData) -> list[str]:
 
 
 @contextmanager
-def _told_by_field(field: FileField) -> Iterator[None]:
+def _naming_field(field: FileField) -> Iterator[None]:
     """Refusals name the parameter that named the file."""
     try:
         yield

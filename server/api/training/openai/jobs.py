@@ -196,7 +196,7 @@ def _create(services: Services, asked: Asked) -> JobRecord:
     limits = services.settings.data_limits()
     tokenizer = services.need_generator().tokenizer
     data = read_data(services.need_files(), asked, tokenizer, limits)
-    with data.told_by_place():
+    with data.naming_places():
         plan = _plan(services, asked, name, data)
     return services.need_jobs().create(plan.job, plan.examples, replies.tuning_of(asked))
 

@@ -8,7 +8,7 @@ import pytest
 
 from adapters.metadata import AdapterMetadata
 from server.generation.prompt_form import PromptForm
-from server.generation.told import Told
+from server.generation.sent_warnings import SentWarnings
 from server.logs import configure
 from tests.server.conftest import TEMPLATE
 from tests.server.http_server import save_prefix_adapter, upload
@@ -86,10 +86,10 @@ def test_the_differences(chatting):
 
 
 def test_what_was_said_is_remembered_within_bounds():
-    told = Told(most=2)
-    told.add("a", "1")
-    assert not told.is_new("a", "1")
-    told.add("b", "1")
-    told.add("c", "1")
-    assert told.is_new("a", "1")
-    assert len(told) == 2
+    sent = SentWarnings(most=2)
+    sent.add("a", "1")
+    assert not sent.is_new("a", "1")
+    sent.add("b", "1")
+    sent.add("c", "1")
+    assert sent.is_new("a", "1")
+    assert len(sent) == 2

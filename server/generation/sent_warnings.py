@@ -1,10 +1,10 @@
-"""What has been said to whom, so that it is said once. Knows nothing of what it is."""
+"""Which warnings were sent to which callers, so that each is sent once. Knows nothing of their content."""
 
 from __future__ import annotations
 
 
-class Told:
-    """Remembers what has been said to whom, the latest `most` of it."""
+class SentWarnings:
+    """Remembers the latest `most` warnings by key: what it was about, and the caller."""
 
     def __init__(self, most: int = 4096) -> None:
         self._most = most
@@ -14,11 +14,11 @@ class Told:
         return len(self._seen)
 
     def is_new(self, *key: str) -> bool:
-        """Whether this has not been said yet."""
+        """Whether it has not been sent yet."""
         return key not in self._seen
 
     def add(self, *key: str) -> None:
-        """It has been said now."""
+        """Note that it was sent."""
         if len(self._seen) >= self._most:
             del self._seen[next(iter(self._seen))]
         self._seen[key] = None
