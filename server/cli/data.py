@@ -113,7 +113,7 @@ def pairs_from(flag: str, given: Sequence[str] | None) -> dict[str, str] | None:
 
 
 def _as_pairs(flag: str, text: str) -> str:
-    """How an object is said in options; empty where the text is none."""
+    """An object as options; empty where the text is none."""
     from adapters.strict_json import StrictJsonError, parse_object
 
     try:
@@ -124,7 +124,7 @@ def _as_pairs(flag: str, text: str) -> str:
 
 
 def _as_json(text: str) -> str:
-    """How a Python dict is said in JSON; empty where the text is none."""
+    """A Python dict as JSON; empty where the text is none."""
     try:
         value = ast.literal_eval(text.strip())
         said = json.dumps(value, ensure_ascii=False, allow_nan=False)

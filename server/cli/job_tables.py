@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
+from server.cli.found_adapters import RENDERING
 from server.cli.render import cell, share
 
 Job = Mapping[str, Any]
@@ -19,13 +20,7 @@ Job = Mapping[str, Any]
 _SETTINGS = (
     "adapter",
     "method",
-    "template",
-    "target",
-    "labels",
-    "label_names",
-    "target_separator",
-    "append_eos",
-    "tokenization",
+    *RENDERING,
     "max_length",
     "on_too_long",
     "init_text",

@@ -128,8 +128,8 @@ class StreamOptions(OpenBody):
     )
 
 
-class OpenAIBody(OpenBody):
-    """What both routes take."""
+class SampledBody(OpenBody):
+    """What every route that samples takes."""
 
     model: Text = Field(description="The base, or an adapter: NAME, NAME@VERSION or NAME@ALIAS.")
     row: BodyRow | None = Field(
@@ -138,29 +138,12 @@ class OpenAIBody(OpenBody):
     frequency_penalty: float | None = Field(
         None, ge=-2, le=2, description="Taken from a token's logit for each time it was put out."
     )
-    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = Field(
-        None, description="vLLM's: one of these texts."
-    )
-    guided_json: Any = Field(None, description="vLLM's: a JSON Schema, or the text of one.")
-    guided_regex: str | None = Field(None, description="vLLM's: the whole output matches it.")
     ignore_eos: bool | None = Field(None, description="vLLM's: go on to the limit regardless.")
-    include_stop_str_in_output: bool | None = Field(
-        None, description="vLLM's: leave the stop string that ended the output in it."
-    )
-    logit_bias: Annotated[dict[Text, _Bias], AtMost("max_logit_biases", "object")] | None = Field(
-        None,
-        description="Token ids, as texts, with what is added to their logits.",
-    )
-    max_completion_tokens: int | None = Field(None, ge=1, description="Newer name of max_tokens.")
     min_p: float | None = Field(None, ge=0, lt=1, description="vLLM's.")
-    n: int | None = Field(None, ge=1, description="Outputs a prompt; 1 if left out.")
     presence_penalty: float | None = Field(
         None, ge=-2, le=2, description="Taken from the logit of every token that was put out."
     )
     repetition_penalty: float | None = Field(None, gt=0, description="vLLM's.")
-    response_format: Any = Field(
-        None, description="OpenAI's object: text, json_object or json_schema."
-    )
     seed: int | None = Field(
         None,
         ge=-(2**63),
@@ -170,12 +153,6 @@ class OpenAIBody(OpenBody):
     stop: Stops = Field(None, description="Texts that end the output; they are not part of it.")
     stream: bool | None = Field(
         None, description="Answer as server-sent events; false if left out."
-    )
-    stream_options: StreamOptions | None = Field(
-        None, description="What a stream carries besides the output."
-    )
-    structured_outputs: Any = Field(
-        None, description="vLLM's object with json, json_object, regex or choice."
     )
     temperature: float | None = Field(
         None,
@@ -190,6 +167,34 @@ class OpenAIBody(OpenBody):
         gt=0,
         le=1,
         description="Keep the likeliest tokens that together have this probability.",
+    )
+
+
+class OpenAIBody(SampledBody):
+    """What completions and chats take."""
+
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="vLLM's: one of these texts."
+    )
+    guided_json: Any = Field(None, description="vLLM's: a JSON Schema, or the text of one.")
+    guided_regex: str | None = Field(None, description="vLLM's: the whole output matches it.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="vLLM's: leave the stop string that ended the output in it."
+    )
+    logit_bias: Annotated[dict[Text, _Bias], AtMost("max_logit_biases", "object")] | None = Field(
+        None,
+        description="Token ids, as texts, with what is added to their logits.",
+    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="Newer name of max_tokens.")
+    n: int | None = Field(None, ge=1, description="Outputs a prompt; 1 if left out.")
+    response_format: Any = Field(
+        None, description="OpenAI's object: text, json_object or json_schema."
+    )
+    stream_options: StreamOptions | None = Field(
+        None, description="What a stream carries besides the output."
+    )
+    structured_outputs: Any = Field(
+        None, description="vLLM's object with json, json_object, regex or choice."
     )
     typical_p: float | None = Field(
         None,

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PlainValidator
 
 from server.api.bounds import AtMost
 from server.api.error_replies import invalid, quoted
-from server.api.generation.openai.bodies import ChatBody, Message, Stops
+from server.api.generation.openai.bodies import ChatBody, Message, SampledBody
 from server.api.openapi.constraints import (
     NO_STRAY_ADAPTERS,
     NOT_BLANK,
@@ -26,7 +26,7 @@ from server.api.openapi.constraints import (
     nullable,
     one_of,
 )
-from server.api.schemas import MAX_TOP_TOKENS, BodyRow, OpenBody, Text
+from server.api.schemas import MAX_TOP_TOKENS, Text
 from server.errors import RequestInvalid
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -105,7 +105,7 @@ _FORMAT = {
 }
 
 
-class ResponsesBody(OpenBody):
+class ResponsesBody(SampledBody):
     """Body of `/v1/responses`."""
 
     model_config = ConfigDict(
@@ -131,33 +131,13 @@ class ResponsesBody(OpenBody):
         )
     )
 
-    model: Text = Field(description="The base, or an adapter: NAME, NAME@VERSION or NAME@ALIAS.")
     input: _Input = Field(
         None, description="A text, which is one user message, or a list of messages."
-    )
-    row: BodyRow | None = Field(
-        None, description="Columns for the adapter's stored template, in place of input."
     )
     instructions: Text | None = Field(
         None, description="A system message in front of the conversation."
     )
     max_output_tokens: int | None = Field(None, ge=1, description="What fits, if left out.")
-    temperature: float | None = Field(
-        None,
-        ge=0,
-        le=2,
-        description="0 takes the likeliest token. Left out: the adapter's default_temperature, which "
-        "is 0 if it has labels; else 1.",
-    )
-    top_p: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Keep the likeliest tokens that together have this probability.",
-    )
-    stream: bool | None = Field(
-        None, description="Answer as server-sent events; false if left out."
-    )
     text: dict[str, Any] | None = Field(
         None, description="The output's shape: format is text, json_object or json_schema."
     )
@@ -186,18 +166,6 @@ class ResponsesBody(OpenBody):
         description="Whether the adapter's own template makes the prompt, and not the base's chat "
         "template. Left out: where it has one.",
     )
-    seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="Of the draws. Left out, one is drawn."
-    )
-    stop: Stops = Field(
-        None, description="vLLM's: texts that end the output; they are not part of it."
-    )
-    top_k: int | None = Field(None, ge=-1, description="vLLM's; 0 and -1 keep every token.")
-    min_p: float | None = Field(None, ge=0, lt=1, description="vLLM's.")
-    repetition_penalty: float | None = Field(None, gt=0, description="vLLM's.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="vLLM's.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="vLLM's.")
-    ignore_eos: bool | None = Field(None, description="vLLM's: go on to the limit regardless.")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -205,22 +173,7 @@ class ResponsesBody(OpenBody):
         return (self.top_logprobs or 0) if _LOGPROBS in (self.include or ()) else None
 
 
-_SAME_FIELDS = (
-    "model",
-    "row",
-    "temperature",
-    "top_p",
-    "stream",
-    "use_adapter_template",
-    "seed",
-    "stop",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "ignore_eos",
-)
+_SAME_FIELDS = (*SampledBody.model_fields, "use_adapter_template")
 
 
 def as_chat(body: ResponsesBody) -> ChatBody:
