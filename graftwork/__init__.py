@@ -15,7 +15,6 @@ folders at its top. Editors and mypy then see every file twice and take its clas
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from adapters.peft_names import check_absent
@@ -96,7 +95,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("graftwork")
+        from importlib.metadata import version
+
+        return version("graftwork")
     if name not in _HOMES:
         check_absent(name)
         # What else the library has, such as the modules of the methods, is found here as well.
