@@ -256,12 +256,12 @@ class AdapterDirectory:
             self._is_unreadable = True
             return None
         self._is_unreadable = False
-        self._tell_of_archives(entries)
+        self._log_archives(entries)
         stamps = {entry.name: _stamp(entry) for entry in entries if entry.name[0] != "."}
         return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
-    def _tell_of_archives(self, entries: Sequence[Path]) -> None:
-        """Log each archive once: who put it there waits for its adapter."""
+    def _log_archives(self, entries: Sequence[Path]) -> None:
+        """Log each archive once: it is not served, and whoever put it there may expect it to be."""
         found = {entry.name for entry in entries if entry.name.lower().endswith(_ARCHIVES)}
         for name in sorted(found - self._archives):
             hint = "only folders are adapters here: unpack it, or use graftwork adapters add"
